@@ -1,0 +1,39 @@
+// The C ABI of both native libraries: plain structs of pointers, sizes and strides, an error code back.
+// Nothing here knows of torch or Python. Strides count elements. All checks of arguments are done by the caller.
+#pragma once
+
+#include <stdint.h>
+
+#define ULR_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { ULR_F32 = 0, ULR_BF16 = 1, ULR_F16 = 2 };
+enum { ULR_NORMAL = 0, ULR_LAPLACE = 1, ULR_RADEMACHER = 2 };
+enum { ULR_OK = 0, ULR_BAD_ARGUMENT = 1, ULR_OUT_OF_MEMORY = 2, ULR_LAUNCH_FAILED = 3 };
+
+// A view of up to three axes [copies, rows, cols]; unused leading axes have size 1. `data` NULL: the argument is absent.
+// A copy axis of size C with stride 0 means that the copies share the values.
+typedef struct {
+    void* data;
+    int32_t dtype;
+    int64_t size[3];
+    int64_t stride[3];
+} ulr_tensor;
+
+// Which part of which noise: the block whose first element is (row_offset, col_offset), from `draw` on.
+typedef struct {
+    const int64_t* key;        // one key, in the memory of the device that runs the op
+    const uint32_t* sobol;     // NULL: iid; else direction numbers [21201][30], shifted to fill 32 bits
+    int32_t dist;              // ULR_NORMAL ...
+    int32_t antithetic;        // copies come as two halves, the second negated
+    int64_t draw, row_offset, col_offset;
+    int64_t positions;         // rows per sample: of the Sobol dimension, and of the loss weights
+    int64_t width;             // all columns (col_offset + cols): the Sobol dimension is (row % positions) * width + col
+} ulr_noise_spec;
+
+#ifdef __cplusplus
+}
+#endif

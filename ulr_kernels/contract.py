@@ -1,0 +1,249 @@
+"""The noise contract, version 1, in torch: the readable definition that every other back end reproduces bit for bit.
+
+    words   w = Philox4x32-10(counter = (col // 4, row, draw, 0), key = (key_lo, key_hi))[col % 4]
+    eps     = dist(w)
+
+Philox4x32-10: Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, SC'11. `docs/noise.md` is the contract in
+words. Words are held as int64 in [0, 2^32), because torch has little arithmetic for uint32.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import tables
+
+CONTRACT_VERSION = 1
+DISTRIBUTIONS = ("normal", "laplace", "rademacher")
+SAMPLERS = ("iid", "sobol")
+
+WORD = 0xFFFFFFFF
+FOLD_IN_COUNTER = 0x666F6C64  # "fold": keeps the counters of key derivation apart from those of noise
+MAX_SOBOL_DIMENSIONS = torch.quasirandom.SobolEngine.MAXDIM
+MAX_SOBOL_DRAWS = 2**30
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(counter: Tensor, key: tuple[Tensor | int, Tensor | int]) -> Tensor:
+    """Philox4x32-10 of each counter.
+
+    Args:
+        counter: int64 `[..., 4]`, each word in [0, 2^32).
+        key: the low and the high word; ints, or int64 tensors that broadcast against `counter[..., 0]`.
+
+    Returns:
+        int64 `[..., 4]`, each word in [0, 2^32).
+
+    Raises:
+        ValueError: `counter` is not int64 with a last axis of 4, or a key word given as an int is outside [0, 2^32).
+    """
+    if counter.dtype != torch.int64 or counter.dim() == 0 or counter.shape[-1] != 4:
+        raise ValueError(
+            f"ulr.philox4x32: 'counter' must be int64 [..., 4], got {counter.dtype} {list(counter.shape)}"
+        )
+    for word in key:
+        if isinstance(word, int) and not 0 <= word <= WORD:
+            raise ValueError(f"ulr.philox4x32: 'key' words must be in [0, 2^32), got {word}")
+    return torch.stack(_philox(*counter.unbind(-1), *key), dim=-1)
+
+
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Ten rounds on broadcastable int64 words; a product wraps modulo 2^64, which is what its two halves need."""
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
+    return torch.broadcast_tensors(c0, c1, c2, c3)
+
+
+def _philox_int(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    """The same on Python integers, so that deriving a key on the host makes no tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & WORD, (key >> 32) & WORD
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & WORD, (p0 >> 32) ^ c3 ^ k1, p0 & WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def signed64(value: int) -> int:
+    """The signed int64 with the bits of a number in [-2^63, 2^64)."""
+    return value - 2**64 if value > 2**63 - 1 else value
+
+
+def fold_in(key: int, data: int) -> int:
+    """A new key from a key and a number: words 0 and 1 of Philox4x32-10(counter = (data_lo, data_hi, 0, "fold"), key).
+
+    Args:
+        key: an integer in [-2^63, 2^64); its 64 bits count.
+        data: likewise.
+
+    Returns:
+        The key as a signed int64.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is outside [-2^63, 2^64).
+    """
+    for name, value in (("key", key), ("data", data)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"ulr.fold_in: '{name}' must be an integer, got {type(value).__name__}")
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(f"ulr.fold_in: '{name}' must be in [-2^63, 2^64), got {value}")
+    low, high, _, _ = _philox_int((data & WORD, (data >> 32) & WORD, 0, FOLD_IN_COUNTER), key)
+    return signed64(low | high << 32)
+
+
+def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
+    """`fold_in` of int64 tensors that broadcast, on their device."""
+    low, high, _, _ = _philox(
+        data & WORD, (data >> 32) & WORD, torch.zeros_like(data), torch.full_like(data, FOLD_IN_COUNTER), *key_words(key)
+    )
+    return low | (high << 32)
+
+
+def site_id(name: str) -> int:
+    """The number of a noise site: the first 8 bytes, little-endian, of the BLAKE2b hash of its qualified name."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def key_words(key: Tensor) -> tuple[Tensor, Tensor]:
+    return key & WORD, (key >> 32) & WORD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words to noise. Only integer operations, int-to-float conversion and IEEE multiply, add and fma in a fixed order.
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """fp32 fused multiply-add, correctly rounded, from fp64 operations.
+
+    The product of two fp32 numbers is exact in fp64. The sum is rounded to odd (its last bit is set where the sum is
+    inexact), and a number rounded to odd at 53 bits rounds to fp32 as the exact sum would (Boldo and Melquiond, 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    rest = total - product
+    error = (product - (total - rest)) + (addend - rest)  # Knuth's two-sum: total + error is the exact sum
+    bits = total.view(torch.int64)
+    towards = torch.where((error > 0) == (total > 0), 1, -1)
+    even_and_inexact = (error != 0) & (bits & 1 == 0)
+    return (bits + torch.where(even_and_inexact, towards, 0)).view(torch.float64).float()
+
+
+@functools.lru_cache(maxsize=None)
+def _coefficients(dist: str, device: torch.device) -> Tensor:
+    rows = torch.tensor(getattr(tables, dist.upper()), dtype=torch.int64)
+    return rows.to(torch.int32).view(torch.float32).to(device)
+
+
+def quantile(words: Tensor, dist: str) -> Tensor:
+    """`normal` or `laplace` noise, fp32, from int64 words: a polynomial per octave, then the word's bit 31 as sign."""
+    mantissa = ((words & 0x7FFFFFFF) | 1).to(torch.int32).float()
+    bits = mantissa.view(torch.int32)
+    argument = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)
+    rows = _coefficients(dist, words.device)[(bits >> 23) - 127]
+    result = rows[..., tables.DEGREE]
+    for power in range(tables.DEGREE - 1, -1, -1):
+        result = fma(result, argument, rows[..., power])
+    sign = (words & 0x80000000).to(torch.int32) if words.numel() else words.to(torch.int32)
+    return (result.view(torch.int32) ^ sign).view(torch.float32)
+
+
+def score(eps: Tensor, dist: str) -> Tensor:
+    """-d/d eps ln f(eps): eps for `normal`; sqrt(2) with the sign *bit* of eps for `laplace`; eps for `rademacher`."""
+    if dist != "laplace":
+        return eps
+    return torch.copysign(torch.full_like(eps, math.sqrt(2.0)), eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coordinates to words.
+
+
+def _iid_words(rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor) -> Tensor:
+    """Words of coordinates that broadcast; each call of Philox is used for the one word that is asked for."""
+    words = _philox(cols >> 2, rows, torch.as_tensor(draw, device=cols.device), torch.zeros_like(cols), *key_words(key))
+    return torch.stack(words, -1).gather(-1, (cols & 3).expand(words[0].shape).unsqueeze(-1)).squeeze(-1)
+
+
+def _signs(rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor) -> Tensor:
+    draw = torch.as_tensor(draw, device=cols.device)
+    words = torch.stack(_philox(cols >> 7, rows, draw, torch.zeros_like(cols), *key_words(key)), -1)
+    word = words.gather(-1, ((cols >> 5) & 3).expand(words.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    return 1.0 - 2.0 * ((word >> (cols & 31)) & 1).float()
+
+
+@functools.lru_cache(maxsize=None)
+def sobol_directions(device: torch.device) -> Tensor:
+    """Direction numbers V, int32 `[21201, 30]`, shifted left by 2 so that they fill a 32-bit word (bits as int32)."""
+    state = torch.quasirandom.SobolEngine(MAX_SOBOL_DIMENSIONS).sobolstate
+    return (state << 2).to(torch.int32).contiguous().to(device)
+
+
+def _sobol_points(rows: Tensor, cols: Tensor, draw: Tensor | int, positions: int, width: int) -> Tensor:
+    """Sobol words in natural order: the XOR of V[dimension][b] over the set bits b of `draw`."""
+    dimension = (rows % positions) * width + cols
+    directions = sobol_directions(cols.device)[dimension].to(torch.int64) & WORD
+    point = torch.zeros_like(dimension)
+    draw = torch.as_tensor(draw, device=cols.device)
+    for bit in range(30):
+        point = point ^ torch.where(((draw >> bit) & 1).bool(), directions[..., bit], 0)
+    return point
+
+
+def noise_at(
+    rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor, *, dist: str, sampler: str, positions: int, width: int
+) -> Tensor:
+    """Noise, fp32, at coordinates (int64, broadcast against one another); `width` counts all columns, for Sobol."""
+    if dist == "rademacher":
+        return _signs(rows, cols, draw, key)
+    if sampler == "sobol":
+        shift = _iid_words(rows, cols, 0, key)
+        return quantile(shift ^ _sobol_points(rows, cols, draw, positions, width), dist)
+    return quantile(_iid_words(rows, cols, draw, key), dist)
+
+
+def noise_grid(
+    rows: int,
+    cols: int,
+    draws: Tensor,
+    key: Tensor,
+    *,
+    dist: str = "normal",
+    sampler: str = "iid",
+    positions: int = 1,
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> Tensor:
+    """Noise of a block: fp32 `[len(draws), rows, cols]`; `draws` is int64 `[D]`, `key` an int64 scalar tensor."""
+    device = draws.device
+    row = torch.arange(row_offset, row_offset + rows, device=device).view(1, -1, 1)
+    col = torch.arange(col_offset, col_offset + cols, device=device).view(1, 1, -1)
+    return noise_at(
+        row,
+        col,
+        draws.view(-1, 1, 1),
+        key.to(device),
+        dist=dist,
+        sampler=sampler,
+        positions=positions,
+        width=col_offset + cols,
+    )
+
+
+def copy_draws(copies: int, antithetic: bool, draw: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The draw (int64 `[copies]`) and the sign (fp32 `[copies]`) of each copy: antithetic copies come as two halves."""
+    copy = torch.arange(copies, device=device)
+    if not antithetic:
+        return draw + copy, torch.ones(copies, device=device)
+    half = copies // 2
+    return draw + copy % half, torch.where(copy < half, 1.0, -1.0)

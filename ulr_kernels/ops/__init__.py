@@ -1,0 +1,16 @@
+"""The ops. One file each: schema, check (which is also the fake), reference, samples for tests and benchmarks."""
+
+from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
+from ulr_kernels.ops.noisy_linear import noisy_linear
+from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
+from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
+
+__all__ = [
+    "fold_in",
+    "noise",
+    "noise_like",
+    "noisy_linear",
+    "noisy_linear_grad_",
+    "noisy_linear_replay_",
+    "philox4x32",
+]

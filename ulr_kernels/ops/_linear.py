@@ -1,0 +1,167 @@
+"""What the three noisy linear ops share: their rules, their reference in torch, and the tensors of their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.ops._op import FLOATS, Check
+
+
+class Sizes(NamedTuple):
+    """copies C, rows R, inputs K, features N, draws (C, or C / 2 where antithetic), shared: x has no copy axis."""
+
+    copies: int
+    rows: int
+    inputs: int
+    features: int
+    draws: int
+    shared: bool
+
+
+def check_x(check: Check, x: Tensor, copies: int, inputs: int, why: str) -> None:
+    check.dtype("x", x, FLOATS)
+    if x.dim() not in (2, 3):
+        check.fail("x", "be [R, K] or [C, R, K]", list(x.shape))
+    if x.shape[-1] != inputs:
+        check.fail("x", f"have {inputs} features ({why})", list(x.shape))
+    if x.dim() == 3 and x.shape[0] != copies:
+        check.fail("x", f"have {copies} copies on its first axis, or no copy axis", list(x.shape))
+
+
+def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check.dtype("weight", weight, (x.dtype,))
+    if bias is not None:
+        check.dtype("bias", bias, (x.dtype,))
+        check.shape("bias", bias, (weight.shape[0],), f"weight is {list(weight.shape)}")
+
+
+def check_sigma(check: Check, argument: str, sigma: Tensor, features: int, allowed: tuple[torch.dtype, ...]) -> None:
+    check.dtype(argument, sigma, allowed)
+    if sigma.dim() and tuple(sigma.shape) != (features,):
+        check.fail(argument, f"be a scalar or [{features}], one per feature", list(sigma.shape))
+
+
+def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: int) -> None:
+    check.dtype("loss_weight", loss_weight, (torch.float32,))
+    if rows % max(positions, 1):
+        check.fail("positions", f"divide the {rows} rows of x", positions)
+    if loss_weight.dim() != 2 or loss_weight.shape[1] != rows // max(positions, 1):
+        check.fail(
+            "loss_weight", f"be [copies, {rows // max(positions, 1)}], one per sample of x", list(loss_weight.shape)
+        )
+
+
+def check_gradients(
+    check: Check, grad_weight: Tensor | None, grad_bias: Tensor | None, grad_log_sigma: Tensor | None, x: Tensor, dist: str
+) -> int:
+    """The number of features, which the buffers give."""
+    buffers = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
+    features = None
+    if grad_weight is not None:
+        check.dtype("grad_weight", grad_weight, buffers)
+        if grad_weight.dim() != 2 or grad_weight.shape[1] != x.shape[-1]:
+            check.fail("grad_weight", f"be [N, {x.shape[-1]}] (x is {list(x.shape)})", list(grad_weight.shape))
+        features = grad_weight.shape[0]
+    if grad_bias is not None:
+        check.dtype("grad_bias", grad_bias, buffers)
+        if grad_bias.dim() != 1 or features not in (None, grad_bias.shape[0]):
+            check.fail("grad_bias", "be [N], one per row of grad_weight", list(grad_bias.shape))
+        features = grad_bias.shape[0]
+    if features is None:
+        check.fail("grad_weight", "be given where grad_bias is None", None)
+    if grad_log_sigma is not None:
+        if dist == "rademacher":
+            check.fail("grad_log_sigma", "be None where dist is 'rademacher', which has no density", "a tensor")
+        check_sigma(check, "grad_log_sigma", grad_log_sigma, features, buffers)
+    return features
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def copies_of_noise(
+    key: Tensor, sizes: Sizes, antithetic: bool, dist: str, sampler: str, positions: int, draw: int, row: int, col: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Copy by copy: its number and its signed noise, fp32 `[R, N]`."""
+    draws, signs = contract.copy_draws(sizes.copies, antithetic, draw, key.device)
+    for copy in range(sizes.copies):
+        eps = contract.noise_grid(
+            sizes.rows,
+            sizes.features,
+            draws[copy : copy + 1],
+            key,
+            dist=dist,
+            sampler=sampler,
+            positions=positions,
+            row_offset=row,
+            col_offset=col,
+        )[0]
+        yield copy, eps * signs[copy]
+
+
+def forward_reference(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, sizes: Sizes, key: Tensor, *spec
+) -> None:
+    """y[c] = x[c] W^T + b + sigma * eps_c, with fp32 sums."""
+    shift = 0.0 if bias is None else bias.float()
+    shared = x.float() @ weight.float().T + shift if sizes.shared else None
+    for copy, eps in copies_of_noise(key, sizes, *spec):
+        clean = shared if shared is not None else x[copy].float() @ weight.float().T + shift
+        y[copy].copy_(clean + sigma * eps)
+
+
+def gradient_reference(
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    loss_weight: Tensor,
+    sigma: Tensor,
+    sizes: Sizes,
+    key: Tensor,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    *offsets: int,
+) -> None:
+    """dE[L]/dW = E[L score x^T] / sigma and its companions, as raw sums over copies and rows."""
+    device = x.device
+    by_weight = torch.zeros(sizes.features, sizes.inputs, device=device)
+    by_bias = torch.zeros(sizes.features, device=device)
+    by_log_sigma = torch.zeros(sizes.features, device=device)
+    weights = loss_weight.repeat_interleave(positions, dim=1)
+    reduced = torch.zeros(sizes.rows, sizes.features, device=device)
+    for copy, eps in copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *offsets):
+        score = contract.score(eps, dist)
+        weighted = weights[copy, :, None] * score / sigma
+        if sizes.shared:
+            reduced += weighted
+        else:
+            by_weight += weighted.T @ x[copy].float()
+        by_bias += weighted.sum(0)
+        by_log_sigma += (weights[copy, :, None] * (eps * score - 1)).sum(0)
+    if sizes.shared:
+        by_weight += reduced.T @ x.float()
+    for buffer, value in ((grad_weight, by_weight), (grad_bias, by_bias)):
+        if buffer is not None:
+            buffer.copy_(buffer.float() + value)
+    if grad_log_sigma is not None:
+        grad_log_sigma.copy_(grad_log_sigma.float() + (by_log_sigma if grad_log_sigma.dim() else by_log_sigma.sum()))
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def values(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Reproducible inputs that do not touch torch's generators: noise of the library's own."""
+    key = torch.tensor(contract.fold_in(0x5A4D, seed))
+    size = 1
+    for extent in shape:
+        size *= extent
+    return contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)

@@ -1,0 +1,256 @@
+"""What an op is: one schema, one check, one reference, one list of samples; and how it is registered with torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import backends, contract
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NOISE_SCHEMA = (
+    'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0'
+)
+
+_library = torch.library.Library("ulr", "DEF")
+OPS: dict[str, Op] = {}  # every op, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Arguments of one call, for tests and benchmarks. `error` is a pattern of the message if the call must fail."""
+
+    id: str
+    args: tuple
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The floor of a call: the fewest bytes to move, multiply-add operations (2 each) and noise values to make."""
+
+    bytes: int
+    flops: int
+    noise: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        name: `torch.ops.ulr.<name>`; also the stem of the files that implement it.
+        schema: arguments and results, in torch's schema language; all arguments are positional.
+        function: what users call: `ulr.ops.<name>`.
+        check: takes the schema's arguments; raises on bad input, else returns the outputs, allocated (None if the op
+            only writes into its arguments). It reads no tensor's values, so it is the fake as well.
+        reference: the torch back end. Takes the outputs (where there are any), then the schema's arguments.
+        samples: for a device and a dtype, calls of `function`, good and bad.
+        mutates: positions of the arguments that the op writes.
+        cost: the floor of a call of the schema's arguments.
+    """
+
+    name: str
+    schema: str
+    function: Callable
+    check: Callable
+    reference: Callable
+    samples: Callable[[str, torch.dtype], Iterator[Sample]]
+    cost: Callable[..., Cost]
+    mutates: tuple[int, ...] = ()
+
+
+def register(op: Op) -> None:
+    """Define `torch.ops.ulr.<name>` and route its calls through the table of back ends."""
+    _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    schema = getattr(torch.ops.ulr, op.name).default._schema
+    defaults = tuple(a.default_value for a in schema.arguments)
+    returns = bool(schema.returns)
+
+    def full(args: tuple) -> tuple:  # the dispatcher leaves off trailing arguments that equal their defaults
+        return args + defaults[len(args) :]
+
+    def run(*args):
+        args = full(args)
+        out = op.check(*args)
+        written = [args[i] for i in op.mutates if args[i] is not None]
+        if written:
+            refuse_overlap(op, args)
+        provider = backends.lookup(op.name, next(a for a in args if isinstance(a, Tensor)).device.type)
+        if returns:
+            provider(out, *args)
+        else:
+            provider(*args)
+        if written:
+            # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
+            torch.autograd.graph.increment_version(written)
+        return out
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(op.name, run, key)
+    torch.library.register_fake(f"ulr::{op.name}", lambda *args: op.check(*full(args)), lib=_library)
+    backends.add_op(op.name, op.reference)
+    OPS[op.name] = op
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks. One form: ulr::<op>: '<argument>' must <rule>, got <value>.
+
+
+class Check:
+    """Raises ValueError naming the op, the argument, the rule and the value."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def fail(self, argument: str, rule: str, value: object) -> None:
+        raise ValueError(f"ulr::{self.op}: '{argument}' must {rule}, got {value}")
+
+    def shape(self, argument: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+        if tuple(tensor.shape) != shape:
+            self.fail(argument, f"be {list(shape)} ({why})", list(tensor.shape))
+
+    def dtype(self, argument: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+        if tensor.dtype not in allowed:
+            self.fail(argument, "be " + " or ".join(str(d).removeprefix("torch.") for d in allowed), tensor.dtype)
+
+    def device(self, like: str, device: torch.device, **others: Tensor | None) -> None:
+        for argument, tensor in others.items():
+            if tensor is not None and tensor.device != device:
+                self.fail(argument, f"be on {device} like '{like}'", tensor.device)
+
+    def noise(
+        self,
+        key: Tensor,
+        rows: int,
+        cols: int,
+        draws: int,
+        dist: str,
+        sampler: str,
+        positions: int,
+        draw: int,
+        row_offset: int,
+        col_offset: int,
+    ) -> None:
+        """The index rules of the contract, for a block of rows x cols and a number of draws."""
+        if key.dtype != torch.int64 or key.dim() != 0:
+            self.fail("key", "be an int64 scalar tensor", f"{key.dtype} {list(key.shape)}")
+        if dist not in contract.DISTRIBUTIONS:
+            self.fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}", repr(dist))
+        if sampler not in contract.SAMPLERS:
+            self.fail("sampler", f"be one of {', '.join(contract.SAMPLERS)}", repr(sampler))
+        if positions < 1:
+            self.fail("positions", "be at least 1", positions)
+        for argument, value, extent, limit in (
+            ("draw", draw, draws, 32),
+            ("row_offset", row_offset, rows, 32),
+            ("col_offset", col_offset, cols, 34),
+        ):
+            if value < 0:
+                self.fail(argument, "be at least 0", value)
+            if value + extent > 2**limit:
+                self.fail(argument, f"leave room for {extent} below 2^{limit}", value)
+        if sampler == "sobol":
+            if dist == "rademacher":
+                self.fail("sampler", "be 'iid' where dist is 'rademacher'", "'sobol'")
+            if positions > 1 and col_offset:
+                self.fail("col_offset", "be 0 where sampler is 'sobol' and positions > 1", col_offset)
+            if positions * (col_offset + cols) > contract.MAX_SOBOL_DIMENSIONS:
+                self.fail(
+                    "sampler",
+                    f"be 'iid' beyond {contract.MAX_SOBOL_DIMENSIONS} dimensions (positions x columns)",
+                    f"'sobol' with {positions} x {col_offset + cols}",
+                )
+            if draw + draws > contract.MAX_SOBOL_DRAWS:
+                self.fail("draw", f"leave room for {draws} below 2^30 where sampler is 'sobol'", draw)
+
+    def copies(self, copies: int, antithetic: bool) -> int:
+        """The number of draws that the copies use."""
+        if copies < 1:
+            self.fail("copies", "be at least 1", copies)
+        if antithetic and copies % 2:
+            self.fail("copies", "be even where antithetic is set", copies)
+        return copies // 2 if antithetic else copies
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor and the one past its last."""
+    start = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def _offsets(tensor: Tensor, base: int) -> Tensor:
+    """Byte offsets from `base` of each element."""
+    result = torch.full((), tensor.data_ptr() - base)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        result = result.unsqueeze(-1) + torch.arange(size) * (stride * tensor.element_size())
+    return result.flatten()
+
+
+def refuse_overlap(op: Op, args: tuple) -> None:
+    """Raise if a written argument overlaps itself or any other argument: the result would depend on timing."""
+    names = [a.name for a in getattr(torch.ops.ulr, op.name).default._schema.arguments]
+    tensors = [(n, a) for n, a in zip(names, args, strict=True) if isinstance(a, Tensor) and a.numel()]
+    for position in op.mutates:
+        out = args[position]
+        if out is None or not out.numel():
+            continue
+        name = names[position]
+        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+            raise ValueError(f"ulr::{op.name}: '{name}' must not overlap itself, got strides {out.stride()}")
+        start, end = _extent(out)
+        for other_name, other in tensors:
+            if other is out and other_name == name:
+                continue
+            other_start, other_end = _extent(other)
+            if start < other_end and other_start < end and other.device == out.device:
+                base = min(start, other_start)
+                mine, theirs = _offsets(out, base), _offsets(other, base)
+                if torch.isin(mine, theirs).any():
+                    raise ValueError(f"ulr::{op.name}: '{name}' must not overlap '{other_name}', got shared memory")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host numbers to tensors. A Python number in the schema would make torch.compile build one graph per value.
+
+
+def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(key, Tensor):
+        return key
+    if not isinstance(key, int) or isinstance(key, bool) or not -(2**63) <= key <= 2**64 - 1:
+        raise ValueError(f"ulr::{op}: 'key' must be an integer in [-2^63, 2^64) or an int64 scalar tensor, got {key!r}")
+    return torch.full((), contract.signed64(key), dtype=torch.int64, device=device)
+
+
+def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:
+    """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
+    rule = "be finite and " + ("at least 0" if zero else "positive")
+    if isinstance(sigma, Tensor):
+        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(sigma):
+            bad = ~torch.isfinite(sigma) | ((sigma < 0) if zero else (sigma <= 0))
+            if bad.any():
+                raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {sigma[bad].flatten()[0].item()}")
+        return sigma.to(torch.float32)
+    value = float(sigma)
+    if not (0 <= value < float("inf")) or (value == 0 and not zero):
+        raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {sigma}")
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, as a matrix product's operands are."""
+    first = next(t for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)

@@ -1,0 +1,283 @@
+"""The noise itself, and the two primitives below it: Philox words and key derivation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register
+
+# --- philox4x32 ------------------------------------------------------------------------------------------------------
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
+    """Philox4x32-10 of each counter (Salmon et al., SC'11).
+
+    Args:
+        counter: int64 `[..., 4]`, each word in [0, 2^32).
+        key: `(low, high)`, each in [0, 2^32), or an int64 tensor `[2]` of them.
+
+    Returns:
+        int64 `[..., 4]`, each word in [0, 2^32).
+
+    Raises:
+        ValueError: a shape, a dtype or a key word breaks the rules above.
+    """
+    if not isinstance(key, Tensor):
+        for word in key:
+            if not 0 <= word <= contract.WORD:
+                raise ValueError(f"ulr::philox4x32: 'key' must hold words in [0, 2^32), got {word}")
+        key = torch.tensor(tuple(key), dtype=torch.int64, device=counter.device)
+    return torch.ops.ulr.philox4x32(counter, key)
+
+
+def _philox_check(counter: Tensor, key: Tensor) -> Tensor:
+    check = Check("philox4x32")
+    check.dtype("counter", counter, (torch.int64,))
+    if counter.dim() == 0 or counter.shape[-1] != 4:
+        check.fail("counter", "be [..., 4]", list(counter.shape))
+    check.dtype("key", key, (torch.int64,))
+    check.shape("key", key, (2,), "its low and its high word")
+    check.device("counter", counter.device, key=key)
+    return torch.empty(counter.shape, dtype=torch.int64, device=counter.device)
+
+
+def _philox_reference(out: Tensor, counter: Tensor, key: Tensor) -> None:
+    out.copy_(contract.philox4x32(counter, (key[0], key[1])))
+
+
+def _philox_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    words = torch.arange(7 * 3 * 4, device=device).view(7, 3, 4) * 0x12345678 & contract.WORD
+    yield Sample("batch", (words, (1, 2)))
+    yield Sample("strided", (words[::2, ::2], (contract.WORD, 0)))
+    yield Sample("empty", (words[:0], (1, 2)))
+    yield Sample("counter-dtype", (words.int(), (1, 2)), error="'counter' must be int64")
+    yield Sample("counter-shape", (words[..., :3], (1, 2)), error=r"'counter' must be \[..., 4\]")
+    yield Sample("key-range", (words, (1, 2**32)), error=r"'key' must hold words in \[0, 2\^32\)")
+
+
+register(
+    Op(
+        name="philox4x32",
+        schema="(Tensor counter, Tensor key) -> Tensor",
+        function=philox4x32,
+        check=_philox_check,
+        reference=_philox_reference,
+        samples=_philox_samples,
+        cost=lambda counter, key: Cost(bytes=2 * 8 * counter.numel(), flops=0, noise=0),
+    )
+)
+
+# --- fold_in ---------------------------------------------------------------------------------------------------------
+
+
+def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
+    """`ulr.fold_in` of int64 tensors that broadcast, on their device: keys of all sites of a step in one launch.
+
+    Args:
+        key: int64, any shape.
+        data: int64, any shape that broadcasts with `key`'s; or an integer in [-2^63, 2^64).
+
+    Returns:
+        int64 of the broadcast shape.
+
+    Raises:
+        ValueError: not int64, on another device, or `data` is an integer out of range.
+    """
+    if not isinstance(data, Tensor):
+        data = key_tensor("fold_in", data, key.device)
+    return torch.ops.ulr.fold_in(key, data)
+
+
+def _fold_check(key: Tensor, data: Tensor) -> Tensor:
+    check = Check("fold_in")
+    check.dtype("key", key, (torch.int64,))
+    check.dtype("data", data, (torch.int64,))
+    check.device("key", key.device, data=data)
+    try:
+        shape = torch.broadcast_shapes(key.shape, data.shape)
+    except RuntimeError:
+        check.fail("data", f"broadcast with key {list(key.shape)}", list(data.shape))
+    return torch.empty(shape, dtype=torch.int64, device=key.device)
+
+
+def _fold_reference(out: Tensor, key: Tensor, data: Tensor) -> None:
+    out.copy_(contract.fold_in_tensor(*torch.broadcast_tensors(key, data)))
+
+
+def _fold_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)], device=device)
+    yield Sample("scalar", (keys[1], 5))
+    yield Sample("unsigned", (keys[1], 2**64 - 1))
+    yield Sample("table", (keys[:, None], keys[None, :]))
+    yield Sample("empty", (keys[:0], 5))
+    yield Sample("dtype", (keys.int(), 5), error="'key' must be int64")
+    yield Sample("broadcast", (keys, keys[:2]), error="'data' must broadcast")
+
+
+register(
+    Op(
+        name="fold_in",
+        schema="(Tensor key, Tensor data) -> Tensor",
+        function=fold_in,
+        check=_fold_check,
+        reference=_fold_reference,
+        samples=_fold_samples,
+        cost=lambda key, data: Cost(bytes=8 * (key.numel() + 2 * max(key.numel(), data.numel())), flops=0, noise=0),
+    )
+)
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def noise(
+    shape: Sequence[int] | int,
+    key: int | Tensor,
+    *,
+    draw: int = 0,
+    dist: str = "normal",
+    sampler: str = "iid",
+    positions: int = 1,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A block of noise: mean 0, variance 1, a pure function of key, draw, row and column (docs/noise.md).
+
+    Args:
+        shape: of the result. The last axis counts columns, the axes before it, flattened, rows; a vector is one row.
+        key: 64 bits: an integer in [-2^63, 2^64) or an int64 scalar tensor on `device`.
+        draw: number of the copy, population member or probe.
+        dist: "normal", "laplace" or "rademacher".
+        sampler: "iid", or "sobol": over `draw`, each element is one dimension of a shifted Sobol sequence.
+        positions: rows per sample, for Sobol's dimensions.
+        row_offset, col_offset: where in the whole noise this block starts.
+        device: of the result; the key's, if that is a tensor, else the CPU.
+
+    Returns:
+        fp32 of `shape`, contiguous.
+
+    Raises:
+        ValueError: an index is negative or past the contract's limits, or a name is unknown.
+    """
+    shape = [shape] if isinstance(shape, int) else list(shape)
+    if device is None:
+        device = key.device if isinstance(key, Tensor) else torch.device("cpu")
+    key = key_tensor("noise", key, torch.device(device))
+    return torch.ops.ulr.noise(key, shape, dist, sampler, positions, draw, row_offset, col_offset)
+
+
+def noise_like(parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str = "normal") -> Tensor:
+    """Weight noise of a parameter: fp32 of its shape, its rows `shape[0]`, its columns the flattened rest.
+
+    Args:
+        parameter: any shape; a vector is one row, a scalar 1 x 1. Its device is the result's.
+        key, draw, dist: as in `noise`.
+
+    Raises:
+        ValueError: as in `noise`.
+    """
+    shape = list(parameter.shape)
+    flat = [shape[0], parameter[0].numel() if shape[0] else 0] if len(shape) >= 2 else shape
+    return noise(flat, key, draw=draw, dist=dist, device=parameter.device).view(shape)
+
+
+def _grid(shape: Sequence[int]) -> tuple[int, int]:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows, shape[-1] if shape else 1
+
+
+def _noise_check(
+    key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, draw: int, row_offset: int, col_offset: int
+) -> Tensor:
+    check = Check("noise")
+    if any(size < 0 for size in shape):
+        check.fail("shape", "have sizes of at least 0", list(shape))
+    rows, cols = _grid(shape)
+    check.noise(key, rows, cols, 1, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.empty(shape, dtype=torch.float32, device=key.device)
+
+
+def _noise_reference(
+    out: Tensor,
+    key: Tensor,
+    shape: list[int],
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> None:
+    rows, cols = _grid(shape)
+    flat = out.view(rows, cols)
+    block = max(1, 2**20 // max(1, cols))  # the reference holds about twenty int64 temporaries an element
+    for start in range(0, rows, block):
+        part = flat[start : start + block]
+        part.copy_(
+            contract.noise_grid(
+                part.shape[0],
+                cols,
+                torch.tensor([draw], device=key.device),
+                key,
+                dist=dist,
+                sampler=sampler,
+                positions=positions,
+                row_offset=row_offset + start,
+                col_offset=col_offset,
+            )[0]
+        )
+
+
+def _noise_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    on = {"device": device}
+    for dist in contract.DISTRIBUTIONS:
+        yield Sample(f"{dist}-scalar", ((), 1), {"dist": dist, **on})
+        yield Sample(f"{dist}-vector", (13, -5), {"dist": dist, **on})
+        yield Sample(f"{dist}-odd", ((3, 5, 131), 2**63 - 1), {"dist": dist, "draw": 7, **on})
+        yield Sample(f"{dist}-narrow", ((67, 3), 9), {"dist": dist, **on})
+        yield Sample(
+            f"{dist}-offset", ((4, 300), 77), {"dist": dist, "row_offset": 2**32 - 4, "col_offset": 2**34 - 300, **on}
+        )
+        yield Sample(f"{dist}-slice", ((5, 9), 77), {"dist": dist, "row_offset": 3, "col_offset": 130, **on})
+        yield Sample(f"{dist}-empty", ((4, 0), 77), {"dist": dist, **on})
+    for dist in ("normal", "laplace"):
+        yield Sample(f"{dist}-sobol", ((6, 37), 3), {"dist": dist, "sampler": "sobol", "draw": 12345, **on})
+        yield Sample(
+            f"{dist}-sobol-positions",
+            ((7, 37), 3),
+            {"dist": dist, "sampler": "sobol", "positions": 3, "draw": 2**30 - 1, "row_offset": 5, **on},
+        )
+    yield Sample("no-rows-below", ((0, 4), 77), {"row_offset": 2**32, **on})
+    yield Sample("draw-limit", ((2, 2), 1), {"draw": 2**32, **on}, error=r"'draw' must leave room for 1 below 2\^32")
+    yield Sample("row-limit", ((2, 2), 1), {"row_offset": 2**32 - 1, **on}, error="'row_offset' must leave room")
+    yield Sample("col-limit", ((2, 2), 1), {"col_offset": 2**34 - 1, **on}, error="'col_offset' must leave room")
+    yield Sample("negative", ((2, 2), 1), {"draw": -1, **on}, error="'draw' must be at least 0, got -1")
+    yield Sample("negative-size", ((2, -2), 1), on, error="'shape' must have sizes of at least 0")
+    yield Sample("dist", ((2, 2), 1), {"dist": "cauchy", **on}, error="'dist' must be one of .*, got 'cauchy'")
+    yield Sample("sampler", ((2, 2), 1), {"sampler": "halton", **on}, error="'sampler' must be one of")
+    yield Sample("key", ((2, 2), 2**64), on, error="'key' must be an integer in")
+    yield Sample("key-float", ((2, 2), 0.5), on, error="'key' must be an integer in")
+    yield Sample(
+        "sobol-signs", ((2, 2), 1), {"dist": "rademacher", "sampler": "sobol", **on}, error="'sampler' must be 'iid'"
+    )
+    yield Sample("sobol-wide", ((2, 21202), 1), {"sampler": "sobol", **on}, error="'sampler' must be 'iid' beyond 21201")
+    yield Sample("sobol-draw", ((2, 2), 1), {"sampler": "sobol", "draw": 2**30, **on}, error="'draw' must leave room")
+
+
+register(
+    Op(
+        name="noise",
+        schema=f"(Tensor key, SymInt[] shape, {NOISE_SCHEMA}) -> Tensor",
+        function=noise,
+        check=_noise_check,
+        reference=_noise_reference,
+        samples=_noise_samples,
+        cost=lambda key, shape, *rest: Cost(bytes=4 * torch.Size(shape).numel(), flops=0, noise=torch.Size(shape).numel()),
+    )
+)
