@@ -63,7 +63,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return torch.broadcast_tensors(c0, c1, c2, c3)
 
 
-def _philox_int(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+def philox4x32_int(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
     """The same on Python integers, so that deriving a key on the host makes no tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & WORD, (key >> 32) & WORD
@@ -98,7 +98,7 @@ def fold_in(key: int, data: int) -> int:
             raise TypeError(f"ulr.fold_in: '{name}' must be an integer, got {type(value).__name__}")
         if not -(2**63) <= value < 2**64:
             raise ValueError(f"ulr.fold_in: '{name}' must be in [-2^63, 2^64), got {value}")
-    low, high, _, _ = _philox_int((data & WORD, (data >> 32) & WORD, 0, FOLD_IN_COUNTER), key)
+    low, high, _, _ = philox4x32_int((data & WORD, (data >> 32) & WORD, 0, FOLD_IN_COUNTER), key)
     return signed64(low | high << 32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ NOISE_SCHEMA = (
 )
 
 _library = torch.library.Library("ulr", "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 OPS: dict[str, Op] = {}  # every op, by name
 
 
@@ -52,6 +56,7 @@ class Op:
         reference: the torch back end. Takes the outputs (where there are any), then the schema's arguments.
         samples: for a device and a dtype, calls of `function`, good and bad.
         mutates: positions of the arguments that the op writes.
+        autocast: positions of the operands of a matrix product, which autocast casts.
         cost: the floor of a call of the schema's arguments.
     """
 
@@ -63,6 +68,7 @@ class Op:
     samples: Callable[[str, torch.dtype], Iterator[Sample]]
     cost: Callable[..., Cost]
     mutates: tuple[int, ...] = ()
+    autocast: tuple[int, ...] = ()
 
 
 def register(op: Op) -> None:
@@ -91,8 +97,18 @@ def register(op: Op) -> None:
             torch.autograd.graph.increment_version(written)
         return out
 
+    def cast(device: str, *args):
+        dtype = torch.get_autocast_dtype(device)
+        args = tuple(
+            a.to(dtype) if i in op.autocast and isinstance(a, Tensor) and a.is_floating_point() else a
+            for i, a in enumerate(args)
+        )
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # an op's own arithmetic is never cast
+            return getattr(torch.ops.ulr, op.name)(*args)
+
     for key in ("CPU", "CUDA"):
         _library.impl(op.name, run, key)
+        _library.impl(op.name, functools.partial(cast, key.lower()), f"Autocast{key}")
     torch.library.register_fake(f"ulr::{op.name}", lambda *args: op.check(*full(args)), lib=_library)
     backends.add_op(op.name, op.reference)
     OPS[op.name] = op
@@ -245,12 +261,3 @@ def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: 
 
 def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where autocast is on for their device, as a matrix product's operands are."""
-    first = next(t for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)

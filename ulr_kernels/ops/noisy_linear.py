@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes, values
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, autocast, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
 
 
 def noisy_linear(
@@ -49,7 +49,6 @@ def noisy_linear(
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
     """
-    x, weight, bias = autocast(x, weight, bias)
     key = key_tensor("noisy_linear", key, x.device)
     scale = sigma_tensor("noisy_linear", sigma, x.device, zero=True)
     spec = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
@@ -70,6 +69,7 @@ class _Pathwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, sigma, key = ctx.saved_tensors
+        grad = grad.to(weight.dtype)  # autocast may have computed y in a narrower type
         shared = grad.sum(0) if x.dim() == 2 else grad  # copies that share x add up
         rows = shared.reshape(-1, shared.shape[-1])
         grad_x = shared @ weight if ctx.needs_input_grad[0] else None
@@ -184,5 +184,6 @@ register(
         reference=reference,
         samples=samples,
         cost=cost,
+        autocast=(0, 1, 2),
     )
 )

@@ -221,5 +221,6 @@ register(
         samples=samples,
         cost=cost,
         mutates=(0, 1, 2),
+        autocast=(3,),
     )
 )

@@ -159,5 +159,6 @@ register(
         samples=samples,
         cost=cost,
         mutates=(0, 1, 2),
+        autocast=(3, 4, 5),
     )
 )

@@ -1,0 +1,83 @@
+"""The (back end, device) matrix. A pair that cannot run is skipped with the reason, or fails where it is required."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ulr_kernels as ulr
+from ulr_kernels import backends
+
+# Pairs that this process runs by choosing a back end, and pairs that tests run in a process or a library of their own.
+HERE = ("torch/cpu", "cpp/cpu", "torch/cuda", "cuda/cuda", "triton/cuda")
+APART = ("cuda/emulated", "triton/interpreted")
+OWN_DEVICE = {"torch": "cpu", "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+def why_absent(pair: str) -> str | None:
+    backend, device = pair.split("/")
+    if pair == "cuda/emulated":
+        return None if shutil.which("g++") else "no g++ to compile the emulation"
+    if pair == "triton/interpreted":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    provider = backends.find(backend, "noise", device)
+    return provider if isinstance(provider, str) else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        default="",
+        help="comma-separated back ends or pairs (cuda, triton/interpreted) whose absence is a failure, not a skip",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "pair(name): the (back end, device) pair that the test needs")
+    required = [name.strip() for name in config.getoption("--require").split(",") if name.strip()]
+    pairs = {name if "/" in name else f"{name}/{OWN_DEVICE.get(name, '?')}" for name in required}
+    if unknown := sorted(pairs - set(HERE) - set(APART)):
+        raise pytest.UsageError(f"--require: unknown {', '.join(unknown)}; known: {', '.join(HERE + APART)}")
+    config.stash[_REQUIRED] = pairs
+
+
+_REQUIRED = pytest.StashKey[set[str]]()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "pair" in metafunc.fixturenames:
+        metafunc.parametrize("pair", [pytest.param(p, marks=pytest.mark.pair(p)) for p in HERE])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("pair")
+    if marker is None:
+        return
+    reason = why_absent(marker.args[0])
+    if reason is None:
+        return
+    if marker.args[0] in item.config.stash[_REQUIRED]:
+        pytest.fail(f"required pair {marker.args[0]} is absent: {reason}", pytrace=False)
+    pytest.skip(f"{marker.args[0]}: {reason}")
+
+
+@pytest.fixture
+def device(pair: str) -> Iterator[str]:
+    """The pair's device, with the pair's back end chosen for the length of the test."""
+    backend, name = pair.split("/")
+    with ulr.use_backend(backend):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def untouched_global_generator() -> Iterator[None]:
+    """No code of the library may touch torch's global generator."""
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state()), "torch's global generator was touched"

@@ -1,0 +1,168 @@
+"""The ops as citizens of torch: opcheck, torch.compile, fake tensors, autograd, version counters, autocast."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import ulr_kernels as ulr
+from ulr_kernels import contract
+from ulr_kernels.ops._linear import values
+from ulr_kernels.ops._op import OPS
+
+
+def v(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return values(seed, *shape, device="cpu", dtype=dtype)
+
+
+SCALE, KEY = torch.tensor(0.5), torch.tensor(11)
+
+CALLS = {
+    "philox4x32": lambda: (torch.arange(8).view(2, 4), torch.tensor([1, 2])),
+    "fold_in": lambda: (torch.tensor([1, 2]), torch.tensor(3)),
+    "noise": lambda: (KEY, [3, 5]),
+    "noisy_linear": lambda: (v(1, 6, 8), v(2, 5, 8), v(3, 5), SCALE, KEY, 4, True),
+    "noisy_linear_grad_": lambda: (v(4, 5, 8), v(5, 5), v(6, 5), v(1, 6, 8), v(7, 4, 6), SCALE, KEY, True),
+    "noisy_linear_replay_": lambda: (
+        *(v(4, 5, 8), v(5, 5), None, v(1, 6, 8), v(2, 5, 8), v(3, 5), v(7, 4, 6), SCALE, KEY, True),
+    ),
+}
+
+
+def test_every_op_is_here_and_public() -> None:
+    assert set(CALLS) == set(OPS)
+    assert {op.function for op in OPS.values()} <= {getattr(ulr.ops, name) for name in ulr.ops.__all__}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_opcheck(op, device) -> None:
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in CALLS[op]()]
+    torch.library.opcheck(getattr(torch.ops.ulr, op).default, tuple(args))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_public_docstrings_say_what_goes_in_and_out(op) -> None:
+    text = inspect.getdoc(OPS[op].function)
+    assert text and "Args:" in text and "Raises:" in text
+    documented = text.split("Args:")[1]
+    for name in inspect.signature(OPS[op].function).parameters:
+        assert name in documented, f"{op}: '{name}' is not documented"
+
+
+def test_compile_builds_one_graph_for_all_keys_and_scales(device) -> None:
+    x, w = v(1, 6, 8).to(device), v(2, 5, 8).to(device)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(sigma, key):
+        return ulr.ops.noisy_linear(x, w, None, sigma, key, copies=2).relu()
+
+    for number in range(4):
+        sigma, key = torch.tensor(0.1 * (number + 1), device=device), torch.tensor(number, device=device)
+        expected = ulr.ops.noisy_linear(x, w, None, sigma, key, copies=2).relu()
+        torch.testing.assert_close(step(sigma, key), expected)
+    assert counter.frame_count == 1
+
+
+def test_compile_takes_python_numbers(device) -> None:
+    x, w = v(1, 6, 8).to(device), v(2, 5, 8).to(device)
+    torch._dynamo.reset()
+    step = torch.compile(lambda key: ulr.ops.noisy_linear(x, w, None, 0.1, key), fullgraph=True, backend="aot_eager")
+    for key in (1, 2, -(2**63), 2**63 - 1):
+        torch.testing.assert_close(step(key), ulr.ops.noisy_linear(x, w, None, 0.1, key))
+
+
+def test_compiled_inductor_gradient_accumulates(device) -> None:
+    x, loss = v(1, 6, 8).to(device), v(7, 4, 6).to(device)
+    torch._dynamo.reset()
+
+    def accumulate(grad):
+        ulr.ops.noisy_linear_grad_(grad, None, x, loss, 0.5, 11)
+        return grad * 2
+
+    expected = accumulate(torch.zeros(5, 8, device=device))
+    torch.testing.assert_close(torch.compile(accumulate, fullgraph=True)(torch.zeros(5, 8, device=device)), expected)
+
+
+def test_fake_tensors_take_the_same_checks() -> None:
+    with torch._subclasses.FakeTensorMode():
+        y = ulr.ops.noisy_linear(torch.empty(6, 8), torch.empty(5, 8), None, 0.1, 1, copies=3)
+        assert y.shape == (3, 6, 5)
+        with pytest.raises(ValueError, match="ulr::noisy_linear: 'x' must have 8 features"):
+            ulr.ops.noisy_linear(torch.empty(6, 7), torch.empty(5, 8), None, 0.1, 1)
+
+
+@pytest.mark.parametrize("op", ["noisy_linear_grad_", "noisy_linear_replay_"])
+def test_autograd_notices_what_was_written(op, device) -> None:
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in CALLS[op]()]
+    leaf = torch.ones_like(args[0], requires_grad=True)
+    saved = args[0]
+    product = (leaf * saved).sum()
+    getattr(torch.ops.ulr, op)(*args)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_pathwise_gradients(device) -> None:
+    """Against autograd of the same expression with the noise as a constant."""
+    for shared in (True, False):
+        x = v(1, 6, 8) if shared else v(1, 4, 6, 8)
+        leaves = [t.to(device).requires_grad_() for t in (x, v(2, 5, 8), v(3, 5), v(8, 5).abs() + 0.1)]
+        y = ulr.ops.noisy_linear(*leaves, 11, copies=4, antithetic=True)
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+        x, w, b, s = twins = [t.detach().clone().requires_grad_() for t in leaves]
+        half = torch.stack([ulr.noise((6, 5), 11, draw=c, device=device) for c in range(2)])
+        z = x @ w.T + b + s * torch.cat([half, -half])
+        for ours, theirs in zip(grads, torch.autograd.grad(z.square().sum(), twins), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_casts_like_a_product(device) -> None:
+    x, w, b = (t.to(device) for t in (v(1, 6, 8), v(2, 5, 8), v(3, 5)))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ulr.ops.noisy_linear(x, w, b, 0.1, 1)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, ulr.ops.noisy_linear(x.bfloat16(), w.bfloat16(), b.bfloat16(), 0.1, 1))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        grad = torch.autograd.grad(ulr.ops.noisy_linear(x, w.requires_grad_(), b, 0.1, 1).float().sum(), w)[0]
+    torch.testing.assert_close(grad, x.sum(0).expand(5, 8), rtol=0.02, atol=0.02)
+
+
+def test_sigma_on_the_host_is_checked_and_a_scalar_tensor_will_do(device) -> None:
+    x, w = v(1, 6, 8).to(device), v(2, 5, 8).to(device)
+    a = ulr.ops.noisy_linear(x, w, None, 0.25, 3)
+    b = ulr.ops.noisy_linear(x, w, None, torch.tensor(0.25, dtype=torch.float64, device=device), 3)
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="'sigma' must be finite and at least 0, got -1.0"):
+        ulr.ops.noisy_linear(x, w, None, torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0]), 3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_thread_count_changes_no_bit_of_noise(threads, device) -> None:
+    expected = ulr.noise((37, 1001), 5, device=device)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(ulr.noise((37, 1001), 5, device=device), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_absent_back_end_says_why() -> None:
+    with pytest.raises(ValueError, match="ulr.use_backend: 'name' must be one of torch, cpp, cuda, triton, got 'gpu'"):
+        with ulr.use_backend("gpu"):
+            pass
+    with ulr.use_backend("cuda"), pytest.raises(ulr.BackendError, match="ulr::noise: back end 'cuda' cannot run on cpu: "):
+        ulr.noise((3,), 1)
+
+
+def test_noise_like_views_a_parameter_as_rows_and_columns(device) -> None:
+    kernel = torch.empty(4, 3, 2, 2, device=device)
+    assert torch.equal(ulr.noise_like(kernel, 9), ulr.noise((4, 12), 9, device=device).view(4, 3, 2, 2))
+    assert torch.equal(ulr.noise_like(kernel[0, 0, 0], 9), ulr.noise((2,), 9, device=device))
+    assert ulr.noise_like(torch.tensor(1.0), 9).shape == () and ulr.noise_like(kernel[:0], 9).shape == (0, 3, 2, 2)
+    assert contract.CONTRACT_VERSION == 1
