@@ -10,8 +10,18 @@
 extern "C" {
 #endif
 
-enum { ULR_F32 = 0, ULR_BF16 = 1, ULR_F16 = 2 };
+enum { ULR_F32 = 0, ULR_BF16 = 1, ULR_F16 = 2, ULR_I64 = 3 };
 enum { ULR_NORMAL = 0, ULR_LAPLACE = 1, ULR_RADEMACHER = 2 };
+// Every launcher of both libraries has this one signature, so a new op needs no new binding:
+//     int ulr_cpu_<name>(const ulr_noise_spec*, const ulr_tensor*, const ulr_launch*)
+//     int ulr_cuda_<name>(...)
+// The order of the tensors is given by an enum beside each launcher. The noise may be NULL where an op has none.
+typedef struct {
+    int32_t threads;  // CPU: how many threads to use
+    int32_t device;   // CUDA: the ordinal
+    void* stream;     // CUDA: the caller's current stream
+} ulr_launch;
+
 enum { ULR_OK = 0, ULR_BAD_ARGUMENT = 1, ULR_OUT_OF_MEMORY = 2, ULR_LAUNCH_FAILED = 3 };
 
 // A view of up to three axes [copies, rows, cols]; unused leading axes have size 1. `data` NULL: the argument is absent.
