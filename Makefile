@@ -1,0 +1,48 @@
+# make demo: train with and without a backward pass, side by side.   make test: everything that can be proved here.
+# Both make .venv if there is none, install what they need, and build the kernels for this machine.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Pairs of back end and device that must run (a skip becomes a failure), for example REQUIRE=cpp or REQUIRE=cuda,triton.
+REQUIRE ?=
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.built
+	$(BIN)/python -m ulr_kernels demo
+
+test: $(VENV)/.built lint
+	$(BIN)/python -m pytest python_tests --require "$(REQUIRE)"
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc python_tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc python_tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+bench: $(VENV)/.built
+	$(BIN)/python -m ulr_kernels bench
+
+# torch by exact version: a bare name would fetch the newest build for CUDA, several GB.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet setuptools wheel ninja pybind11
+	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,test,dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf $(VENV) build ulr_kernels/*.so ulr_kernels/_build_info.py
