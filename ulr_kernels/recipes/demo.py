@@ -1,0 +1,74 @@
+"""The demonstration: one model, trained by likelihood ratio and by backpropagation, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ulr_kernels.recipes import RecipeError, report
+
+# Shared by both methods; docs/measured.md has the runs that led here.
+SHARED = "--data mnist5k --model mlp --epochs 20 --batch 100 --optimizer adam --lr 0.002"
+OWN = {"ulr": "--method ulr --copies 64 --sigma 0.1", "bp": "--method bp"}
+
+
+def run(out: Path, seeds: int = 1) -> None:
+    """Train, print a table of both methods (medians over the seeds) and the paths of the pictures.
+
+    Args:
+        out: the folder of the runs and of the picture that compares them; earlier runs there are replaced.
+        seeds: runs of each method, with the seeds 0, 1, ...
+
+    Raises:
+        RecipeError: `seeds` is below 1, or a run failed (it has said why).
+    """
+    if seeds < 1:
+        raise RecipeError(f"seeds must be at least 1, got {seeds}")
+    reports: dict[str, list[dict[str, Any]]] = {method: [] for method in OWN}
+    for seed in range(seeds):
+        for method, options in OWN.items():
+            folder = out / f"{method}-seed{seed}"
+            reports[method].append(_train(folder, f"{SHARED} {options} --seed {seed}".split()))
+    comparison = out / report.CURVES
+    report.draw_curves(comparison, [reports[method][0] for method in OWN])
+    print(f"\n{_table(list(reports.values()))}\n\npictures")
+    for path in (comparison, out / "ulr-seed0" / report.COSINES):
+        print(f"  {path}")
+
+
+def _train(folder: Path, options: list[str]) -> dict[str, Any]:
+    """In a process of its own, so that its time and memory are its own."""
+    command = [sys.executable, "-m", "ulr_kernels", "train", *options, "--out", str(folder), "--overwrite"]
+    print(f"ulr {' '.join(command[3:])}", flush=True)
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        raise RecipeError(f"the run in {folder} ended with exit code {done.returncode}")
+    return json.loads((folder / report.REPORT).read_text())
+
+
+def _table(runs: list[list[dict[str, Any]]]) -> str:
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+        "method": lambda reports: report.title(reports[0]),
+        "test accuracy": lambda reports: f"{100 * _median(reports, 'test_accuracy'):.2f} %",
+        "training time": lambda reports: f"{_median(reports, 'training_seconds'):.1f} s",
+        "samples/s": lambda reports: f"{_median(reports, 'samples_per_second'):,.0f}",
+        "peak memory": lambda reports: f"{_median(reports, 'peak_memory_mib'):,.0f} MiB",
+    }
+    rows = [list(columns), *([text(reports) for text in columns.values()] for reports in runs)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _median(reports: list[dict[str, Any]], figure: str) -> float:
+    return statistics.median(report[figure] for report in reports)

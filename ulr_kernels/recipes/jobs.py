@@ -1,0 +1,46 @@
+"""The jobs of `ulr train`: a new run, or the rest of one, each with its checkpoints and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ulr_kernels.recipes import RecipeError
+from ulr_kernels.recipes.settings import Settings
+
+try:
+    from ulr_kernels.recipes import report
+    from ulr_kernels.recipes.train import Trainer, fit, prepare_folder, restore
+except ImportError as error:
+    raise RecipeError(f"training needs the package {error.name}: pip install 'ulr-kernels[recipes]'") from error
+
+
+def train(settings: Settings, out: Path, command: str, overwrite: bool = False) -> None:
+    """Train a model from the start and write its report.
+
+    Args:
+        settings: what the run is.
+        out: its folder, made if need be.
+        command: what the user typed, for the report.
+        overwrite: replace a run that is there.
+
+    Raises:
+        RecipeError: the run cannot be made; nothing has been written.
+        OSError: a file could not be written; finished epochs are in the last checkpoint.
+    """
+    trainer = Trainer(settings)
+    prepare_folder(out, overwrite)
+    _finish(trainer, out, command)
+
+
+def resume(folder: Path, command: str) -> None:
+    """Continue the run in a folder, bitwise as if it had never stopped, and write its report. Raises as `train`."""
+    _finish(restore(folder), folder, command)
+
+
+def _finish(trainer: Trainer, out: Path, command: str) -> None:
+    trainer.commands.append(command)
+    fit(trainer, out)
+    figures = report.figures(dataclasses.asdict(trainer.settings), trainer.history, trainer.commands)
+    for path in report.write(out, figures, trainer.model):
+        print(path)

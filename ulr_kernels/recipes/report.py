@@ -1,0 +1,143 @@
+"""A run's report: `report.json` with every figure, two pictures, and the weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ulr_kernels.recipes import checkpoint
+
+REPORT, CURVES, COSINES, WEIGHTS = "report.json", "curves.png", "cosines.png", "model.safetensors"
+_COLOURS = ("#1f5fa8", "#d1662b", "#3b8f5a", "#8a4fa3", "#9b7d1f")
+_MAX_COLUMNS = 4  # of small pictures in a row
+
+
+def write(out: Path, report: dict[str, Any], model: nn.Module) -> list[Path]:
+    """Write the report of a finished run; its files, the pictures last.
+
+    Args:
+        out: a folder that exists.
+        report: as `figures` makes it.
+        model: the trained model.
+
+    Raises:
+        OSError: a file cannot be written; files of that name from before are intact.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    written = [out / WEIGHTS, out / REPORT, out / CURVES]
+    checkpoint.write_atomically(out / WEIGHTS, safetensors.torch.save(weights, {"format": "pt"}))
+    checkpoint.write_atomically(out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
+    draw_curves(out / CURVES, [report])
+    if report["settings"]["method"] == "ulr":
+        draw_cosines(out / COSINES, report)
+        written.append(out / COSINES)
+    return written
+
+
+def figures(settings: dict[str, Any], history: list[dict[str, Any]], commands: list[str]) -> dict[str, Any]:
+    """All there is to say of a run, as JSON can hold it: times in seconds, memory in MiB, losses in nats."""
+    last, seconds = history[-1], sum(record["seconds"] for record in history)
+    samples = sum(record["seconds"] * record["samples_per_second"] for record in history)
+    return {
+        "commands": commands,
+        "settings": settings,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()},
+        "test_accuracy": last["test_accuracy"],
+        "test_loss": last["test_loss"],
+        "train_accuracy": last["train_accuracy"],
+        "train_loss": last["train_loss"],
+        "training_seconds": seconds,
+        "samples_per_second": samples / seconds,
+        "peak_memory_mib": max(record["peak_memory_mib"] for record in history),
+        "history": history,
+    }
+
+
+def title(report: dict[str, Any]) -> str:
+    """The method in words."""
+    return {"ulr": "likelihood ratio", "bp": "backpropagation"}[report["settings"]["method"]]
+
+
+def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
+    """Loss and accuracy over the epochs, train dashed and test solid, one colour per run."""
+    from matplotlib.ticker import LogFormatter
+
+    figure, axes = _figure(1, 2, width=5.2, height=3.8)
+    for report, colour in zip(reports, _COLOURS, strict=False):
+        epochs = [record["epoch"] for record in report["history"]]
+        marker = "o" if len(epochs) < 3 else None
+        for axis, name, factor in ((axes[0], "loss", 1), (axes[1], "accuracy", 100)):
+            for split, line in (("train", "--"), ("test", "-")):
+                values = [factor * record[f"{split}_{name}"] for record in report["history"]]
+                label = f"{title(report)}, {split}"
+                axis.plot(epochs, values, line, color=colour, label=label, marker=marker, linewidth=1.8)
+    axes[0].set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss", yscale="log")
+    for setter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        setter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, between the powers of ten too if there is room
+    axes[1].set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    axes[1].legend(frameon=False, loc="lower right")
+    settings = reports[0]["settings"]
+    figure.suptitle(f"{settings['model']} on {Path(settings['data']).name}")
+    _save(figure, path)
+
+
+def draw_cosines(path: Path, report: dict[str, Any]) -> None:
+    """The cosine of estimate and truth over the epochs, one small picture per layer, next to the law."""
+    history = report["history"]
+    layers = list(history[0]["cosines"])
+    columns = min(len(layers), _MAX_COLUMNS)
+    figure, axes = _figure(math.ceil(len(layers) / columns), columns, width=3.6, height=3.3, sharey=True)
+    epochs = [record["epoch"] for record in history]
+    marker = "o" if len(epochs) < 3 else None
+    for index, (layer, axis) in enumerate(zip(layers, axes, strict=False)):
+        values = [record["cosines"][layer] for record in history]
+        axis.plot(
+            epochs, [v["cosine"] for v in values], "o", markersize=4, color=_COLOURS[0], label="measured, one batch"
+        )
+        axis.plot(
+            epochs, [v["law"] for v in values], "-", marker=marker, color=_COLOURS[1], label="law, with coherence"
+        )
+        axis.axhline(values[0]["law_per_sample"], linestyle=":", color="#555555", label="law, single sample")
+        axis.set(
+            title=f"layer {layer}: {values[0]['coordinates']} outputs, {values[0]['copies']} copies", ylim=(0, 1.02)
+        )
+        if index >= len(layers) - columns:
+            axis.set_xlabel("epoch")
+        if index % columns == 0:
+            axis.set_ylabel("cosine to the true gradient")
+    for axis in axes[len(layers) :]:
+        axis.set_visible(False)
+    axes[0].legend(frameon=False, loc="lower left")
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """A figure that needs no display and leaves matplotlib's global state alone, and its axes in a flat list."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#dddddd", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.title.set_fontsize("medium")
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=140)
+    checkpoint.write_atomically(path, picture.getvalue())

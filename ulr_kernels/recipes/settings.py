@@ -1,0 +1,78 @@
+"""What a training run is: every setting that its result depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ulr_kernels.recipes import RecipeError
+from ulr_kernels.recipes.models import MODELS
+
+METHODS = ("ulr", "bp")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A run. The fields from `sigma` on are `ulr.ULR`'s, which checks them; backpropagation ignores them.
+
+    Attributes:
+        data: what `data.load` takes.
+        model: a key of `models.MODELS`.
+        method: `ulr`, or `bp` (backpropagation) to compare.
+        epochs: passes over the training images.
+        batch: images per step; the last step of an epoch takes what is left.
+        lr: learning rate at the start.
+        schedule: `cosine` (half a cosine from `lr` to 0 over the run) or `constant`.
+        optimizer: `adam`, `adamw`, or `sgd` with momentum 0.9.
+        weight_decay: as that optimiser has it.
+        seed: initial values, order of the images and noise all follow from it.
+        device: `cpu` or `cuda`.
+        threads: of torch on the CPU; 0 leaves torch's own choice, which is then written down.
+    """
+
+    data: str
+    model: str = "mlp"
+    method: str = "ulr"
+    epochs: int = 20
+    batch: int = 100
+    lr: float = 2e-3
+    schedule: str = "cosine"
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 0
+    sigma: float = 0.1
+    copies: int | dict[str, int] = 64
+    antithetic: bool = True
+    injection: str = "layerwise"
+    dist: str = "normal"
+    sampler: str = "iid"
+    baseline: str = "mean"
+
+    def __post_init__(self) -> None:
+        for option, choices in (
+            ("model", tuple(MODELS)),
+            ("method", METHODS),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+        ):
+            if getattr(self, option) not in choices:
+                raise RecipeError(f"{option} must be one of {', '.join(choices)}, got '{getattr(self, option)}'")
+        for option, least in (("epochs", 1), ("batch", 1), ("threads", 0)):
+            if getattr(self, option) < least:
+                raise RecipeError(f"{option} must be at least {least}, got {getattr(self, option)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise RecipeError(f"lr must be positive, got {self.lr}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise RecipeError(f"weight-decay must be at least 0, got {self.weight_decay}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise RecipeError(f"seed must be in [-2^63, 2^64), got {self.seed}")
+
+    @property
+    def estimator(self) -> dict:
+        """The keyword arguments of `ulr.ULR`, less its seed."""
+        names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline")
+        return {name: getattr(self, name) for name in names}

@@ -1,0 +1,250 @@
+"""Training a model on images, by likelihood-ratio gradients or by backpropagation, so that a run can always go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ulr_kernels as ulr
+from ulr_kernels import contract
+from ulr_kernels.recipes import RecipeError, checkpoint, cosines, data, memory, models
+from ulr_kernels.recipes.settings import Settings
+
+CHECKPOINT = "checkpoint.safetensors"
+_ORDER = contract.site_id("ulr_kernels.recipes.train")  # keeps the keys of the shuffles apart from all others
+_EVALUATION_BATCH = 1000
+
+Report = Callable[[str], None]
+
+
+def loss_per_row(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, one per row."""
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+class Trainer:
+    """One run: its data, model, optimiser and estimator, and how far it has come. Making one writes nothing.
+
+    Attributes:
+        settings: what the run is.
+        history: one dict of figures per finished epoch.
+        commands: what the user typed to start and to resume the run.
+        step: optimiser steps done.
+
+    Raises:
+        RecipeError: a setting is out of range, a device is absent, or the data cannot be had.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = _device(settings.device)
+        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        self.settings = dataclasses.replace(settings, threads=torch.get_num_threads())
+        self.dataset = data.load(settings.data)
+        self.train, self.test = self.dataset.train.to(self.device), self.dataset.test.to(self.device)
+        self.mean, self.deviation = self.dataset.scale()
+        self.model = models.build(
+            settings.model, self.dataset.shape, len(self.dataset.classes), settings.seed, self.device
+        )
+        self.optimizer = _optimizer(settings, self.model)
+        self.estimator = None
+        if settings.method == "ulr":
+            try:
+                self.estimator = ulr.ULR(self.model, seed=settings.seed, **settings.estimator)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(str(error)) from error
+        self.steps_per_epoch = math.ceil(len(self.train) / settings.batch)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.commands: list[str] = []
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return len(self.history)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; orders of images follow from seed and epoch and need no place."""
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "step": self.step,
+            "history": self.history,
+            "commands": self.commands,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict() if self.estimator else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken, from a trainer of the same settings."""
+        self.step, self.history, self.commands = state["step"], state["history"], state["commands"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.estimator:
+            self.estimator.load_state_dict(state["estimator"])
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Pixels, uint8, as the model takes them: fp32 with the training set's mean 0 and variance 1."""
+        return (images.float() - self.mean) / self.deviation
+
+    def run_epoch(self, bar: tqdm) -> None:
+        """Train on every image once, evaluate, and add the figures to the history."""
+        generator = torch.Generator().manual_seed(_seed_of_order(self.settings.seed, self.epoch))
+        order = torch.randperm(len(self.train), generator=generator).to(self.device)
+        total = torch.zeros((), device=self.device)
+        self.model.train()
+        started = time.perf_counter()
+        for done, rows in enumerate(order.split(self.settings.batch), 1):
+            total += self._train_step(self.inputs(self.train.images[rows]), self.train.labels[rows])
+            if bar.update(len(rows)):  # true only when the bar is drawn, so that a GPU is seldom waited for
+                bar.set_postfix(self._figures(total.item() / done), refresh=False)
+        noised_loss = total.item() / self.steps_per_epoch  # waits for the device
+        seconds = time.perf_counter() - started
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": seconds}
+        record["noised_loss"] = noised_loss
+        record["samples_per_second"] = len(self.train) / seconds
+        record["peak_memory_mib"] = memory.peak(self.device)
+        for name, split in (("train", self.train), ("test", self.test)):
+            record[f"{name}_loss"], record[f"{name}_accuracy"] = self.evaluate(split)
+        if self.estimator:
+            record["cosines"] = self._cosines()
+        self.history.append(record)
+
+    def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.zero_grad()
+        if self.estimator:
+            loss = self.estimator.backward(x, y, loss_per_row)
+        else:
+            loss = loss_per_row(self.model(x), y).mean()
+            loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return loss.detach()
+
+    def _learning_rate(self) -> float:
+        if self.settings.schedule == "constant":
+            return self.settings.lr
+        done = self.step / (self.settings.epochs * self.steps_per_epoch)
+        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    @torch.no_grad()
+    def evaluate(self, split: data.Split) -> tuple[float, float]:
+        """Mean loss (nats) and accuracy (0 to 1) of the model without noise."""
+        self.model.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        for images, labels in zip(
+            split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
+        ):
+            outputs = self.model(self.inputs(images))
+            loss += loss_per_row(outputs, labels).double().sum()
+            right += (outputs.argmax(1) == labels).sum()
+        return loss.item() / len(split), right.item() / len(split)
+
+    def _cosines(self) -> dict[str, dict[str, float]]:
+        """Measured on test images spread evenly over the set, with noise of their own."""
+        count = min(self.settings.batch, len(self.test))
+        rows = torch.arange(count, device=self.device) * len(self.test) // count
+        x, y = self.inputs(self.test.images[rows]), self.test.labels[rows]
+        return cosines.measure(self.model, x, y, loss_per_row, self.settings, self.epoch)
+
+    def _figures(self, loss: float) -> dict[str, str]:
+        figures = {"loss": f"{loss:.3f}"}
+        if self.history:
+            figures["accuracy"] = f"{100 * self.history[-1]['test_accuracy']:.1f}%"
+        figures["memory"] = f"{memory.peak(self.device):.0f}MiB"
+        return figures
+
+
+def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
+    """Run the epochs that are left, with a checkpoint after each.
+
+    Args:
+        trainer: new, or from `restore`.
+        out: a folder that exists; the checkpoint goes there.
+        say: takes one line per epoch.
+
+    Raises:
+        OSError: the checkpoint cannot be written; the last one is intact.
+    """
+    memory.reset_peak(trainer.device)
+    epochs = trainer.settings.epochs
+    while trainer.epoch < epochs:
+        title = f"epoch {trainer.epoch + 1}/{epochs}"
+        with tqdm(total=len(trainer.train), desc=title, unit=" samples", leave=False, disable=None) as bar:
+            trainer.run_epoch(bar)
+        checkpoint.save(out / CHECKPOINT, trainer.state_dict())
+        last = trainer.history[-1]
+        say(
+            f"epoch {last['epoch']:{len(str(epochs))}d}/{epochs}  loss {last['train_loss']:.4f}  "
+            f"accuracy {100 * last['train_accuracy']:6.2f} % train {100 * last['test_accuracy']:6.2f} % test  "
+            f"{last['samples_per_second']:9,.0f} samples/s  {last['peak_memory_mib']:,.0f} MiB"
+        )
+
+
+def restore(folder: Path) -> Trainer:
+    """The trainer as it was when the folder's checkpoint was written.
+
+    Raises:
+        RecipeError: no checkpoint, or a damaged one, or its data cannot be had any more.
+    """
+    path = folder / CHECKPOINT
+    state = checkpoint.load(path)
+    try:
+        trainer = Trainer(Settings(**state["settings"]))
+        trainer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{path}: does not fit this version: {error}") from error
+    return trainer
+
+
+def prepare_folder(out: Path, overwrite: bool = False) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        RecipeError: it holds a run already and `overwrite` is not set, or it cannot be made.
+    """
+    if (out / CHECKPOINT).exists() and not overwrite:
+        raise RecipeError(f"{out} holds a run already: continue it with --resume {out}, or give --overwrite")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    except OSError as error:
+        raise RecipeError(f"out '{out}' cannot be used: {error}") from error
+    if not os.access(out, os.W_OK):
+        raise RecipeError(f"out '{out}' cannot be written")
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise RecipeError(f"device must be cpu or cuda, got '{name}'")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device 'cuda' is absent: this torch sees no CUDA device")
+    return torch.device(name)
+
+
+def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, **common)
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return kind(model.parameters(), **common)
+
+
+def _seed_of_order(seed: int, epoch: int) -> int:
+    return contract.fold_in(contract.fold_in(seed, _ORDER), epoch)
