@@ -1,0 +1,5 @@
+"""Gradient estimators that need forward passes only."""
+
+from ulr_kernels.estimators.ulr import ULR
+
+__all__ = ["ULR"]

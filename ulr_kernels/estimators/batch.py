@@ -1,0 +1,70 @@
+"""A batch: inputs and targets with samples first, their copies, and the losses of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ulr_kernels.estimators.settings import fail
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class Batch:
+    """Inputs and targets: tensors, tuples or dicts of tensors whose first axis is the sample."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.x, self.y = x, y
+        self.samples = 0
+        for argument, value in (("x", x), ("y", y)):
+            for leaf in tensors(value):
+                if leaf.dim() == 0:
+                    fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
+                if self.samples and leaf.shape[0] != self.samples:
+                    fail(argument, f"have {self.samples} samples on the first axis", list(leaf.shape))
+                self.samples = leaf.shape[0]
+                if not self.samples:
+                    fail(argument, "have at least one sample", list(leaf.shape))
+        if not tensors(x):
+            fail("x", "be or hold a tensor", type(x).__name__)
+        self.signature = (_signature(x), _signature(y))
+
+    def losses(self, outputs: Any, loss_fn: LossFunction, copies: int) -> Tensor:
+        """The loss of each row: fp32 `[copies, samples]`."""
+        losses = loss_fn(outputs, repeat(self.y, copies))
+        rows = copies * self.samples
+        if not isinstance(losses, Tensor) or losses.shape != (rows,):
+            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            fail("loss_fn", f"return one loss per row, [{rows}] here (reduction='none'?)", got)
+        return losses.detach().to(torch.float32).view(copies, self.samples)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _signature(value: Any) -> tuple:
+    leaves, structure = _pytree.tree_flatten(value)
+    return structure, tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in leaves)
+
+
+def repeat(value: Any, copies: int) -> Any:
+    """Copies of a batch, copy-major: row c * samples + i is sample i of copy c. Always new memory."""
+
+    def one(leaf: Any) -> Any:
+        return leaf.repeat(copies, *(1 for _ in leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+
+    return _pytree.tree_map(one, value)
+
+
+def apply(model: nn.Module, x: Any) -> Any:
+    """The model's output: a tuple is its positional arguments, a dict its keyword arguments."""
+    if isinstance(x, dict):
+        return model(**x)
+    if isinstance(x, tuple | list):
+        return model(*x)
+    return model(x)

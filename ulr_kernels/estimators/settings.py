@@ -1,0 +1,107 @@
+"""The settings of the estimator and their rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from ulr_kernels import contract
+from ulr_kernels.estimators.baselines import BASELINES
+
+INJECTIONS = ("layerwise", "joint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `ulr.ULR` takes beside the model and the seed; described there."""
+
+    sigma: float | Mapping[str, float] = 0.1
+    copies: int | Mapping[str, int] = 32
+    antithetic: bool = True
+    injection: str = "layerwise"
+    noise: str = "logits"
+    dist: str = "normal"
+    sampler: str = "iid"
+    baseline: str = "mean"
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        for argument, allowed in (
+            ("injection", INJECTIONS),
+            ("noise", ("logits",)),
+            ("dist", contract.DISTRIBUTIONS),
+            ("sampler", contract.SAMPLERS),
+            ("baseline", BASELINES),
+        ):
+            if getattr(self, argument) not in allowed:
+                fail(argument, f"be {' or '.join(map(repr, allowed))}", repr(getattr(self, argument)))
+        for argument in ("antithetic", "learn_sigma"):
+            if not isinstance(getattr(self, argument), bool):
+                fail(argument, "be True or False", repr(getattr(self, argument)))
+        for sigma in _values(self.sigma):
+            if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
+                fail("sigma", "be a finite number above 0, or a mapping from layer names to such", repr(sigma))
+        for copies in _values(self.copies):
+            if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+                fail("copies", "be an integer above 0, or a mapping from layer names to such", repr(copies))
+            if self.antithetic and copies % 2:
+                fail("copies", "be even where antithetic is True", copies)
+        if self.injection == "joint" and isinstance(self.copies, Mapping):
+            fail("copies", "be one number where injection is 'joint' (all layers share one pass)", dict(self.copies))
+        if self.dist == "rademacher" and self.learn_sigma:
+            fail("learn_sigma", "be False where dist is 'rademacher', which has no density", True)
+        if self.dist == "rademacher" and self.sampler == "sobol":
+            fail("sampler", "be 'iid' where dist is 'rademacher'", repr(self.sampler))
+        self._check_sobol_baseline()
+
+    def _check_sobol_baseline(self) -> None:
+        """Sobol's copies are stratified, so the other copies know about this one's noise.
+
+        In the limit the scores of all copies sum to 0, and with them the sum over c of b_c * score_c is no longer 0 on
+        average: the mean of the others scales the estimate by about C / (C - 1). In an antithetic pair that shares the
+        layer's input the baseline cancels exactly; it does not for ln sigma (whose factor is even in the noise), nor
+        where the inputs of a pair differ, as under joint injection.
+        """
+        if self.sampler != "sobol" or self.baseline != "mean":
+            return
+        if not self.antithetic:
+            fail("baseline", "be 'clean' (or antithetic=True) where sampler is 'sobol': a mean is biased", "'mean'")
+        if self.learn_sigma or self.injection == "joint":
+            why = "sigma is learnt" if self.learn_sigma else "injection is 'joint'"
+            fail("baseline", f"be 'clean' where sampler is 'sobol' and {why}: a mean is biased", "'mean'")
+
+    def sigma_of(self, layer: str) -> float:
+        return self._of("sigma", layer)
+
+    def copies_of(self, layer: str) -> int:
+        return self._of("copies", layer)
+
+    def _of(self, argument: str, layer: str) -> Any:
+        value = getattr(self, argument)
+        if not isinstance(value, Mapping):
+            return value
+        if layer not in value:
+            fail(argument, f"have an entry for every trained layer, also for {layer!r}", dict(value))
+        return value[layer]
+
+    def check_names(self, layers: set[str]) -> None:
+        """Raise if a mapping names a layer that the model does not have."""
+        for argument in ("sigma", "copies"):
+            value = getattr(self, argument)
+            unknown = sorted(set(value) - layers) if isinstance(value, Mapping) else []
+            if unknown:
+                fail(argument, f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+
+
+def _values(setting: Any) -> list:
+    return list(setting.values()) if isinstance(setting, Mapping) else [setting]
+
+
+def fail(argument: str, rule: str, value: object) -> NoReturn:
+    raise ValueError(f"ulr.ULR: '{argument}' must {rule}, got {value}")

@@ -1,0 +1,279 @@
+"""ulr.ULR: the gradient of a model's mean loss from noised forward passes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ulr_kernels import contract, ops
+from ulr_kernels.estimators.baselines import loss_weights
+from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
+from ulr_kernels.estimators.meeting import NoisedPass, Recording, fail_rows, same
+from ulr_kernels.estimators.settings import Settings, fail
+from ulr_kernels.nn.linear import Noise
+from ulr_kernels.nn.names import layer_names, parameter_names, unwrap
+
+
+class Pass(NamedTuple):
+    """One noised forward: the layers that are noised, and whether the layers before them run on one copy only."""
+
+    layers: tuple[str, ...]
+    cut: bool
+
+
+class Plan(NamedTuple):
+    """What a batch of given shapes asks for: the passes, and the noised layers with their site numbers on the device."""
+
+    passes: tuple[Pass, ...]
+    layers: tuple[str, ...]
+    sites: Tensor
+
+
+class ULR:
+    """The unified likelihood ratio estimator (arXiv 2305.08960, Theorem 1) for the layers of a model.
+
+    For a layer v = phi(x; theta) + sigma * eps the gradient of E[L] is E[(L - b) * J^T score(eps)] / sigma, with J the
+    Jacobian of phi in its own parameters: nothing after the layer is differentiated, so that activations and losses may
+    be steps, spikes, arg-max or accuracy. It is unbiased for the loss of the noised model, whose mean over the noise is
+    smooth; `rademacher` noise (SPSA) only as sigma goes to 0.
+
+    The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each from its
+    own inputs. Trained parameters must belong to linear calls (`nn.Linear`, `F.linear`, `x @ W`, addmm); freeze others
+    with `requires_grad_(False)`. A layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout
+    is off and BatchNorm uses its running statistics.
+
+    Args:
+        model: any module; make a new estimator after replacing parts of it.
+        sigma: noise scale in units of the layer's output, > 0; a number or a mapping from layer names (the qualified
+            names of nn.Linear modules; of the parameter for a bare product) to numbers.
+        copies: noised copies of each sample per pass; a number or (layer-wise) such a mapping.
+        antithetic: copies come as pairs eps, -eps; the number of copies must be even.
+        injection: "layerwise": one pass per layer, in which only that layer is noised; "joint": one pass for all.
+        noise: "logits": noise on the layer's outputs.
+        dist: "normal", "laplace" or "rademacher".
+        sampler: "iid", or "sobol": the copies of a sample are a scrambled Sobol sequence.
+        baseline: "mean": of the other copies or pairs of the sample; "clean": the loss without noise; "none".
+        seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
+        learn_sigma: ln sigma becomes a parameter (see `parameters`), per feature for nn.Linear, one for a bare product,
+            whose gradient is E[(L - b) * (eps * score - 1)].
+
+    Raises:
+        ValueError: an argument breaks these rules.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma: float | Mapping[str, float] = 0.1,
+        copies: int | Mapping[str, int] = 32,
+        antithetic: bool = True,
+        injection: str = "layerwise",
+        noise: str = "logits",
+        dist: str = "normal",
+        sampler: str = "iid",
+        baseline: str = "mean",
+        seed: int = 0,
+        learn_sigma: bool = False,
+    ) -> None:
+        self.settings = Settings(sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma)
+        self.model = unwrap(model)
+        self.seed = seed
+        self.step = 0
+        contract.fold_in(seed, 0)  # raises where the seed is no key
+        self._parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
+        self._layers = layer_names(self.model)
+        self.settings.check_names(set(self._layers.values()))
+        self._log_sigma = self._make_log_sigma() if learn_sigma else {}
+        self._plans: dict[tuple, Plan] = {}
+
+    def _make_log_sigma(self) -> dict[str, nn.Parameter]:
+        log_sigma = {}
+        modules = {self._layers[id(m.weight)]: m for m in self.model.modules() if isinstance(m, nn.Linear)}
+        for parameter in self._parameters:
+            name = self._layers[id(parameter)]
+            if parameter.dim() == 2 and parameter.requires_grad:
+                shape = (parameter.shape[0],) if name in modules else ()
+                start = torch.full(shape, self.settings.sigma_of(name), dtype=torch.float32, device=parameter.device)
+                log_sigma[name] = nn.Parameter(start.log())
+        return log_sigma
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The learnt ln sigma, for an optimiser; empty unless learn_sigma."""
+        return list(self._log_sigma.values())
+
+    def sigma(self, layer: str) -> Tensor | float:
+        """The noise scale of a layer: the setting, or what has been learnt, fp32 `[features]` or `[]`."""
+        if layer in self._log_sigma:
+            return self._log_sigma[layer].detach().exp()
+        return self.settings.sigma_of(layer)
+
+    @torch.no_grad()
+    def backward(self, x: Any, y: Any, loss_fn: LossFunction) -> Tensor:
+        """Add the gradient of the batch's mean noised loss to `.grad` of the trained parameters, and go on by a step.
+
+        Args:
+            x: the model's input: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of tensors with
+                samples first.
+            y: targets: a tensor, tuple or dict of tensors with samples first, or None.
+            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`; need not be differentiable. It gets
+                all copies of the targets.
+
+        Returns:
+            The mean noised loss, a scalar on the losses' device, detached. Reading it is what synchronises, not this.
+
+        Raises:
+            ValueError: a batch, a loss or a model that breaks the rules; no gradient has been written.
+        """
+        batch = Batch(x, y)
+        with evaluation(self.model):
+            plan = self._plan(batch, loss_fn)
+            keys = self._keys(plan.layers, plan.sites)
+            clean = None
+            if self.settings.baseline == "clean":
+                clean = batch.losses(apply(self.model, repeat(x, 1)), loss_fn, 1)[0]
+            losses = [self._accumulate(item, keys, batch, clean, loss_fn) for item in plan.passes]
+        self.step += 1
+        return torch.stack(losses).mean()
+
+    def _accumulate(
+        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
+    ) -> Tensor:
+        """One pass and its gradients; the mean loss."""
+        copies = self.settings.copies_of(item.layers[0])
+        noised, outputs = self._noised(item, keys, batch, copies)
+        losses = batch.losses(outputs, loss_fn, copies)
+        weights = loss_weights(losses, clean, self.settings.baseline, self.settings.antithetic)
+        for layer, call in noised.calls:
+            call.add_gradient(weights, self._log_sigma.get(layer))
+        return losses.mean()
+
+    def _noised(self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, copies: int) -> tuple[NoisedPass, Any]:
+        s = self.settings
+        noises = {
+            layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler)
+            for layer in item.layers
+        }
+        noised = NoisedPass(self._layers, noises, batch.samples, cut=item.cut)
+        inputs = repeat(batch.x, 1 if item.cut else copies)
+        with noised:
+            return noised, apply(self.model, inputs)
+
+    def _keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
+        """The site keys of this step, made by one operation on the device."""
+        step_key = torch.full((), contract.fold_in(self.seed, self.step), dtype=torch.int64, device=sites.device)
+        return dict(zip(layers, ops.fold_in(step_key, sites).unbind(), strict=True))
+
+    # --- what a batch of these shapes does in this model -------------------------------------------------------------
+
+    def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
+        signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self._parameters))
+        plan = self._plans.get(signature)
+        if plan is None:
+            plan = self._plans[signature] = self._make_plan(batch, loss_fn)
+        return plan
+
+    def _make_plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
+        """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
+        recording = Recording(self._layers, batch.samples)
+        with recording:
+            outputs = apply(self.model, repeat(batch.x, 2))
+        losses = batch.losses(outputs, loss_fn, 2)
+        if not same(losses[0], losses[1]):
+            fail_rows("the loss")
+        self._refuse_unreached(recording)
+        s = self.settings
+        if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values()) > 1:
+            fail(
+                "baseline",
+                "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased",
+                "'mean'",
+            )
+        layers = tuple(recording.calls)
+        groups = [layers] if s.injection == "joint" else [(layer,) for layer in layers]
+        sites = torch.tensor(
+            [contract.signed64(contract.site_id(layer)) for layer in layers], device=self._parameters[0].device
+        )
+        keys = self._keys(layers, sites)
+        passes = tuple(Pass(group, self._can_cut(Pass(group, cut=False), keys, batch)) for group in groups)
+        return Plan(passes, layers, sites)
+
+    def _can_cut(self, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> bool:
+        """Whether two copies made at the first noised layer give the outputs of two copies made at the input.
+
+        They do where the layer's output is all that is used afterwards. Anything else that is alive there (a residual
+        branch, a batch size read before) has the rows of one copy, and either fails or shows in the outputs.
+        """
+        expected = tensors(self._noised(item, keys, batch, 2)[1])
+        try:
+            outputs = tensors(self._noised(item._replace(cut=True), keys, batch, 2)[1])
+        except Exception:  # whatever the model makes of rows that do not fit
+            return False
+        return len(outputs) == len(expected) and all(
+            a.shape == b.shape and same(a, b, a.float() - a.float().roll(batch.samples, 0))
+            for a, b in zip(expected, outputs, strict=True)
+        )
+
+    def _refuse_unreached(self, recording: Recording) -> None:
+        names = parameter_names(self.model)
+        problems = []
+        for parameter in self._parameters:
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) in recording.elsewhere:
+                problems.append(f"{names[id(parameter)]} (used by {recording.elsewhere[id(parameter)]})")
+            elif id(parameter) not in recording.reached:
+                problems.append(f"{names[id(parameter)]} (met in no call)")
+        if problems:
+            fail(
+                "model",
+                "use its trained parameters in linear calls only (freeze others with requires_grad_(False))",
+                ", ".join(problems),
+            )
+        if not recording.calls:
+            fail("model", "have a trained linear layer", "none")
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a run needs to go on: seed, step, settings, and the learnt ln sigma by layer."""
+        return {
+            "seed": self.seed,
+            "step": self.step,
+            "settings": self.settings.to_dict(),
+            "log_sigma": {name: value.detach().clone() for name, value in self._log_sigma.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state, its settings included.
+
+        Raises:
+            ValueError: the settings are invalid, or the layers with a learnt sigma differ; nothing has been changed.
+        """
+        settings = Settings(**state["settings"])
+        settings.check_names(set(self._layers.values()))
+        log_sigma = state["log_sigma"]
+        if set(log_sigma) != set(self._log_sigma):
+            fail("state", f"hold ln sigma of {sorted(self._log_sigma) or 'no layer'}", sorted(log_sigma) or "none")
+        contract.fold_in(state["seed"], state["step"])
+        self.settings, self.seed, self.step = settings, state["seed"], state["step"]
+        for name, value in log_sigma.items():
+            self._log_sigma[name].copy_(value)
+        self._plans.clear()
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; each module's own flag again after it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,131 @@
+"""Linear layers: nn.Linear, F.linear, and products with a parameter (`x @ W`, matmul, mm, addmm)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulr_kernels import ops
+
+Origin = Callable[[Tensor], tuple[Tensor, bool] | None]  # a tensor -> (its parameter, whether it is the transpose)
+
+
+class Noise(NamedTuple):
+    """What makes a call's noise: its scale, its key, and the settings that all layers share."""
+
+    sigma: float | Tensor
+    key: Tensor
+    copies: int
+    antithetic: bool
+    dist: str
+    sampler: str
+
+
+class LinearCall:
+    """One call of a linear layer, y = x W^T + b, with x `[samples (x positions), ..., K]`.
+
+    Attributes:
+        x: the input, as the model gave it.
+        parameters: the model's own parameters among weight and bias.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin, *, columns: bool = False
+    ) -> None:
+        """`columns`: the weight comes as `[K, N]`, as in `x @ W`, instead of `[N, K]`."""
+        self.x = x
+        self._w = weight.T if columns else weight
+        self._b = bias
+        self._weight, transposed = origin(weight) or (None, False)
+        self._bias = bias if bias is not None and origin(bias) is not None else None
+        self._stored_as_columns = transposed != columns
+        self.parameters = tuple(p for p in (self._weight, self._bias) if p is not None)
+
+    def clean(self) -> Tensor:
+        return F.linear(self.x, self._w, self._b)
+
+    def noised(self, noise: Noise, samples: int, x_copies: int, *, shared: bool) -> Tensor:
+        """The layer's output with noise, copy-major: `[copies * samples (x positions), ..., N]`.
+
+        Args:
+            noise: the noise to add.
+            samples: how many one copy has.
+            x_copies: how many copies x holds: 1, or all of them.
+            shared: x is the same in all copies.
+        """
+        flat = self.x.flatten(0, -2)
+        rows = flat.shape[0] // x_copies
+        self._operand = flat[:rows] if shared else flat.unflatten(0, (x_copies, rows))
+        self._version = self.x._version
+        self._noise = noise
+        self._spec = {
+            "antithetic": noise.antithetic,
+            "dist": noise.dist,
+            "sampler": noise.sampler,
+            "positions": rows // samples,
+        }
+        y = ops.noisy_linear(self._operand, self._w, self._b, noise.sigma, noise.key, copies=noise.copies, **self._spec)
+        return y.view(self.x.shape[0] // x_copies * noise.copies, *self.x.shape[1:-1], y.shape[-1])
+
+    def add_gradient(self, loss_weight: Tensor, log_sigma: Tensor | None) -> None:
+        """Add the likelihood-ratio gradient of this call to `.grad` of its trainable parameters.
+
+        Args:
+            loss_weight: fp32 `[copies, samples]`.
+            log_sigma: the learnt ln sigma, which gets its gradient too, or None.
+        """
+        if self.x._version != self._version:
+            raise RuntimeError(
+                "ulr.ULR: the input of a linear layer must not be modified in place after the layer has read it "
+                f"(its gradient needs it), got an input {list(self.x.shape)} that was"
+            )
+        weight = gradient_buffer(self._weight)
+        ops.noisy_linear_grad_(
+            weight.T if weight is not None and self._stored_as_columns else weight,
+            gradient_buffer(self._bias),
+            self._operand,
+            loss_weight,
+            self._noise.sigma,
+            self._noise.key,
+            grad_log_sigma=gradient_buffer(log_sigma),
+            **self._spec,
+        )
+
+
+def gradient_buffer(parameter: Tensor | None) -> Tensor | None:
+    """`.grad`, made if there is none; None for a parameter that is not trained."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _linear(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall | None:
+        return LinearCall(input, weight, bias, origin) if input.dim() >= 2 and weight.dim() == 2 else None
+
+    return call(*args, **kwargs)
+
+
+def _product(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
+    x, weight = args[-2:]
+    bias = args[0] if len(args) == 3 else None  # addmm(bias, x, weight)
+    known = origin(weight) is not None and weight.dim() == 2 and x.dim() >= 2
+    if kwargs or not known or (bias is not None and bias.dim() != 1):
+        return None
+    return LinearCall(x, weight, bias, origin, columns=True)
+
+
+READERS = {
+    F.linear: _linear,
+    torch.matmul: _product,
+    torch.mm: _product,
+    torch.addmm: _product,
+    Tensor.matmul: _product,
+    Tensor.mm: _product,
+}
