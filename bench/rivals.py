@@ -1,0 +1,139 @@
+"""What the library is measured against: the same results by other means.
+
+The layer-wise likelihood ratio method as its authors' public code runs it (arXiv 2305.08960): the batch is repeated at
+the network's input, the noise of the noised layer is drawn at the size of its output, negated for the second half, kept
+until the loss is known, and contracted with the kept, repeated input by einsum; each copy's loss is taken relative to
+that of a clean pass. Their gradient of the noise scale is left out here, as the rows compute none.
+
+A tensor of one row per copy and sample has copy c of the whole batch contiguous: row c * batch + sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss per row
+
+
+def generator(device: torch.device | str) -> torch.Generator:
+    """A generator of the rivals' own, so that torch's global one is left alone."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def randn_like(like: Tensor, rows: int, source: torch.Generator) -> Tensor:
+    return torch.randn(rows, like.shape[-1], generator=source, device=like.device, dtype=like.dtype)
+
+
+def antithetic_randn(like: Tensor, source: torch.Generator) -> Tensor:
+    """Noise of `like`'s shape; the second half of the rows is the first, negated."""
+    half = randn_like(like, like.shape[0] // 2, source)
+    return torch.cat([half, -half])
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The noiseless product by the fastest kernel that torch carries on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def repeat_input(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int, source: torch.Generator) -> Tensor:
+    """One product over the repeated batch, then noise: `[C, R, N]`."""
+    clean = F.linear(x.repeat(copies, 1), weight, bias)
+    return (clean + sigma * randn_like(clean, clean.shape[0], source)).view(copies, x.shape[0], -1)
+
+
+def repeat_product(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int, source: torch.Generator) -> Tensor:
+    """One product over the batch, repeated afterwards, then noise: `[C, R, N]`."""
+    clean = F.linear(x, weight, bias)
+    return clean + sigma * randn_like(clean, copies * x.shape[0], source).view(copies, x.shape[0], -1)
+
+
+def compilable(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int) -> Tensor:
+    """`repeat_product` in the form that torch.compile fuses best: a generator object would break its graph."""
+    clean = F.linear(x, weight, bias)
+    return clean + sigma * torch.randn(copies, *clean.shape, device=x.device, dtype=x.dtype)
+
+
+# --- gradient --------------------------------------------------------------------------------------------------------
+
+
+def authors_gradient(repeated: Tensor, eps: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The einsum over the repeated batch `[C * R, K]` with the kept noise `[C * R, N]`; gradients of weight and bias."""
+    loss = loss_weight.reshape(-1, 1)
+    weight = torch.einsum("ni,nj->ji", repeated * loss, eps) / sigma
+    bias = torch.einsum("ni,nj->j", loss, eps) / sigma
+    return weight, bias
+
+
+def reduced_gradient(x: Tensor, eps: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The kept noise, summed over copies first, then one product with the unrepeated batch `[R, K]`."""
+    weighted = (loss_weight.unsqueeze(-1) * eps.view(*loss_weight.shape, -1)).sum(0) / sigma
+    return weighted.T @ x, weighted.sum(0)
+
+
+def paired_gradient(x: Tensor, half: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """`reduced_gradient` by someone who keeps only the first half `[C / 2 * R, N]` of the antithetic noise."""
+    first, second = loss_weight.chunk(2)
+    return reduced_gradient(x, half, first - second, sigma)
+
+
+# --- a whole step ----------------------------------------------------------------------------------------------------
+
+
+class NoisyLinear(nn.Linear):
+    """A linear layer that keeps its input and its noise until its gradient is asked for."""
+
+    def noised(self, x: Tensor, sigma: float, source: torch.Generator) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        self.kept = x, antithetic_randn(out, source)
+        return out + sigma * self.kept[1]
+
+    def collect(self, loss: Tensor, sigma: float) -> None:
+        """Gradients of the mean loss from `loss` `[C * R]`, one per row of what was kept."""
+        x, eps = self.kept
+        del self.kept
+        self.weight.grad, self.bias.grad = authors_gradient(x, eps, loss / loss.numel(), sigma)
+
+
+def mlp(sizes: tuple[int, ...], linear: type[nn.Linear] = nn.Linear, seed: int = 0) -> nn.Sequential:
+    """Linear layers with ReLU between; the same parameters for the same seed, whatever the class of the layers."""
+    source = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layer = nn.utils.skip_init(linear, inputs, outputs)
+        for parameter in layer.parameters():
+            bound = 1 / math.sqrt(inputs)
+            nn.init.uniform_(parameter, -bound, bound, generator=source)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def authors_step(
+    model: nn.Sequential, x: Tensor, y: Tensor, loss_fn: Loss, sigma: float, copies: int, source: torch.Generator
+) -> Tensor:
+    """Gradients of every `NoisyLinear` of the model, one noised pass of the whole network for each; the clean loss."""
+    clean = loss_fn(model(x), y)
+    for layer in model:
+        if not isinstance(layer, NoisyLinear):
+            continue
+        h = x.repeat(copies, 1)
+        for module in model:
+            h = layer.noised(h, sigma, source) if module is layer else module(h)
+        layer.collect(loss_fn(h, y.repeat(copies)) - clean.repeat(copies), sigma)
+    return clean.mean()
+
+
+def backprop_step(model: nn.Sequential, x: Tensor, y: Tensor, loss_fn: Loss) -> Tensor:
+    """Backpropagation on the same batch: not the same estimate, for orientation only."""
+    model.zero_grad()
+    loss = loss_fn(model(x), y).mean()
+    loss.backward()
+    return loss.detach()

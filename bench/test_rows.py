@@ -1,0 +1,57 @@
+"""One measurement: a contestant of a row, in one sweep. `ulr bench` makes the table out of all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+
+import pytest
+import torch
+
+from bench import memory
+from bench.rows import Contestant, Row
+
+
+class Warm:
+    """The inputs of the row whose turn it is, and what its contestants keep; dropped when the next row begins."""
+
+    def __init__(self) -> None:
+        self.row: Row | None = None
+
+    def calls(self, row: Row, contestant: Contestant) -> list[tuple]:
+        if row is not self.row:
+            self.row, self.sets, self.kept = row, [], {}
+            self.sets = row.sets()
+        if id(contestant) not in self.kept:
+            keep = contestant.keep
+            self.kept[id(contestant)] = [(*s, keep(*s)) if keep else s for s in self.sets]
+            for arguments in self.kept[id(contestant)]:  # compile, allocate, fault the pages in
+                contestant.run(*arguments)
+        return self.kept[id(contestant)]
+
+
+warm = Warm()
+
+
+def test_row(benchmark, request: pytest.FixtureRequest, key: str, row: Row, contestant: str, sweep: int) -> None:
+    quick = request.config.getoption("quick")
+    chosen = row.contestants[contestant]
+    with chosen.settings(row), torch.set_grad_enabled(contestant == "backpropagation"):
+        calls = itertools.cycle(warm.calls(row, chosen))
+        start = time.perf_counter()
+        chosen.run(*next(calls))
+        once = time.perf_counter() - start
+        rounds = int(min(200, max(3, (0.05 if quick else 0.2) / once)))
+        benchmark.pedantic(chosen.run, setup=lambda: (next(calls), {}), rounds=rounds)
+        threads = torch.get_num_threads()
+    benchmark.group = row.name
+    benchmark.extra_info |= {
+        "contestant": contestant,
+        "sweep": sweep,
+        "threads": threads,
+        "dist": row.dist,
+        "cost": dataclasses.asdict(row.cost),
+    }
+    if row.memory and sweep == 0 and not quick:
+        benchmark.extra_info["extra_bytes"] = memory.extra_bytes(key, contestant)
