@@ -1,2 +1,47 @@
-def provider(op, device):
-    return "not built"
+"""The Triton back end: kernels in Python for NVIDIA GPUs; under TRITON_INTERPRET=1, Triton's interpreter on the CPU.
+
+`contract.py` is the noise contract on tiles, `launch.py` what every launch shares, `tiles.py` the sizes of the tiles.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+# The module of each op; the provider is its function of the op's name.
+_MODULES = {
+    "philox4x32": "noise",
+    "fold_in": "noise",
+    "noise": "noise",
+    "noisy_linear": "noisy_linear",
+}
+
+
+def provider(op: str, device: str) -> Callable | str:
+    """The function that runs `op` on tensors of `device`, or the reason why there is none."""
+    if op not in _MODULES:
+        return f"there is no Triton kernel for {op}"
+    reason = _absence(device)
+    if reason:
+        return reason
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[op]}"), op)
+
+
+def _absence(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    interpreted = triton.knobs.runtime.interpret
+    if device == "cpu":
+        return None if interpreted else "Triton compiles for GPUs; TRITON_INTERPRET=1 runs its interpreter on the CPU"
+    if interpreted:
+        return "TRITON_INTERPRET=1 is set, which runs the kernels on the CPU"
+    if torch.version.hip is not None:
+        return "the kernels contain PTX, which needs an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None

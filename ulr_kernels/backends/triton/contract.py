@@ -1,0 +1,148 @@
+"""The noise contract on tiles: `ulr_kernels.contract`, bit for bit, in Triton.
+
+A tile is BR rows by BC columns. Its columns begin where a call of Philox begins (a column that 4, or for signs 128,
+divides), so that a tile's calls are used whole. `source` is what `open_source` returns: values that stay in registers.
+
+Why it looks as it does, in instructions of a sm_90 cubin: a 64-bit product gives both halves of Philox's product in one
+IMAD.WIDE; a table row of 48 bytes, of which 24 are used, is addressed by one IMAD.WIDE (a power of two would take a pair
+of LEA) and read by two aligned loads; bit masks are read from memory because ptxas sets a constant anew at each use.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+NORMAL = tl.constexpr(0)
+LAPLACE = tl.constexpr(1)
+RADEMACHER = tl.constexpr(2)
+
+ROW_WORDS = tl.constexpr(12)  # 32-bit words from one octave's row of the table to the next
+FIRST_ROW = tl.constexpr(127)  # the exponent field of 1.0: octave 0
+MASKS = tl.constexpr(32 * 12)  # where the masks follow the rows
+SOBOL_BITS = tl.constexpr(30)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 of uint32 counters and a uint32 key."""
+    for _ in tl.static_range(10):
+        p0 = c0.to(tl.uint64) * 0xD2511F53
+        p1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = p1.to(tl.uint32)
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = p0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def open_source(key, table):
+    """(key low, key high, table, masks of a word, masks of packed bf16): read once, before the loops."""
+    value = tl.load(key)
+    magnitude = tl.load(table + MASKS)
+    mantissa = tl.load(table + MASKS + 1)
+    signs = tl.load(table + MASKS + 2)
+    return value.to(tl.uint32), (value >> 32).to(tl.uint32), table, magnitude, mantissa, signs
+
+
+@triton.jit
+def _words(rows, first, draw, source, BR: tl.constexpr, CALLS: tl.constexpr):
+    """uint32 [BR, 4 * CALLS]: the words of calls first, first + 1 ... of each row, in order."""
+    calls = first + tl.arange(0, CALLS).to(tl.uint32)
+    c0 = tl.broadcast_to(calls[None, :], (BR, CALLS))
+    c1 = tl.broadcast_to(rows[:, None], (BR, CALLS))
+    zero = tl.zeros_like(c0)
+    w0, w1, w2, w3 = philox(c0, c1, zero + draw, zero, source[0], source[1])
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BR, 4 * CALLS)
+
+
+@triton.jit
+def _coefficients(address):
+    """The six coefficients of an octave, lowest power first, from the addresses of table rows."""
+    if INTERPRETED:
+        row = address.to(tl.pointer_type(tl.float32))
+        return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    else:
+        # Triton has no loads of several values per element, and would move the tile to a layout made for its loads.
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$6]; ld.global.nc.v2.f32 {$4, $5}, [$6+16];",
+            "=f,=f,=f,=f,=f,=f,l",
+            [address],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def quantile(words, source):
+    """`normal` or `laplace` noise of words: a polynomial per octave, then the word's bit 31 as sign."""
+    magnitude = (words & source[3]) | 1
+    bits = magnitude.to(tl.int32).to(tl.float32).to(tl.uint32, bitcast=True)
+    argument = ((bits & source[4]) | 0x3F800000).to(tl.float32, bitcast=True)
+    octave_0 = source[2].to(tl.uint64) - FIRST_ROW * ROW_WORDS * 4
+    a0, a1, a2, a3, a4, a5 = _coefficients(octave_0 + (bits >> 23).to(tl.uint64) * (ROW_WORDS * 4))
+    result = tl.fma(a5, argument, a4)
+    result = tl.fma(result, argument, a3)
+    result = tl.fma(result, argument, a2)
+    result = tl.fma(result, argument, a1)
+    result = tl.fma(result, argument, a0)
+    return (result.to(tl.uint32, bitcast=True) ^ (words & 0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def signs(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
+    """`rademacher` noise, bf16 [BR, BC], made two at a time in the halves of a word. `first` counts 128 columns."""
+    words = _words(rows, first, draw, source, BR, BC // 128)
+    # Two words of 16 signs: bit 2 j at 2 j and bit 2 j + 1 at 2 j + 16, so that one shift brings both in place.
+    low = (words & 0x5555) | ((words & 0xAAAA) << 15)
+    high = ((words >> 16) & 0x5555) | ((words >> 1) & 0x55550000)
+    halves = tl.join(low, high).reshape(BR, BC // 16)
+    shift = (15 - 2 * tl.arange(0, 8)).to(tl.uint32)
+    pairs = tl.broadcast_to(halves[:, :, None], (BR, BC // 16, 8)) << shift[None, None, :]
+    pairs = ((pairs & source[5]) | 0x3F803F80).reshape(BR, BC // 2)
+    values = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)).reshape(BR, BC)
+    return values.to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _sobol_points(rows, first, draw, directions, positions, width, BC: tl.constexpr):
+    """uint32 [BR, BC]: the XOR of V[dimension][b] over the set bits b of `draw`."""
+    cols = first.to(tl.int32) * 4 + tl.arange(0, BC)
+    dimension = (rows % tl.cast(positions, tl.uint32)).to(tl.int32)[:, None] * width + cols[None, :]
+    numbers = directions + dimension * SOBOL_BITS
+    inside = (cols < width)[None, :]
+    point = tl.zeros_like(dimension).to(tl.uint32)
+    while draw != 0:
+        number = tl.load(numbers, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        point ^= tl.where((draw & 1) != 0, number, 0)
+        numbers += 1
+        draw >>= 1
+    return point
+
+
+@triton.jit
+def noise_tile(
+    rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """fp32 [BR, BC]: noise of uint32 `rows` and of the columns from call `first` on. `directions` None: no Sobol."""
+    if DIST == RADEMACHER:
+        return signs(rows, first, draw, source, BR, BC).to(tl.float32)
+    elif directions is None:
+        return quantile(_words(rows, first, draw, source, BR, BC // 4), source)
+    else:
+        shift = _words(rows, first, draw - draw, source, BR, BC // 4)
+        return quantile(shift ^ _sobol_points(rows, first, draw, directions, positions, width, BC), source)
+
+
+@triton.jit
+def score(eps, DIST: tl.constexpr):
+    """-d/d eps ln f(eps): eps, or for `laplace` sqrt(2) with the sign bit of eps."""
+    if DIST == LAPLACE:
+        sign = eps.to(tl.uint32, bitcast=True) & 0x80000000
+        return (sign | 0x3FB504F3).to(tl.float32, bitcast=True)
+    else:
+        return eps

@@ -1,0 +1,90 @@
+"""What every launch shares: a kernel with its arguments, as a value that can be run, or compiled without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ulr_kernels import contract, tables
+from ulr_kernels.backends.triton import contract as tile_contract
+
+DISTRIBUTION_CODES = {"normal": 0, "laplace": 1, "rademacher": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch: `grid` counts programs; `arguments` name all of the kernel's parameters."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    warps: int = 4
+    stages: int = 1
+
+    def run(self) -> None:
+        device = next(a for a in self.arguments.values() if isinstance(a, Tensor))
+        with torch.cuda.device_of(device):  # Triton launches on the current device's current stream
+            self.kernel[(self.grid,)](
+                **self.arguments,
+                num_warps=self.warps,
+                num_stages=self.stages,
+                enable_fp_fusion=False,  # the contract says where an fma is
+            )
+
+
+@functools.lru_cache(maxsize=None)
+def table(dist: str, device: torch.device) -> Tensor:
+    """uint32: the rows of coefficients, padded to 12 words, then the bit masks of `contract.open_source`."""
+    rows = getattr(tables, dist.upper(), tables.NORMAL)
+    padding = [0] * (tile_contract.ROW_WORDS.value - tables.DEGREE - 1)
+    words = [word for row in rows for word in (*row, *padding)]
+    words += [0x7FFFFFFF, 0x007FFFFF, 0x80008000]
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.uint32).to(device)
+
+
+def noise_arguments(
+    key: Tensor, dist: str, sampler: str, positions: int, draw: int, row_offset: int, col_offset: int, cols: int
+) -> dict[str, Any]:
+    """The part of a kernel's arguments that says which noise.
+
+    `first` is the call of Philox that makes the first column; `shift` the columns of that call which lie before it.
+    """
+    columns_per_call = 128 if dist == "rademacher" else 4
+    return {
+        "key": key,
+        "table": table(dist, key.device),
+        "directions": contract.sobol_directions(key.device) if sampler == "sobol" else None,
+        "draw": draw,
+        "row_offset": row_offset,
+        "first": col_offset // columns_per_call,
+        "shift": col_offset % columns_per_call,
+        "positions": positions,
+        "width": col_offset + cols,
+        "DIST": DISTRIBUTION_CODES[dist],
+    }
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _give_interpreter_one_rounding() -> None:
+    """The interpreter's fma multiplies, rounds, adds and rounds where its library has no fma of its own."""
+    from triton._C.libtriton import interpreter as library
+    from triton.runtime import interpreter
+
+    def fma(self, x, y, z):
+        operands = (torch.from_numpy(v.data) for v in (x, y, z))
+        return interpreter.TensorHandle(contract.fma(*operands).numpy(), z.dtype.scalar)
+
+    if not hasattr(library, "fma_fp32"):
+        interpreter.InterpreterBuilder.create_fma = fma
+
+
+if triton.knobs.runtime.interpret:
+    _give_interpreter_one_rounding()

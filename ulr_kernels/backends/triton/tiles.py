@@ -1,0 +1,51 @@
+"""Tile sizes, kept apart from the kernels as data: they change speed, never noise.
+
+A tile of Rademacher noise has a multiple of 128 columns (one call of Philox makes 128 signs). More than 16 normals a
+thread (rows * cols / (32 * warps)) makes the noise's registers spill.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """rows and cols of noise; inputs: the extent along K, of a step of the forward or of a gradient's output tile."""
+
+    rows: int
+    cols: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+NOISE = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(64, 128, 0, 4, 1)}
+
+# By bytes of an element: products of fp32 run without tensor cores, in small tiles.
+FORWARD = {
+    ("normal", 2): Tile(64, 64, 64, 8, 3),
+    ("laplace", 2): Tile(64, 64, 64, 8, 3),
+    ("rademacher", 2): Tile(64, 128, 64, 8, 3),
+    ("normal", 4): Tile(32, 64, 32, 4, 2),
+    ("laplace", 4): Tile(32, 64, 32, 4, 2),
+    ("rademacher", 4): Tile(32, 128, 32, 8, 2),
+}
+GRADIENT = {
+    ("normal", 2): Tile(64, 64, 128, 8, 1),
+    ("laplace", 2): Tile(64, 64, 128, 8, 1),
+    ("rademacher", 2): Tile(64, 128, 128, 8, 1),
+    ("normal", 4): Tile(32, 64, 64, 4, 1),
+    ("laplace", 4): Tile(32, 64, 64, 4, 1),
+    ("rademacher", 4): Tile(32, 128, 64, 8, 1),
+}
+
+PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+
+
+def draws_per_program(draws: int, tiles: int) -> int:
+    """How many draws a program of the forward makes where copies share x: all, unless the tiles leave most of a GPU idle.
+
+    Then some programs repeat the product of a tile, which costs less than waiting for its noise.
+    """
+    splits = min(draws, max(1, PROGRAMS // tiles))
+    return -(-draws // splits)
