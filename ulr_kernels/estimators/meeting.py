@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -104,6 +105,10 @@ class Recording(Meeting):
         return call.clean()
 
     def other(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        if func is F.batch_norm and args[5]:  # as nn.BatchNorm calls it: training, or no running statistics
+            fail(
+                "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
+            )
         if func is Tensor.detach or not tensors(result):  # cut off on purpose, or a shape, a dtype, a device
             return
         for tensor in tensors((args, kwargs)):
