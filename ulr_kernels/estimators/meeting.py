@@ -105,7 +105,7 @@ class Recording(Meeting):
         return call.clean()
 
     def other(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        if func is F.batch_norm and args[5]:  # as nn.BatchNorm calls it: training, or no running statistics
+        if func is F.batch_norm and kwargs["training"]:  # in eval mode: there are no running statistics
             fail(
                 "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
             )
