@@ -17,6 +17,8 @@ _MODULES = {
     "fold_in": "noise",
     "noise": "noise",
     "noisy_linear": "noisy_linear",
+    "noisy_linear_grad_": "noisy_linear_grad_",
+    "noisy_linear_replay_": "noisy_linear_grad_",
 }
 
 

@@ -69,6 +69,13 @@ def noise_arguments(
     }
 
 
+def strides(prefix: str, tensor: Tensor | None, *axes: str) -> dict[str, int]:
+    """Arguments `<prefix><axis>`; 0 where the tensor is absent or one value stands for the whole axis."""
+    return {
+        f"{prefix}{axis}": tensor.stride(i) if tensor is not None and tensor.dim() else 0 for i, axis in enumerate(axes)
+    }
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 
 
 @triton.jit
@@ -175,19 +174,16 @@ def noisy_linear_launch(
     )
 
 
-def linear_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor) -> dict[str, Any]:
-    """The operands of a product with noise, and their strides; those of what is absent or shared are 0."""
+def linear_arguments(x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor) -> dict[str, Any]:
+    """The operands of a product with noise, and their strides."""
     return {
         "x": x,
         "weight": weight,
         "bias": bias,
         "sigma": sigma,
         "inputs": x.shape[-1],
-        "stride_x_copy": x.stride(0) if x.dim() == 3 else 0,
-        "stride_x_row": x.stride(-2),
-        "stride_x_input": x.stride(-1),
-        "stride_weight_col": weight.stride(0),
-        "stride_weight_input": weight.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0),
-        "stride_sigma": sigma.stride(0) if sigma.dim() else 0,
+        **strides("stride_x_", x if x.dim() == 3 else x.unsqueeze(0), "copy", "row", "input"),
+        **strides("stride_weight_", weight, "col", "input"),
+        **strides("stride_", bias, "bias"),
+        **strides("stride_", sigma, "sigma"),
     }

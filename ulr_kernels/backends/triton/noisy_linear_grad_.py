@@ -1,0 +1,285 @@
+"""noisy_linear_grad_ and noisy_linear_replay_: the score, reduced over copies, as an operand of the product with x."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, score
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
+
+
+@triton.jit
+def _add(buffer, value, inside):
+    """buffer += value, rounded once to the buffer's dtype."""
+    total = tl.load(buffer, mask=inside, other=0).to(tl.float32) + value
+    tl.store(buffer, total.to(buffer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _transposed_product(weighted, x_tile, total):
+    """total + weighted^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
+    if x_tile.dtype == tl.float16:
+        return tl.dot(tl.trans(weighted), x_tile.to(tl.float32), total, input_precision="tf32")
+    else:
+        return tl.dot(tl.trans(weighted.to(x_tile.dtype)), x_tile, total, input_precision="ieee")
+
+
+@triton.jit
+def _add_scalar(buffer, partials, ticket, value, tile, tile_count):
+    """buffer[0] += the sum of each tile's value, in the order of the tiles whichever program comes last: it adds them up.
+
+    `ticket` counts the programs that have arrived, and is 0 again when the last one leaves.
+    """
+    tl.store(partials + tile, value)
+    tl.debug_barrier()
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == tile_count - 1:
+        total = tl.load(buffer).to(tl.float32)
+        for i in range(tile_count):
+            total += tl.load(partials + i, cache_modifier=".cg")
+        tl.store(buffer, total.to(buffer.dtype.element_ty))
+        tl.store(ticket, 0)
+
+
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
+def gradient_kernel(
+    y,
+    grad_weight,
+    grad_bias,
+    grad_log_sigma,
+    partials,
+    ticket,
+    x,
+    weight,
+    bias,
+    loss_weight,
+    sigma,
+    key,
+    table,
+    directions,
+    rows,
+    features,
+    inputs,
+    draws,
+    draw: tl.uint32,
+    row_offset: tl.uint32,
+    first: tl.uint32,
+    shift,
+    positions,
+    width: tl.int64,
+    stride_grad_col,
+    stride_grad_input,
+    stride_grad_bias,
+    stride_log_sigma,
+    stride_x_copy,
+    stride_x_row,
+    stride_x_input,
+    stride_weight_col,
+    stride_weight_input,
+    stride_bias,
+    stride_loss_copy,
+    stride_loss_sample,
+    stride_sigma,
+    SHARED: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    DIST: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A program owns a tile [BC features, BK inputs] of the gradient and goes through all rows, so nothing is raced for.
+
+    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    of some features, tile of rows i goes to number i mod their count.
+    """
+    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    input_tiles = tl.cdiv(inputs, BK) if grad_weight is not None else 1
+    input_tiles = tl.maximum(input_tiles, 1)
+    col_tiles = tl.cdiv(features + shift, BC)
+    col_tile = tl.program_id(0) // input_tiles
+    input_tile = tl.program_id(0) % input_tiles
+    col = col_tile.to(tl.int64) * BC - shift + tl.arange(0, BC)
+    col_inside = (col >= 0) & (col < features)
+    k = input_tile.to(tl.int64) * BK + tl.arange(0, BK)
+    k_inside = k < inputs
+    calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
+    source = open_source(key, table)
+    scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=1)
+    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy
+    mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
+    copy_size = tl.cast(rows, tl.int64) * features
+
+    total = tl.zeros([BC, BK], tl.float32)
+    by_bias = tl.zeros([BC], tl.float32)
+    by_log_sigma = tl.zeros([BC], tl.float32)
+    for row_tile in range(0, tl.cdiv(rows, BR)):
+        row = tl.cast(row_tile, tl.int64) * BR + tl.arange(0, BR)
+        row_inside = row < rows
+        x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
+        x_inside = row_inside[:, None] & k_inside[None, :]
+        losses = loss_weight + row // positions * stride_loss_sample
+        reduced = tl.zeros([BR, BC], tl.float32)
+        reduced_log = tl.zeros([BR, BC], tl.float32)
+        if y is not None:
+            mine = row_tile % input_tiles == input_tile
+            inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
+            y_tile = y + row[:, None] * features + col[None, :]
+            depth = tl.where(mine, inputs, 0)
+            if SHARED:
+                clean = product_tile(
+                    x, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row, stride_x_input,
+                    stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
+                )  # fmt: skip
+        for d in range(draws):
+            eps = noise_tile(
+                tl.cast(row_offset, tl.uint32) + row.to(tl.uint32), calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32),
+                source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC,
+            )  # fmt: skip
+            slope = score(eps, DIST)
+            copy = tl.cast(d, tl.int64)
+            plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
+            minus = tl.zeros_like(plus)
+            if ANTITHETIC:
+                minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
+            reduced += (plus - minus) * slope  # the score is odd
+            if grad_log_sigma is not None:
+                reduced_log += (plus + minus) * (eps * slope - 1)
+            if not SHARED and grad_weight is not None:
+                total = _transposed_product(
+                    plus * slope, tl.load(x_tile + copy * stride_x_copy, mask=x_inside, other=0), total
+                )
+                if ANTITHETIC:
+                    total = _transposed_product(
+                        -minus * slope, tl.load(x_tile + copy * stride_x_copy + mirror_x, mask=x_inside, other=0), total
+                    )
+            if y is not None:
+                if not SHARED:
+                    clean = product_tile(
+                        x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
+                        stride_x_input, stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
+                    )  # fmt: skip
+                noised = tl.fma(scale[None, :], eps, clean)
+                tl.store(y_tile + copy * copy_size, noised.to(y.dtype.element_ty), mask=inside)
+                if ANTITHETIC:
+                    if not SHARED:
+                        clean = product_tile(
+                            x + copy * stride_x_copy + mirror_x, weight, bias, row, row_inside, col, col_inside, depth,
+                            stride_x_row, stride_x_input, stride_weight_col, stride_weight_input, stride_bias,
+                            BR, BC, BK,
+                        )  # fmt: skip
+                    noised = tl.fma(-scale[None, :], eps, clean)
+                    tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
+        if SHARED and grad_weight is not None:
+            total = _transposed_product(reduced, tl.load(x_tile, mask=x_inside, other=0), total)
+        if input_tile == 0:
+            by_bias += tl.sum(reduced, 0)
+            if grad_log_sigma is not None:
+                by_log_sigma += tl.sum(reduced_log, 0)
+
+    if grad_weight is not None:
+        grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input
+        _add(grad_tile, total / scale[:, None], col_inside[:, None] & k_inside[None, :])
+    if input_tile == 0:
+        if grad_bias is not None:
+            _add(grad_bias + col * stride_grad_bias, by_bias / scale, col_inside)
+        if grad_log_sigma is not None:
+            if partials is None:
+                _add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
+            else:
+                value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
+                _add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
+
+
+def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
+    launch = gradient_launch(
+        None, grad_weight, grad_bias, grad_log_sigma, x, None, None, loss_weight, sigma, key, *which
+    )
+    if launch.grid and x.shape[-2]:
+        launch.run()
+
+
+def noisy_linear_replay_(y, *args) -> None:
+    if y.numel():
+        gradient_launch(y, *args).run()
+
+
+def gradient_launch(
+    y: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    loss_weight: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> Launch:
+    """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
+    features = next(b.shape[0] for b in (grad_weight, grad_bias) if b is not None)
+    copies, rows, inputs = loss_weight.shape[0], x.shape[-2], x.shape[-1]
+    tile = tiles.GRADIENT[dist, x.element_size()]
+    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
+    input_tiles = max(cdiv(inputs, tile.inputs), 1) if grad_weight is not None else 1
+    return Launch(
+        gradient_kernel,
+        col_tiles * input_tiles,
+        {
+            "y": y,
+            "grad_weight": grad_weight,
+            "grad_bias": grad_bias,
+            "grad_log_sigma": grad_log_sigma,
+            **_scalar_workspace(grad_log_sigma, col_tiles),
+            **linear_arguments(x, weight, bias, sigma),
+            "loss_weight": loss_weight,
+            **which,
+            "rows": rows,
+            "features": features,
+            "draws": copies // 2 if antithetic else copies,
+            **strides("stride_grad_", grad_weight, "col", "input"),
+            **strides("stride_", grad_bias, "grad_bias"),
+            **strides("stride_", grad_log_sigma, "log_sigma"),
+            **strides("stride_loss_", loss_weight, "copy", "sample"),
+            "SHARED": x.dim() == 2,
+            "ANTITHETIC": antithetic,
+            "BR": tile.rows,
+            "BC": tile.cols,
+            "BK": tile.inputs,
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def _scalar_workspace(grad_log_sigma: Tensor | None, tile_count: int) -> dict[str, Tensor | None]:
+    """What `_add_scalar` needs, where one number stands for all features; else None."""
+    if grad_log_sigma is None or grad_log_sigma.dim():
+        return {"partials": None, "ticket": None}
+    device = grad_log_sigma.device
+    partials = torch.empty(max(tile_count, 1), dtype=torch.float32, device=device)
+    return {"partials": partials, "ticket": _ticket(device)}
+
+
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _ticket(device: torch.device) -> Tensor:
+    """A counter that is 0 between launches: one for each stream, so that launches that share it follow one another."""
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():  # its memory belongs to the graph, which must set it to 0 itself
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if (device, stream) not in _tickets:
+        _tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[device, stream]
