@@ -86,6 +86,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add(how, "lr", "learning rate at the start")
     add(how, "schedule", "of the learning rate: half a cosine down to 0, or constant", choices=SCHEDULES)
     add(how, "weight_decay", "as the optimiser has it")
+    add(how, "label_smoothing", "share of the target that is spread evenly over all classes")
     add(how, "seed", "of initial values, order of images, and noise")
     noise = parser.add_argument_group("likelihood ratio")
     add(noise, "sigma", "scale of the noise")

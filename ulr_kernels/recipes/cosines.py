@@ -3,7 +3,8 @@
 For one sample with d noise coordinates in a layer and M effective copies (the copies, or half of them where antithetic),
 the cosine is close to (1 + (d + 1) / M)^(-1/2). Over a batch the errors of the samples are independent while their
 gradients partly agree. With the coherence k = |sum of the gradients|^2 / sum of |gradient|^2 that makes it
-(1 + (d + 1) / (M k))^(-1/2).
+(1 + (d + 1) / (M k))^(-1/2). This holds for layer-wise injection; under joint injection the noise of the other layers
+adds to the error.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-import ulr_kernels as ulr
 from ulr_kernels import contract
+from ulr_kernels.estimators import ULR
 from ulr_kernels.recipes.settings import Settings
 
 _NOISE = contract.site_id("ulr_kernels.recipes.cosines")  # keeps this noise apart from the training's
@@ -35,13 +36,13 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss, settings: Set
 
     Returns:
         By the layer's name: `cosine` (measured), `law` (for this batch), `law_per_sample`, `coherence`, `coordinates`,
-        `copies`.
+        `copies`; the laws for layer-wise injection only.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     model.eval()
     model.zero_grad()
     seed = contract.fold_in(contract.fold_in(settings.seed, _NOISE), draw)
-    ulr.ULR(model, seed=seed, **settings.estimator).backward(x, y, loss_fn)
+    ULR(model, seed=seed, **settings.estimator).backward(x, y, loss_fn)
     estimates = {name: _flat_gradient(layer) for name, layer in layers.items()}
     model.zero_grad()
     loss_fn(model(x), y).mean().backward()
@@ -55,13 +56,14 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss, settings: Set
         coherence = (len(x) * truth.norm()).square() / sum(squares[part] for part in parts)
         copies = settings.copies if isinstance(settings.copies, int) else settings.copies[name]
         figures[name] = {
-            "cosine": torch.nn.functional.cosine_similarity(truth, estimate, dim=0).item(),
-            "law": law(layer.out_features, copies, settings.antithetic, coherence.item()),
-            "law_per_sample": law(layer.out_features, copies, settings.antithetic),
+            "cosine": nn.functional.cosine_similarity(truth, estimate, dim=0).item(),
             "coherence": coherence.item(),
             "coordinates": layer.out_features,
             "copies": copies,
         }
+        if settings.injection == "layerwise":
+            figures[name]["law"] = law(layer.out_features, copies, settings.antithetic, coherence.item())
+            figures[name]["law_per_sample"] = law(layer.out_features, copies, settings.antithetic)
     return figures
 
 

@@ -57,6 +57,7 @@ def _table(runs: list[list[dict[str, Any]]]) -> str:
         "test accuracy": lambda reports: f"{100 * _median(reports, 'test_accuracy'):.2f} %",
         "training time": lambda reports: f"{_median(reports, 'training_seconds'):.1f} s",
         "samples/s": lambda reports: f"{_median(reports, 'samples_per_second'):,.0f}",
+        "training memory": lambda reports: f"{_median(reports, 'training_memory_mib'):,.0f} MiB",
         "peak memory": lambda reports: f"{_median(reports, 'peak_memory_mib'):,.0f} MiB",
     }
     rows = [list(columns), *([text(reports) for text in columns.values()] for reports in runs)]

@@ -19,13 +19,25 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+def current(device: torch.device) -> float:
+    """MiB: what is allocated on a CUDA device now, else this process's resident size."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    return _status("VmRSS") or peak(device)
+
+
 def peak(device: torch.device) -> float:
     """MiB: the peak allocated on a CUDA device, else the peak resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _status(field: str) -> float | None:
+    """MiB: what Linux says of this process; None elsewhere."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) / 2**10
-    unit = 1 if sys.platform == "darwin" else 2**10  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return None

@@ -58,6 +58,7 @@ def figures(settings: dict[str, Any], history: list[dict[str, Any]], commands: l
         "training_seconds": seconds,
         "samples_per_second": samples / seconds,
         "peak_memory_mib": max(record["peak_memory_mib"] for record in history),
+        "training_memory_mib": max(record["training_memory_mib"] for record in history),
         "history": history,
     }
 
@@ -84,6 +85,8 @@ def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
     for setter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
         setter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, between the powers of ten too if there is room
     axes[1].set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
+    for axis in axes:
+        axis.set_xlim(0.5, max(len(report["history"]) for report in reports) + 0.5)
     axes[1].legend(frameon=False, loc="lower right")
     settings = reports[0]["settings"]
     figure.suptitle(f"{settings['model']} on {Path(settings['data']).name}")
@@ -100,23 +103,21 @@ def draw_cosines(path: Path, report: dict[str, Any]) -> None:
     marker = "o" if len(epochs) < 3 else None
     for index, (layer, axis) in enumerate(zip(layers, axes, strict=False)):
         values = [record["cosines"][layer] for record in history]
-        axis.plot(
-            epochs, [v["cosine"] for v in values], "o", markersize=4, color=_COLOURS[0], label="measured, one batch"
-        )
-        axis.plot(
-            epochs, [v["law"] for v in values], "-", marker=marker, color=_COLOURS[1], label="law, with coherence"
-        )
-        axis.axhline(values[0]["law_per_sample"], linestyle=":", color="#555555", label="law, single sample")
-        axis.set(
-            title=f"layer {layer}: {values[0]['coordinates']} outputs, {values[0]['copies']} copies", ylim=(0, 1.02)
-        )
+        measured = [value["cosine"] for value in values]
+        axis.plot(epochs, measured, "o", markersize=4, color=_COLOURS[0], label="measured, one batch")
+        if "law" in values[0]:
+            law = [value["law"] for value in values]
+            axis.plot(epochs, law, "-", marker=marker, color=_COLOURS[1], label="law, with the batch's coherence")
+            axis.axhline(values[0]["law_per_sample"], linestyle=":", color="#555555", label="law, one sample")
+        axis.set_title(f"layer {layer}: {values[0]['coordinates']} outputs, {values[0]['copies']} copies")
+        axis.set(xlim=(0.5, len(epochs) + 0.5), ylim=(0, 1.02))
         if index >= len(layers) - columns:
             axis.set_xlabel("epoch")
         if index % columns == 0:
             axis.set_ylabel("cosine to the true gradient")
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
-    axes[0].legend(frameon=False, loc="lower left")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
     _save(figure, path)
 
 

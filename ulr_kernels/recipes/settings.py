@@ -27,6 +27,7 @@ class Settings:
         schedule: `cosine` (half a cosine from `lr` to 0 over the run) or `constant`.
         optimizer: `adam`, `adamw`, or `sgd` with momentum 0.9.
         weight_decay: as that optimiser has it.
+        label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
         seed: initial values, order of the images and noise all follow from it.
         device: `cpu` or `cuda`.
         threads: of torch on the CPU; 0 leaves torch's own choice, which is then written down.
@@ -41,6 +42,7 @@ class Settings:
     schedule: str = "cosine"
     optimizer: str = "adam"
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
     seed: int = 0
     device: str = "cpu"
     threads: int = 0
@@ -68,6 +70,8 @@ class Settings:
             raise RecipeError(f"lr must be positive, got {self.lr}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise RecipeError(f"weight-decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"label-smoothing must be in [0, 1), got {self.label_smoothing}")
         if not -(2**63) <= self.seed < 2**64:
             raise RecipeError(f"seed must be in [-2^63, 2^64), got {self.seed}")
 

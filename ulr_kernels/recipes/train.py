@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import ulr_kernels as ulr
 from ulr_kernels import contract
+from ulr_kernels.estimators import ULR
 from ulr_kernels.recipes import RecipeError, checkpoint, cosines, data, memory, models
 from ulr_kernels.recipes.settings import Settings
 
@@ -25,11 +25,6 @@ _ORDER = contract.site_id("ulr_kernels.recipes.train")  # keeps the keys of the 
 _EVALUATION_BATCH = 1000
 
 Report = Callable[[str], None]
-
-
-def loss_per_row(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, one per row."""
-    return F.cross_entropy(outputs, targets, reduction="none")
 
 
 class Trainer:
@@ -59,10 +54,11 @@ class Trainer:
         self.estimator = None
         if settings.method == "ulr":
             try:
-                self.estimator = ulr.ULR(self.model, seed=settings.seed, **settings.estimator)
+                self.estimator = ULR(self.model, seed=settings.seed, **settings.estimator)
             except (TypeError, ValueError) as error:
                 raise RecipeError(str(error)) from error
         self.steps_per_epoch = math.ceil(len(self.train) / settings.batch)
+        self.memory_at_start = memory.current(self.device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.commands: list[str] = []
@@ -109,7 +105,7 @@ class Trainer:
         started = time.perf_counter()
         for done, rows in enumerate(order.split(self.settings.batch), 1):
             total += self._train_step(self.inputs(self.train.images[rows]), self.train.labels[rows])
-            if bar.update(len(rows)):  # true only when the bar is drawn, so that a GPU is seldom waited for
+            if bar.update(len(rows)):  # true only where the bar has been drawn, so that a GPU is seldom waited for
                 bar.set_postfix(self._figures(total.item() / done), refresh=False)
         noised_loss = total.item() / self.steps_per_epoch  # waits for the device
         seconds = time.perf_counter() - started
@@ -117,6 +113,7 @@ class Trainer:
         record["noised_loss"] = noised_loss
         record["samples_per_second"] = len(self.train) / seconds
         record["peak_memory_mib"] = memory.peak(self.device)
+        record["training_memory_mib"] = record["peak_memory_mib"] - self.memory_at_start
         for name, split in (("train", self.train), ("test", self.test)):
             record[f"{name}_loss"], record[f"{name}_accuracy"] = self.evaluate(split)
         if self.estimator:
@@ -128,9 +125,9 @@ class Trainer:
             group["lr"] = self._learning_rate()
         self.optimizer.zero_grad()
         if self.estimator:
-            loss = self.estimator.backward(x, y, loss_per_row)
+            loss = self.estimator.backward(x, y, self.loss_per_row)
         else:
-            loss = loss_per_row(self.model(x), y).mean()
+            loss = self.loss_per_row(self.model(x), y).mean()
             loss.backward()
         self.optimizer.step()
         self.step += 1
@@ -142,9 +139,13 @@ class Trainer:
         done = self.step / (self.settings.epochs * self.steps_per_epoch)
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
+    def loss_per_row(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What is trained: cross-entropy in nats, with the setting's label smoothing, one per row."""
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.settings.label_smoothing)
+
     @torch.no_grad()
     def evaluate(self, split: data.Split) -> tuple[float, float]:
-        """Mean loss (nats) and accuracy (0 to 1) of the model without noise."""
+        """Mean cross-entropy (nats, no label smoothing) and accuracy (0 to 1) of the model without noise."""
         self.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -152,7 +153,7 @@ class Trainer:
             split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
         ):
             outputs = self.model(self.inputs(images))
-            loss += loss_per_row(outputs, labels).double().sum()
+            loss += F.cross_entropy(outputs, labels, reduction="sum").double()
             right += (outputs.argmax(1) == labels).sum()
         return loss.item() / len(split), right.item() / len(split)
 
@@ -161,7 +162,7 @@ class Trainer:
         count = min(self.settings.batch, len(self.test))
         rows = torch.arange(count, device=self.device) * len(self.test) // count
         x, y = self.inputs(self.test.images[rows]), self.test.labels[rows]
-        return cosines.measure(self.model, x, y, loss_per_row, self.settings, self.epoch)
+        return cosines.measure(self.model, x, y, self.loss_per_row, self.settings, self.epoch)
 
     def _figures(self, loss: float) -> dict[str, str]:
         figures = {"loss": f"{loss:.3f}"}

