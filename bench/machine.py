@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,8 +87,8 @@ def median_seconds(run: Callable[[int], object], budget: float = 0.3) -> float:
     raise AssertionError
 
 
-def cpu_ceilings() -> dict[str, dict[str, float]]:
-    """By number of threads: bytes/s of a copy, multiply-add operations/s of oneDNN's fp32 product, noise values/s.
+def cpu_ceilings() -> dict[str, dict[str, Any]]:
+    """By number of threads: bytes/s of a copy, operations/s of oneDNN's products (a multiply-add is 2), noise values/s.
 
     The noise rate is the library's own fill of a buffer that stays in the cache: what the kernel takes where nothing
     else does. Keys are strings, as in the JSON that this goes into.
@@ -99,9 +100,12 @@ def cpu_ceilings() -> dict[str, dict[str, float]]:
     for threads in sorted({1, before}):
         torch.set_num_threads(threads)
         ceilings = {
+            "overlap": False,
             "bytes": 2 * 4 * source.numel() / median_seconds(lambda i: target.copy_(source)),
-            "flops": 2 * 1024**3 / median_seconds(lambda i: rivals.onednn_linear(square, square, bias)),
         }
+        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            a, b = square.to(dtype), bias.to(dtype)
+            ceilings[f"flops {kind}"] = 2 * 1024**3 / median_seconds(lambda i, a=a, b=b: rivals.onednn_linear(a, a, b))
         for dist in ("normal", "laplace", "rademacher"):
             seconds = median_seconds(lambda i, dist=dist: rows.fill(out, key, dist), 0.1)
             ceilings[dist] = out.numel() / seconds

@@ -49,7 +49,9 @@ def repeat_input(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: 
     return (clean + sigma * randn_like(clean, clean.shape[0], source)).view(copies, x.shape[0], -1)
 
 
-def repeat_product(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int, source: torch.Generator) -> Tensor:
+def repeat_product(
+    x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int, source: torch.Generator
+) -> Tensor:
     """One product over the batch, repeated afterwards, then noise: `[C, R, N]`."""
     clean = F.linear(x, weight, bias)
     return clean + sigma * randn_like(clean, copies * x.shape[0], source).view(copies, x.shape[0], -1)
@@ -65,7 +67,7 @@ def compilable(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: in
 
 
 def authors_gradient(repeated: Tensor, eps: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """The einsum over the repeated batch `[C * R, K]` with the kept noise `[C * R, N]`; gradients of weight and bias."""
+    """The einsum over the repeated batch `[C * R, K]` with the kept noise `[C * R, N]`: weight, bias."""
     loss = loss_weight.reshape(-1, 1)
     weight = torch.einsum("ni,nj->ji", repeated * loss, eps) / sigma
     bias = torch.einsum("ni,nj->j", loss, eps) / sigma

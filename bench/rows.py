@@ -63,8 +63,13 @@ class Row:
     contestants: dict[str, Contestant]
     cost: Cost
     dist: str = "normal"
+    kind: str = "fp32"
     threads: int | None = None
     memory: bool = False
+
+    def floor(self) -> dict[str, Any]:
+        """What the floor of the row is made of: counts, and the kinds of product and noise."""
+        return dataclasses.asdict(self.cost) | {"kind": self.kind, "dist": self.dist}
 
     def sets(self) -> list[tuple]:
         """Sets of inputs to rotate through, enough of them that no cache keeps one until its turn comes again."""
@@ -182,6 +187,7 @@ def linear_row(
         inputs=make,
         contestants=contestants,
         cost=OPS["noisy_linear"].cost(x, weight, None, None, None, copies, False),
+        kind=_kind(dtype),
         memory=copies > 1,
     )
 
@@ -230,6 +236,7 @@ def gradient_row(
             "torch.compile": Contestant(rival(compiled(rivals.reduced_gradient)), keep(repeat=False, half=False)),
         },
         cost=OPS["noisy_linear_grad_"].cost(*buffers, None, x, loss_weight, None, None, True),
+        kind=_kind(dtype),
         memory=True,
     )
 
@@ -261,7 +268,8 @@ def replay_row(
         return y, rivals.paired_gradient(x, half, lw.to(dtype), SIGMA)
 
     buffers = shaped(features, inputs), shaped(features)
-    x, weight, loss_weight = shaped(rows, inputs, dtype=dtype), shaped(features, inputs, dtype=dtype), shaped(copies, rows)
+    x, loss_weight = shaped(rows, inputs, dtype=dtype), shaped(copies, rows)
+    weight = shaped(features, inputs, dtype=dtype)
     return Row(
         name=f"replay {_kind(dtype)} {rows}x{inputs}x{features}, {copies} copies",
         inputs=make,
@@ -271,6 +279,7 @@ def replay_row(
             "eager, half kept": Contestant(eager),
         },
         cost=OPS["noisy_linear_replay_"].cost(*buffers, None, x, weight, None, loss_weight, None, None, True),
+        kind=_kind(dtype),
     )
 
 
@@ -278,7 +287,7 @@ def replay_row(
 
 
 def layerwise_cost(sizes: tuple[int, ...], batch: int, copies: int) -> Cost:
-    """One clean pass; for each layer, its noise on the clean product, the layers after it on all copies, its gradient."""
+    """For each layer: its clean product, its noise, the layers after it on all copies, its gradient."""
     layers = list(zip(sizes, sizes[1:], strict=False))
     size = flops = noise = 0
     for number, (inputs, features) in enumerate(layers):
@@ -312,9 +321,7 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,)) -> Row
         inputs=make,
         contestants={
             **ours(lambda x, y: estimator().backward(x, y, loss_fn), names),
-            "authors' way": Contestant(
-                lambda x, y: rivals.authors_step(theirs, x, y, loss_fn, SIGMA, copies, source)
-            ),
+            "authors' way": Contestant(lambda x, y: rivals.authors_step(theirs, x, y, loss_fn, SIGMA, copies, source)),
             "backpropagation": Contestant(lambda x, y: rivals.backprop_step(model, x, y, loss_fn)),
         },
         cost=layerwise_cost(MLP, batch, copies),
@@ -350,7 +357,8 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
     f32, bf16 = torch.float32, torch.bfloat16
     size, wide, rows, copies = (2**14, 64, 32, 4) if small else (2**27, 4096, 1024, 64)
     makers: dict[str, Callable[[], Row]] = {
-        dist: functools.partial(noise_row, dist, size, device, names=names) for dist in ("normal", "laplace", "rademacher")
+        dist: functools.partial(noise_row, dist, size, device, names=names)
+        for dist in ("normal", "laplace", "rademacher")
     }
     makers["randn"] = lambda: randn_row(size, device, names=names)
     for dtype in (bf16, f32):
@@ -360,6 +368,8 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
                 linear_row, 2 * wide, inputs, wide, 1, dtype, device, names
             )
         for prefix, function in (("linear-copies", linear_row), ("gradient", gradient_row), ("replay", replay_row)):
-            makers[f"{prefix}-{kind}"] = functools.partial(function, rows, wide // 4, wide // 2, copies, dtype, device, names)
+            makers[f"{prefix}-{kind}"] = functools.partial(
+                function, rows, wide // 4, wide // 2, copies, dtype, device, names
+            )
     makers["step"] = lambda: step_row(100, copies, device, names=names)
     return makers

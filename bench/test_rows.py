@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 
@@ -37,6 +36,7 @@ warm = Warm()
 def test_row(benchmark, request: pytest.FixtureRequest, key: str, row: Row, contestant: str, sweep: int) -> None:
     quick = request.config.getoption("quick")
     chosen = row.contestants[contestant]
+    benchmark.group = row.name
     with chosen.settings(row), torch.set_grad_enabled(contestant == "backpropagation"):
         calls = itertools.cycle(warm.calls(row, chosen))
         start = time.perf_counter()
@@ -44,14 +44,12 @@ def test_row(benchmark, request: pytest.FixtureRequest, key: str, row: Row, cont
         once = time.perf_counter() - start
         rounds = int(min(200, max(3, (0.05 if quick else 0.2) / once)))
         benchmark.pedantic(chosen.run, setup=lambda: (next(calls), {}), rounds=rounds)
-        threads = torch.get_num_threads()
-    benchmark.group = row.name
+        threads = str(torch.get_num_threads())
     benchmark.extra_info |= {
+        "key": key,
         "contestant": contestant,
         "sweep": sweep,
-        "threads": threads,
-        "dist": row.dist,
-        "cost": dataclasses.asdict(row.cost),
+        "cost": row.floor(),
+        "ceilings": threads,
+        "extra_bytes": memory.extra_bytes(key, contestant) if row.memory and sweep == 0 and not quick else None,
     }
-    if row.memory and sweep == 0 and not quick:
-        benchmark.extra_info["extra_bytes"] = memory.extra_bytes(key, contestant)

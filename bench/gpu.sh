@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: bench/gpu.sh OUTDIR [STAGE...]
+#
+# Stages, by value: build tests rows memcheck racecheck tiles. Without a list all of them run, in this order. A stage
+# that fails or runs out of its time does not stop the next; what it had written stays. Nothing is downloaded: needs
+# python3 with torch for CUDA, triton, pytest, pybind11 and ninja, and nvcc.
+# Each result file begins with the device, the driver, the versions and the commit. Where the sources come without
+# their repository, ULR_COMMIT names the commit.
+# Results: build.txt tests.txt gpu.json gpu.csv gpu.txt memcheck.txt racecheck.txt tiles.json
+set -uo pipefail
+
+if [ $# -eq 0 ]; then
+    echo "usage: bench/gpu.sh OUTDIR [build|tests|rows|memcheck|racecheck|tiles ...]" >&2
+    exit 2
+fi
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+shift
+cd "$(dirname "$0")/.." || exit 2
+stages=("$@")
+[ ${#stages[@]} -gt 0 ] || stages=(build tests rows memcheck racecheck tiles)
+
+PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+
+# stage NAME SECONDS FILE COMMAND...: runs a command under a time limit; its output goes to the screen, and after the
+# facts to FILE.
+stage() {
+    local name=$1 seconds=$2 file=$3 start=$SECONDS code
+    shift 3
+    echo "== $name (at most $seconds s)"
+    {
+        $PYTHON -m bench.gpu_bench facts 2>&1 | tail -1
+        echo "\$ $*"
+    } >"$out/$file"
+    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$out/$file" | tail -40
+    code=${PIPESTATUS[0]}
+    echo "== $name: exit code $code after $((SECONDS - start)) s" | tee -a "$out/$file"
+    [ "$code" -eq 0 ] || failed+=("$name")
+}
+
+build() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+    [ "$capability" = 9.0 ] && capability=9.0a
+    ULR_BUILD=cpp,cuda TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} \
+        stage build 240 build.txt $PYTHON setup.py build_ext --inplace
+}
+
+tests() {
+    stage tests 400 tests.txt $PYTHON -m pytest python_tests -q -p no:cacheprovider --require cuda,triton \
+        -k "cuda/cuda or triton/cuda" --durations=10
+}
+
+rows() {
+    stage rows 300 rows.log $PYTHON -m bench.gpu_bench rows --out "$out"
+    # The table repeats what the log shows; keep what the log alone knows.
+    grep -E "cannot run|exit code|Error" "$out/rows.log" >>"$out/gpu.txt" || true
+    rm -f "$out/rows.log"
+}
+
+memcheck() {
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage memcheck 240 memcheck.txt \
+        compute-sanitizer --tool memcheck --error-exitcode 1 --print-limit 20 \
+        $PYTHON -m bench.gpu_bench samples --backends cuda
+}
+
+racecheck() {
+    stage racecheck 240 racecheck.txt \
+        compute-sanitizer --tool racecheck --error-exitcode 1 --print-limit 20 \
+        $PYTHON -m bench.gpu_bench samples --backends cuda
+}
+
+tiles() {
+    stage tiles 240 tiles.log $PYTHON -m bench.gpu_bench tiles --seconds 180 --out "$out"
+    rm -f "$out/tiles.log"
+}
+
+for name in "${stages[@]}"; do
+    case $name in
+    build | tests | rows | memcheck | racecheck | tiles) "$name" ;;
+    *)
+        echo "bench/gpu.sh: unknown stage '$name': build tests rows memcheck racecheck tiles" >&2
+        exit 2
+        ;;
+    esac
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "== failed: ${failed[*]}"
+    exit 1
+fi

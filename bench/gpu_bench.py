@@ -1,0 +1,235 @@
+"""The parts of `bench/gpu.sh`: `python -m bench.gpu_bench facts | rows | samples | tiles`.
+
+    facts      one line of JSON: device, driver, versions, commit
+    rows       times the GPU's rows; OUT/gpu.{json,csv,txt} are written anew after each row
+    samples    runs every op's samples once, for compute-sanitizer to watch
+    tiles      times candidate tiles of the Triton kernels; OUT/tiles.json is written anew after each
+
+`--device cpu --small` runs the same code without a GPU (Triton under TRITON_INTERPRET=1), to check the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ulr_kernels as ulr
+from bench import machine, rows
+from ulr_kernels import bench
+from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.tiles import Tile
+from ulr_kernels.ops._op import OPS
+
+SWEEPS = 5
+
+
+def times(run: Callable, calls: Iterator[tuple], count: int, device: str) -> list[float]:
+    """Seconds of each of `count` calls: between two events on a GPU, by the clock on a CPU."""
+    result = []
+    if device == "cpu":
+        for _ in range(count):
+            start = time.perf_counter()
+            run(*next(calls))
+            result.append(time.perf_counter() - start)
+        return result
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start_event, end_event in events:
+        arguments = next(calls)
+        start_event.record()
+        run(*arguments)
+        end_event.record()
+    torch.cuda.synchronize()
+    return [start_event.elapsed_time(end_event) / 1e3 for start_event, end_event in events]
+
+
+def median(run: Callable, calls: Iterator[tuple], device: str) -> float:
+    """The median of calls that fill about 30 ms, after as many as it takes to compile and warm up."""
+    once = min(times(run, calls, 3, device))
+    return statistics.median(times(run, calls, int(min(50, max(5, 0.03 / once))), device))
+
+
+def extra_bytes(run: Callable[[], object], device: str) -> int | None:
+    """Peak device memory of a call above what was held before it; outputs count."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]:
+    """A row's contestants in turn, sweep by sweep, as on the CPU. One that cannot run is named, and left out."""
+    sets, calls, held = row.sets(), {}, {}
+    for name, contestant in row.contestants.items():
+        keep = contestant.keep
+        try:
+            with contestant.settings(row), torch.set_grad_enabled(name == "backpropagation"):
+                kept = [(*s, keep(*s)) if keep else s for s in sets]
+                contestant.run(*kept[0])
+                if row.memory:
+                    held[name] = extra_bytes(
+                        lambda c=contestant, k=keep: c.run(*sets[0], *([k(*sets[0])] if k else [])), device
+                    )
+            calls[name] = itertools.cycle(kept)
+        except Exception as error:  # a rival or a back end that is absent must not end the others
+            print(f"{row.name}: {name} cannot run: {str(error).splitlines()[0]}", flush=True)
+    for sweep, (name, arguments) in itertools.product(range(SWEEPS), calls.items()):
+        contestant = row.contestants[name]
+        with contestant.settings(row), torch.set_grad_enabled(name == "backpropagation"):
+            seconds = median(contestant.run, arguments, device)
+        yield bench.Measurement(key, row.name, name, sweep, seconds, row.floor(), device, held.get(name))
+
+
+def ceilings(device: str, small: bool, backend: str) -> dict[str, Any]:
+    """Bytes/s of a copy, operations/s of plain products, and noise values/s into a buffer that fits the cache."""
+    size, side = (2**16, 128) if small else (2**28, 8192)
+    source, target = torch.ones(size, device=device), torch.empty(size, device=device)
+    result = {"overlap": True, "bytes": 8 * size / median(target.copy_, itertools.repeat((source,)), device)}
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = rows.normal(0, side, side, device=device).to(dtype)
+        result[f"flops {kind}"] = 2 * side**3 / median(torch.mm, itertools.repeat((a, a)), device)
+    out, key = torch.empty(size >> 6, device=device).view(-1, 1024), rows.key_of(0, device)
+    with ulr.use_backend(backend):
+        for dist in ("normal", "laplace", "rademacher"):
+            result[dist] = out.numel() / median(rows.fill, itertools.repeat((out, key, dist)), device)
+    return result
+
+
+def run_rows(options: argparse.Namespace) -> None:
+    """The table of the GPU's rows."""
+    facts = machine.facts(options.device)
+    limits = {options.device: ceilings(options.device, options.small, options.backends[0])}
+    found: list[bench.Measurement] = []
+    for key, make in rows.gpu_rows(options.backends, options.small, options.device).items():
+        found += measure(f"gpu-{key}", make(), options.device)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        lines = list(bench.lines(found, limits))
+        if lines:
+            bench.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": limits})
+    print(bench.table(list(bench.lines(found, limits))))
+
+
+def run_samples(options: argparse.Namespace) -> None:
+    """Every good sample of every op, on each back end."""
+    for backend, op, dtype in itertools.product(options.backends, OPS.values(), (torch.float32, torch.bfloat16)):
+        count = 0
+        with ulr.use_backend(backend):
+            for sample in op.samples(options.device, dtype):
+                if sample.error is None:
+                    op.function(*sample.args, **sample.kwargs)
+                    count += 1
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        print(f"{backend} {op.name} {dtype}: {count} samples", flush=True)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def candidates(table: dict, key: Any) -> list[Tile]:
+    """The tile in use, then others, the likelier first: neighbours that change one size, then two.
+
+    Noise beyond 32 values a thread cannot stay in registers.
+    """
+    used = table[key]
+    choices = {
+        "rows": (32, 64, 128),
+        "cols": (64, 128),
+        "inputs": (32, 64, 128),
+        "warps": (4, 8),
+        "stages": (1, 2, 3, 4),
+    }
+    if table is tiles.NOISE:
+        choices |= {"rows": (8, 16, 32, 64), "cols": (64, 128, 256), "inputs": (0,), "stages": (1,)}
+    if table is tiles.GRADIENT:
+        choices["stages"] = (1, 2)
+    found = {used: 0}
+    for sizes in itertools.product(*choices.values()):
+        tile = Tile(*sizes)
+        changes = sum(a != b for a, b in zip(tile, used, strict=True))
+        dist = key if table is tiles.NOISE else key[0]
+        fits = tile.rows * tile.cols <= 32 * 32 * tile.warps and not (dist == "rademacher" and tile.cols % 128)
+        if changes <= 2 and fits:
+            found.setdefault(tile, changes)
+    return sorted(found, key=lambda tile: found[tile])
+
+
+def searches(device: str, small: bool) -> Iterator[tuple[str, dict, Any, rows.Row]]:
+    size, side, copies = (2**14, 64, 4) if small else (2**27, 2048, 32)
+    triton = ("triton",)
+    for dist in ("normal", "rademacher"):
+        yield "NOISE", tiles.NOISE, dist, rows.noise_row(dist, size, device, names=triton)
+    for dtype in (torch.bfloat16, torch.float32):
+        forward = rows.linear_row(2 * side, side, side, 1, dtype, device, triton)
+        gradient = rows.gradient_row(side // 2, side // 2, side, copies, dtype, device, triton)
+        yield "FORWARD", tiles.FORWARD, ("normal", dtype.itemsize), forward
+        yield "GRADIENT", tiles.GRADIENT, ("normal", dtype.itemsize), gradient
+
+
+def run_tiles(options: argparse.Namespace) -> None:
+    """Time the candidates in turn; the time that is given is shared evenly by the searches."""
+    results: list[dict] = []
+    todo = list(searches(options.device, options.small))
+    share = options.seconds / len(todo)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, table, key, row in todo:
+        used, end, sets = table[key], time.monotonic() + share, row.sets()
+        for tile in candidates(table, key):
+            if time.monotonic() > end:
+                break
+            table[key] = tile
+            entry = {"table": name, "key": str(key), "row": row.name, "tile": tile._asdict(), "used": tile == used}
+            contestant = row.contestants["ulr triton"]
+            try:
+                with contestant.settings(row), torch.no_grad():
+                    entry["seconds"] = median(contestant.run, itertools.cycle(sets), options.device)
+            except Exception as error:  # a tile that does not fit the device is a result
+                entry["error"] = str(error).splitlines()[0][:200]
+            results.append(entry)
+            content = {"ulr": machine.facts(options.device), "tiles": results}
+            (options.out / "tiles.json").write_text(json.dumps(content, indent=1) + "\n")
+        table[key] = used
+        timed = sorted(
+            (e for e in results if e["table"] == name and e["key"] == str(key) and "seconds" in e), key=_seconds
+        )
+        for entry in timed[:3]:
+            print(
+                f"{name} {key}: {entry['seconds'] * 1e6:.1f} us {entry['tile']}{' (in use)' * entry['used']}",
+                flush=True,
+            )
+
+
+def _seconds(entry: dict) -> float:
+    return entry.get("seconds", math.inf)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("facts", "rows", "samples", "tiles"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--backends", default="cuda,triton", type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--small", action="store_true", help="tiny sizes: checks the script, measures nothing")
+    parser.add_argument("--seconds", default=150.0, type=float, help="of the search for tiles")
+    parser.add_argument("--out", default=Path("build/gpu"), type=Path)
+    options = parser.parse_args()
+    if options.part == "facts":
+        print(json.dumps(machine.facts(options.device)))
+    else:
+        {"rows": run_rows, "samples": run_samples, "tiles": run_tiles}[options.part](options)
+
+
+if __name__ == "__main__":
+    main()
