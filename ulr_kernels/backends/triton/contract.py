@@ -50,13 +50,12 @@ def open_source(key, table):
 
 @triton.jit
 def _words(rows, first, draw, source, BR: tl.constexpr, CALLS: tl.constexpr):
-    """uint32 [BR, 4 * CALLS]: the words of calls first, first + 1 ... of each row, in order."""
+    """Four uint32 [BR, CALLS]: word j of calls first, first + 1 ... of each row."""
     calls = first + tl.arange(0, CALLS).to(tl.uint32)
     c0 = tl.broadcast_to(calls[None, :], (BR, CALLS))
     c1 = tl.broadcast_to(rows[:, None], (BR, CALLS))
     zero = tl.zeros_like(c0)
-    w0, w1, w2, w3 = philox(c0, c1, zero + draw, zero, source[0], source[1])
-    return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BR, 4 * CALLS)
+    return philox(c0, c1, zero + draw, zero, source[0], source[1])
 
 
 @triton.jit
@@ -94,24 +93,23 @@ def quantile(words, source):
 
 
 @triton.jit
-def signs(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
-    """`rademacher` noise, bf16 [BR, BC], made two at a time in the halves of a word. `first` counts 128 columns."""
-    words = _words(rows, first, draw, source, BR, BC // 128)
+def sign_pairs(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
+    """uint32 [BR, BC / 2]: `rademacher` noise as pairs of bf16, the even column in the low half."""
+    w0, w1, w2, w3 = _words(rows, first, draw, source, BR, BC // 128)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BR, BC // 32)
     # Two words of 16 signs: bit 2 j at 2 j and bit 2 j + 1 at 2 j + 16, so that one shift brings both in place.
     low = (words & 0x5555) | ((words & 0xAAAA) << 15)
     high = ((words >> 16) & 0x5555) | ((words >> 1) & 0x55550000)
     halves = tl.join(low, high).reshape(BR, BC // 16)
     shift = (15 - 2 * tl.arange(0, 8)).to(tl.uint32)
     pairs = tl.broadcast_to(halves[:, :, None], (BR, BC // 16, 8)) << shift[None, None, :]
-    pairs = ((pairs & source[5]) | 0x3F803F80).reshape(BR, BC // 2)
-    values = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16)).reshape(BR, BC)
-    return values.to(tl.bfloat16, bitcast=True)
+    return ((pairs & source[5]) | 0x3F803F80).reshape(BR, BC // 2)
 
 
 @triton.jit
-def _sobol_points(rows, first, draw, directions, positions, width, BC: tl.constexpr):
-    """uint32 [BR, BC]: the XOR of V[dimension][b] over the set bits b of `draw`."""
-    cols = first.to(tl.int32) * 4 + tl.arange(0, BC)
+def _sobol_points(rows, first, draw, directions, positions, width, word: tl.constexpr, CALLS: tl.constexpr):
+    """uint32 [BR, CALLS]: the XOR of V[dimension][b] over the set bits b of `draw`, of every fourth column."""
+    cols = (first.to(tl.int32) + tl.arange(0, CALLS)) * 4 + word
     dimension = (rows % tl.cast(positions, tl.uint32)).to(tl.int32)[:, None] * width + cols[None, :]
     numbers = directions + dimension * SOBOL_BITS
     inside = (cols < width)[None, :]
@@ -125,17 +123,46 @@ def _sobol_points(rows, first, draw, directions, positions, width, BC: tl.conste
 
 
 @triton.jit
+def noise_parts(
+    rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """Noise of uint32 `rows` and of the columns from call `first` on: a tuple of P fp32 tiles [BR, BC / P].
+
+    Part p holds columns p, p + P ... : P is 4, the words of a call, or for signs 2. Work on parts needs no exchange
+    between threads. `directions` None: no Sobol.
+    """
+    if DIST == RADEMACHER:
+        pairs = sign_pairs(rows, first, draw, source, BR, BC)
+        return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        CALLS: tl.constexpr = BC // 4
+        if directions is None:
+            w0, w1, w2, w3 = _words(rows, first, draw, source, BR, CALLS)
+        else:
+            w0, w1, w2, w3 = _words(rows, first, draw - draw, source, BR, CALLS)
+            w0 ^= _sobol_points(rows, first, draw, directions, positions, width, 0, CALLS)
+            w1 ^= _sobol_points(rows, first, draw, directions, positions, width, 1, CALLS)
+            w2 ^= _sobol_points(rows, first, draw, directions, positions, width, 2, CALLS)
+            w3 ^= _sobol_points(rows, first, draw, directions, positions, width, 3, CALLS)
+        return quantile(w0, source), quantile(w1, source), quantile(w2, source), quantile(w3, source)
+
+
+@triton.jit
+def join_parts(parts, DIST: tl.constexpr):
+    """The parts, [BR, BC / P] each, as one tile [BR, BC]."""
+    if DIST == RADEMACHER:
+        joined = tl.join(parts[0], parts[1])
+    else:
+        joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    return joined.reshape(joined.shape[0], joined.numel // joined.shape[0])
+
+
+@triton.jit
 def noise_tile(
     rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """fp32 [BR, BC]: noise of uint32 `rows` and of the columns from call `first` on. `directions` None: no Sobol."""
-    if DIST == RADEMACHER:
-        return signs(rows, first, draw, source, BR, BC).to(tl.float32)
-    elif directions is None:
-        return quantile(_words(rows, first, draw, source, BR, BC // 4), source)
-    else:
-        shift = _words(rows, first, draw - draw, source, BR, BC // 4)
-        return quantile(shift ^ _sobol_points(rows, first, draw, directions, positions, width, BC), source)
+    """`noise_parts` as one tile, fp32 [BR, BC]."""
+    return join_parts(noise_parts(rows, first, draw, source, directions, positions, width, DIST, BR, BC), DIST)
 
 
 @triton.jit

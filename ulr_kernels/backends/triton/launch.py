@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ulr_kernels import contract, tables
 from ulr_kernels.backends.triton import contract as tile_contract
+from ulr_kernels.backends.triton import interpreter
 
 DISTRIBUTION_CODES = {"normal": 0, "laplace": 1, "rademacher": 2}
 
@@ -80,18 +81,5 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _give_interpreter_one_rounding() -> None:
-    """The interpreter's fma multiplies, rounds, adds and rounds where its library has no fma of its own."""
-    from triton._C.libtriton import interpreter as library
-    from triton.runtime import interpreter
-
-    def fma(self, x, y, z):
-        operands = (torch.from_numpy(v.data) for v in (x, y, z))
-        return interpreter.TensorHandle(contract.fma(*operands).numpy(), z.dtype.scalar)
-
-    if not hasattr(library, "fma_fp32"):
-        interpreter.InterpreterBuilder.create_fma = fma
-
-
 if triton.knobs.runtime.interpret:
-    _give_interpreter_one_rounding()
+    interpreter.compute_as_a_gpu_does()

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, score
+from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_parts, open_source, score
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
 
@@ -25,6 +25,35 @@ def _transposed_product(weighted, x_tile, total):
         return tl.dot(tl.trans(weighted), x_tile.to(tl.float32), total, input_precision="tf32")
     else:
         return tl.dot(tl.trans(weighted.to(x_tile.dtype)), x_tile, total, input_precision="ieee")
+
+
+@triton.jit
+def _no_parts(DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Zeros of the form of `noise_parts`."""
+    if DIST == RADEMACHER:
+        zero = tl.zeros([BR, BC // 2], tl.float32)
+        return zero, zero
+    else:
+        zero = tl.zeros([BR, BC // 4], tl.float32)
+        return zero, zero, zero, zero
+
+
+@triton.jit
+def _weighted(total, factor, parts, DIST: tl.constexpr):
+    """total + factor * score, part by part."""
+    result = ()
+    for p in tl.static_range(len(parts)):
+        result = result + (tl.fma(factor, score(parts[p], DIST), total[p]),)
+    return result
+
+
+@triton.jit
+def _log_weighted(total, factor, parts, DIST: tl.constexpr):
+    """total + factor * (eps * score - 1), part by part."""
+    result = ()
+    for p in tl.static_range(len(parts)):
+        result = result + (tl.fma(factor, parts[p] * score(parts[p], DIST) - 1, total[p]),)
+    return result
 
 
 @triton.jit
@@ -120,8 +149,9 @@ def gradient_kernel(
         x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
         x_inside = row_inside[:, None] & k_inside[None, :]
         losses = loss_weight + row // positions * stride_loss_sample
-        reduced = tl.zeros([BR, BC], tl.float32)
-        reduced_log = tl.zeros([BR, BC], tl.float32)
+        nothing = _no_parts(DIST, BR, BC)
+        reduced = nothing
+        reduced_log = nothing
         if y is not None:
             mine = row_tile % input_tiles == input_tile
             inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
@@ -133,34 +163,33 @@ def gradient_kernel(
                     stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
                 )  # fmt: skip
         for d in range(draws):
-            eps = noise_tile(
+            eps = noise_parts(
                 tl.cast(row_offset, tl.uint32) + row.to(tl.uint32), calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32),
                 source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC,
             )  # fmt: skip
-            slope = score(eps, DIST)
             copy = tl.cast(d, tl.int64)
             plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
             minus = tl.zeros_like(plus)
             if ANTITHETIC:
                 minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-            reduced += (plus - minus) * slope  # the score is odd
+            reduced = _weighted(reduced, plus - minus, eps, DIST)  # the score is odd
             if grad_log_sigma is not None:
-                reduced_log += (plus + minus) * (eps * slope - 1)
+                reduced_log = _log_weighted(reduced_log, plus + minus, eps, DIST)
             if not SHARED and grad_weight is not None:
-                total = _transposed_product(
-                    plus * slope, tl.load(x_tile + copy * stride_x_copy, mask=x_inside, other=0), total
-                )
+                x_copy = x_tile + copy * stride_x_copy
+                slope = join_parts(_weighted(nothing, plus, eps, DIST), DIST)
+                total = _transposed_product(slope, tl.load(x_copy, mask=x_inside, other=0), total)
                 if ANTITHETIC:
-                    total = _transposed_product(
-                        -minus * slope, tl.load(x_tile + copy * stride_x_copy + mirror_x, mask=x_inside, other=0), total
-                    )
+                    slope = join_parts(_weighted(nothing, -minus, eps, DIST), DIST)
+                    total = _transposed_product(slope, tl.load(x_copy + mirror_x, mask=x_inside, other=0), total)
             if y is not None:
+                eps_tile = join_parts(eps, DIST)
                 if not SHARED:
                     clean = product_tile(
                         x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
                         stride_x_input, stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
                     )  # fmt: skip
-                noised = tl.fma(scale[None, :], eps, clean)
+                noised = tl.fma(scale[None, :], eps_tile, clean)
                 tl.store(y_tile + copy * copy_size, noised.to(y.dtype.element_ty), mask=inside)
                 if ANTITHETIC:
                     if not SHARED:
@@ -169,14 +198,15 @@ def gradient_kernel(
                             stride_x_row, stride_x_input, stride_weight_col, stride_weight_input, stride_bias,
                             BR, BC, BK,
                         )  # fmt: skip
-                    noised = tl.fma(-scale[None, :], eps, clean)
+                    noised = tl.fma(-scale[None, :], eps_tile, clean)
                     tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
+        reduced_tile = join_parts(reduced, DIST)
         if SHARED and grad_weight is not None:
-            total = _transposed_product(reduced, tl.load(x_tile, mask=x_inside, other=0), total)
+            total = _transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
         if input_tile == 0:
-            by_bias += tl.sum(reduced, 0)
+            by_bias += tl.sum(reduced_tile, 0)
             if grad_log_sigma is not None:
-                by_log_sigma += tl.sum(reduced_log, 0)
+                by_log_sigma += tl.sum(join_parts(reduced_log, DIST), 0)
 
     if grad_weight is not None:
         grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input

@@ -1,0 +1,47 @@
+"""What Triton's interpreter computes otherwise than a GPU does, put right for the process."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from triton._C.libtriton import interpreter as library
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from ulr_kernels import contract
+
+
+def compute_as_a_gpu_does() -> None:
+    if not hasattr(library, "fma_fp32"):  # before Triton 3.9
+        InterpreterBuilder.create_fma = _fma
+        interpreter._patch_lang_tensor = _patch_tensor
+    InterpreterBuilder.create_dot = _dot
+
+
+def _fma(self, x, y, z):
+    """One rounding; the original multiplies, rounds, adds and rounds."""
+    operands = (torch.from_numpy(v.data.copy()) for v in (x, y, z))
+    return TensorHandle(contract.fma(*operands).numpy(), z.dtype.scalar)
+
+
+_patch_tensor_before_numpy_2_4 = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope) -> None:
+    """`range(n)` of a kernel's scalar, which the interpreter holds in an array of one element."""
+    _patch_tensor_before_numpy_2_4(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+_dot_of_numbers = InterpreterBuilder.create_dot
+
+
+def _dot(self, a, b, total, *options):
+    """It keeps bf16 as the bits, and would multiply those."""
+    return _dot_of_numbers(self, *(_widened(v) for v in (a, b)), total, *options)
+
+
+def _widened(value: TensorHandle) -> TensorHandle:
+    if value.dtype.scalar != tl.bfloat16:
+        return value
+    return TensorHandle((value.data.astype("uint32") << 16).view("float32"), tl.float32)
