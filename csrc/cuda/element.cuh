@@ -1,0 +1,136 @@
+// Elements of the three dtypes, and views of tensors with any strides.
+#pragma once
+
+#include <type_traits>
+
+#include "ptx.cuh"
+#include "ulr/api.h"
+
+namespace ulr {
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+    if constexpr (sizeof(T) == 4) {
+        return value;
+    } else if constexpr (std::is_same_v<T, __half>) {
+        return __float2half_rn(value);
+    } else {
+        return __float2bfloat16_rn(value);
+    }
+}
+
+// Four neighbours at once; `out` is aligned to all four.
+__device__ __forceinline__ void store4(float* out, const float (&v)[4]) {
+    *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+__device__ __forceinline__ void store4(__nv_bfloat16* out, const float (&v)[4]) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]), high = __floats2bfloat162_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+}
+
+__device__ __forceinline__ void store4(__half* out, const float (&v)[4]) {
+    const __half2 low = __floats2half2_rn(v[0], v[1]), high = __floats2half2_rn(v[2], v[3]);
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+}
+
+inline int element_size(int dtype) { return dtype == ULR_F32 ? 4 : dtype == ULR_I64 ? 8 : 2; }
+
+// Whether `elements` neighbours along the columns can be moved as one aligned access, wherever a multiple of
+// `elements` starts.
+inline bool moves_whole(const ulr_tensor& t, int elements) {
+    const int64_t bytes = static_cast<int64_t>(elements) * element_size(t.dtype);
+    return t.stride[2] == 1 && reinterpret_cast<uintptr_t>(t.data) % bytes == 0 &&
+           (t.size[1] <= 1 || t.stride[1] % elements == 0) && (t.size[0] <= 1 || t.stride[0] % elements == 0);
+}
+
+// A scalar or one value a feature: an absent axis repeats.
+template <typename T>
+struct PerFeature {
+    T* data;
+    int64_t stride;
+
+    explicit PerFeature(const ulr_tensor& t)
+        : data(static_cast<T*>(t.data)), stride(t.size[2] == 1 ? 0 : t.stride[2]) {}
+    __device__ __forceinline__ float operator[](int64_t feature) const { return to_float(data[feature * stride]); }
+};
+
+// A buffer [rows, cols] to add to, of fp32 or of the inputs' dtype T.
+template <typename T>
+struct Buffer {
+    void* data;
+    bool wide;  // fp32
+    int64_t row_stride, col_stride;
+
+    explicit Buffer(const ulr_tensor& t)
+        : data(t.data),
+          wide(t.dtype == ULR_F32),
+          row_stride(t.stride[1]),
+          col_stride(t.size[2] == 1 ? 0 : t.stride[2]) {}
+
+    __device__ __forceinline__ void add(int64_t row, int64_t col, float value) const {
+        const int64_t at = row * row_stride + col * col_stride;
+        if (wide) {
+            static_cast<float*>(data)[at] += value;
+        } else {
+            T& element = static_cast<T*>(data)[at];
+            element = from_float<T>(to_float(element) + value);
+        }
+    }
+};
+
+// The output of a linear layer, [copies, rows, cols].
+template <typename T>
+struct Output {
+    T* data;
+    int64_t rows, cols;
+    int64_t copy_stride, row_stride, col_stride;
+    bool whole;  // eight neighbours at a multiple of eight can be stored as two times four
+
+    explicit Output(const ulr_tensor& t)
+        : data(static_cast<T*>(t.data)),
+          rows(t.size[1]),
+          cols(t.size[2]),
+          copy_stride(t.stride[0]),
+          row_stride(t.stride[1]),
+          col_stride(t.stride[2]),
+          whole(moves_whole(t, 4)) {}
+};
+
+// Columns col ... col + 7 of a row of an output, in one copy after another; those that do not exist are left out.
+template <typename T>
+class OutputOctet {
+  public:
+    __device__ __forceinline__ OutputOctet(const Output<T>& out, int64_t row, int64_t col)
+        : out_(out),
+          at_(out.data + row * out.row_stride + col * out.col_stride),
+          first_(static_cast<int>(max(-col, int64_t{0}))),
+          last_(row < out.rows ? static_cast<int>(min(out.cols - col, int64_t{8})) : 0),
+          whole_(out.whole && col % 4 == 0 && first_ == 0 && last_ == 8) {}
+
+    __device__ __forceinline__ void store(int64_t copy, const float (&values)[8]) const {
+        T* to = at_ + copy * out_.copy_stride;
+        if (whole_) {
+            store4(to, {values[0], values[1], values[2], values[3]});
+            store4(to + 4, {values[4], values[5], values[6], values[7]});
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (i >= first_ && i < last_) to[i * out_.col_stride] = from_float<T>(values[i]);
+        }
+    }
+
+  private:
+    const Output<T>& out_;
+    T* const at_;
+    const int first_, last_;
+    const bool whole_;
+};
+
+}  // namespace ulr

@@ -1,0 +1,385 @@
+// The kernel of noisy_linear_grad_ and noisy_linear_replay_:
+//     grad_weight += sum over copies and rows of loss_weight * score / sigma (outer) x, and its companions.
+//
+// A block owns a few features. It goes through the rows in blocks: makes S = sum over copies of loss_weight * score for
+// rows x features in registers, puts it into shared memory as one operand of a product, and adds S^T x to sums that it
+// keeps in registers for a panel of inputs. Each element of the buffers belongs to one block, which adds to it in a
+// fixed order: there are no atomics, and results repeat bit for bit.
+//
+// Gradient: the grid is features x panels, so the noise is made again for each panel of kPanel inputs.
+// Replay: the grid is features alone; the noise is made once and serves the output and all panels. Where there are
+// several, the sums go to an fp32 buffer after each block of rows. A 16-bit buffer would lose them by rounding so
+// often: there the block goes through the rows again for each further panel.
+#pragma once
+
+#include "launch.cuh"
+#include "noise.cuh"
+#include "tile.cuh"
+
+namespace ulr {
+
+constexpr int kGradRows = 128, kGradFeatures = 32, kPanel = 512, kGradThreads = 256, kWarps = kGradThreads / 32;
+
+template <typename T>
+struct Gradient {
+    ulr_noise_spec noise;
+    Matrix<T> x, weight;  // weight, bias, y: replay's
+    int64_t x_copy_stride;
+    PerFeature<T> bias;
+    Output<T> y;
+    PerFeature<float> sigma;
+    const float* loss_weight;  // [copies, rows / positions]
+    int64_t loss_copy_stride, loss_sample_stride, loss_samples;
+    Buffer<T> grad_weight, grad_bias, grad_log_sigma;
+    float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
+    int64_t features, copies, draws;
+    bool shared;  // one x for all copies
+    int64_t feature_tiles, panels;
+};
+
+template <typename T, bool replay>
+struct GradientMemory {
+    static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // rows of x in a stage
+    static constexpr int kStages = replay && sizeof(T) == 4 ? 2 : 3;
+    static constexpr int kStageBytes = kDepth * kPanel * sizeof(T);
+    static constexpr int kScoreBytes = kGradFeatures * sizeof(T);  // a row of S
+    // Two of each: an antithetic pair with an x for each copy makes both from the same noise.
+    struct alignas(128) Layout {
+        char stages[kStages][kStageBytes];
+        char score[2][kGradRows * kScoreBytes];
+    };
+    using Clean = float[kGradRows * kGradFeatures];  // replay: after the layout, two of these
+    static constexpr int kBytes = sizeof(Layout) + (replay ? 2 * sizeof(Clean) : 0);
+    static_assert(kStages * kStageBytes >= kStages * 64 * (kGradRows + kGradFeatures));  // the clean product's tiles
+};
+
+// fp16 holds magnitudes of 2^-14 ... 2^15 well, loss weights have any: S is brought there by a power of two.
+// All threads together.
+template <typename T>
+__device__ __forceinline__ float score_scale(const Gradient<T>& p, float* scratch) {
+    if constexpr (!std::is_same_v<T, __half>) {
+        return 1.0f;
+    } else {
+        float largest = 0.0f;
+        for (int64_t i = threadIdx.x; i < p.copies * p.loss_samples; i += kGradThreads)
+            largest = fmaxf(largest, fabsf(p.loss_weight[i / p.loss_samples * p.loss_copy_stride +
+                                                         i % p.loss_samples * p.loss_sample_stride]));
+        for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = largest;
+        __syncthreads();
+        for (int warp = 0; warp < kWarps; ++warp) largest = fmaxf(largest, scratch[warp]);
+        __syncthreads();
+        constexpr float kLargestScore = 16.0f;  // of any distribution of the contract
+        const float bound = largest * kLargestScore * static_cast<float>(p.shared ? p.copies : 1);
+        if (!(bound > 1e-30f && bound < 1e30f)) return 1.0f;
+        int exponent_of_bound;
+        frexpf(bound, &exponent_of_bound);
+        return ldexpf(1.0f, 15 - exponent_of_bound);
+    }
+}
+
+template <typename T, Kind kind, bool replay>
+__global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<T> p) {
+    using Memory = GradientMemory<T, replay>;
+    constexpr int kDepth = Memory::kDepth, kStages = Memory::kStages;
+    auto& memory = *dynamic_shared<typename Memory::Layout>();
+    [[maybe_unused]] auto* clean_tiles = reinterpret_cast<typename Memory::Clean*>(&memory + 1);
+    __shared__ NoiseTable table;
+    __shared__ float inverse_sigma[kGradFeatures];
+    __shared__ float reduced[2][kWarps][kGradFeatures];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t feature_tile = blockIdx.x % p.feature_tiles;
+    const int64_t aligned = p.noise.col_offset / kGradFeatures * kGradFeatures;
+    const int64_t first_feature = feature_tile * kGradFeatures - (p.noise.col_offset - aligned);
+    const auto exists = [&](int64_t feature) { return feature >= 0 && feature < p.features; };
+    table.fill(p.noise, threadIdx.x, kGradThreads);
+    if (threadIdx.x < kGradFeatures)
+        inverse_sigma[threadIdx.x] =
+            exists(first_feature + threadIdx.x) ? 1.0f / p.sigma[first_feature + threadIdx.x] : 0.0f;
+    const float scale = score_scale(p, reduced[0][0]);
+    __syncthreads();
+    const Noise<kind> noise(p.noise, table);
+
+    // Which panels: this block's; or all in one go; or one after another.
+    const bool weighted = p.grad_weight.data != nullptr && p.x.cols > 0;
+    const bool in_one_go = replay && p.grad_weight.wide;
+    const int passes = replay && weighted && !in_one_go ? static_cast<int>(p.panels) : 1;
+    const int panels = !weighted ? 0 : in_one_go ? static_cast<int>(p.panels) : 1;
+    const int own_panel = replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles);
+    const bool first_block = own_panel == 0;  // it adds up what has no inputs: bias and ln sigma
+
+    const int64_t groups = p.shared ? 1 : p.draws, draws = p.shared ? p.draws : 1;
+    const int sides = !p.shared && p.noise.antithetic ? 2 : 1;
+    const bool paired = p.shared && p.noise.antithetic;
+    const int octet_col = threadIdx.x % (kGradFeatures / 8) * 8;
+
+    float acc[2][8][4] = {};
+    float by_bias[8] = {}, by_log_sigma[8] = {};
+    const auto add_sums = [&](int panel) {
+#pragma unroll
+        for (int row = 0; row < 4; ++row) {
+            const int feature = 8 * row + lane / 4;
+            if (!exists(first_feature + feature)) continue;
+            const float factor = inverse_sigma[feature] / scale;
+#pragma unroll
+            for (int pair = 0; pair < 16; ++pair) {
+                const int64_t input = int64_t{panel} * kPanel + warp * 64 + pair / 2 * 8 + lane % 4 * 2 + pair % 2;
+                if (input < p.x.cols)
+                    p.grad_weight.add(first_feature + feature, input,
+                                      acc[row / 2][pair / 2][2 * (row % 2) + pair % 2] * factor);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 64; ++i) acc[i / 32][i / 4 % 8][i % 4] = 0.0f;
+    };
+
+    for (int pass = 0; pass < passes; ++pass) {
+        const int first_panel = own_panel + pass;
+        for (int64_t group = 0; group < groups; ++group) {
+            for (int64_t first_row = 0; first_row < p.x.rows; first_row += kGradRows) {
+                if constexpr (replay) {
+                    for (int side = 0; side < sides && pass == 0; ++side) {
+                        float clean[1][4][4] = {};
+                        Matrix<T> x = p.x;
+                        x.data += (group + side * p.draws) * p.x_copy_stride;
+                        tiled_product<kGradRows, kGradFeatures, kStages, kGradThreads>(
+                            clean, memory.stages[0], x, first_row, p.weight, first_feature, 16 * warp, 0);
+                        store_sums<kGradFeatures>(clean_tiles[side], clean, 16 * warp, 0);
+                    }
+                    __syncthreads();
+                }
+
+                // The rows of x, panel after panel of side after side; the first ones come while the noise is made.
+                const int rows_here = static_cast<int>(min(p.x.rows - first_row, int64_t{kGradRows}));
+                const int steps_of_panel = (rows_here + kDepth - 1) / kDepth, steps = sides * panels * steps_of_panel;
+                const auto load = [&](int step) {
+                    if (step < steps) {
+                        const int part = step / steps_of_panel;
+                        Matrix<T> x = p.x;
+                        x.data += (group + part / panels * p.draws) * p.x_copy_stride;
+                        load_tile<kDepth, kPanel * sizeof(T), kGradThreads>(
+                            memory.stages[step % kStages], x, first_row + step % steps_of_panel * kDepth,
+                            int64_t{first_panel + part % panels} * kPanel, in_order);
+                    }
+                    cp_async_commit();  // an empty group too: the wait counts groups
+                };
+#pragma unroll 1
+                for (int step = 0; step < kStages - 1; ++step) load(step);
+
+#pragma unroll 1
+                for (int index = threadIdx.x; index < kGradRows * kGradFeatures / 8; index += kGradThreads) {
+                    const int tile_row = index / (kGradFeatures / 8);
+                    const int64_t row = first_row + tile_row;
+                    float sums[2][8] = {};
+                    if (first_row + tile_row / 8 * 8 < p.x.rows) {  // for a warp as a whole: it covers eight rows
+                        const bool counts = row < p.x.rows;
+                        const float* loss = p.loss_weight +
+                                            (counts ? row / p.noise.positions : 0) * p.loss_sample_stride +
+                                            group * p.loss_copy_stride;
+                        Octet<kind> octet(noise, static_cast<uint32_t>(p.noise.row_offset + row),
+                                          aligned + feature_tile * kGradFeatures + octet_col);
+#pragma unroll 1
+                        for (int64_t draw = 0; draw < draws; ++draw) {
+                            float eps[8];
+                            octet.make(eps, static_cast<uint32_t>(p.noise.draw + group), static_cast<uint32_t>(draw));
+                            // The score is odd and eps * score even: an antithetic pair counts the difference of its
+                            // weights, and their sum.
+                            const float first = counts ? loss[0] : 0.0f;
+                            const float second =
+                                counts && p.noise.antithetic ? loss[p.draws * p.loss_copy_stride] : 0.0f;
+                            loss += p.loss_copy_stride;
+#pragma unroll
+                            for (int i = 0; i < 8; ++i) {
+                                const float s = score(eps[i], p.noise.dist);
+                                sums[0][i] = fmaf(sides == 2 ? first : first - second, s, sums[0][i]);
+                                if (sides == 2) sums[1][i] = -second * s;
+                                if (p.grad_log_sigma.data != nullptr && pass == 0)
+                                    by_log_sigma[i] = fmaf(first + second, fmaf(eps[i], s, -1.0f), by_log_sigma[i]);
+                            }
+                            if constexpr (replay) {
+                                if (pass == 0) {
+                                    const OutputOctet<T> y(p.y, row, first_feature + octet_col);
+                                    for (int mirrored = 0; mirrored <= p.noise.antithetic; ++mirrored) {
+                                        const float* clean =
+                                            clean_tiles[sides == 2 && mirrored] + tile_row * kGradFeatures + octet_col;
+                                        float value[8];
+#pragma unroll
+                                        for (int i = 0; i < 8; ++i) {
+                                            const int64_t feature = first_feature + octet_col + i;
+                                            const float sigma = exists(feature) ? p.sigma[feature] : 0.0f;
+                                            const float bias =
+                                                exists(feature) && p.bias.data != nullptr ? p.bias[feature] : 0.0f;
+                                            value[i] = fmaf(mirrored ? -sigma : sigma, eps[i], clean[i] + bias);
+                                        }
+                                        y.store(group + draw + mirrored * p.draws, value);
+                                    }
+                                }
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int side = 0; side < 2; ++side) {
+                        if (side >= sides) break;
+                        float scaled[8];
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            if (pass == 0) by_bias[i] += sums[side][i];
+                            scaled[i] = sums[side][i] * scale;
+                        }
+                        constexpr int kElements = 16 / sizeof(T);
+                        T* low = reinterpret_cast<T*>(
+                            memory.score[side] + chunk_offset<Memory::kScoreBytes>(tile_row, octet_col / kElements));
+                        store4(low, {scaled[0], scaled[1], scaled[2], scaled[3]});
+                        T* high =
+                            sizeof(T) == 2
+                                ? low + 4
+                                : reinterpret_cast<T*>(memory.score[side] + chunk_offset<Memory::kScoreBytes>(
+                                                                                tile_row, octet_col / kElements + 1));
+                        store4(high, {scaled[4], scaled[5], scaled[6], scaled[7]});
+                    }
+                }
+
+#pragma unroll 1
+                for (int step = 0; step < steps; ++step) {
+                    cp_async_wait<kStages - 2>();
+                    __syncthreads();  // this step's rows (and S) are there for all; all are done with what is loaded
+                                      // next
+                    load(step + kStages - 1);
+                    const int part = step / steps_of_panel, panel = first_panel + part % panels;
+                    if (int64_t{panel} * kPanel + 64 * warp < p.x.cols)
+                        multiply_transposed<Memory::kScoreBytes, kPanel * sizeof(T), kDepth>(
+                            acc, memory.score[part / panels], step % steps_of_panel * kDepth, 0,
+                            memory.stages[step % kStages], 64 * warp, T{});
+                    if constexpr (replay) {
+                        const bool last = group == groups - 1 && first_row + kGradRows >= p.x.rows && step == steps - 1;
+                        if (last || (panels > 1 && (step + 1) % steps_of_panel == 0)) add_sums(panel);
+                    }
+                }
+                cp_async_wait<0>();
+                __syncthreads();
+            }
+        }
+    }
+
+    if (!replay && panels > 0) add_sums(own_panel);
+
+    // Bias and ln sigma: over the eight rows of a warp, then over warps, always in the same order.
+    if (!first_block) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        for (int step = 4; step < 32; step *= 2) {
+            by_bias[i] += __shfl_xor_sync(0xffffffffu, by_bias[i], step);
+            by_log_sigma[i] += __shfl_xor_sync(0xffffffffu, by_log_sigma[i], step);
+        }
+        if (lane < 4) {
+            reduced[0][warp][octet_col + i] = by_bias[i];
+            reduced[1][warp][octet_col + i] = by_log_sigma[i];
+        }
+    }
+    __syncthreads();
+    if (warp > 0) return;
+    float bias_sum = 0.0f, log_sigma_sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) {
+        bias_sum += reduced[0][w][lane];
+        log_sigma_sum += reduced[1][w][lane];
+    }
+    const int64_t feature = first_feature + lane;
+    if (!exists(feature)) log_sigma_sum = 0.0f;
+    if (p.grad_bias.data != nullptr && exists(feature)) p.grad_bias.add(0, feature, bias_sum * inverse_sigma[lane]);
+    if (p.grad_log_sigma.data == nullptr) return;
+    if (p.grad_log_sigma.col_stride != 0) {
+        if (exists(feature)) p.grad_log_sigma.add(0, feature, log_sigma_sum);
+        return;
+    }
+    for (int step = 16; step > 0; step /= 2) log_sigma_sum += __shfl_xor_sync(0xffffffffu, log_sigma_sum, step);
+    if (lane == 0) {
+        if (p.feature_tiles == 1) {
+            p.grad_log_sigma.add(0, 0, log_sigma_sum);
+        } else {
+            p.partials[feature_tile] = log_sigma_sum;
+        }
+    }
+}
+
+// grad_log_sigma as one number: the sum over blocks of features, in their order.
+template <typename T>
+struct Partials {
+    const float* values;
+    int64_t count;
+    Buffer<T> to;
+};
+
+template <typename T>
+__global__ void add_partials(const Partials<T> p) {
+    float sum = 0.0f;
+    for (int64_t i = threadIdx.x; i < p.count; i += 32) sum += p.values[i];
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x == 0) p.to.add(0, 0, sum);
+}
+
+// Whether an argument was given; an empty tensor is one too.
+inline bool given(const ulr_tensor& t) { return t.data != nullptr || t.size[0] * t.size[1] * t.size[2] == 0; }
+
+template <typename T, bool replay>
+int launch_gradient(Gradient<T>& p, const ulr_launch& launch) {
+    if (p.x.rows == 0 || p.features == 0) return ULR_OK;
+    const int64_t blocks = p.feature_tiles * (replay ? 1 : p.panels);
+    const auto launch_kind = [&](auto kernel) {
+        return launch_kernel(kernel, blocks, dim3(kGradThreads), GradientMemory<T, replay>::kBytes, launch, p);
+    };
+    int status;
+    switch (kind_of(p.noise)) {
+        case Kind::kQuantile:
+            status = launch_kind(gradient_kernel<T, Kind::kQuantile, replay>);
+            break;
+        case Kind::kSobol:
+            status = launch_kind(gradient_kernel<T, Kind::kSobol, replay>);
+            break;
+        default:
+            status = launch_kind(gradient_kernel<T, Kind::kSigns, replay>);
+    }
+    if (status != ULR_OK || p.grad_log_sigma.data == nullptr || p.grad_log_sigma.col_stride != 0 ||
+        p.feature_tiles == 1)
+        return status;
+    return launch_kernel(add_partials<T>, 1, dim3(32), 0, launch,
+                         Partials<T>{p.partials, p.feature_tiles, p.grad_log_sigma});
+}
+
+// The tensors that both ops have. grad_* are [1, N, K], [1, 1, N] and [1, 1, 1 or N], each may be absent; x is
+// [1 or C, R, K], loss_weight [1, C, R / positions], sigma [1, 1, 1 or N]; partials are fp32, one for each block of
+// features, and needed only where grad_log_sigma is one number.
+struct GradientTensors {
+    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
+};
+
+template <typename T>
+Gradient<T> gradient_of(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
+                        const ulr_tensor& bias, const ulr_tensor& y) {
+    const int64_t features = given(t.grad_weight) ? t.grad_weight.size[1] : t.grad_bias.size[2];
+    const int64_t copies = t.loss_weight.size[1];
+    const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
+    const bool weighted = t.grad_weight.data != nullptr && t.x.size[2] > 0;
+    return Gradient<T>{noise,
+                       Matrix<T>(t.x),
+                       Matrix<T>(weight),
+                       shared ? 0 : t.x.stride[0],
+                       PerFeature<T>(bias),
+                       Output<T>(y),
+                       PerFeature<float>(t.sigma),
+                       static_cast<const float*>(t.loss_weight.data),
+                       t.loss_weight.stride[1],
+                       t.loss_weight.stride[2],
+                       t.loss_weight.size[2],
+                       Buffer<T>(t.grad_weight),
+                       Buffer<T>(t.grad_bias),
+                       Buffer<T>(t.grad_log_sigma),
+                       static_cast<float*>(t.partials.data),
+                       features,
+                       copies,
+                       noise.antithetic ? copies / 2 : copies,
+                       shared,
+                       (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures,
+                       weighted ? (t.x.size[2] + kPanel - 1) / kPanel : 1};
+}
+
+}  // namespace ulr

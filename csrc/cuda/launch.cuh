@@ -1,0 +1,66 @@
+// What every launcher does: make the caller's device current, launch on the caller's stream, report what went wrong.
+#pragma once
+
+#include "ptx.cuh"
+#include "ulr/api.h"
+
+namespace ulr {
+
+// The text of the last failure of this thread; ulr_cuda_error hands it out.
+void remember_error(cudaError_t error);
+
+inline int report(cudaError_t error) {
+    if (error == cudaSuccess) return ULR_OK;
+    remember_error(error);
+    return error == cudaErrorMemoryAllocation ? ULR_OUT_OF_MEMORY : ULR_LAUNCH_FAILED;
+}
+
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        status_ = cudaGetDevice(&previous_);
+        if (status_ == cudaSuccess && previous_ != device) {
+            status_ = cudaSetDevice(device);
+            changed_ = status_ == cudaSuccess;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    cudaError_t status() const { return status_; }
+
+  private:
+    cudaError_t status_;
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+constexpr int kStaticSharedLimit = 48 * 1024;  // what a kernel may use without asking
+
+constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid
+
+// One launch, without synchronising.
+template <typename Params>
+int launch_kernel(void (*kernel)(Params), int64_t blocks, dim3 threads, int shared_bytes, const ulr_launch& launch,
+                  const Params& params) {
+    if (blocks <= 0) return ULR_OK;
+    if (blocks > kMostBlocks) return ULR_BAD_ARGUMENT;
+    const DeviceGuard guard(launch.device);
+    if (guard.status() != cudaSuccess) return report(guard.status());
+    if (shared_bytes > kStaticSharedLimit) {
+        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        if (error != cudaSuccess) return report(error);
+    }
+    const dim3 grid(static_cast<unsigned>(blocks));
+#ifdef __CUDACC__
+    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(params);
+#else
+    emulate::launch(kernel, grid, threads, shared_bytes, params);
+#endif
+    return report(cudaGetLastError());
+}
+
+}  // namespace ulr

@@ -1,0 +1,165 @@
+// The noise contract on the device (docs/noise.md): bit for bit what ulr/distributions.h gives, laid out for a GPU.
+#pragma once
+
+#include "ptx.cuh"
+#include "ulr/api.h"
+#include "ulr/distributions.h"
+#include "ulr/philox.h"
+
+namespace ulr {
+
+// What a block keeps in shared memory to make noise.
+struct NoiseTable {
+    // The coefficients of each octave in three tables of pairs: the 32 rows of a pair fill 256 bytes, so the lanes of a
+    // half-warp meet in a bank only where their octaves differ by 16 (a chance of 2^-16 a lane), and one index register
+    // serves all three loads. Wider rows would conflict between octaves that are 8 or 4 apart.
+    float2 pairs[(ULR_TABLE_DEGREE + 1) / 2][32];
+    // 1 and the bits of 1.0f. Read from memory each is a register's value, and one three-input logic instruction takes
+    // it and a mask; as literals the two would need two instructions.
+    uint32_t odd, one;
+    // The keys of Philox's rounds. Read from memory, they cannot be made again from one another, which the compiler
+    // would otherwise do inside every loop to save registers.
+    uint32_t k0[10], k1[10];
+
+    // To be followed by a barrier.
+    __device__ void fill(const ulr_noise_spec& spec, int thread, int threads);
+};
+
+__device__ const uint32_t kQuantileBits[2][32][ULR_TABLE_DEGREE + 1] = {{ULR_NORMAL_TABLE}, {ULR_LAPLACE_TABLE}};
+
+__device__ inline void NoiseTable::fill(const ulr_noise_spec& spec, int thread, int threads) {
+    if (thread == 0) {
+        odd = 1u;
+        one = 0x3f800000u;
+        const KeySchedule key(*spec.key);
+        for (int round = 0; round < 10; ++round) {
+            k0[round] = key.k0[round];
+            k1[round] = key.k1[round];
+        }
+    }
+    for (int row = thread; row < 32; row += threads) {
+        const uint32_t* bits = kQuantileBits[spec.dist == ULR_LAPLACE][row];
+        for (int pair = 0; pair < (ULR_TABLE_DEGREE + 1) / 2; ++pair)
+            pairs[pair][row] = make_float2(float_of(bits[2 * pair]), float_of(bits[2 * pair + 1]));
+    }
+}
+
+// What a thread keeps of the table: where its rows are, and the two words.
+struct Quantile {
+    uint32_t rows;  // shared address
+    uint32_t odd, one;
+
+    __device__ __forceinline__ explicit Quantile(const NoiseTable& table)
+        : rows(shared_address(table.pairs)), odd(table.odd), one(table.one) {}
+
+    __device__ __forceinline__ float operator()(uint32_t word) const;
+};
+
+__device__ __forceinline__ float Quantile::operator()(uint32_t word) const {
+    const uint32_t bits = bits_of(static_cast<float>(static_cast<int32_t>((word & 0x7ffffffeu) | odd)));
+    const float t = float_of((bits & 0x007fffffu) | one);
+    // The raw exponent counts from 127, the rows from 0: the difference goes into the load's constant offset.
+    const uint32_t row = rows + exponent(bits) * 8;
+    constexpr int kPair = 32 * 8, kBias = -127 * 8;
+    const float2 low = load_shared<kBias>(row), middle = load_shared<kBias + kPair>(row),
+                 high = load_shared<kBias + 2 * kPair>(row);
+    float result = fmaf(high.y, t, high.x);
+    result = fmaf(result, t, middle.y);
+    result = fmaf(result, t, middle.x);
+    result = fmaf(result, t, low.y);
+    result = fmaf(result, t, low.x);
+    return float_of(bits_of(result) ^ (word & 0x80000000u));
+}
+
+enum class Kind { kQuantile, kSobol, kSigns };
+
+inline Kind kind_of(const ulr_noise_spec& spec) {
+    if (spec.dist == ULR_RADEMACHER) return Kind::kSigns;
+    return spec.sobol != nullptr ? Kind::kSobol : Kind::kQuantile;
+}
+
+// Where the four values of a quad come from. Made once a kernel, after the table is filled. Each round's key goes
+// through a shuffle, which tells the compiler that all lanes agree: the schedule then lives in uniform registers.
+template <Kind kind>
+class Noise {
+  public:
+    __device__ __forceinline__ Noise(const ulr_noise_spec& spec, const NoiseTable& table)
+        : spec_(spec), quantile_(table), key_(0) {
+        for (int round = 0; round < 10; ++round) {
+            key_.k0[round] = __shfl_sync(0xffffffffu, table.k0[round], 0);
+            key_.k1[round] = __shfl_sync(0xffffffffu, table.k1[round], 0);
+        }
+    }
+
+    // eps of columns 4 quad ... 4 quad + 3 of a row (all counted in the whole noise).
+    __device__ __forceinline__ void quad(float (&eps)[4], uint32_t row, uint32_t quad, uint32_t draw) const {
+        if constexpr (kind == Kind::kSigns) {
+            const uint32_t word = sign_word(row, quad >> 3, draw);
+            signs_to_floats(eps, word >> 4 * (quad & 7));
+        } else {
+            const Words words = philox4x32(Words{{quad, row, kind == Kind::kSobol ? 0u : draw, 0u}}, key_);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                uint32_t word = words.w[i];
+                if constexpr (kind == Kind::kSobol) word ^= sobol(directions(row, 4ll * quad + i), draw);
+                eps[i] = quantile_(word);
+            }
+        }
+    }
+
+    // The signs of columns 32 index ... 32 index + 31 of a row.
+    __device__ __forceinline__ uint32_t sign_word(uint32_t row, uint32_t index, uint32_t draw) const {
+        const Words words = philox4x32(Words{{index >> 2, row, draw, 0u}}, key_);
+        const uint32_t low = index & 1 ? words.w[1] : words.w[0], high = index & 1 ? words.w[3] : words.w[2];
+        return index & 2 ? high : low;
+    }
+
+    // The lowest bits of a word: 0 is +1, 1 is -1.
+    template <int count>
+    __device__ __forceinline__ void signs_to_floats(float (&eps)[count], uint32_t word) const {
+#pragma unroll
+        for (int i = 0; i < count; ++i) eps[i] = float_of((word << (31 - i) & 0x80000000u) | quantile_.one);
+    }
+
+  private:
+    // Columns past the block's last are made with their quad and thrown away; they have no Sobol dimension.
+    __device__ __forceinline__ const uint32_t* directions(uint32_t row, int64_t col) const {
+        const int64_t inside = col < spec_.width ? col : spec_.width - 1;
+        return spec_.sobol + 30 * ((row % spec_.positions) * spec_.width + inside);
+    }
+
+    const ulr_noise_spec& spec_;
+    const Quantile quantile_;
+    KeySchedule key_;
+};
+
+// The noise of eight neighbouring columns of a row, the first a multiple of eight in the whole noise, draw after draw.
+template <Kind kind>
+class Octet {
+  public:
+    __device__ __forceinline__ Octet(const Noise<kind>& noise, uint32_t row, int64_t col)
+        : noise_(noise), row_(row), quad_(static_cast<uint32_t>(col >> 2)) {}
+
+    // Draw number `index` from `draw` on, index counting up from 0. For signs all lanes of a warp go together, each
+    // aligned four of them on the four octets of one word: a call of Philox covers them all, so each makes one draw's.
+    __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index) {
+        if constexpr (kind == Kind::kSigns) {
+            const uint32_t lane = threadIdx.x % 32, member = lane % 4;
+            if (index % 4 == 0) word_ = noise_.sign_word(row_, quad_ >> 3, draw + index + member);
+            noise_.signs_to_floats(eps, __shfl_sync(0xffffffffu, word_, (lane & ~3u) + index % 4) >> 8 * member);
+        } else {
+            float low[4], high[4];
+            noise_.quad(low, row_, quad_, draw + index);
+            noise_.quad(high, row_, quad_ + 1, draw + index);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) eps[i] = low[i], eps[4 + i] = high[i];
+        }
+    }
+
+  private:
+    const Noise<kind>& noise_;
+    const uint32_t row_, quad_;
+    uint32_t word_ = 0;
+};
+
+}  // namespace ulr
