@@ -207,10 +207,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_initial_values_follow_from_the_seed_alone():
     state = torch.random.get_rng_state()
-    first = models.build("mlp", (1, 28, 28), 10, seed=1, device=torch.device("cpu"))
+    first = models.build("mlp", (1, 8, 8), 10, seed=1, device=torch.device("cpu"))
     assert torch.equal(torch.random.get_rng_state(), state)
-    again = models.build("mlp", (1, 28, 28), 10, seed=1, device=torch.device("cpu"))
-    other = models.build("mlp", (1, 28, 28), 10, seed=2, device=torch.device("cpu"))
+    again = models.build("mlp", (1, 8, 8), 10, seed=1, device=torch.device("cpu"))
+    other = models.build("mlp", (1, 8, 8), 10, seed=2, device=torch.device("cpu"))
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name))
         if parameter.dim() > 1:

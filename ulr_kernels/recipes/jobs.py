@@ -12,7 +12,7 @@ try:
     from ulr_kernels.recipes import report
     from ulr_kernels.recipes.train import Trainer, fit, prepare_folder, restore
 except ImportError as error:
-    raise RecipeError(f"training needs the package {error.name}: pip install 'ulr-kernels[recipes]'") from error
+    raise RecipeError(f"training needs the package {error.name}: pip install 'ulr-kernels[train]'") from error
 
 
 def train(settings: Settings, out: Path, command: str, overwrite: bool = False) -> None:

@@ -70,7 +70,7 @@ def title(report: dict[str, Any]) -> str:
 
 def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
     """Loss and accuracy over the epochs, train dashed and test solid, one colour per run."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = _figure(1, 2, width=5.2, height=3.8)
     for report, colour in zip(reports, _COLOURS, strict=False):
@@ -82,8 +82,9 @@ def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
                 label = f"{title(report)}, {split}"
                 axis.plot(epochs, values, line, color=colour, label=label, marker=marker, linewidth=1.8)
     axes[0].set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss", yscale="log")
-    for setter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        setter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, between the powers of ten too if there is room
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[1].set(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy")
     for axis in axes:
         axis.set_xlim(0.5, max(len(report["history"]) for report in reports) + 0.5)
