@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("safetensors", reason="the recipes need safetensors")
 pytest.importorskip("sklearn", reason="digits come from scikit-learn")
 
-from ulr_kernels import cli
-from ulr_kernels.recipes.train import CHECKPOINT
+from ulr_kernels import cli  # noqa: E402
+from ulr_kernels.recipes.train import CHECKPOINT  # noqa: E402
 
 
 def ulr(*arguments: str) -> int:

@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("safetensors", reason="the recipes need safetensors")
 Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
 
-from ulr_kernels.recipes import RecipeError, checkpoint, cosines, data, demo, jobs, models, report
-from ulr_kernels.recipes.settings import Settings
-from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, prepare_folder, restore
+from ulr_kernels.recipes import RecipeError, checkpoint, cosines, data, demo, jobs, models, report  # noqa: E402
+from ulr_kernels.recipes.settings import Settings  # noqa: E402
+from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, prepare_folder, restore  # noqa: E402
 
 SMALL = {"batch": 8, "copies": 4, "threads": 1}
 

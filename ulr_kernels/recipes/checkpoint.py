@@ -1,7 +1,7 @@
 """Checkpoints: a tree of dicts, lists, numbers and tensors in one safetensors file, written whole or not at all.
 
-Tensors are stored as such; all else is JSON in the file's header. Nothing is ever unpickled, so that a checkpoint from a
-stranger can do no harm.
+Tensors are stored as such; all else is JSON in the file's header. Nothing is ever unpickled, so that a checkpoint from
+a stranger can do no harm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How well the estimated gradient points along the true one, layer by layer, next to what theory says.
 
-For one sample with d noise coordinates in a layer and M effective copies (the copies, or half of them where antithetic),
-the cosine is close to (1 + (d + 1) / M)^(-1/2). Over a batch the errors of the samples are independent while their
-gradients partly agree. With the coherence k = |sum of the gradients|^2 / sum of |gradient|^2 that makes it
+For one sample with d noise coordinates in a layer and M effective copies (the copies, or half of them where
+antithetic), the cosine is close to (1 + (d + 1) / M)^(-1/2). Over a batch the errors of the samples are independent
+while their gradients partly agree. With the coherence k = |sum of the gradients|^2 / sum of |gradient|^2 that makes it
 (1 + (d + 1) / (M k))^(-1/2). This holds for layer-wise injection; under joint injection the noise of the other layers
 adds to the error.
 """

@@ -62,12 +62,10 @@ def _table(runs: list[list[dict[str, Any]]]) -> str:
     }
     rows = [list(columns), *([text(reports) for text in columns.values()] for reports in runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in rows
-    ]
+    lines = []
+    for first, *others in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
