@@ -1,2 +1,114 @@
-def provider(op, device):
-    return "not built"
+"""The cpp back end: the CPU library (csrc/cpu), its instruction sets and threads, and the providers of its ops."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.backends import _cpp_linear, _native
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    library = _native.library("cpp")
+    if not isinstance(library, str):
+        library.ulr_cpu_isa.restype = ctypes.c_char_p
+        library.ulr_cpu_available_isa.restype = ctypes.c_char_p
+        library.ulr_cpu_set_omp_parallel(_omp_parallel())
+    return library
+
+
+def _omp_parallel() -> ctypes.c_void_p | None:
+    """GOMP_parallel of the OpenMP runtime that torch runs on, found where torch's own calls find it; None: not there."""
+    path = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    return _opened().ulr_cpu_isa().decode()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this build has and this machine runs, the best first."""
+    names = map(_opened().ulr_cpu_available_isa, itertools.count())
+    return [name.decode() for name in itertools.takewhile(bool, names)]
+
+
+def set_isa(name: str | None) -> None:
+    """Use one instruction set from now on, in every thread; None: the best. All give the same bits.
+
+    Raises:
+        ValueError: this build does not have it, or this machine does not run it.
+    """
+    if _opened().ulr_cpu_set_isa(None if name is None else name.encode()):
+        raise ValueError(f"ulr: 'isa' must be one of {', '.join(available_isas())}, got {name!r}")
+
+
+def _opened() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(f"the cpp back end is absent: {library}")
+    return library
+
+
+def describe() -> str:
+    """The machine's instruction sets, for `ulr doctor`."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if isinstance(_library(), str):
+        return f"torch uses {capability}"
+    return f"kernels use {isa()} (of {', '.join(available_isas())}), torch {capability}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise and the primitives below it.
+
+
+def _philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> None:
+    rows = (out.view(-1, 4), counter.reshape(-1, 4), key)
+    _native.launcher("cpp", "philox4x32")(None, tuple(map(_native.view, rows)))
+
+
+def _fold_in(out: Tensor, key: Tensor, data: Tensor) -> None:
+    shape = (1,) * (3 - out.dim()) + out.shape if out.dim() <= 3 else (1, 1, out.numel())
+    views = (t.expand(out.shape).reshape(shape) for t in (out, key, data))
+    _native.launcher("cpp", "fold_in")(None, tuple(map(_native.view, views)))
+
+
+def _noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, *at: int) -> None:
+    cols = shape[-1] if shape else 1
+    if out.numel():
+        spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + cols)
+        _native.launcher("cpp", "noise")(spec, (_native.view(out.view(-1, cols)),), torch.get_num_threads())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+_PROVIDERS: dict[str, Callable] = {
+    "philox4x32": _philox4x32,
+    "fold_in": _fold_in,
+    "noise": _noise,
+    "noisy_linear": _cpp_linear.noisy_linear,
+    "noisy_linear_grad_": _cpp_linear.noisy_linear_grad_,
+    "noisy_linear_replay_": _cpp_linear.noisy_linear_replay_,
+}
+
+
+def provider(op: str, device: str) -> Callable | str:
+    """The function that runs `op` on `device`, or the sentence that says why there is none."""
+    if device != "cpu":
+        return "it runs on the CPU"
+    library = _library()
+    if isinstance(library, str):
+        return library
+    return _PROVIDERS.get(op, "it has no kernel for this op")

@@ -24,8 +24,8 @@ typedef struct {
 
 enum { ULR_OK = 0, ULR_BAD_ARGUMENT = 1, ULR_OUT_OF_MEMORY = 2, ULR_LAUNCH_FAILED = 3 };
 
-// A view of up to three axes [copies, rows, cols]; unused leading axes have size 1. `data` NULL: the argument is absent.
-// A copy axis of size C with stride 0 means that the copies share the values.
+// A view of up to three axes [copies, rows, cols]; unused leading axes have size 1. `data` NULL: the argument is
+// absent. A copy axis of size C with stride 0 means that the copies share the values.
 typedef struct {
     void* data;
     int32_t dtype;
@@ -35,13 +35,13 @@ typedef struct {
 
 // Which part of which noise: the block whose first element is (row_offset, col_offset), from `draw` on.
 typedef struct {
-    const int64_t* key;        // one key, in the memory of the device that runs the op
-    const uint32_t* sobol;     // NULL: iid; else direction numbers [21201][30], shifted to fill 32 bits
-    int32_t dist;              // ULR_NORMAL ...
-    int32_t antithetic;        // copies come as two halves, the second negated
+    const int64_t* key;     // one key, in the memory of the device that runs the op
+    const uint32_t* sobol;  // NULL: iid; else direction numbers [21201][30], shifted to fill 32 bits
+    int32_t dist;           // ULR_NORMAL ...
+    int32_t antithetic;     // copies come as two halves, the second negated
     int64_t draw, row_offset, col_offset;
-    int64_t positions;         // rows per sample: of the Sobol dimension, and of the loss weights
-    int64_t width;             // all columns (col_offset + cols): the Sobol dimension is (row % positions) * width + col
+    int64_t positions;  // rows per sample: of the Sobol dimension, and of the loss weights
+    int64_t width;      // all columns (col_offset + cols): the Sobol dimension is (row % positions) * width + col
 } ulr_noise_spec;
 
 #ifdef __cplusplus

@@ -10,6 +10,7 @@
 #include "ulr/tables.h"
 
 namespace ulr {
+inline namespace ULR_ISA {
 
 constexpr int kTableStride = 8;  // coefficients of an octave, padded so that a row is two 16-byte loads
 
@@ -33,7 +34,8 @@ ULR_HD uint32_t bits_of(float value) {
 #endif
 }
 
-// |quantile| by octaves: `table` is [32][kTableStride] coefficients, lowest power first; then the word's bit 31 as sign.
+// |quantile| by octaves: `table` is [32][kTableStride] coefficients, lowest power first; then the word's bit 31 as
+// sign.
 ULR_HD float quantile(uint32_t word, const float* table) {
     const float magnitude = static_cast<float>(static_cast<int32_t>((word & 0x7fffffffu) | 1u));
     const uint32_t bits = bits_of(magnitude);
@@ -60,4 +62,5 @@ ULR_HD uint32_t sobol(const uint32_t* directions, uint32_t draw) {
     return point;
 }
 
+}  // namespace ULR_ISA
 }  // namespace ulr

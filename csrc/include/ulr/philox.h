@@ -10,7 +10,14 @@
 #define ULR_HD inline
 #endif
 
+// The CPU library compiles its kernels once per instruction set, each under an inline namespace of its own: otherwise
+// the linker would keep one copy of each inline function, perhaps one with instructions that the machine lacks.
+#ifndef ULR_ISA
+#define ULR_ISA host
+#endif
+
 namespace ulr {
+inline namespace ULR_ISA {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
@@ -56,4 +63,5 @@ ULR_HD int64_t fold_in(int64_t key, int64_t data) {
     return static_cast<int64_t>(static_cast<uint64_t>(w.w[0]) | static_cast<uint64_t>(w.w[1]) << 32);
 }
 
+}  // namespace ULR_ISA
 }  // namespace ulr

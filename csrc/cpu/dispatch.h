@@ -1,0 +1,9 @@
+// What dispatch.cpp shares with the rest of the library.
+#pragma once
+
+#include "ulr/api.h"
+
+#define ULR_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The launchers that exist once per instruction set, as ulr::<set>::<name>.
+#define ULR_CPU_LAUNCHERS(X, set) X(set, noise) X(set, noisy_linear)

@@ -1,0 +1,242 @@
+// noisy_linear, noisy_linear_grad_ and noisy_linear_replay_: what they do beside the matrix product, in one pass over
+// the noise. Forward: y = base + sigma * eps. Gradient: scores, weighted by the losses, and their sums over rows.
+// Whichever tensors are absent is not computed.
+#include <algorithm>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace ulr {
+inline namespace ULR_ISA {
+namespace {
+
+// Copies are given as draws: [D, R, N]. With antithetic noise each draw has a second copy, with the noise negated, in
+// tensors of its own (kMinus...). Rows of y, base and scores have unit stride.
+enum Argument {
+    kY,
+    kMinusY,
+    kBase,  // the clean product and bias, in y's dtype or fp32; [1, R, N] where the draws share it; may be y itself
+    kMinusBase,        // absent: the draws' second copies share kBase
+    kSigma,            // [N], fp32
+    kLossWeight,       // [D, R / positions], fp32
+    kMinusLossWeight,  // likewise
+    kScores,           // fp32 loss_weight * score / sigma; [1, R, N]: summed over all copies, else [D, R, N]
+    kMinusScores,      // the second copies', where they are not summed
+    kBiasSums,         // fp32 [N] += loss_weight * score / sigma, summed over copies and rows
+    kLogSigmaSums,     // fp32 [N] += loss_weight * (eps * score - 1), likewise
+};
+
+constexpr int64_t kScoreColumns = 128;     // narrower tiles have more rows, so fewer partial sums over rows are kept
+constexpr int64_t kWorthWaking = 1 << 14;  // values that a thread should make at a time
+
+template <typename T>
+T* at(const ulr_tensor& t, int64_t i, int64_t j, int64_t k) {
+    return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2];
+}
+
+// body(c, n): n lanes from column c on; n is a constant but for the last.
+template <typename Body>
+inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) body(c, kLanes);
+    if (c < cols) body(c, cols - c);
+}
+
+class Pass {
+  public:
+    Pass(const ulr_noise_spec& spec, const ulr_tensor* tensors) : spec_(spec), t_(tensors) {
+        const bool scores = has(kLossWeight);
+        draws_ = scores ? t_[kLossWeight].size[1] : t_[kY].size[0];
+        antithetic_ = spec.antithetic;
+        cols_ = t_[kSigma].size[2];
+        rows_ = t_[scores ? kScores : kY].size[1];
+        summed_ = scores && !has(kMinusScores) && t_[kScores].size[0] == 1;
+        width_ = std::min(cols_, scores ? kScoreColumns : kTileColumns);
+        const int64_t fits = Tile::capacity(spec, width_);
+        height_ = std::min({rows_, fits, kTileFloats / pitch()});
+        depth_ = std::max<int64_t>(1, fits / std::max<int64_t>(1, height_));
+        draws_of_unit_ = scores ? draws_ : depth_;  // sums over draws stay in one thread, in order
+    }
+
+    int run(int threads);
+
+  private:
+    bool has(Argument a) const { return t_[a].data != nullptr; }
+    int64_t pitch() const { return (width_ + kLanes - 1) / kLanes * kLanes; }
+    float weight(Argument a, int64_t draw, int64_t row) const {
+        return *at<float>(t_[a], 0, draw, row / spec_.positions);
+    }
+
+    // What one thread needs for a unit: some rows and columns, and some or all draws.
+    struct Unit {
+        explicit Unit(const ulr_noise_spec& spec) : tile(spec) {}
+        Tile tile;
+        int64_t row, col, rows, cols;
+        alignas(64) float sigma[kTileColumns];
+        alignas(64) float score_sums[kTileFloats];  // [rows, pitch]: loss_weight * score over the draws
+        alignas(64) float log_sigma_sums[kScoreColumns];
+    };
+
+    void load_sigma(Unit& unit) const;
+    template <typename Y, typename Base>
+    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
+    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
+    void gradient(Unit& unit, int64_t draw, int64_t draws) const;
+    void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
+
+    const ulr_noise_spec& spec_;
+    const ulr_tensor* t_;
+    int64_t draws_, rows_, cols_, width_, height_, depth_, draws_of_unit_;
+    bool antithetic_, summed_;
+};
+
+void Pass::load_sigma(Unit& unit) const {
+    for (int64_t c = 0; c < unit.cols; ++c) unit.sigma[c] = *at<float>(t_[kSigma], 0, 0, unit.col + c);
+    for (int64_t c = unit.cols; c < (unit.cols + kLanes - 1) / kLanes * kLanes; ++c) unit.sigma[c] = 1.0f;
+}
+
+template <typename Y, typename Base>
+void Pass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
+    const U sign = set(0x80000000u);
+    for (int64_t d = 0; d < draws; ++d) {
+        const int64_t shared = t_[kBase].size[0] == 1 ? 0 : draw + d;
+        for (int64_t r = 0; r < unit.rows; ++r) {
+            const float* eps = unit.tile.row(d, r);
+            const Base* base = at<Base>(t_[kBase], shared, unit.row + r, unit.col);
+            Y* y = at<Y>(t_[kY], draw + d, unit.row + r, unit.col);
+            if (!antithetic_) {
+                by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                    store_part(y + c, fma(load(unit.sigma + c), load(eps + c), load_part(base + c, n)), n);
+                });
+                continue;
+            }
+            const Base* minus_base = has(kMinusBase) ? at<Base>(t_[kMinusBase], shared, unit.row + r, unit.col) : base;
+            Y* minus_y = at<Y>(t_[kMinusY], draw + d, unit.row + r, unit.col);
+            by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                const F sigma = load(unit.sigma + c), value = load(eps + c);
+                const F plus = load_part(base + c, n), minus = load_part(minus_base + c, n);
+                store_part(y + c, fma(sigma, value, plus), n);
+                store_part(minus_y + c, fma(sigma, as_float(bits(value) ^ sign), minus), n);
+            });
+        }
+    }
+}
+
+void Pass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
+    const bool wide = t_[kBase].dtype == ULR_F32;
+    switch (t_[kY].dtype) {
+        case ULR_F32:
+            return forward<float, float>(unit, draw, draws);
+        case ULR_BF16:
+            return wide ? forward<Bf16, float>(unit, draw, draws) : forward<Bf16, Bf16>(unit, draw, draws);
+        default:
+            return wide ? forward<Half, float>(unit, draw, draws) : forward<Half, Half>(unit, draw, draws);
+    }
+}
+
+void Pass::gradient(Unit& unit, int64_t draw, int64_t draws) const {
+    const bool laplace = spec_.dist == ULR_LAPLACE, sums = summed_ || has(kBiasSums);
+    const U sign = set(0x80000000u), root2 = set(0x3fb504f3u);
+    const auto score = [&](F eps) __attribute__((always_inline)) {
+        return laplace ? as_float((bits(eps) & sign) | root2) : eps;
+    };
+    for (int64_t d = 0; d < draws; ++d) {
+        for (int64_t r = 0; r < unit.rows; ++r) {
+            const float* eps = unit.tile.row(d, r);
+            const float plus = weight(kLossWeight, draw + d, unit.row + r);
+            const float minus = antithetic_ ? weight(kMinusLossWeight, draw + d, unit.row + r) : 0.0f;
+            if (sums) {
+                const F pair = set(plus - minus);  // the score is odd
+                float* to = unit.score_sums + r * pitch();
+                for (int64_t c = 0; c < unit.cols; c += kLanes)
+                    store(to + c, fma(pair, score(load(eps + c)), load(to + c)));
+            }
+            if (has(kLogSigmaSums)) {
+                const F pair = set(plus + minus), one = set(1.0f);  // eps * score is even
+                for (int64_t c = 0; c < unit.cols; c += kLanes) {
+                    const F value = load(eps + c);
+                    const F term = value * score(value) - one;
+                    store(unit.log_sigma_sums + c, fma(pair, term, load(unit.log_sigma_sums + c)));
+                }
+            }
+            if (summed_) continue;
+            const auto write = [&](Argument scores, float loss_weight) {
+                float* to = at<float>(t_[scores], draw + d, unit.row + r, unit.col);
+                const F w = set(loss_weight);
+                by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                    store_part(to + c, w * score(load(eps + c)) / load(unit.sigma + c), n);
+                });
+            };
+            write(kScores, plus);
+            if (antithetic_) write(kMinusScores, -minus);
+        }
+    }
+}
+
+// Scores that are summed over draws, and this unit's sums over its rows.
+void Pass::finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const {
+    for (int64_t r = 0; r < unit.rows; ++r) {
+        const float* from = unit.score_sums + r * pitch();
+        float* to = summed_ ? at<float>(t_[kScores], 0, unit.row + r, unit.col) : nullptr;
+        by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+            const F value = load(from + c) / load(unit.sigma + c);
+            if (to) store_part(to + c, value, n);
+            if (bias_sums) store_part(bias_sums + c, load_part(bias_sums + c, n) + value, n);
+        });
+    }
+    if (log_sigma_sums) memcpy(log_sigma_sums, unit.log_sigma_sums, static_cast<size_t>(unit.cols) * sizeof(float));
+}
+
+int Pass::run(int threads) {
+    if (!rows_ || !cols_) return ULR_OK;
+    const auto pieces = [](int64_t extent, int64_t size) { return (extent + size - 1) / size; };
+    const int64_t across = pieces(cols_, width_), down = pieces(rows_, height_), deep = pieces(draws_, draws_of_unit_);
+    const bool scores = has(kLossWeight), sums = has(kBiasSums) || has(kLogSigmaSums);
+    // Sums over rows: each unit's own, added up in the order of rows whatever thread made them.
+    const Scratch partial(sums ? 2 * down * cols_ : 0);
+    if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
+    const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit_) + 1;
+    parallel(threads, across * down * deep, grain, [&](int64_t first, int64_t last) {
+        Unit unit(spec_);
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t row_piece = i / across % down, draw = i / across / down * draws_of_unit_;
+            unit.row = row_piece * height_;
+            unit.col = i % across * width_;
+            unit.rows = std::min(height_, rows_ - unit.row);
+            unit.cols = std::min(width_, cols_ - unit.col);
+            load_sigma(unit);
+            if (scores) {
+                memset(unit.score_sums, 0, static_cast<size_t>(unit.rows * pitch()) * sizeof(float));
+                memset(unit.log_sigma_sums, 0, sizeof unit.log_sigma_sums);
+            }
+            const int64_t draw_end = std::min(draw + draws_of_unit_, draws_);
+            for (int64_t d = draw; d < draw_end; d += depth_) {
+                const int64_t draws = std::min(depth_, draw_end - d);
+                unit.tile.make({spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws,
+                                unit.rows, unit.cols});
+                if (scores) gradient(unit, d, draws);
+                if (has(kY)) forward(unit, d, draws);
+            }
+            if (!scores) continue;
+            float* sums_of_piece = sums ? partial.data() + 2 * row_piece * cols_ + unit.col : nullptr;
+            finish_gradient(unit, has(kBiasSums) ? sums_of_piece : nullptr,
+                            has(kLogSigmaSums) ? sums_of_piece + cols_ : nullptr);
+        }
+    });
+    const Argument which[] = {kBiasSums, kLogSigmaSums};
+    for (int kind = 0; kind < 2; ++kind)
+        for (int64_t piece = 0; has(which[kind]) && piece < down; ++piece)
+            for (int64_t c = 0; c < cols_; ++c)
+                *at<float>(t_[which[kind]], 0, 0, c) += partial.data()[(2 * piece + kind) * cols_ + c];
+    return ULR_OK;
+}
+
+}  // namespace
+
+int noisy_linear(const ulr_noise_spec* spec, const ulr_tensor* tensors, const ulr_launch* where) {
+    return Pass(*spec, tensors).run(where->threads);
+}
+
+}  // namespace ULR_ISA
+}  // namespace ulr

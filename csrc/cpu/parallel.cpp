@@ -1,0 +1,63 @@
+#include "parallel.h"
+
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace {
+
+// GOMP_parallel of the OpenMP runtime that the caller's process uses already: a second runtime beside it would start
+// threads of its own, which compete with the first one's for the cores. Absent: plain threads.
+using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<OmpParallel> omp_parallel{nullptr};
+
+struct Work {
+    std::atomic<int64_t> next{0};
+    int64_t count, grain;
+    void (*body)(void*, int64_t, int64_t);
+    void* context;
+};
+
+void run(void* work) {
+    auto& w = *static_cast<Work*>(work);
+    for (int64_t first; (first = w.next.fetch_add(w.grain)) < w.count;)
+        w.body(w.context, first, std::min(first + w.grain, w.count));
+}
+
+}  // namespace
+
+void ulr::parallel(int threads, int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    const int64_t pieces = (count + grain - 1) / grain;
+    threads = static_cast<int>(std::min<int64_t>(threads, pieces));
+    if (threads <= 1) {
+        if (count > 0) body(context, 0, count);
+        return;
+    }
+    Work work;
+    work.count = count;
+    work.grain = grain;
+    work.body = body;
+    work.context = context;
+    if (const OmpParallel omp = omp_parallel.load()) {
+        omp(run, &work, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (int other = 1; other < threads; ++other) others.emplace_back(run, &work);
+    run(&work);
+    for (auto& other : others) other.join();
+}
+
+ulr::Scratch::Scratch(int64_t count)
+    : data_(count ? static_cast<float*>(calloc(static_cast<size_t>(count), sizeof(float))) : nullptr) {}
+
+ulr::Scratch::~Scratch() { free(data_); }
+
+ULR_EXPORT void ulr_cpu_set_omp_parallel(void* function) {
+    omp_parallel.store(reinterpret_cast<OmpParallel>(function));
+}

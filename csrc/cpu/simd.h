@@ -1,0 +1,42 @@
+// The lanes of one instruction set, picked when this source is compiled: AVX-512, AVX2 with FMA, or portable C++.
+// Each of the three headers defines, in its own inline namespace, the same names:
+//     kLanes; U, F: vectors of uint32 and of float; M: a mask of lanes
+//     integers   set, load, store, operators + - & | ^, shift_right<n>, xor3, and_or (a & b | c), and_xor (a ^ b & c),
+//                wide_multiply, not_less, subtract_where
+//     floats     set, load, store, fma, operators + - * /, to_float (of int32), bits, as_float
+//     Octaves    the table of a distribution, held where an octave's coefficients can be looked up by lane: `exponent`
+//                is the biased exponent of 2^octave
+//     transpose  four vectors, one word of each of kLanes calls of Philox, into the order of columns
+//     signs      kLanes bits to +1 and -1
+//     load_part, store_part: the first n lanes (all, where n is more), of fp32, bf16 or fp16 (Bf16, Half) in memory
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "ulr/distributions.h"
+
+namespace ulr {
+inline namespace ULR_ISA {
+
+struct Bf16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+alignas(64) constexpr uint32_t kNormalTable[32][ULR_TABLE_DEGREE + 1] = {ULR_NORMAL_TABLE};
+alignas(64) constexpr uint32_t kLaplaceTable[32][ULR_TABLE_DEGREE + 1] = {ULR_LAPLACE_TABLE};
+
+}  // namespace ULR_ISA
+}  // namespace ulr
+
+#if defined(ULR_ISA_AVX512)
+#include "simd_avx512.h"
+#elif defined(ULR_ISA_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_portable.h"
+#endif

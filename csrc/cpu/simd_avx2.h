@@ -1,0 +1,126 @@
+// Eight lanes: AVX2, FMA, F16C.
+#pragma once
+
+#include <immintrin.h>
+
+namespace ulr {
+inline namespace ULR_ISA {
+
+constexpr int kLanes = 8;
+
+struct U {
+    __m256i v;
+};
+struct F {
+    __m256 v;
+};
+using M = __m256i;
+
+inline U set(uint32_t value) { return {_mm256_set1_epi32(static_cast<int>(value))}; }
+inline U load(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline void store(uint32_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline U operator+(U a, U b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline U operator-(U a, U b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+inline U operator&(U a, U b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline U operator|(U a, U b) { return {_mm256_or_si256(a.v, b.v)}; }
+inline U operator^(U a, U b) { return {_mm256_xor_si256(a.v, b.v)}; }
+inline U xor3(U a, U b, U c) { return a ^ b ^ c; }
+inline U and_or(U a, U b, U c) { return (a & b) | c; }
+inline U and_xor(U a, U b, U c) { return a ^ (b & c); }
+template <int n>
+U shift_right(U a) {
+    return {_mm256_srli_epi32(a.v, n)};
+}
+inline M not_less(U a, U b) { return _mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v); }
+inline U subtract_where(M m, U a, U b) { return {_mm256_sub_epi32(a.v, _mm256_and_si256(m, b.v))}; }
+
+inline void wide_multiply(U a, U m, U& high, U& low) {
+    const __m256i even = _mm256_mul_epu32(a.v, m.v);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), m.v);
+    high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+
+inline F set(float value) { return {_mm256_set1_ps(value)}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F to_float(U a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline U bits(F a) { return {_mm256_castps_si256(a.v)}; }
+inline F as_float(U a) { return {_mm256_castsi256_ps(a.v)}; }
+
+// Call i of Philox sits in the lane for which transpose() puts its words at 4 i.
+inline U call_of_lane() { return {_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)}; }
+
+inline void transpose(U w[4]) {
+    const __m256i ab_low = _mm256_unpacklo_epi32(w[0].v, w[1].v), ab_high = _mm256_unpackhi_epi32(w[0].v, w[1].v);
+    const __m256i cd_low = _mm256_unpacklo_epi32(w[2].v, w[3].v), cd_high = _mm256_unpackhi_epi32(w[2].v, w[3].v);
+    w[0].v = _mm256_unpacklo_epi64(ab_low, cd_low);
+    w[1].v = _mm256_unpackhi_epi64(ab_low, cd_low);
+    w[2].v = _mm256_unpacklo_epi64(ab_high, cd_high);
+    w[3].v = _mm256_unpackhi_epi64(ab_high, cd_high);
+}
+
+// A coefficient's 32 octaves side by side in memory; a gather looks up eight lanes.
+class Octaves {
+  public:
+    explicit Octaves(const uint32_t (*table)[ULR_TABLE_DEGREE + 1]) {
+        for (int power = 0; power <= ULR_TABLE_DEGREE; ++power)
+            for (int octave = 0; octave < 32; ++octave) column_[power][octave] = float_of(table[octave][power]);
+    }
+    F coefficient(U exponent, int power) const {
+        return {_mm256_i32gather_ps(column_[power], (exponent - set(127u)).v, 4)};
+    }
+
+  private:
+    float column_[ULR_TABLE_DEGREE + 1][32];
+};
+
+inline F signs(uint32_t bit) {
+    const __m256i shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const U sign = U{_mm256_sllv_epi32(set(bit).v, shifts)} & set(0x80000000u);
+    return as_float(sign | set(0x3f800000u));
+}
+
+inline M first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < kLanes ? n : kLanes)),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// Eight 16-bit values, by way of the stack where fewer are asked for: there is no masked load of them.
+inline __m128i load_words(const void* p, int64_t n) {
+    if (n >= kLanes) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+    alignas(16) uint16_t part[kLanes] = {};
+    memcpy(part, p, static_cast<size_t>(n) * sizeof(uint16_t));
+    return _mm_load_si128(reinterpret_cast<const __m128i*>(part));
+}
+inline void store_words(void* p, __m128i a, int64_t n) {
+    if (n >= kLanes) return _mm_storeu_si128(static_cast<__m128i*>(p), a);
+    alignas(16) uint16_t part[kLanes];
+    _mm_store_si128(reinterpret_cast<__m128i*>(part), a);
+    memcpy(p, part, static_cast<size_t>(n) * sizeof(uint16_t));
+}
+
+inline F load_part(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+inline F load_part(const Bf16* p, int64_t n) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_words(p, n)), 16))};
+}
+inline F load_part(const Half* p, int64_t n) { return {_mm256_cvtph_ps(load_words(p, n))}; }
+
+inline void store_part(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, first(n), a.v); }
+inline void store_part(Bf16* p, F a, int64_t n) {
+    const U word = bits(a);
+    const U nearest = shift_right<16>(word + (shift_right<16>(word) & set(1u)) + set(0x7fffu));
+    const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+    const __m256i result = _mm256_blendv_epi8(nearest.v, set(0x7fc0u).v, _mm256_castps_si256(nan));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0xD8);
+    store_words(p, _mm256_castsi256_si128(packed), n);
+}
+inline void store_part(Half* p, F a, int64_t n) { store_words(p, _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT), n); }
+
+}  // namespace ULR_ISA
+}  // namespace ulr

@@ -1,0 +1,117 @@
+// Sixteen lanes: AVX-512 F, DQ, BW, VL.
+#pragma once
+
+#include <immintrin.h>
+
+namespace ulr {
+inline namespace ULR_ISA {
+
+constexpr int kLanes = 16;
+
+struct U {
+    __m512i v;
+};
+struct F {
+    __m512 v;
+};
+using M = __mmask16;
+
+inline U set(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
+inline U load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(uint32_t* p, U a) { _mm512_storeu_si512(p, a.v); }
+inline U operator+(U a, U b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline U operator-(U a, U b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline U operator&(U a, U b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline U operator|(U a, U b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline U operator^(U a, U b) { return {_mm512_xor_si512(a.v, b.v)}; }
+inline U xor3(U a, U b, U c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)}; }
+inline U and_or(U a, U b, U c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xea)}; }
+inline U and_xor(U a, U b, U c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x78)}; }
+template <int n>
+U shift_right(U a) {
+    return {_mm512_srli_epi32(a.v, n)};
+}
+inline M not_less(U a, U b) { return _mm512_cmpge_epu32_mask(a.v, b.v); }
+inline U subtract_where(M m, U a, U b) { return {_mm512_mask_sub_epi32(a.v, m, a.v, b.v)}; }
+
+// Both halves of a * m. Even lanes multiply in place, odd lanes shifted down; each half then needs one masked shuffle.
+inline void wide_multiply(U a, U m, U& high, U& low) {
+    const __m512i even = _mm512_mul_epu32(a.v, m.v);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m.v);
+    high.v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xB1));
+    low.v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
+}
+
+inline F set(float value) { return {_mm512_set1_ps(value)}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F to_float(U a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline U bits(F a) { return {_mm512_castps_si512(a.v)}; }
+inline F as_float(U a) { return {_mm512_castsi512_ps(a.v)}; }
+
+// Call i of Philox, of the kLanes calls in a vector, sits in the lane for which transpose() puts its words at 4 i.
+inline U call_of_lane() { return {_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)}; }
+
+inline void transpose(U w[4]) {
+    const __m512i ab_low = _mm512_unpacklo_epi32(w[0].v, w[1].v), ab_high = _mm512_unpackhi_epi32(w[0].v, w[1].v);
+    const __m512i cd_low = _mm512_unpacklo_epi32(w[2].v, w[3].v), cd_high = _mm512_unpackhi_epi32(w[2].v, w[3].v);
+    w[0].v = _mm512_unpacklo_epi64(ab_low, cd_low);
+    w[1].v = _mm512_unpackhi_epi64(ab_low, cd_low);
+    w[2].v = _mm512_unpacklo_epi64(ab_high, cd_high);
+    w[3].v = _mm512_unpackhi_epi64(ab_high, cd_high);
+}
+
+// All 32 octaves of a coefficient in two registers; a permute looks up sixteen lanes.
+class Octaves {
+  public:
+    explicit Octaves(const uint32_t (*table)[ULR_TABLE_DEGREE + 1]) {
+        for (int power = 0; power <= ULR_TABLE_DEGREE; ++power) {
+            alignas(64) uint32_t column[32];
+            // Indexed by the exponent's low five bits: octave + 127, modulo 32.
+            for (int octave = 0; octave < 32; ++octave) column[(octave + 127) % 32] = table[octave][power];
+            low_[power] = _mm512_load_ps(column);
+            high_[power] = _mm512_load_ps(column + 16);
+        }
+    }
+    F coefficient(U exponent, int power) const {
+        return {_mm512_permutex2var_ps(low_[power], exponent.v, high_[power])};
+    }
+
+  private:
+    __m512 low_[ULR_TABLE_DEGREE + 1], high_[ULR_TABLE_DEGREE + 1];
+};
+
+// Lane i: -1 where bit i is set, else +1.
+inline F signs(uint32_t bit) {
+    return {_mm512_mask_blend_ps(static_cast<M>(bit), _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f))};
+}
+
+inline M first(int64_t n) { return static_cast<M>(n >= kLanes ? 0xffff : (1 << n) - 1); }
+
+inline F load_part(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline F load_part(const Bf16* p, int64_t n) {
+    const __m256i half = _mm256_maskz_loadu_epi16(first(n), p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline F load_part(const Half* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+
+inline void store_part(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline void store_part(Bf16* p, F a, int64_t n) {
+    const __m512i word = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(word, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i result = _mm512_mask_mov_epi32(_mm512_srli_epi32(nearest, 16), nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(result));
+}
+inline void store_part(Half* p, F a, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+}  // namespace ULR_ISA
+}  // namespace ulr

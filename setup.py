@@ -1,0 +1,266 @@
+"""Builds the native parts with ninja: two C ABI libraries (CPU, CUDA) and `_C`, the shim that calls their launchers.
+
+A missing tool leaves a part out and `ulr_kernels/_build_info.py` says why; an error in our own sources ends the build.
+`ULR_BUILD=cpp,cuda` (any subset, or `none`) builds just these parts, and then a missing tool is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+BUILD = ROOT / "build" / "native"
+DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
+WARNINGS = "-Wall -Wextra -Werror"
+CXX_FLAGS = f"-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden {WARNINGS}"
+# The same sources are compiled once for each instruction set; the library picks one when it is loaded.
+INSTRUCTION_SETS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
+    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    " -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized",
+}
+CPU_PER_INSTRUCTION_SET = ("noise", "noisy_linear")
+CPU_ONCE = ("dispatch", "parallel", "philox")
+
+
+class Absent(Exception):
+    """A part cannot be built here; the message says which tool is missing."""
+
+
+@dataclasses.dataclass
+class Tools:
+    """What was found, by its version for the record; the reason why not in `absent`, by part."""
+
+    compiler: str | None = None
+    nvcc: str | None = None
+    architectures: tuple[str, ...] = ()
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def first_line(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+
+
+def find_compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+        if path := shutil.which(name):
+            return path
+    raise Absent("no C++ compiler was found when the package was built (CXX, c++, g++, clang++)")
+
+
+def find_ninja() -> str:
+    if path := shutil.which("ninja"):
+        return path
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    raise Absent("ninja was not found when the package was built")
+
+
+def find_pybind11() -> str:
+    if importlib.util.find_spec("pybind11") is None:
+        raise Absent("pybind11 was not found when the package was built")
+    import pybind11
+
+    return pybind11.get_include()
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = ([str(Path(home) / "bin" / "nvcc")] if home else []) + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for name in candidates:
+        if path := shutil.which(name):
+            return path
+    raise Absent("nvcc was not found when the package was built (CUDA_HOME, PATH)")
+
+
+def architectures(nvcc: str) -> tuple[str, ...]:
+    """The compute capabilities to build for, those that this nvcc knows; with +PTX on the newest unless one has it."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip())
+    for name in wanted:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: an entry must look like 9.0a or 12.0+PTX, got {name!r}")
+    kept = [name for name in wanted if re.sub(r"\D", "", name) in known]
+    if not kept:
+        raise Absent(f"nvcc knows none of the architectures {', '.join(wanted)}")
+    if not any(name.endswith("+PTX") for name in kept):
+        # PTX of an architecture-specific target (9.0a) runs nowhere else, so the newest plain one carries it.
+        plain = [name for name in kept if name[-1].isdigit()]
+        if plain:
+            newest = max(plain, key=lambda name: float(name))
+            kept[kept.index(newest)] += "+PTX"
+    return tuple(kept)
+
+
+def generate_code(names: tuple[str, ...]) -> str:
+    flags = []
+    for name in names:
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+class NinjaFile:
+    """Rules and build statements. Paths are quoted by the one rule that ninja has: `$` before a space or a colon."""
+
+    def __init__(self) -> None:
+        self.lines = ["ninja_required_version = 1.3"]
+
+    def rule(self, name: str, command: str, *, dependencies: bool = False) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}"]
+        if dependencies:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def build(self, output: str, rule: str, inputs: list[str], **variables: str) -> str:
+        quoted = [re.sub(r"([ :$])", r"$\1", path) for path in (output, *inputs)]
+        self.lines.append(f"build {quoted[0]}: {rule} {' '.join(quoted[1:])}")
+        self.lines += [f"  {name} = {value}" for name, value in variables.items()]
+        return output
+
+    def write(self, path: Path) -> None:
+        path.write_text("\n".join(self.lines) + "\n")
+
+
+def cpu_objects(ninja: NinjaFile) -> list[str]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    objects = []
+    for name in CPU_ONCE:
+        objects.append(ninja.build(f"cpu/{name}.o", "cxx", [f"{ROOT}/csrc/cpu/{name}.cpp"]))
+    for isa, flags in INSTRUCTION_SETS.items():
+        if x86 or isa == "portable":
+            for name in CPU_PER_INSTRUCTION_SET:
+                source = f"{ROOT}/csrc/cpu/{name}.cpp"
+                flags_of_isa = f"{flags} -DULR_ISA={isa} -DULR_ISA_{isa.upper()}"
+                objects.append(ninja.build(f"cpu/{name}.{isa}.o", "cxx", [source], flags=flags_of_isa))
+    return objects
+
+
+def write_ninja(compiler: str, include: str, nvcc: str | None, names: tuple[str, ...], cpp: bool) -> list[str]:
+    """Write build.ninja; the names of the libraries that it makes."""
+    ninja = NinjaFile()
+    ninja.rule(
+        "cxx", f"{compiler} {CXX_FLAGS} -I{ROOT}/csrc/include $flags -MMD -MF $out.d -c $in -o $out", dependencies=True
+    )
+    ninja.rule("link", f"{compiler} -shared -pthread $in -o $out")
+    shim = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    headers = f"-isystem {include} -isystem {sysconfig.get_paths()['include']}"
+    ninja.build(shim, "link", [ninja.build("bindings.o", "cxx", [f"{ROOT}/csrc/bindings.cpp"], flags=headers)])
+    made = [shim]
+    version = ninja.build("version.o", "cxx", [f"{ROOT}/csrc/version.cpp"])
+    if cpp:
+        made.append(ninja.build("libulr_cpu.so", "link", [*cpu_objects(ninja), version]))
+    if nvcc:
+        sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+        flags = " ".join((ROOT / "csrc" / "cuda" / "nvcc_flags.txt").read_text().split())
+        ninja.rule(
+            "nvcc",
+            f"{nvcc} -ccbin {compiler} {flags} -Werror all-warnings -I{ROOT}/csrc/include {generate_code(names)}"
+            " --threads 0 -MD -MF $out.d -c $in -o $out",
+            dependencies=True,
+        )
+        ninja.rule("nvlink", f"{nvcc} -ccbin {compiler} -shared -cudart static {generate_code(names)} $in -o $out")
+        objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)]) for path in sources]
+        made.append(ninja.build("libulr_cuda.so", "nvlink", [*objects, version]))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    ninja.write(BUILD / "build.ninja")
+    return made
+
+
+def build_native(target: Path) -> Tools:
+    """Build what the tools here allow, into the package at `target`."""
+    requested = os.environ.get("ULR_BUILD")
+    parts = {"cpp", "cuda"} if requested is None else set(filter(None, re.split(r"[,\s]+", requested))) - {"none"}
+    if parts - {"cpp", "cuda"}:
+        raise SystemExit(f"ULR_BUILD must name parts of cpp, cuda (or none), got {requested!r}")
+    tools = Tools(absent={part: f"ULR_BUILD={requested} left it out" for part in {"cpp", "cuda"} - parts})
+    made: list[str] = []
+    nvcc = None
+    try:
+        compiler, ninja, include = find_compiler(), find_ninja(), find_pybind11()
+        tools.compiler = first_line(compiler, "--version")
+    except Absent as reason:
+        tools.absent.update(dict.fromkeys(parts, str(reason)))
+    else:
+        if "cuda" in parts:
+            try:
+                nvcc = find_nvcc()
+                tools.architectures = architectures(nvcc)
+                tools.nvcc = (
+                    subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("V")[-1].split()[0]
+                )
+            except Absent as reason:
+                nvcc = None
+                tools.absent["cuda"] = str(reason)
+        if parts - set(tools.absent):
+            made = write_ninja(compiler, include, nvcc, tools.architectures, "cpp" in parts)
+            subprocess.run([ninja, "-C", str(BUILD)], check=True)
+    if requested is not None and parts & set(tools.absent):
+        raise SystemExit(
+            "ULR_BUILD: " + "; ".join(f"{part}: {tools.absent[part]}" for part in parts & set(tools.absent))
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    for old in (*target.glob("_C.*.so"), *target.glob("libulr_*.so")):
+        if old.name not in made:
+            old.unlink()  # of an earlier build: _build_info.py would deny it
+    for name in made:
+        replace(BUILD / name, target / name)
+    return tools
+
+
+def replace(source: Path, target: Path) -> None:
+    """Copy by renaming over the target: a process that has the old library mapped keeps it."""
+    if not target.exists() or source.stat().st_mtime_ns != target.stat().st_mtime_ns:
+        shutil.copy2(source, target.with_suffix(".new"))
+        target.with_suffix(".new").replace(target)
+
+
+def write_build_info(tools: Tools, target: Path) -> None:
+    (target / "_build_info.py").write_text(
+        '"""Written by setup.py: what was built here, with what, and why the rest was not."""\n\n'
+        f"COMPILER: str | None = {tools.compiler!r}\n"
+        f"NVCC: str | None = {tools.nvcc!r}\n"
+        f"CUDA_ARCHITECTURES: tuple[str, ...] = {tools.architectures!r}\n"
+        f"ABSENT: dict[str, str] = {dict(sorted(tools.absent.items()))!r}  # part: reason\n"
+    )
+
+
+class BuildNative(build_ext):
+    """setuptools' step for extension modules, done by ninja."""
+
+    def run(self) -> None:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        target = ROOT / "ulr_kernels" if in_place else Path(self.build_lib) / "ulr_kernels"
+        write_build_info(build_native(target), target)
+
+    def get_outputs(self) -> list[str]:
+        target = Path(self.build_lib) / "ulr_kernels"
+        return [str(path) for path in (*target.glob("*.so"), target / "_build_info.py")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+if __name__ == "__main__":
+    if sys.platform != "linux":
+        os.environ.setdefault("ULR_BUILD", "none")  # the libraries have been built and tried on Linux only
+    # The one extension makes setuptools run the step and mark the wheel as built for this platform.
+    setup(ext_modules=[Extension("ulr_kernels._C", sources=[])], cmdclass={"build_ext": BuildNative})

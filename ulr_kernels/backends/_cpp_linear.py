@@ -1,0 +1,216 @@
+"""The three linear ops of the cpp back end: oneDNN's products and the library's pass over the noise, tile by tile.
+
+Forward and gradient are parts of one loop: a tile of features, then a tile of rows (and copies, where each has its own x).
+The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. No operand is copied beyond a tile, and
+nothing is allocated beside the outputs but a few tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.backends import _native, _onednn
+
+# Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
+# scores and one of the product come on top of the buffers.
+FORWARD_TILE = 2**19
+GRADIENT_TILE = 2**17
+FEWEST = 32  # rows or features of a tile, however long they are: below this a product is inefficient
+
+
+def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> None:
+    _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
+
+
+def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *noise) -> None:
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    _linear(None, *buffers, x, None, None, loss_weight, sigma, key, loss_weight.shape[0], *noise)
+
+
+def noisy_linear_replay_(
+    y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *noise
+) -> None:
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    _linear(y, *buffers, x, weight, bias, loss_weight, sigma, key, loss_weight.shape[0], *noise)
+
+
+@torch.no_grad()
+def _linear(
+    y: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    loss_weight: Tensor | None,
+    sigma: Tensor,
+    key: Tensor,
+    copies: int,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> None:
+    """The forward where there is y, the gradient where there is loss_weight."""
+    features = next(t.shape[0] for t in (weight, grad_weight, grad_bias) if t is not None)
+    if not x.shape[-2] or not features:
+        return
+    draws = copies // 2 if antithetic else copies
+    own_x = x.dim() == 3 and copies > 1  # each copy has its own; a single copy is the shared case
+    x = x if x.dim() == 3 else x[None]
+    x, minus_x = _halves(x, antithetic and own_x)
+    y, minus_y = _halves(y, antithetic)
+    loss_weight, minus_loss_weight = _halves(loss_weight, antithetic)
+    sigma = sigma.expand(features)
+    # fp32, over all tiles, so that a bf16 buffer is rounded once; a scalar's tensor has stride 0.
+    bias_sums = None if grad_bias is None else torch.zeros(features)
+    log_sigma_total = None if grad_log_sigma is None else torch.zeros(grad_log_sigma.shape)
+    log_sigma_sums = None if log_sigma_total is None else log_sigma_total.expand(features)
+
+    sizes = _tile_sizes(x, weight, grad_weight, loss_weight is not None, features)
+    launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
+    for n in range(0, features, sizes.features):
+        cols = slice(n, min(n + sizes.features, features))
+        operands = None if weight is None else _operands(weight[cols], bias if bias is None else bias[cols])
+        gradient = None if grad_weight is None else _Gradient(grad_weight[cols], sizes)
+        for copy, row in _row_tiles(x.shape[0], x.shape[1], sizes.rows, positions):
+            use = copy if own_x else slice(0, draws)
+            sample = slice(row.start // positions, -(-row.stop // positions))
+            xs = [half[copy, row] for half in (x, minus_x) if half is not None]
+            base = [None, None]
+            scores = [None, None]
+            for i, x_tile in enumerate(xs):
+                if operands is not None:
+                    base[i] = _product(x_tile, *operands)
+                if loss_weight is not None:
+                    scores[i] = torch.empty(*x_tile.shape[:2], cols.stop - n)
+            tensors = (
+                None if y is None else y[use, row, cols],
+                None if minus_y is None else minus_y[use, row, cols],
+                *base,
+                sigma[cols],
+                None if loss_weight is None else loss_weight[use, sample],
+                None if minus_loss_weight is None else minus_loss_weight[use, sample],
+                *scores,
+                None if bias_sums is None else bias_sums[cols],
+                None if log_sigma_sums is None else log_sigma_sums[cols],
+            )
+            at = (draw + use.start, row_offset + row.start, col_offset + n)
+            spec = _native.noise_spec(
+                key, dist, sampler, positions, *at, width=col_offset + features, antithetic=antithetic
+            )
+            launch(spec, tuple(None if t is None else _native.view(t) for t in tensors), threads)
+            if gradient is not None:
+                for score, x_tile in zip(scores, xs, strict=False):
+                    gradient.add(score, x_tile)
+        if gradient is not None:
+            gradient.store()
+    if grad_bias is not None:
+        grad_bias.add_(bias_sums)
+    if grad_log_sigma is not None:
+        grad_log_sigma.add_(log_sigma_total)
+
+
+def _halves(tensor: Tensor | None, antithetic: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The copies with the noise as it is, and those with the noise negated."""
+    if tensor is None or not antithetic:
+        return tensor, None
+    half = tensor.shape[0] // 2
+    return tensor[:half], tensor[half:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles.
+
+
+class _Sizes(NamedTuple):
+    rows: int
+    features: int
+    product_features: int  # of a product of scores and x
+
+
+def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gradient: bool, features: int) -> _Sizes:
+    rows, inputs = x.shape[0] * x.shape[1], x.shape[2]
+    tile = GRADIENT_TILE if gradient else FORWARD_TILE
+    longest = _even(features, max(FEWEST, tile // max(inputs, 1)))
+    whole = not gradient or (rows * features <= tile and (grad_weight is None or grad_weight.dtype == torch.float32))
+    if weight is not None and not (_onednn.dense(weight) and _onednn.supports(weight.dtype)):
+        whole = False  # the weight is copied
+    tile_features = features if whole else longest
+    copied = not x.is_contiguous() or not _onednn.supports(x.dtype) or (gradient and x.dtype != torch.float32)
+    tile_rows = max(FEWEST, tile // max(tile_features, inputs if copied else 1))
+    return _Sizes(tile_rows, tile_features, min(longest, tile_features))
+
+
+def _even(extent: int, limit: int) -> int:
+    """A size of at most about `limit` that cuts `extent` into even parts."""
+    if extent <= limit:
+        return extent
+    parts = -(-extent // limit)
+    return -(-extent // parts // 16) * 16
+
+
+def _row_tiles(copies: int, rows: int, limit: int, positions: int) -> Iterator[tuple[slice, slice]]:
+    """Copies and rows of each tile: whole copies, or rows of one copy that are whole samples or within one sample."""
+    if rows <= limit:
+        step = max(1, limit // rows)
+        for copy in range(0, copies, step):
+            yield slice(copy, min(copy + step, copies)), slice(0, rows)
+        return
+    step = limit // positions * positions or limit
+    for copy in range(copies):
+        start = 0
+        while start < rows:
+            sample_end = rows if positions <= limit else start // positions * positions + positions
+            stop = min(start + step, sample_end)
+            yield slice(copy, copy + 1), slice(start, stop)
+            start = stop
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products.
+
+
+def _operands(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """As oneDNN takes them: dense, and fp32 where it does not multiply the dtype."""
+    if not _onednn.supports(weight.dtype):
+        return weight.float().contiguous(), bias if bias is None else bias.float()
+    if bias is not None:
+        bias = bias.contiguous()
+    return weight if _onednn.dense(weight) else weight.contiguous(), bias
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of a tile of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the noise is added
+    (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
+    rows = x.flatten(0, 1).to(weight.dtype)
+    return _onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
+
+
+class _Gradient:
+    """A tile of features of grad_weight, to which products of scores and x are added; summed in fp32, rounded once."""
+
+    def __init__(self, buffer: Tensor, sizes: _Sizes) -> None:
+        self.buffer = buffer
+        self.sums = buffer if buffer.dtype == torch.float32 else torch.zeros_like(buffer, dtype=torch.float32)
+        self.features = sizes.product_features
+
+    def add(self, scores: Tensor, x: Tensor) -> None:
+        """The sum over copies and rows of scores [C, R, N] (outer) x [C, R, K]."""
+        rows = x.flatten(0, 1).float().contiguous()
+        scores = scores.flatten(0, 1)
+        for n in range(0, scores.shape[1], self.features):
+            cols = slice(n, n + self.features)
+            self.sums[cols].add_(_onednn.linear(scores[:, cols].T, rows.T))
+
+    def store(self) -> None:
+        if self.sums is not self.buffer:
+            self.buffer.add_(self.sums)

@@ -1,0 +1,127 @@
+"""The two native libraries: opening them, why one is absent, and handing torch's tensors to their launchers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import pathlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+
+FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
+PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
+ERRORS = {1: "an argument that the kernel does not take", 2: "out of memory", 3: "the launch failed"}
+
+# The numbers of csrc/include/ulr/api.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
+DISTRIBUTIONS = {"normal": 0, "laplace": 1, "rademacher": 2}
+
+TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def _optional(module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"ulr_kernels.{module}")
+    except ImportError:
+        return None
+
+
+_C = _optional("_C")
+_build_info = _optional("_build_info")
+
+
+@functools.cache
+def library(part: str) -> ctypes.CDLL | str:
+    """The library of "cpp" or "cuda", or the sentence that says why it is absent."""
+    if _build_info is None:
+        return "the native libraries have not been built (pip install . builds them)"
+    if part in _build_info.ABSENT:
+        return _build_info.ABSENT[part]
+    if _C is None:
+        return "ulr_kernels._C cannot be imported: it was built for another Python"
+    path = pathlib.Path(__file__).parents[1] / FILES[part]
+    try:
+        opened = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} cannot be loaded: {error}"
+    if opened.ulr_abi_version() != _C.ABI_VERSION:
+        return f"{path.name} belongs to another build than ulr_kernels._C"
+    return opened
+
+
+class Launcher:
+    """One launcher of a library; raises RuntimeError with the library's reason if it fails."""
+
+    def __init__(self, part: str, name: str) -> None:
+        opened = library(part)
+        if isinstance(opened, str):
+            raise RuntimeError(opened)
+        self.name = name
+        address = ctypes.cast(getattr(opened, PREFIXES[part] + name), ctypes.c_void_p).value
+        self._launch = functools.partial(_C.launch, address)  # type: ignore[union-attr]
+        self._error = getattr(opened, PREFIXES[part] + "error", None)
+        if self._error is not None:
+            self._error.restype = ctypes.c_char_p
+
+    def __call__(
+        self,
+        noise: tuple | None,
+        tensors: tuple[TensorView | None, ...],
+        threads: int = 1,
+        device: int = 0,
+        stream: int = 0,
+    ) -> None:
+        code = self._launch(noise, tensors, threads, device, stream)
+        if code:
+            why = self._error(code).decode() if self._error is not None else ERRORS[code]
+            raise RuntimeError(f"{self.name}: {why}")
+
+
+@functools.cache
+def launcher(part: str, name: str) -> Launcher:
+    return Launcher(part, name)
+
+
+def view(tensor: Tensor) -> TensorView:
+    """What a launcher reads of a tensor of up to three axes."""
+    return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def noise_spec(
+    key: Tensor,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+    *,
+    width: int,
+    antithetic: bool = False,
+) -> tuple:
+    """Which noise, as a launcher reads it; `width`: all columns, `col_offset` included."""
+    directions = contract.sobol_directions(key.device).data_ptr() if sampler == "sobol" else 0
+    which = (key.data_ptr(), directions, DISTRIBUTIONS[dist], antithetic)
+    return (*which, draw, row_offset, col_offset, positions, width)
+
+
+def describe() -> dict[str, str]:
+    """What was built, with which tools, and what the CPU offers: lines for `ulr doctor`."""
+    from ulr_kernels.backends import cpp
+
+    return {
+        "compiler": (_build_info and _build_info.COMPILER) or "none when the package was built",
+        "nvcc": _nvcc(),
+        "CPU": cpp.describe(),
+    }
+
+
+def _nvcc() -> str:
+    if _build_info is None or _build_info.NVCC is None:
+        return "none when the package was built"
+    return f"{_build_info.NVCC} (built for {', '.join(_build_info.CUDA_ARCHITECTURES)})"

@@ -1,0 +1,40 @@
+"""x W^T + b by oneDNN, which torch carries: the one place that knows how to call it.
+
+`torch.ops.mkldnn._linear_pointwise` takes ordinary CPU tensors. In fp32 it uses AVX-512 where torch's own linear, through
+MKL, does not (AMD: 0.43-0.5x of the time). It needs a dense weight, row-major or column-major: any other stride sends it
+to a reference implementation that is three thousand times slower. It copies an x that is not contiguous.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+@functools.cache
+def supports(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype here; tried once, on a product whose result is known."""
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=dtype)
+    try:
+        return torch.equal(_call(x, x, x[0]), torch.tensor([[6.0, 13.0], [12.0, 27.0]], dtype=dtype))
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def dense(weight: Tensor) -> bool:
+    """Whether oneDNN's fast paths take this matrix."""
+    return weight.is_contiguous() or weight.T.is_contiguous()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[R, N]` from `x [R, K]` and a dense `weight [N, K]` (see `dense`), all of one dtype."""
+    if x.numel() and weight.numel() and supports(x.dtype):
+        return _call(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
