@@ -126,7 +126,7 @@ def same(first: Tensor, second: Tensor, scale: Tensor | None = None) -> bool:
 def fail_rows(what: str) -> None:
     fail(
         what,
-        "have the samples on its first axis, in order, each computed from its own sample only and without random numbers",
+        "have the samples on its first axis, in order, each made from its own sample only and without random numbers",
         "different values in two copies of the same batch",
     )
 

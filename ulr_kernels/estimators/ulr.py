@@ -26,7 +26,7 @@ class Pass(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a batch of given shapes asks for: the passes, and the noised layers with their site numbers on the device."""
+    """What a batch of given shapes asks for: the passes; and the noised layers with their site numbers."""
 
     passes: tuple[Pass, ...]
     layers: tuple[str, ...]
@@ -43,8 +43,8 @@ class ULR:
 
     The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each from its
     own inputs. Trained parameters must belong to linear calls (`nn.Linear`, `F.linear`, `x @ W`, addmm); freeze others
-    with `requires_grad_(False)`. A layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout
-    is off and BatchNorm uses its running statistics.
+    with `requires_grad_(False)`. A layer with no trained parameter gets no noise. Noised passes run in eval mode:
+    dropout is off and BatchNorm uses its running statistics.
 
     Args:
         model: any module; make a new estimator after replacing parts of it.
@@ -85,16 +85,16 @@ class ULR:
         self.step = 0
         contract.fold_in(seed, 0)  # raises where the seed is no key
         self._parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
-        self._layers = layer_names(self.model)
-        self.settings.check_names(set(self._layers.values()))
+        self.layers = layer_names(self.model)
+        self.settings.check_names(set(self.layers.values()))
         self._log_sigma = self._make_log_sigma() if learn_sigma else {}
         self._plans: dict[tuple, Plan] = {}
 
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
         log_sigma = {}
-        modules = {self._layers[id(m.weight)]: m for m in self.model.modules() if isinstance(m, nn.Linear)}
+        modules = {self.layers[id(m.weight)]: m for m in self.model.modules() if isinstance(m, nn.Linear)}
         for parameter in self._parameters:
-            name = self._layers[id(parameter)]
+            name = self.layers[id(parameter)]
             if parameter.dim() == 2 and parameter.requires_grad:
                 shape = (parameter.shape[0],) if name in modules else ()
                 start = torch.full(shape, self.settings.sigma_of(name), dtype=torch.float32, device=parameter.device)
@@ -157,7 +157,7 @@ class ULR:
             layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler)
             for layer in item.layers
         }
-        noised = NoisedPass(self._layers, noises, batch.samples, cut=item.cut)
+        noised = NoisedPass(self.layers, noises, batch.samples, cut=item.cut)
         inputs = repeat(batch.x, 1 if item.cut else copies)
         with noised:
             return noised, apply(self.model, inputs)
@@ -178,7 +178,7 @@ class ULR:
 
     def _make_plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
         """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
-        recording = Recording(self._layers, batch.samples)
+        recording = Recording(self.layers, batch.samples)
         with recording:
             outputs = apply(self.model, repeat(batch.x, 2))
         losses = batch.losses(outputs, loss_fn, 2)
@@ -255,7 +255,7 @@ class ULR:
             ValueError: the settings are invalid, or the layers with a learnt sigma differ; nothing has been changed.
         """
         settings = Settings(**state["settings"])
-        settings.check_names(set(self._layers.values()))
+        settings.check_names(set(self.layers.values()))
         log_sigma = state["log_sigma"]
         if set(log_sigma) != set(self._log_sigma):
             fail("state", f"hold ln sigma of {sorted(self._log_sigma) or 'no layer'}", sorted(log_sigma) or "none")

@@ -1,7 +1,7 @@
 """How a model is met: one file per layer type, each with a table of the torch functions that its layers call.
 
-A table maps a torch function to a reader, `read(args, kwargs, origin) -> call or None`. `origin` tells which parameter a
-tensor is, and whether it is that parameter's transpose. The call that a reader returns is the layer for the estimator:
+A table maps a torch function to a reader, `read(args, kwargs, origin) -> call or None`. `origin` tells which parameter
+a tensor is, and whether it is that parameter's transpose. The call that a reader returns is what the estimator uses:
 
     call.parameters          the layer's own parameters, the one that names it first; empty if it has none
     call.clean()             the layer's output

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
+from ulr_kernels.backends import _onednn
 
 Origin = Callable[[Tensor], tuple[Tensor, bool] | None]  # a tensor -> (its parameter, whether it is the transpose)
 
@@ -46,7 +47,11 @@ class LinearCall:
         self.parameters = tuple(p for p in (self._weight, self._bias) if p is not None)
 
     def clean(self) -> Tensor:
-        return F.linear(self.x, self._w, self._b)
+        x, weight, bias = self.x, self._w, self._b
+        plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+        if plain and x.device.type == "cpu" and x.dtype == weight.dtype and _onednn.dense(weight):
+            return _onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, weight, bias)
 
     def noised(self, noise: Noise, samples: int, x_copies: int, *, shared: bool) -> Tensor:
         """The layer's output with noise, copy-major: `[copies * samples (x positions), ..., N]`.

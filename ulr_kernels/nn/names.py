@@ -1,4 +1,4 @@
-"""Names of noise sites: qualified names of modules and parameters, without the prefixes that wrappers put before them."""
+"""Names of noise sites: qualified names of modules and parameters, without the prefixes that wrappers put."""
 
 from __future__ import annotations
 

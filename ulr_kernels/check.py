@@ -1,0 +1,320 @@
+"""ulr.check: how good is the estimator on this model and batch, and if it is not, why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ulr_kernels import contract, ops
+from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.estimators.meeting import Meeting
+from ulr_kernels.estimators.ulr import ULR, evaluation
+from ulr_kernels.nn.linear import LinearCall
+
+# E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.
+MOMENTS = {"normal": (1.0, 3.0), "laplace": (2.0, 2.0), "rademacher": (1.0, 1.0)}
+STREAMS, STREAM_SHAPE = 8, (64, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCheck:
+    """A layer's estimates against autograd of the clean loss.
+
+    Attributes:
+        layer: its name.
+        slope: mean over steps of <estimate, gradient> / |gradient|^2; 1 if unbiased and sigma is small.
+        slope_error: the standard error of that mean.
+        cosine: mean cosine of an estimate and the gradient.
+        law: the cosine that the number of copies and noise coordinates predict for small sigma.
+        agreement: mean cosine of the estimates of two steps; needs no gradient.
+
+    Numbers that need a gradient are NaN where autograd has none.
+    """
+
+    layer: str
+    slope: float
+    slope_error: float
+    cosine: float
+    law: float
+    agreement: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `ulr.check` found.
+
+    Attributes:
+        ok: nothing wrong was found.
+        verdict: what is wrong, or that nothing is, in words.
+        layers: the trained layers in the order of their first call.
+        correlations: between the noise of "layers", "steps", "copies": the greatest |correlation| of two streams, in
+            its standard deviations under independence.
+    """
+
+    ok: bool
+    verdict: str
+    layers: tuple[LayerCheck, ...] = ()
+    correlations: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.layers:
+            width = max(len(layer.layer) for layer in self.layers) + 2
+            width = max(width, len("layer") + 2)
+            lines.append(f"{'layer':<{width}}{'slope':>17}{'cosine':>9}{'law':>8}{'agreement':>12}")
+            for it in self.layers:
+                slope = f"{it.slope:.3f} +- {it.slope_error:.3f}"
+                lines.append(f"{it.layer:<{width}}{slope:>17}{it.cosine:>9.3f}{it.law:>8.3f}{it.agreement:>12.3f}")
+        if self.correlations:
+            streams = ", ".join(f"{kind} {value:.1f}" for kind, value in self.correlations.items())
+            lines.append(f"greatest correlation of noise streams, in standard deviations: {streams}")
+        return "\n".join([*lines, self.verdict])
+
+
+def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int = 16, **settings: Any) -> Report:
+    """Compare the estimator with autograd of the clean loss, on one batch, and say what is wrong.
+
+    The law is cos = (1 + V / (M |g|^2))^(-1/2), with g the gradient, M the independent directions per sample (copies,
+    or half of them where antithetic) and V the summed variance of one direction; for one sample and d noise coordinates
+    it is (1 + (d + 1) / M)^(-1/2). It assumes a loss that is linear over the noise, and independent copies.
+
+    Args:
+        model, x, y, loss_fn: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as they were.
+        steps: estimates to make, at least 2; each has its own noise.
+        settings: of `ulr.ULR`.
+
+    Returns:
+        A report whose `str()` is a table and a verdict. Where the estimator refuses the model, the batch or the loss,
+        its message is the verdict.
+
+    Raises:
+        ValueError: `steps` is below 2, or a setting is invalid.
+    """
+    if steps < 2:
+        raise ValueError(f"ulr.check: 'steps' must be at least 2, got {steps}")
+    estimator = ULR(model, **settings)
+    saved = [(p, p.grad) for p in estimator.model.parameters()]
+    try:
+        truth = _Truth(estimator, x, y, loss_fn)
+        estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, steps)
+        layers = tuple(_compare(estimator, name, estimates[name], truth) for name in estimates)
+        correlations = _correlations(estimator, list(estimates))
+        smaller = None
+        if any(_is_off(layer) for layer in layers):
+            tenth = ULR(model, **{**settings, "sigma": _scaled(estimator.settings.sigma, 0.1)})
+            again = _estimates(tenth, truth.parameters, x, y, loss_fn, steps)
+            smaller = [_compare(tenth, name, again[name], truth) for name in again]
+    except ValueError as error:
+        return Report(False, str(error))
+    finally:
+        for parameter, grad in saved:
+            parameter.grad = grad
+    problems = _problems(layers, smaller, correlations)
+    return Report(not problems, "\n".join(problems) or _praise(layers), layers, correlations)
+
+
+def _estimates(
+    estimator: ULR, parameters: Mapping[str, list[Tensor]], x: Any, y: Any, loss_fn: LossFunction, steps: int
+) -> dict[str, Tensor]:
+    """Each layer's estimates, fp64 `[steps, parameters]`."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for _ in range(steps):
+        for parameter in estimator.model.parameters():
+            parameter.grad = None
+        estimator.backward(x, y, loss_fn)
+        for name in parameters:
+            rows[name].append(torch.cat([p.grad.flatten().double() for p in parameters[name] if p.grad is not None]))
+    return {name: torch.stack(row) for name, row in rows.items()}
+
+
+def _scaled(sigma: float | Mapping[str, float], factor: float) -> float | dict[str, float]:
+    return {name: value * factor for name, value in sigma.items()} if isinstance(sigma, Mapping) else sigma * factor
+
+
+class _Watch(Meeting):
+    """Keeps each call of a trained layer with its output, for autograd."""
+
+    def __init__(self, layers: Mapping[int, str]) -> None:
+        super().__init__(layers)
+        self.calls: list[tuple[str, LinearCall, Tensor]] = []
+
+    def met(self, call: LinearCall) -> Tensor:
+        output = call.clean()
+        layer = self.trained_layer(call)
+        if layer is not None:
+            self.calls.append((layer, call, output))
+        return output
+
+
+class _Truth:
+    """Autograd of the clean mean loss: gradients by layer, and what the law needs from each call."""
+
+    def __init__(self, estimator: ULR, x: Any, y: Any, loss_fn: LossFunction) -> None:
+        self.samples = Batch(x, y).samples
+        self.parameters: dict[str, list[Tensor]] = {}
+        self.calls: dict[str, list[tuple[LinearCall, Tensor]]] = {}
+        self.gradients: dict[str, Tensor] = {}
+        watch = _Watch(estimator.layers)
+        with evaluation(estimator.model), torch.enable_grad():
+            with watch:
+                outputs = apply(estimator.model, repeat(x, 1))
+            losses = loss_fn(outputs, repeat(y, 1))
+        self.losses = losses.detach().double()
+        for name, call, _ in watch.calls:
+            known = self.parameters.setdefault(name, [])
+            known += [p for p in call.parameters if p.requires_grad and not any(p is other for other in known)]
+        if not losses.requires_grad:
+            return
+        flat = [p for parameters in self.parameters.values() for p in parameters]
+        found = torch.autograd.grad(losses.mean(), [out for *_, out in watch.calls] + flat, allow_unused=True)
+        for (name, call, output), gradient in zip(watch.calls, found, strict=False):
+            gradient = torch.zeros_like(output) if gradient is None else gradient
+            self.calls.setdefault(name, []).append((call, gradient))
+        of_parameters = iter(found[len(watch.calls) :])
+        for name, parameters in self.parameters.items():
+            gradients = [next(of_parameters) for _ in parameters]
+            if all(g is not None and torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients):
+                self.gradients[name] = torch.cat([g.flatten().double() for g in gradients])
+
+    def operands(self, name: str) -> tuple[Tensor, Tensor]:
+        """Output gradients `[samples, positions of all calls, N]` and inputs `[samples, positions of all calls, K]`."""
+        pairs = [
+            (t.detach().double().flatten(0, -2).unflatten(0, (self.samples, -1)) for t in (gradient, call.x))
+            for call, gradient in self.calls[name]
+        ]
+        outputs, inputs = zip(*pairs, strict=True)
+        return torch.cat(outputs, 1), torch.cat(inputs, 1)
+
+
+def _compare(estimator: ULR, name: str, estimates: Tensor, truth: _Truth) -> LayerCheck:
+    units = F.normalize(estimates, dim=1)
+    steps = len(units)
+    agreement = float((units.sum(0).square().sum() - steps) / (steps * (steps - 1)))
+    gradient = truth.gradients.get(name)
+    if gradient is None:
+        return LayerCheck(name, math.nan, math.nan, math.nan, math.nan, agreement)
+    slopes = estimates @ gradient / gradient.square().sum()
+    cosine = float((units @ F.normalize(gradient, dim=0)).mean())
+    error = float(slopes.std() / math.sqrt(steps))
+    return LayerCheck(name, float(slopes.mean()), error, cosine, _law(estimator, name, truth), agreement)
+
+
+def _law(estimator: ULR, name: str, truth: _Truth) -> float:
+    """The cosine for small sigma, from the per-sample output gradients g and Jacobians J of the layer.
+
+    One direction's estimate is (g . eps) J^T score, whose variance, for independent coordinates with the moments
+    s = E[score^2] and m = E[score^2 eps^2], is s |g|^2 |J|^2 + |J^T g|^2 + (m - s - 2) sum_j g_j^2 |J_j|^2.
+    """
+    settings = estimator.settings
+    s, m = MOMENTS[settings.dist]
+    g, inputs = truth.operands(name)
+    weight, bias = (float(any(p.dim() == d for p in truth.parameters[name])) for d in (2, 1))
+    jacobian = weight * inputs.square().sum(-1) + bias  # |J_j|^2 of each position
+    of_layer = g.shape[-1] * jacobian.sum(1)
+    loss_change = g.square().sum((1, 2))
+    if settings.injection == "joint":
+        here = _mean_square(estimator.sigma(name))
+        for other in truth.calls:
+            if other != name:
+                ratio = _mean_square(estimator.sigma(other)) / here
+                loss_change = loss_change + ratio * truth.operands(other)[0].square().sum((1, 2))
+    projected = ((g @ g.mT) * (weight * inputs @ inputs.mT + bias)).sum((1, 2))
+    variance = s * loss_change * of_layer + projected + (m - s - 2) * (g.square().sum(2) * jacobian).sum(1)
+    copies = settings.copies_of(name)
+    directions = copies / 2 if settings.antithetic else float(copies)
+    if not settings.antithetic and settings.baseline == "mean" and copies > 1:
+        directions -= 1  # one is spent on the mean
+    if not settings.antithetic and (settings.baseline == "none" or (settings.baseline == "mean" and copies == 1)):
+        variance = variance + s * (truth.losses / truth.samples).square() * of_layer / _mean_square(
+            estimator.sigma(name)
+        )
+    return float((1 + variance.sum() / (directions * truth.gradients[name].square().sum())) ** -0.5)
+
+
+def _mean_square(sigma: float | Tensor) -> float:
+    return float(torch.as_tensor(sigma).square().mean())
+
+
+def _correlations(estimator: ULR, layers: list[str]) -> dict[str, float]:
+    """The greatest correlation among noise streams that should be independent, in standard deviations."""
+    settings = estimator.settings
+
+    def stream(layer: str, step: int, copy: int) -> Tensor:
+        key = contract.fold_in(contract.fold_in(estimator.seed, step), contract.site_id(layer))
+        return ops.noise(STREAM_SHAPE, key, draw=copy, dist=settings.dist, sampler=settings.sampler).flatten()
+
+    kinds = {
+        "layers": [stream(layer, 0, 0) for layer in layers],
+        "steps": [stream(layers[0], step, 0) for step in range(STREAMS)],
+        "copies": [stream(layers[0], 0, copy) for copy in range(STREAMS)] if settings.sampler == "iid" else [],
+    }
+    result = {}
+    for kind, streams in kinds.items():
+        if len(streams) > 1:
+            correlation = torch.corrcoef(torch.stack(streams).double()).fill_diagonal_(0)
+            result[kind] = float(correlation.abs().max() * math.sqrt(streams[0].numel()))
+    return result
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _is_off(layer: LayerCheck) -> bool:
+    return abs(layer.slope - 1) > max(4 * layer.slope_error, 0.1)
+
+
+def _names(layers: list[LayerCheck]) -> str:
+    return ", ".join(repr(layer.layer) for layer in layers)
+
+
+def _problems(
+    layers: tuple[LayerCheck, ...], smaller: list[LayerCheck] | None, correlations: Mapping[str, float]
+) -> list[str]:
+    problems = [
+        f"The noise of two {kind} is correlated ({value:.0f} standard deviations): the random streams are broken."
+        for kind, value in correlations.items()
+        if value > 6
+    ]
+    by_name = {layer.layer: layer for layer in smaller or ()}
+    off = [layer for layer in layers if _is_off(layer)]
+    too_large = [it for it in off if abs(by_name[it.layer].slope - 1) < 0.8 * abs(it.slope - 1)]
+    biased = [it for it in off if it not in too_large]
+    if too_large:
+        problems.append(
+            f"sigma is too large for {_names(too_large)}: the loss bends over the noise, and the gradient is that of a "
+            "smoother loss. At a tenth of sigma the slope is closer to 1."
+        )
+    if biased:
+        problems.append(
+            f"The estimate is biased for {_names(biased)}, and a smaller sigma does not help: rows may depend on one "
+            "another, the forward on state, or sigma be so small that rounding hides the noise."
+        )
+    drowned = [it for it in layers if it not in off and it.cosine < 0.5 * it.law and it.slope_error > 0]
+    if drowned:
+        problems.append(
+            f"The estimate is noisier than its copies explain for {_names(drowned)}: sigma is too small for the "
+            "rounding of the losses, or too large for the loss to be linear over the noise."
+        )
+    return problems
+
+
+def _praise(layers: tuple[LayerCheck, ...]) -> str:
+    blind = [layer for layer in layers if math.isnan(layer.slope)]
+    if len(blind) == len(layers):
+        return (
+            "Autograd has no gradient to compare with (the loss or an activation is not differentiable); the agreement "
+            "of two steps is all that can be said."
+        )
+    text = "The estimates agree with autograd."
+    vague = [layer for layer in layers if layer.slope_error > 0.25]
+    if blind:
+        text += f" It has no gradient for {_names(blind)} (something after them is not differentiable)."
+    if vague:
+        text += f" For {_names(vague)} more copies or steps are needed to tell."
+    return text
