@@ -1,6 +1,8 @@
 // Elements of the three dtypes, and views of tensors with any strides.
 #pragma once
 
+#include <string.h>
+
 #include <type_traits>
 
 #include "ptx.cuh"
@@ -23,21 +25,28 @@ __device__ __forceinline__ T from_float(float value) {
     }
 }
 
+// Two 16-bit elements as one word.
+template <typename Pair>
+__device__ __forceinline__ uint32_t word_of(const Pair& pair) {
+    uint32_t word;
+    static_assert(sizeof pair == sizeof word);
+    memcpy(&word, &pair, sizeof word);
+    return word;
+}
+
 // Four neighbours at once; `out` is aligned to all four.
 __device__ __forceinline__ void store4(float* out, const float (&v)[4]) {
     *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
 }
 
 __device__ __forceinline__ void store4(__nv_bfloat16* out, const float (&v)[4]) {
-    const __nv_bfloat162 low = __floats2bfloat162_rn(v[0], v[1]), high = __floats2bfloat162_rn(v[2], v[3]);
     *reinterpret_cast<uint2*>(out) =
-        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+        make_uint2(word_of(__floats2bfloat162_rn(v[0], v[1])), word_of(__floats2bfloat162_rn(v[2], v[3])));
 }
 
 __device__ __forceinline__ void store4(__half* out, const float (&v)[4]) {
-    const __half2 low = __floats2half2_rn(v[0], v[1]), high = __floats2half2_rn(v[2], v[3]);
     *reinterpret_cast<uint2*>(out) =
-        make_uint2(reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high));
+        make_uint2(word_of(__floats2half2_rn(v[0], v[1])), word_of(__floats2half2_rn(v[2], v[3])));
 }
 
 inline int element_size(int dtype) { return dtype == ULR_F32 ? 4 : dtype == ULR_I64 ? 8 : 2; }

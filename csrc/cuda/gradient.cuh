@@ -110,7 +110,6 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
 
     const int64_t groups = p.shared ? 1 : p.draws, draws = p.shared ? p.draws : 1;
     const int sides = !p.shared && p.noise.antithetic ? 2 : 1;
-    const bool paired = p.shared && p.noise.antithetic;
     const int octet_col = threadIdx.x % (kGradFeatures / 8) * 8;
 
     float acc[2][8][4] = {};

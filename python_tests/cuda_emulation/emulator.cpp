@@ -1,0 +1,251 @@
+#include "emulator.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulate {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kWarp = 32, kPoison = 0xff;  // all ones is a NaN in fp32, bf16 and fp16
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+};
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    State state = State::kDone;
+    Index index;
+    int number = 0, line = 0;
+    std::vector<Copy> open;  // of the group not committed yet
+    std::deque<std::vector<Copy>> groups;
+};
+
+struct Warp {
+    void* arguments[kWarp];
+    const char* operation = nullptr;
+    int arrived = 0;
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch for their stacks
+std::vector<Warp> warps;
+std::vector<Fiber*> ready;
+ucontext_t scheduler;
+Fiber* running = nullptr;
+const std::function<void()>* body = nullptr;
+Geometry shape;
+Index block;
+void* shared = nullptr;
+std::string message;
+std::mt19937 order;
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+#endif
+
+// The sanitizer must be told of each change of stack.
+void enter(Fiber* fiber) {
+    running = fiber;
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber->stack.get(), kStackBytes);
+    swapcontext(&scheduler, &fiber->context);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#else
+    swapcontext(&scheduler, &fiber->context);
+#endif
+}
+
+void leave(Fiber* fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(fiber->state == State::kDone ? nullptr : &fake_stack, scheduler_stack,
+                                   scheduler_stack_bytes);
+    swapcontext(&fiber->context, &scheduler);
+    __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#else
+    swapcontext(&fiber->context, &scheduler);
+#endif
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+    (*body)();
+    running->state = State::kDone;
+    leave(running);
+}
+
+void wake(Fiber* fiber) {
+    fiber->state = State::kReady;
+    ready.push_back(fiber);
+}
+
+void prepare(Fiber& fiber) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.open.clear();
+    fiber.groups.clear();
+}
+
+void release_barrier(int threads) {
+    int waiting = 0, line = 0;
+    for (int i = 0; i < threads; ++i)
+        if (fibers[i]->state == State::kAtBarrier) {
+            if (waiting++ > 0 && fibers[i]->line != line) {
+                message = "threads wait at different barriers, lines " + std::to_string(line) + " and " +
+                          std::to_string(fibers[i]->line);
+                return;
+            }
+            line = fibers[i]->line;
+        }
+    if (waiting != threads) {
+        message = std::to_string(waiting) + " of " + std::to_string(threads) + " threads wait at the barrier of line " +
+                  std::to_string(line) + ", the others never come";
+        return;
+    }
+    for (int i = 0; i < threads; ++i) wake(fibers[i].get());
+}
+
+void run_block(int threads, size_t shared_bytes) {
+    std::unique_ptr<void, decltype(&free)> memory(aligned_alloc(128, (shared_bytes + 127) / 128 * 128), &free);
+    shared = memory.get();
+    if (shared_bytes > 0) memset(shared, kPoison, shared_bytes);
+    warps.assign((threads + kWarp - 1) / kWarp, Warp());
+    ready.clear();
+    for (int i = 0; i < threads; ++i) {
+        if (static_cast<int>(fibers.size()) == i) fibers.push_back(std::make_unique<Fiber>());
+        Fiber& fiber = *fibers[i];
+        prepare(fiber);
+        fiber.number = i;
+        fiber.index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
+        wake(&fiber);
+    }
+    while (message.empty()) {
+        if (ready.empty()) {
+            bool all_done = true;
+            for (int i = 0; i < threads; ++i) all_done = all_done && fibers[i]->state == State::kDone;
+            if (all_done) return;
+            for (const Warp& warp : warps)
+                if (warp.arrived > 0) message = std::string(warp.operation) + ": some lanes of the warp never come";
+            if (message.empty()) release_barrier(threads);
+            continue;
+        }
+        std::swap(ready[order() % ready.size()], ready.back());
+        Fiber* next = ready.back();
+        ready.pop_back();
+        enter(next);
+    }
+}
+
+void finish(const std::vector<Copy>& group) {
+    for (const Copy& copy : group) {
+        memcpy(copy.to, copy.from, copy.bytes);
+        memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
+    }
+}
+
+}  // namespace
+
+Index thread_index() { return running->index; }
+Index block_index() { return block; }
+Geometry geometry() { return shape; }
+int lane() { return running->number % kWarp; }
+void* dynamic_shared() { return shared; }
+
+void barrier(int line) {
+    running->state = State::kAtBarrier;
+    running->line = line;
+    leave(running);
+}
+
+void warp_wide(const char* operation, void* argument, const std::function<void(void* const*)>& all) {
+    Fiber* self = running;
+    Warp& warp = warps[self->number / kWarp];
+    if (warp.arrived > 0 && strcmp(warp.operation, operation) != 0)
+        fail(std::string("lanes of a warp are at different instructions: ") + warp.operation + " and " + operation);
+    warp.operation = operation;
+    warp.arguments[self->number % kWarp] = argument;
+    if (++warp.arrived < kWarp) {
+        self->state = State::kInWarp;
+        leave(self);
+        return;
+    }
+    warp.arrived = 0;
+    all(warp.arguments);
+    for (int i = 0; i < kWarp; ++i) {
+        Fiber* fiber = fibers[self->number / kWarp * kWarp + i].get();
+        if (fiber != self) wake(fiber);
+    }
+}
+
+void async_copy(void* to, const void* from, int bytes) {
+    if (bytes < 0 || bytes > 16 || reinterpret_cast<uintptr_t>(to) % 16 != 0 ||
+        (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0))
+        fail("cp.async of 16 bytes: an address is not aligned, or the source's size is wrong");
+    memset(to, kPoison, 16);
+    running->open.push_back({to, from, bytes});
+}
+
+void async_commit() {
+    running->groups.push_back(std::move(running->open));
+    running->open.clear();
+}
+
+void async_wait(int pending) {
+    while (static_cast<int>(running->groups.size()) > pending) {
+        finish(running->groups.front());
+        running->groups.pop_front();
+    }
+}
+
+void fail(const std::string& text) {
+    message = text;
+    leave(running);
+    abort();  // a fiber of a failed block is never entered again
+}
+
+int run(const std::function<void()>& kernel, Index grid, Index block_size, size_t shared_bytes) {
+    message.clear();
+    body = &kernel;
+    shape = {grid, block_size};
+    std::vector<Index> blocks;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+    std::shuffle(blocks.begin(), blocks.end(), order);
+    for (const Index& at : blocks) {
+        block = at;
+        run_block(block_size.x * block_size.y * block_size.z, shared_bytes);
+        if (!message.empty()) return 1;
+    }
+    return 0;
+}
+
+const char* failure() { return message.c_str(); }
+
+}  // namespace emulate
+
+extern "C" void ulr_emulate_seed(uint32_t seed) { emulate::order.seed(seed); }

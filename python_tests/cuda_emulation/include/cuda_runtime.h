@@ -1,0 +1,104 @@
+// CUDA's names for the host: just what csrc/cuda uses, on top of the emulator.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "../emulator.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+#define threadIdx (emulate::thread_index())
+#define blockIdx (emulate::block_index())
+#define gridDim (emulate::geometry().grid)
+#define blockDim (emulate::geometry().block)
+
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+
+template <typename T>
+void __stcs(T* to, T value) {
+    *to = value;
+}
+
+inline void __syncthreads(int line = __builtin_LINE()) { emulate::barrier(line); }
+
+template <typename T>
+T emulated_shuffle(const char* name, T value, int source) {
+    struct Argument {
+        T value;
+        int source;
+        T result;
+    } argument{value, source, {}};
+    emulate::warp_wide(name, &argument, [](void* const* lanes) {
+        for (int lane = 0; lane < 32; ++lane) {
+            Argument& to = *static_cast<Argument*>(lanes[lane]);
+            to.result = static_cast<Argument*>(lanes[to.source & 31])->value;
+        }
+    });
+    return argument.result;
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+    if (mask != 0xffffffffu) emulate::fail("only shuffles of the whole warp are emulated");
+    return emulated_shuffle("shfl", value, source);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+    if (mask != 0xffffffffu) emulate::fail("only shuffles of the whole warp are emulated");
+    return emulated_shuffle("shfl.xor", value, emulate::lane() ^ bits);
+}
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorLaunchFailure = 719
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = void*;
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+    constexpr int kSmallestOptIn = 99 * 1024;  // compute capability 8.6, 8.9 and 12.0
+    return bytes <= kSmallestOptIn ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGetLastError() { return *emulate::failure() ? cudaErrorLaunchFailure : cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorLaunchFailure ? emulate::failure() : "invalid argument";
+}
