@@ -128,16 +128,18 @@ def lines(measurements: Iterable[Measurement], ceilings: dict[str, dict[str, Any
 def _line(
     mine: list[Measurement], theirs: list[Measurement], what: str, goal: float | None, floor: float
 ) -> Line | None:
+    distance: float | None = None
     if what == "time":
         by_sweep = {m.sweep: m.seconds for m in theirs}
         ratio = statistics.median(by_sweep[m.sweep] / m.seconds for m in mine if m.sweep in by_sweep)
         value, rival_value = (statistics.median(m.seconds for m in ms) for ms in (mine, theirs))
         distance = value / floor
     else:
-        held = [next((m.extra_bytes for m in ms if m.extra_bytes is not None), None) for ms in (mine, theirs)]
-        if None in held:
+        held = [m.extra_bytes for m in mine if m.extra_bytes is not None]
+        rival_held = [m.extra_bytes for m in theirs if m.extra_bytes is not None]
+        if not held or not rival_held:
             return None
-        (value, rival_value), distance = held, None
+        value, rival_value = float(held[0]), float(rival_held[0])
         ratio = rival_value / max(value, 4096)  # a page is the unit of the measurement
     return Line(mine[0].row, what, mine[0].contestant, value, theirs[0].contestant, rival_value, ratio, goal, distance)
 
@@ -253,13 +255,14 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         only: an expression of pytest's -k that chooses rows.
 
     Raises:
-        RecipeError: this is no source checkout, or pytest-benchmark or matplotlib is missing.
-        RuntimeError: a benchmark failed.
+        RecipeError: this is no source checkout, pytest-benchmark or matplotlib is missing, or `only` matches no row.
+        ChildProcessError: a benchmark failed.
     """
     if not (ROOT / "bench" / "test_rows.py").exists():
         raise RecipeError(f"bench needs the project's source folder; {ROOT} has no bench/")
     try:
         import matplotlib  # noqa: F401
+        import pytest
         import pytest_benchmark  # noqa: F401
     except ImportError as error:
         raise RecipeError(f"bench needs {error.name}: pip install '.[dev]'") from None
@@ -268,15 +271,13 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-quiet", f"--benchmark-json={path}"]
         command += [*(["--quick"] if quick else []), *(["-k", only] if only else [])]
         done = subprocess.run([*command, "-p", "no:cacheprovider", "-W", "ignore"], cwd=ROOT)
+        if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+            raise RecipeError(f"no row matches --only '{only}'")
         if done.returncode:
-            raise RuntimeError(f"a benchmark failed (pytest's exit code {done.returncode})")
+            raise ChildProcessError(f"a benchmark failed (pytest's exit code {done.returncode})")
         measurements, machine = read(path)
     found = list(lines(measurements, machine["ceilings"]))
     write(out, "bench", found, machine)
     draw(found, machine["ulr"], out / "bench.png")
-    print(
-        f"\n{headline(machine['ulr'])}\n\n{table(found)}\n\nratio: the rival's median over ours. floor: our time over the"
-    )
-    print("least that this machine's copy bandwidth, products and noise rate allow, measured in the same run.")
-    print(f"\n{out / 'bench.txt'}, .csv, .json, .png")
+    print(f"\n{(out / 'bench.txt').read_text()}\n{out / 'bench.txt'}, .csv, .json, .png")
     return found

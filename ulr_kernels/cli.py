@@ -1,4 +1,4 @@
-"""The command line: `ulr train | demo | doctor`, also `python -m ulr_kernels`.
+"""The command line: `ulr train | demo | bench | doctor`, also `python -m ulr_kernels`.
 
 Exit codes: 0 done, 1 failed on the way, 2 what was asked for cannot be done (nothing written), 130 interrupted.
 """
@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default %(default)s")
     demo.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each method; the table shows medians")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser("bench", help="measure beside rivals: a table of ratios, and a picture")
+    bench.add_argument("--quick", action="store_true", help="a look, not a result: shorter, and no memory")
+    bench.add_argument("--only", default="", metavar="TEXT", help="rows whose name has it; pytest's -k")
+    bench.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default %(default)s")
+    bench.set_defaults(run=_bench)
     doctor = commands.add_parser("doctor", help="say which back end runs each operation, and why others are absent")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -137,6 +142,12 @@ def _demo(args: argparse.Namespace, argv: list[str]) -> None:
     from ulr_kernels.recipes import demo
 
     demo.run(args.out, args.seeds)
+
+
+def _bench(args: argparse.Namespace, argv: list[str]) -> None:
+    from ulr_kernels import bench
+
+    bench.run(args.out, quick="quick" in args, only=args.only)
 
 
 def _doctor(args: argparse.Namespace, argv: list[str]) -> None:

@@ -1,0 +1,220 @@
+"""The benchmark is held to account too: rivals compute what they should, ratios, floors and verdicts are right."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ulr_kernels as ulr
+from ulr_kernels import backends, bench
+from ulr_kernels.bench import Goal, Measurement
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import gpu_bench, memory, rivals, rows  # noqa: E402
+
+native = pytest.mark.skipif(
+    isinstance(backends.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
+)
+CEILINGS = {"2": {"overlap": False, "bytes": 1e9, "flops fp32": 1e9, "normal": 1e9}}
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return rows.normal(seed, *shape, device="cpu")
+
+
+# --- rivals ----------------------------------------------------------------------------------------------------------
+
+
+def forward_rivals(copies: int, source: torch.Generator) -> dict:
+    return {
+        "repeat_input": lambda x, w, b: rivals.repeat_input(x, w, b, 0.5, copies, source),
+        "repeat_product": lambda x, w, b: rivals.repeat_product(x, w, b, 0.5, copies, source),
+        "compilable": lambda x, w, b: rivals.compilable(x, w, b, 0.5, copies),
+        "ulr": lambda x, w, b: ulr.ops.noisy_linear(x, w, b, 0.5, 3, copies=copies),
+    }
+
+
+@pytest.mark.parametrize("name", ["repeat_input", "repeat_product", "compilable", "ulr"])
+def test_forward_rivals_add_the_same_noise_to_the_same_product(name: str) -> None:
+    x, weight, bias = normal(1, 16, 20), normal(2, 24, 20), normal(3, 24)
+    with torch.random.fork_rng():
+        y = forward_rivals(50, rivals.generator("cpu"))[name](x, weight, bias)
+    assert y.shape == (50, 16, 24)
+    eps = (y - F.linear(x, weight, bias)) / 0.5
+    error = 1 / math.sqrt(eps.numel())
+    assert abs(eps.mean()) < 5 * error and abs(eps.var() - 1) < 5 * math.sqrt(2) * error
+    assert abs((eps[0] * eps[1]).mean()) < 5 / math.sqrt(16 * 24), "copies must not share their noise"
+
+
+def test_gradient_rivals_agree_given_the_same_noise() -> None:
+    x, loss_weight, half = normal(1, 16, 20), normal(2, 8, 16), normal(3, 4 * 16, 24)
+    eps = torch.cat([half, -half])
+    authors = rivals.authors_gradient(x.repeat(8, 1), eps, loss_weight, 0.5)
+    for other in (
+        rivals.reduced_gradient(x, eps, loss_weight, 0.5),
+        rivals.paired_gradient(x, half, loss_weight, 0.5),
+    ):
+        torch.testing.assert_close(other, authors, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_rivals_agree_with_the_op_given_its_noise() -> None:
+    x, loss_weight = normal(1, 16, 20), normal(2, 8, 16)
+    eps = torch.cat([ulr.noise((16, 24), 5, draw=c % 4) * (1 if c < 4 else -1) for c in range(8)])
+    weight, bias = torch.zeros(24, 20), torch.zeros(24)
+    ulr.ops.noisy_linear_grad_(weight, bias, x, loss_weight, 0.5, 5, antithetic=True)
+    authors = rivals.authors_gradient(x.repeat(8, 1), eps, loss_weight, 0.5)
+    torch.testing.assert_close((weight, bias), authors, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quadratic(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets[:, None]).square().sum(1)
+
+
+def mean_and_error(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    stacked = torch.stack(gradients).double()
+    return stacked.mean(0), stacked.std(0) / math.sqrt(len(gradients))
+
+
+def test_authors_step_is_unbiased(one_thread: None) -> None:
+    """One linear layer and a quadratic loss: smoothing by noise leaves the gradient as it is."""
+    model, source = rivals.mlp((6, 4), rivals.NoisyLinear), rivals.generator("cpu")
+    x, y = normal(1, 10, 6), torch.arange(10.0) / 5
+    found = []
+    for _ in range(200):
+        rivals.authors_step(model, x, y, quadratic, 0.3, 16, source)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    rivals.backprop_step(model, x, y, quadratic)
+    truth = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    mean, error = mean_and_error(found)
+    assert ((mean - truth) / error).abs().max() < 4.5
+    assert ((mean - 1.2 * truth) / error).abs().max() > 4.5, "the test must notice 20 %"
+
+
+def test_authors_step_and_the_estimator_agree(one_thread: None) -> None:
+    """Two layers: the same expectation of every gradient, in the rows' settings."""
+    sizes, x, y = (6, 5, 3), normal(1, 10, 6), torch.arange(10) % 3
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    theirs, mine, source = rivals.mlp(sizes, rivals.NoisyLinear), rivals.mlp(sizes), rivals.generator("cpu")
+    estimator = ulr.ULR(mine, sigma=0.3, copies=16, antithetic=True, injection="layerwise", baseline="clean", seed=0)
+    found: dict[str, list[Tensor]] = {"theirs": [], "mine": []}
+    for _ in range(300):
+        rivals.authors_step(theirs, x, y, loss_fn, 0.3, 16, source)
+        found["theirs"].append(torch.cat([p.grad.flatten() for p in theirs.parameters()]))
+        mine.zero_grad()
+        estimator.backward(x, y, loss_fn)
+        found["mine"].append(torch.cat([p.grad.flatten() for p in mine.parameters()]))
+    (a, a_error), (b, b_error) = mean_and_error(found["theirs"]), mean_and_error(found["mine"])
+    error = (a_error**2 + b_error**2).sqrt()
+    assert ((a - b) / error).abs().max() < 4.5
+    assert ((a - 1.3 * b) / error).abs().max() > 4.5, "the test must notice 30 %"
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def cost(size: int = 0, flops: int = 0, noise: int = 0) -> dict:
+    return {"bytes": size, "flops": flops, "noise": noise, "kind": "fp32", "dist": "normal"}
+
+
+def sweeps(contestant: str, *seconds: float, extra_bytes: int | None = None) -> list[Measurement]:
+    return [Measurement("row", "a row", contestant, i, s, cost(10**6), "2", extra_bytes) for i, s in enumerate(seconds)]
+
+
+def test_ratios_are_taken_sweep_by_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "GOALS", (Goal("row", "rival", 4), Goal("row", "rival", 30, "memory")))
+    measured = sweeps("ulr", 0.002, 0.004, 0.002, extra_bytes=10**6) + sweeps("ulr, one thread", 0.004, 0.008, 0.004)
+    measured += sweeps("rival", 0.008, 0.016, 0.010, extra_bytes=2 * 10**7)
+    thread, rival, held = bench.lines(measured, CEILINGS)
+    assert (thread.rival, thread.ratio, thread.goal, thread.met) == ("ulr, one thread", 2, None, None)
+    assert (rival.rival, rival.ratio, rival.goal, rival.met) == ("rival", 4, 4, True)
+    assert rival.floor == pytest.approx(2), "a megabyte at 1e9 bytes/s takes 1 ms"
+    assert (held.what, held.ratio, held.met) == ("memory", 20, False)
+    text = bench.table([thread, rival, held])
+    assert "NOT MET" in text and ">= 4x" in text and "20.00 MB" in text
+
+
+def test_floor_adds_arithmetic_on_a_cpu_and_overlaps_it_on_a_gpu() -> None:
+    work = cost(size=10**6, flops=2 * 10**6, noise=3 * 10**6)
+    assert bench.floor_seconds(work, CEILINGS["2"]) == pytest.approx(5e-3)
+    assert bench.floor_seconds(work, CEILINGS["2"] | {"overlap": True}) == pytest.approx(3e-3)
+    assert bench.floor_seconds(cost(size=10**7, noise=1), CEILINGS["2"]) == pytest.approx(1e-2)
+
+
+def test_every_goal_has_its_row_and_rival() -> None:
+    made = {key: make() for key, make in rows.cpu_rows().items()}
+    for goal in bench.GOALS:
+        if goal.row == "normal-2-threads" and goal.row not in made:
+            continue  # this machine has one core
+        assert goal.rival in made[goal.row].contestants, goal
+        assert goal.what == "time" or made[goal.row].memory, goal
+
+
+def test_cost_of_a_step_by_hand() -> None:
+    """Sizes 4-3-2, batch 5, 6 copies."""
+    found = rows.layerwise_cost((4, 3, 2), 5, 6)
+    clean_and_gradient = 2 * 2 * 5 * (4 * 3 + 3 * 2)
+    assert found.flops == clean_and_gradient + 2 * 6 * 5 * 3 * 2
+    assert found.noise == 2 * 3 * 5 * (3 + 2), "antithetic: half the copies, made twice"
+
+
+@native
+def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    found = bench.run(tmp_path, quick=True, only="rademacher")
+    assert [(line.rival, line.goal) for line in found] == [("tensor.bernoulli_", 60)]
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert content["lines"][0]["ratio"] == found[0].ratio > 1
+    assert {"device", "torch", "triton", "commit", "backends"} <= set(content["ulr"])
+    assert (tmp_path / "bench.csv").read_text().splitlines()[1].startswith("rademacher fill")
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert "tensor.bernoulli_" in capsys.readouterr().out
+
+
+@native
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not keep a process's peak")
+def test_memory_is_seen() -> None:
+    """The authors' way keeps the repeated batch and the noise; the op keeps nothing."""
+    kept = 4 * 64 * 128 * (784 + 512)
+    theirs, mine = memory.extra_bytes("gradient", "authors' way"), memory.extra_bytes("gradient", "ulr")
+    assert theirs is not None and mine is not None
+    assert kept < theirs < 4 * kept
+    assert mine < kept / 20
+
+
+# --- the GPU's script ------------------------------------------------------------------------------------------------
+
+
+def test_gpu_script_names_its_stages(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", "bench/gpu.sh", str(tmp_path), "nonsense"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown stage 'nonsense'" in done.stderr
+    assert subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_tile_candidates_begin_with_the_one_in_use() -> None:
+    pytest.importorskip("triton")
+    for table in (gpu_bench.tiles.NOISE, gpu_bench.tiles.FORWARD, gpu_bench.tiles.GRADIENT):
+        for key, used in table.items():
+            found = gpu_bench.candidates(table, key)
+            assert found[0] == used and len(found) == len(set(found)) > 3
