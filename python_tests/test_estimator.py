@@ -416,6 +416,14 @@ def test_nothing_else_changes():
     assert torch.is_grad_enabled()
 
 
+def test_inference_mode():
+    model = mlp()
+    _, expected = gradients(model)
+    with torch.inference_mode():
+        _, found = gradients(model, batch=batch())
+    assert_same(expected, found, 0)
+
+
 def test_no_graph_is_built():
     """Losses that autograd would track: nothing in a pass requires a gradient."""
     seen = []
@@ -582,7 +590,7 @@ class InPlace(nn.Module):
 
 
 def test_inputs_modified_in_place():
-    """As in autograd: the input of a layer is needed after the forward. The caller's tensor is never the one modified."""
+    """As in autograd, the input of a layer is needed after the forward; the caller's tensor is never modified."""
     x, y = batch()
     before = x.clone()
     with pytest.raises(RuntimeError, match="must not be modified in place after the layer has read it"):

@@ -20,6 +20,7 @@ from ulr_kernels.nn.linear import LinearCall
 # E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.
 MOMENTS = {"normal": (1.0, 3.0), "laplace": (2.0, 2.0), "rademacher": (1.0, 1.0)}
 STREAMS, STREAM_SHAPE = 8, (64, 64)
+SMALLER, LARGER = 0.1, 100.0  # other sigmas to try where something is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class LayerCheck:
         slope: mean over steps of <estimate, gradient> / |gradient|^2; 1 if unbiased and sigma is small.
         slope_error: the standard error of that mean.
         cosine: mean cosine of an estimate and the gradient.
+        cosine_error: the standard error of that mean.
         law: the cosine that the number of copies and noise coordinates predict for small sigma.
         agreement: mean cosine of the estimates of two steps; needs no gradient.
 
@@ -41,6 +43,7 @@ class LayerCheck:
     slope: float
     slope_error: float
     cosine: float
+    cosine_error: float
     law: float
     agreement: float
 
@@ -67,10 +70,11 @@ class Report:
         if self.layers:
             width = max(len(layer.layer) for layer in self.layers) + 2
             width = max(width, len("layer") + 2)
-            lines.append(f"{'layer':<{width}}{'slope':>17}{'cosine':>9}{'law':>8}{'agreement':>12}")
+            lines.append(f"{'layer':<{width}}{'slope':>17}{'cosine':>17}{'law':>8}{'agreement':>12}")
             for it in self.layers:
                 slope = f"{it.slope:.3f} +- {it.slope_error:.3f}"
-                lines.append(f"{it.layer:<{width}}{slope:>17}{it.cosine:>9.3f}{it.law:>8.3f}{it.agreement:>12.3f}")
+                cosine = f"{it.cosine:.3f} +- {it.cosine_error:.3f}"
+                lines.append(f"{it.layer:<{width}}{slope:>17}{cosine:>17}{it.law:>8.3f}{it.agreement:>12.3f}")
         if self.correlations:
             streams = ", ".join(f"{kind} {value:.1f}" for kind, value in self.correlations.items())
             lines.append(f"greatest correlation of noise streams, in standard deviations: {streams}")
@@ -105,17 +109,18 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
         estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, steps)
         layers = tuple(_compare(estimator, name, estimates[name], truth) for name in estimates)
         correlations = _correlations(estimator, list(estimates))
-        smaller = None
-        if any(_is_off(layer) for layer in layers):
-            tenth = ULR(model, **{**settings, "sigma": _scaled(estimator.settings.sigma, 0.1)})
-            again = _estimates(tenth, truth.parameters, x, y, loss_fn, steps)
-            smaller = [_compare(tenth, name, again[name], truth) for name in again]
+        others = {}
+        if any(_is_off(layer) or _is_noisy(layer) for layer in layers):
+            for factor in (SMALLER, LARGER):
+                other = ULR(model, **{**settings, "sigma": _scaled(estimator.settings.sigma, factor)})
+                again = _estimates(other, truth.parameters, x, y, loss_fn, steps)
+                others[factor] = {name: _compare(other, name, again[name], truth) for name in again}
     except ValueError as error:
         return Report(False, str(error))
     finally:
         for parameter, grad in saved:
             parameter.grad = grad
-    problems = _problems(layers, smaller, correlations)
+    problems = _problems(layers, others, correlations)
     return Report(not problems, "\n".join(problems) or _praise(layers), layers, correlations)
 
 
@@ -198,11 +203,17 @@ def _compare(estimator: ULR, name: str, estimates: Tensor, truth: _Truth) -> Lay
     agreement = float((units.sum(0).square().sum() - steps) / (steps * (steps - 1)))
     gradient = truth.gradients.get(name)
     if gradient is None:
-        return LayerCheck(name, math.nan, math.nan, math.nan, math.nan, agreement)
-    slopes = estimates @ gradient / gradient.square().sum()
-    cosine = float((units @ F.normalize(gradient, dim=0)).mean())
-    error = float(slopes.std() / math.sqrt(steps))
-    return LayerCheck(name, float(slopes.mean()), error, cosine, _law(estimator, name, truth), agreement)
+        unknown = math.nan
+        return LayerCheck(name, unknown, unknown, unknown, unknown, unknown, agreement)
+    slope, slope_error = _mean(estimates @ gradient / gradient.square().sum())
+    cosine, cosine_error = _mean(units @ F.normalize(gradient, dim=0))
+    law = _law(estimator, name, truth)
+    return LayerCheck(name, slope, slope_error, cosine, cosine_error, law, agreement)
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
 def _law(estimator: ULR, name: str, truth: _Truth) -> float:
@@ -269,37 +280,58 @@ def _is_off(layer: LayerCheck) -> bool:
     return abs(layer.slope - 1) > max(4 * layer.slope_error, 0.1)
 
 
+def _is_noisy(layer: LayerCheck) -> bool:
+    return layer.law - layer.cosine > max(4 * layer.cosine_error, 0.3 * layer.law)
+
+
+def _distance(layer: LayerCheck) -> float:
+    """From what an unbiased estimator without rounding would show."""
+    return abs(layer.slope - 1) + max(layer.law - layer.cosine, 0)
+
+
 def _names(layers: list[LayerCheck]) -> str:
     return ", ".join(repr(layer.layer) for layer in layers)
 
 
 def _problems(
-    layers: tuple[LayerCheck, ...], smaller: list[LayerCheck] | None, correlations: Mapping[str, float]
+    layers: tuple[LayerCheck, ...],
+    others: Mapping[float, Mapping[str, LayerCheck]],
+    correlations: Mapping[str, float],
 ) -> list[str]:
+    """A sentence for each thing that is wrong.
+
+    Args:
+        layers: the checks.
+        others: those at other sigmas, by factor and layer, if anything is wrong with `layers`.
+        correlations: of the noise streams.
+    """
+    causes: dict[float | None, list[LayerCheck]] = {}  # the factor of sigma that helps -> the layers
+    for layer in layers:
+        if _is_off(layer) or _is_noisy(layer):
+            # Rounding adds noise. Where there is none to explain, a larger sigma only smooths, which can hide a bias.
+            factors = (SMALLER, LARGER) if _is_noisy(layer) else (SMALLER,)
+            best = min(factors, key=lambda factor, name=layer.layer: _distance(others[factor][name]))
+            helps = _distance(others[best][layer.layer]) < 0.8 * _distance(layer)
+            causes.setdefault(best if helps else None, []).append(layer)
     problems = [
         f"The noise of two {kind} is correlated ({value:.0f} standard deviations): the random streams are broken."
         for kind, value in correlations.items()
         if value > 6
     ]
-    by_name = {layer.layer: layer for layer in smaller or ()}
-    off = [layer for layer in layers if _is_off(layer)]
-    too_large = [it for it in off if abs(by_name[it.layer].slope - 1) < 0.8 * abs(it.slope - 1)]
-    biased = [it for it in off if it not in too_large]
-    if too_large:
+    if too_large := causes.get(SMALLER):
         problems.append(
             f"sigma is too large for {_names(too_large)}: the loss bends over the noise, and the gradient is that of a "
-            "smoother loss. At a tenth of sigma the slope is closer to 1."
+            f"smoother loss. {SMALLER:g} times sigma comes closer to autograd."
         )
-    if biased:
+    if too_small := causes.get(LARGER):
         problems.append(
-            f"The estimate is biased for {_names(biased)}, and a smaller sigma does not help: rows may depend on one "
-            "another, the forward on state, or sigma be so small that rounding hides the noise."
+            f"sigma is too small for {_names(too_small)}: the noise drowns in the rounding of the losses. {LARGER:g} "
+            "times sigma comes closer to autograd."
         )
-    drowned = [it for it in layers if it not in off and it.cosine < 0.5 * it.law and it.slope_error > 0]
-    if drowned:
+    if unexplained := causes.get(None):
         problems.append(
-            f"The estimate is noisier than its copies explain for {_names(drowned)}: sigma is too small for the "
-            "rounding of the losses, or too large for the loss to be linear over the noise."
+            f"The estimate is biased or too noisy for {_names(unexplained)}, and another sigma does not help: the loss "
+            "may be far from smooth, its rows may depend on one another, or the forward on a state."
         )
     return problems
 
@@ -311,10 +343,12 @@ def _praise(layers: tuple[LayerCheck, ...]) -> str:
             "Autograd has no gradient to compare with (the loss or an activation is not differentiable); the agreement "
             "of two steps is all that can be said."
         )
-    text = "The estimates agree with autograd."
     vague = [layer for layer in layers if layer.slope_error > 0.25]
-    if blind:
-        text += f" It has no gradient for {_names(blind)} (something after them is not differentiable)."
+    sentences = []
+    if len(vague) + len(blind) < len(layers):
+        sentences.append("The estimates agree with autograd.")
     if vague:
-        text += f" For {_names(vague)} more copies or steps are needed to tell."
-    return text
+        sentences.append(f"For {_names(vague)} more copies or steps are needed to tell.")
+    if blind:
+        sentences.append(f"Autograd has no gradient for {_names(blind)}: something after them is not differentiable.")
+    return " ".join(sentences)

@@ -24,6 +24,7 @@ def loss_weights(losses: Tensor, clean: Tensor | None, baseline: str, antithetic
     copies, samples = losses.shape
     count = copies * samples
     if baseline == "clean":
+        assert clean is not None
         return (losses - clean) / count
     groups = losses.unflatten(0, (2, -1)).mean(0) if antithetic else losses
     others = groups.shape[0] - 1

@@ -111,6 +111,7 @@ class ULR:
             return self._log_sigma[layer].detach().exp()
         return self.settings.sigma_of(layer)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def backward(self, x: Any, y: Any, loss_fn: LossFunction) -> Tensor:
         """Add the gradient of the batch's mean noised loss to `.grad` of the trained parameters, and go on by a step.

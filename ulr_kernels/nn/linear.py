@@ -41,9 +41,10 @@ class LinearCall:
         self.x = x
         self._w = weight.T if columns else weight
         self._b = bias
-        self._weight, transposed = origin(weight) or (None, False)
+        found = origin(weight)
+        self._weight = None if found is None else found[0]
         self._bias = bias if bias is not None and origin(bias) is not None else None
-        self._stored_as_columns = transposed != columns
+        self._stored_as_columns = columns != (found is not None and found[1])
         self.parameters = tuple(p for p in (self._weight, self._bias) if p is not None)
 
     def clean(self) -> Tensor:
@@ -67,7 +68,7 @@ class LinearCall:
         self._operand = flat[:rows] if shared else flat.unflatten(0, (x_copies, rows))
         self._version = self.x._version
         self._noise = noise
-        self._spec = {
+        self._spec: dict[str, Any] = {
             "antithetic": noise.antithetic,
             "dist": noise.dist,
             "sampler": noise.sampler,

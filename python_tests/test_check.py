@@ -1,0 +1,194 @@
+"""ulr.check: its numbers against what is known, and its verdicts on models that are wrong in known ways."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ulr_kernels as ulr
+from ulr_kernels.nn.linear import LinearCall
+from ulr_kernels.ops._linear import values
+
+
+@pytest.fixture(autouse=True)
+def modules_may_draw():
+    """torch's modules fill themselves from the global generator; put it back."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def v(seed, *shape):
+    return values(seed, *shape, device="cpu", dtype=torch.float32)
+
+
+def filled(model, scale=0.5):
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data.copy_(scale * v(10 + index, *parameter.shape))
+    return model
+
+
+def cross_entropy(outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def mlp():
+    return filled(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5)))
+
+
+X, Y = v(1, 6, 12), torch.arange(6) % 5
+
+
+def numbers(report, field):
+    return {layer.layer: getattr(layer, field) for layer in report.layers}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"antithetic": False},
+        {"antithetic": False, "baseline": "clean"},
+        {"dist": "laplace"},
+        {"dist": "rademacher"},
+        {"injection": "joint", "sigma": {"0": 0.005, "2": 0.01, "4": 0.02}},
+    ],
+)
+def test_cosines_follow_the_law(settings):
+    report = ulr.check(mlp(), X, Y, cross_entropy, steps=48, **{"sigma": 0.01, "copies": 24, **settings})
+    assert report.ok and report.verdict == "The estimates agree with autograd."
+    assert [layer.layer for layer in report.layers] == ["0", "2", "4"]
+    for layer in report.layers:
+        assert abs(layer.slope - 1) < 4.5 * layer.slope_error < 0.5
+        assert layer.cosine == pytest.approx(layer.law, abs=0.05)
+        assert layer.agreement == pytest.approx(layer.law**2, abs=0.05)
+
+
+@pytest.mark.parametrize("dist, kappa, c", [("normal", 1, 1), ("rademacher", 1, -1), ("laplace", 2, -0.5)])
+def test_law_of_one_sample(dist, kappa, c):
+    """(1 + kappa (d + c) / M)^(-1/2) with d outputs and M = copies / 2 directions."""
+    report = ulr.check(mlp(), X[:1], Y[:1], cross_entropy, copies=20, dist=dist, steps=2)
+    for layer, d in (("0", 16), ("2", 8), ("4", 5)):
+        assert numbers(report, "law")[layer] == pytest.approx((1 + kappa * (d + c) / 10) ** -0.5, rel=1e-5)
+
+
+class Pooled(nn.Module):
+    """Positions, a second call of a layer, and a product with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Parameter(torch.empty(4, 3))
+
+    def forward(self, x):
+        return (torch.tanh(self.first(torch.tanh(self.first(x)))) @ self.second).mean(1)
+
+
+def test_law_with_positions_and_repeated_calls():
+    report = ulr.check(filled(Pooled()), v(1, 4, 3, 4), Y[:4] % 3, cross_entropy, sigma=0.01, copies=24, steps=48)
+    assert report.ok and len(report.layers) == 2
+    for layer in report.layers:
+        assert layer.cosine == pytest.approx(layer.law, abs=0.04)
+
+
+def test_no_baseline_is_seen_in_the_law():
+    settings = {"antithetic": False, "baseline": "none", "sigma": 0.05, "copies": 8, "steps": 64}
+    for layer in ulr.check(mlp(), X, Y, cross_entropy, **settings).layers:
+        assert layer.law < 0.05
+        assert abs(layer.cosine - layer.law) < 0.06
+
+
+def test_report_reads_well():
+    text = str(ulr.check(mlp(), X, Y, cross_entropy, sigma=0.01, steps=4))
+    header, *rows, streams, verdict = text.splitlines()
+    assert header.split() == ["layer", "slope", "cosine", "law", "agreement"]
+    assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
+    assert streams.startswith("greatest correlation of noise streams, in standard deviations: layers ")
+    assert verdict.startswith("The estimates agree with autograd.")
+
+
+def test_nothing_changes():
+    model = mlp()
+    model[0].weight.grad = torch.ones(16, 12)
+    ulr.check(model, X, Y, cross_entropy, steps=2)
+    assert torch.equal(model[0].weight.grad, torch.ones(16, 12))
+    assert model[2].weight.grad is None
+    assert model.training
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_sigma_too_large():
+    report = ulr.check(mlp(), X, Y, cross_entropy, sigma=4.0, copies=64)
+    assert not report.ok
+    assert report.verdict.startswith("sigma is too large for '0'")
+    assert numbers(report, "slope")["0"] < 0.8
+
+
+def test_sigma_too_small():
+    """The noise drowns in the rounding of the losses."""
+    report = ulr.check(mlp(), X, Y, cross_entropy, sigma=1e-8, copies=64)
+    assert not report.ok
+    assert report.verdict.startswith("sigma is too small for '0', '2', '4'")
+
+
+def test_loss_that_is_not_per_row():
+    report = ulr.check(mlp(), X, Y, F.cross_entropy)
+    assert not report.ok and report.layers == ()
+    assert "'loss_fn' must return one loss per row" in str(report)
+
+
+def test_model_that_cannot_be_trained():
+    report = ulr.check(nn.Sequential(mlp(), nn.LayerNorm(5)), X, Y, cross_entropy)
+    assert not report.ok
+    assert "1.weight (used by layer_norm)" in report.verdict
+
+
+def test_loss_without_a_gradient():
+    report = ulr.check(mlp(), X, Y, lambda outputs, targets: outputs.argmax(1) != targets)
+    assert report.ok and "Autograd has no gradient to compare with" in report.verdict
+    assert all(math.isnan(layer.slope) and not math.isnan(layer.agreement) for layer in report.layers)
+
+
+class Step(nn.Module):
+    def forward(self, x):
+        return (x > 0).float()
+
+
+def test_layer_without_a_gradient():
+    model = filled(nn.Sequential(nn.Linear(12, 6), Step(), nn.Linear(6, 5)))
+    report = ulr.check(model, X, Y, cross_entropy, sigma=0.02, copies=64)
+    assert report.ok and "Autograd has no gradient for '0'" in report.verdict
+    assert math.isnan(numbers(report, "cosine")["0"]) and numbers(report, "cosine")["2"] > 0.5
+
+
+def test_too_few_copies():
+    report = ulr.check(mlp(), X, Y, cross_entropy, injection="joint", copies=2, steps=4)
+    assert report.ok and report.verdict == "For '0', '2', '4' more copies or steps are needed to tell."
+
+
+def test_estimator_that_is_scaled(monkeypatch):
+    """A planted fault: the gradient op gets losses 30 per cent too large."""
+    add_gradient = LinearCall.add_gradient
+    monkeypatch.setattr(LinearCall, "add_gradient", lambda call, weight, *rest: add_gradient(call, 1.3 * weight, *rest))
+    report = ulr.check(mlp(), X, Y, cross_entropy, sigma=0.01, copies=64, steps=32)
+    assert not report.ok
+    assert report.verdict.startswith(
+        "The estimate is biased or too noisy for '0', '2', '4', and another sigma does not help"
+    )
+
+
+def test_streams_that_are_the_same(monkeypatch):
+    """A planted fault: every site has the same number."""
+    monkeypatch.setattr("ulr_kernels.contract.site_id", lambda name: 1)
+    report = ulr.check(mlp(), X, Y, cross_entropy, steps=2)
+    assert not report.ok and "The noise of two layers is correlated" in report.verdict
+    assert report.correlations["layers"] > 60 and report.correlations["steps"] < 6
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="'steps' must be at least 2, got 1"):
+        ulr.check(mlp(), X, Y, cross_entropy, steps=1)
+    with pytest.raises(ValueError, match="'sigma' must be"):
+        ulr.check(mlp(), X, Y, cross_entropy, sigma=-1)
