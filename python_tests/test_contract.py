@@ -63,7 +63,13 @@ def test_table_hash() -> None:
     header = pathlib.Path(__file__).parents[1] / "csrc" / "include" / "ulr" / "tables.h"
     text = header.read_text()
     assert tables.SHA256 in text
-    assert [int(t.strip("{}, \\"), 16) for line in text.splitlines() if line.startswith("    {") for t in line.split(", ") if "0x" in t] == rows
+    assert [
+        int(t.strip("{}, \\"), 16)
+        for line in text.splitlines()
+        if line.startswith("    {")
+        for t in line.split(", ")
+        if "0x" in t
+    ] == rows
 
 
 @pytest.mark.parametrize("key", [-1, 2**63, 5])
@@ -131,7 +137,7 @@ def test_signs_by_integers(device) -> None:
 
 
 def test_sobol_is_torchs_sequence_shifted(device) -> None:
-    """Unshifting by draw 0's words gives, over the draws, the points of torch's engine (which orders them by Gray code)."""
+    """Without the shift, draw 0's words, the points are those of torch's engine, which orders them by Gray code."""
     positions, cols, key = 2, 3, 99
     engine = torch.quasirandom.SobolEngine(positions * cols)
     points = (engine.draw(16) * 2**30).round().long() << 2

@@ -45,7 +45,11 @@ def clone(value):
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("op,sample_id", [(op, i) for op in LINEAR for i in samples(op, good=True)])
 def test_linear(op, sample_id, dtype, device) -> None:
-    sample = pick(op, sample_id, device, dtype)
+    compare_linear(op, pick(op, sample_id, device, dtype))
+
+
+def compare_linear(op: str, sample: Sample) -> list[torch.Tensor]:
+    """Run a sample on the back end in use; its outputs, found to be within rounding of the definition."""
     buffers = 0 if op == "noisy_linear" else 2
     x = sample.args[buffers]
     expected = getattr(truth, op)(*sample.args, **sample.kwargs)
@@ -60,6 +64,7 @@ def test_linear(op, sample_id, dtype, device) -> None:
         allowed = truth.tolerance(value, magnitude, output.dtype, x.dtype, terms)
         error = (output.detach().cpu().double() - value).abs()
         assert not (error.isnan() | (error > allowed)).any(), f"worst {(error / allowed).max():.3g} of the tolerance"
+    return outputs
 
 
 @pytest.mark.parametrize("sample_id", samples("noise", good=True))

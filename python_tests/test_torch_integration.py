@@ -156,7 +156,10 @@ def test_an_absent_back_end_says_why() -> None:
     with pytest.raises(ValueError, match="ulr.use_backend: 'name' must be one of torch, cpp, cuda, triton, got 'gpu'"):
         with ulr.use_backend("gpu"):
             pass
-    with ulr.use_backend("cuda"), pytest.raises(ulr.BackendError, match="ulr::noise: back end 'cuda' cannot run on cpu: "):
+    with (
+        ulr.use_backend("cuda"),
+        pytest.raises(ulr.BackendError, match="ulr::noise: back end 'cuda' cannot run on cpu: "),
+    ):
         ulr.noise((3,), 1)
 
 

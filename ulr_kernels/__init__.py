@@ -4,7 +4,19 @@ from ulr_kernels import ops
 from ulr_kernels.backends import BackendError, use_backend
 from ulr_kernels.check import check
 from ulr_kernels.contract import fold_in
+from ulr_kernels.doctor import describe
 from ulr_kernels.estimators import ULR
 from ulr_kernels.ops import noise, noise_like, philox4x32
 
-__all__ = ["ULR", "BackendError", "check", "fold_in", "noise", "noise_like", "ops", "philox4x32", "use_backend"]
+__all__ = [
+    "ULR",
+    "BackendError",
+    "check",
+    "describe",
+    "fold_in",
+    "noise",
+    "noise_like",
+    "ops",
+    "philox4x32",
+    "use_backend",
+]

@@ -45,13 +45,12 @@ def philox4x32(counter: Tensor, key: tuple[Tensor | int, Tensor | int]) -> Tenso
         ValueError: `counter` is not int64 with a last axis of 4, or a key word given as an int is outside [0, 2^32).
     """
     if counter.dtype != torch.int64 or counter.dim() == 0 or counter.shape[-1] != 4:
-        raise ValueError(
-            f"ulr.philox4x32: 'counter' must be int64 [..., 4], got {counter.dtype} {list(counter.shape)}"
-        )
+        raise ValueError(f"ulr.philox4x32: 'counter' must be int64 [..., 4], got {counter.dtype} {list(counter.shape)}")
     for word in key:
         if isinstance(word, int) and not 0 <= word <= WORD:
             raise ValueError(f"ulr.philox4x32: 'key' words must be in [0, 2^32), got {word}")
-    return torch.stack(_philox(*counter.unbind(-1), *key), dim=-1)
+    c0, c1, c2, c3 = counter.unbind(-1)
+    return torch.stack(_philox(c0, c1, c2, c3, *key), dim=-1)
 
 
 def _philox(c0, c1, c2, c3, k0, k1):
@@ -105,7 +104,11 @@ def fold_in(key: int, data: int) -> int:
 def fold_in_tensor(key: Tensor, data: Tensor) -> Tensor:
     """`fold_in` of int64 tensors that broadcast, on their device."""
     low, high, _, _ = _philox(
-        data & WORD, (data >> 32) & WORD, torch.zeros_like(data), torch.full_like(data, FOLD_IN_COUNTER), *key_words(key)
+        data & WORD,
+        (data >> 32) & WORD,
+        torch.zeros_like(data),
+        torch.full_like(data, FOLD_IN_COUNTER),
+        *key_words(key),
     )
     return low | (high << 32)
 
@@ -139,7 +142,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (bits + torch.where(even_and_inexact, towards, 0)).view(torch.float64).float()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _coefficients(dist: str, device: torch.device) -> Tensor:
     rows = torch.tensor(getattr(tables, dist.upper()), dtype=torch.int64)
     return rows.to(torch.int32).view(torch.float32).to(device)
@@ -182,7 +185,7 @@ def _signs(rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor) -> Tenso
     return 1.0 - 2.0 * ((word >> (cols & 31)) & 1).float()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def sobol_directions(device: torch.device) -> Tensor:
     """Direction numbers V, int32 `[21201, 30]`, shifted left by 2 so that they fill a 32-bit word (bits as int32)."""
     state = torch.quasirandom.SobolEngine(MAX_SOBOL_DIMENSIONS).sobolstate

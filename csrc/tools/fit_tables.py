@@ -78,8 +78,8 @@ def main() -> None:
         python += f"{name} = (\n{rows(table, '(', ')')})\n"
     (ROOT / "ulr_kernels" / "tables.py").write_text(python)
 
-    cpp = f"// {head}\n// Row: octave; column: power, lowest first; entry: the bits of a fp32 coefficient.\n#pragma once\n\n"
-    cpp += "#include <stdint.h>\n\n// clang-format off\n"
+    cpp = f"// {head}\n// Row: octave; column: power, lowest first; entry: the bits of a fp32 coefficient.\n"
+    cpp += "#pragma once\n\n#include <stdint.h>\n\n// clang-format off\n"
     cpp += f'#define ULR_TABLE_SHA256 "{digest}"\n#define ULR_TABLE_DEGREE {DEGREE}\n'
     for name, table in tables.items():
         body = rows(table, "{", "}")

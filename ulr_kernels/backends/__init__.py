@@ -1,8 +1,8 @@
 """The table of back ends: which provider runs an op on a device, and why each other one is absent.
 
-A provider is a function of an op's outputs (where it has any) and its schema's arguments. Four back ends make providers:
-`torch` (the references in `ops/`), `cpp`, `cuda` and `triton`. A call is one lookup in a dictionary that was filled when
-it was first asked for, in the order below. An explicit request (`use_backend`) never falls back.
+A provider is a function of an op's outputs (where it has any) and its schema's arguments. Four back ends make
+providers: `torch` (the references in `ops/`), `cpp`, `cuda` and `triton`. A call is one lookup in a dictionary that was
+filled when it was first asked for, in the order below. An explicit request (`use_backend`) never falls back.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def lookup(op: str, device: str) -> Callable:
     """The provider that runs `op` on tensors of `device` now."""
     forced = _forced.get()
     if forced is not None:
-        provider = find(forced, op, device)
-        if isinstance(provider, str):
-            raise BackendError(f"ulr::{op}: back end '{forced}' cannot run on {device}: {provider}")
-        return provider
+        found = find(forced, op, device)
+        if isinstance(found, str):
+            raise BackendError(f"ulr::{op}: back end '{forced}' cannot run on {device}: {found}")
+        return found
     provider = _chosen.get((op, device))
     if provider is None:
         provider = _chosen[op, device] = next(

@@ -57,7 +57,12 @@ def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: i
 
 
 def check_gradients(
-    check: Check, grad_weight: Tensor | None, grad_bias: Tensor | None, grad_log_sigma: Tensor | None, x: Tensor, dist: str
+    check: Check,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    dist: str,
 ) -> int:
     """The number of features, which the buffers give."""
     buffers = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from ulr_kernels import backends, contract
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NOISE_SCHEMA = (
-    'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0'
-)
+NOISE_SCHEMA = 'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0'
 
 _library = torch.library.Library("ulr", "DEF")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -124,7 +122,7 @@ class Check:
     def __init__(self, op: str) -> None:
         self.op = op
 
-    def fail(self, argument: str, rule: str, value: object) -> None:
+    def fail(self, argument: str, rule: str, value: object) -> NoReturn:
         raise ValueError(f"ulr::{self.op}: '{argument}' must {rule}, got {value}")
 
     def shape(self, argument: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:

@@ -266,7 +266,9 @@ def _noise_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(
         "sobol-signs", ((2, 2), 1), {"dist": "rademacher", "sampler": "sobol", **on}, error="'sampler' must be 'iid'"
     )
-    yield Sample("sobol-wide", ((2, 21202), 1), {"sampler": "sobol", **on}, error="'sampler' must be 'iid' beyond 21201")
+    yield Sample(
+        "sobol-wide", ((2, 21202), 1), {"sampler": "sobol", **on}, error="'sampler' must be 'iid' beyond 21201"
+    )
     yield Sample("sobol-draw", ((2, 2), 1), {"sampler": "sobol", "draw": 2**30, **on}, error="'draw' must leave room")
 
 
@@ -278,6 +280,8 @@ register(
         check=_noise_check,
         reference=_noise_reference,
         samples=_noise_samples,
-        cost=lambda key, shape, *rest: Cost(bytes=4 * torch.Size(shape).numel(), flops=0, noise=torch.Size(shape).numel()),
+        cost=lambda key, shape, *rest: Cost(
+            bytes=4 * torch.Size(shape).numel(), flops=0, noise=torch.Size(shape).numel()
+        ),
     )
 )

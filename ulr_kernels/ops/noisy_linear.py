@@ -28,7 +28,7 @@ def noisy_linear(
     row_offset: int = 0,
     col_offset: int = 0,
 ) -> Tensor:
-    """y[c] = x[c] W^T + b + sigma * eps_c for each copy c: the module of ULR (arXiv 2305.08960, Eq. 1) for a linear layer.
+    """y[c] = x[c] W^T + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960) for a linear layer.
 
     The noise is made on the way out of the product and never stored; there is one product however many copies share x.
 
@@ -115,9 +115,7 @@ def check(
     _linear.check_weight(rules, x, weight, bias)
     _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
-    rules.noise(
-        key, sizes.rows, sizes.features, sizes.draws, dist, sampler, positions, draw, row_offset, col_offset
-    )
+    rules.noise(key, sizes.rows, sizes.features, sizes.draws, dist, sampler, positions, draw, row_offset, col_offset)
     return torch.empty(sizes.copies, sizes.rows, sizes.features, dtype=x.dtype, device=x.device)
 
 

@@ -184,7 +184,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("sigma-inf", (w, b, x, loss, float("inf"), 1), error="'sigma' must be finite and positive")
     yield Sample("loss-shape", (w, b, x, loss[:, :5], 0.3, 1), error=r"'loss_weight' must be \[copies, 6\]")
     yield Sample("loss-dtype", (w, b, x, loss.double(), 0.3, 1), error="'loss_weight' must be float32")
-    yield Sample("positions-rule", (w, b, x, loss, 0.3, 1), {"positions": 4}, error="'positions' must divide the 6 rows")
+    yield Sample(
+        "positions-rule", (w, b, x, loss, 0.3, 1), {"positions": 4}, error="'positions' must divide the 6 rows"
+    )
     yield Sample("no-copies", (w, b, x, loss[:0], 0.3, 1), error="'copies' must be at least 1, got 0")
     yield Sample("odd", (w, b, x, loss[:3], 0.3, 1), {"antithetic": True}, error="'copies' must be even")
     yield Sample("weight-shape", (w[:, :5], b, x, loss, 0.3, 1), error=r"'grad_weight' must be \[N, 20\]")

@@ -131,9 +131,7 @@ def reference(
 
 
 def cost(grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, antithetic, *spec) -> Cost:
-    gradient = gradient_cost(
-        grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, antithetic, *spec
-    )
+    gradient = gradient_cost(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, antithetic, *spec)
     out = loss_weight.shape[0] * x.shape[-2] * weight.shape[0]
     return Cost(gradient.bytes + x.element_size() * (weight.numel() + out), 2 * gradient.flops, gradient.noise)
 
