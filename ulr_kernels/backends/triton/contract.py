@@ -59,6 +59,21 @@ def _words(rows, first, draw, source, BR: tl.constexpr, CALLS: tl.constexpr):
 
 
 @triton.jit
+def join_parts(parts):
+    """The parts, P tiles [BR, BC / P], as one tile [BR, BC]; P is 1, 2, 4 or 16."""
+    BR: tl.constexpr = parts[0].shape[0]
+    BC: tl.constexpr = parts[0].shape[1] * len(parts)
+    # Each join appends an axis of two: the first one the highest bit of p, the last one the lowest.
+    for _ in tl.static_range(4):
+        if len(parts) > 1:
+            joined = ()
+            for p in tl.static_range(len(parts) // 2):
+                joined = joined + (tl.join(parts[p], parts[p + len(parts) // 2]),)
+            parts = joined
+    return parts[0].reshape(BR, BC)
+
+
+@triton.jit
 def _coefficients(address):
     """The six coefficients of an octave, lowest power first, from the addresses of table rows."""
     if INTERPRETED:
@@ -93,17 +108,24 @@ def quantile(words, source):
 
 
 @triton.jit
-def sign_pairs(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
-    """uint32 [BR, BC / 2]: `rademacher` noise as pairs of bf16, the even column in the low half."""
+def sign_halves(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
+    """uint32 [BR, BC / 16]: half words of signs, the bit of column 2 j at 2 j and that of column 2 j + 1 at 2 j + 16."""
     w0, w1, w2, w3 = _words(rows, first, draw, source, BR, BC // 128)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BR, BC // 32)
-    # Two words of 16 signs: bit 2 j at 2 j and bit 2 j + 1 at 2 j + 16, so that one shift brings both in place.
+    words = join_parts((w0, w1, w2, w3))
     low = (words & 0x5555) | ((words & 0xAAAA) << 15)
     high = ((words >> 16) & 0x5555) | ((words >> 1) & 0x55550000)
-    halves = tl.join(low, high).reshape(BR, BC // 16)
-    shift = (15 - 2 * tl.arange(0, 8)).to(tl.uint32)
-    pairs = tl.broadcast_to(halves[:, :, None], (BR, BC // 16, 8)) << shift[None, None, :]
-    return ((pairs & source[5]) | 0x3F803F80).reshape(BR, BC // 2)
+    return join_parts((low, high))
+
+
+@triton.jit
+def sign_pairs(halves, j, source):
+    """uint32: columns 2 j and 2 j + 1 of half words as two bf16, the even column's in the low half: one shift for two."""
+    return ((halves << (15 - 2 * j)) & source[5]) | 0x3F803F80
+
+
+@triton.jit
+def _split_pairs(pairs):
+    return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -128,12 +150,15 @@ def noise_parts(
 ):
     """Noise of uint32 `rows` and of the columns from call `first` on: a tuple of P fp32 tiles [BR, BC / P].
 
-    Part p holds columns p, p + P ... : P is 4, the words of a call, or for signs 2. Work on parts needs no exchange
-    between threads. `directions` None: no Sobol.
+    Part p holds columns p, p + P ... : P is 4, the words of a call, or for signs 16, half a word. Work on parts needs no
+    exchange between threads. `directions` None: no Sobol.
     """
     if DIST == RADEMACHER:
-        pairs = sign_pairs(rows, first, draw, source, BR, BC)
-        return (pairs << 16).to(tl.float32, bitcast=True), (pairs & 0xFFFF0000).to(tl.float32, bitcast=True)
+        halves = sign_halves(rows, first, draw, source, BR, BC)
+        parts = ()
+        for j in tl.static_range(8):
+            parts = parts + _split_pairs(sign_pairs(halves, j, source))
+        return parts
     else:
         CALLS: tl.constexpr = BC // 4
         if directions is None:
@@ -148,21 +173,17 @@ def noise_parts(
 
 
 @triton.jit
-def join_parts(parts, DIST: tl.constexpr):
-    """The parts, [BR, BC / P] each, as one tile [BR, BC]."""
-    if DIST == RADEMACHER:
-        joined = tl.join(parts[0], parts[1])
-    else:
-        joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-    return joined.reshape(joined.shape[0], joined.numel // joined.shape[0])
-
-
-@triton.jit
 def noise_tile(
     rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """`noise_parts` as one tile, fp32 [BR, BC]."""
-    return join_parts(noise_parts(rows, first, draw, source, directions, positions, width, DIST, BR, BC), DIST)
+    """The same as one tile, fp32 [BR, BC]."""
+    if DIST == RADEMACHER:
+        halves = sign_halves(rows, first, draw, source, BR, BC)
+        halves = tl.broadcast_to(halves[:, :, None], (BR, BC // 16, 8))
+        pairs = sign_pairs(halves, tl.arange(0, 8).to(tl.uint32)[None, None, :], source).reshape(BR, BC // 2)
+        return join_parts(_split_pairs(pairs))
+    else:
+        return join_parts(noise_parts(rows, first, draw, source, directions, positions, width, DIST, BR, BC))
 
 
 @triton.jit

@@ -28,14 +28,12 @@ def _transposed_product(weighted, x_tile, total):
 
 
 @triton.jit
-def _no_parts(DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def _no_parts(P: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     """Zeros of the form of `noise_parts`."""
-    if DIST == RADEMACHER:
-        zero = tl.zeros([BR, BC // 2], tl.float32)
-        return zero, zero
-    else:
-        zero = tl.zeros([BR, BC // 4], tl.float32)
-        return zero, zero, zero, zero
+    zeros = ()
+    for _ in tl.static_range(P):
+        zeros = zeros + (tl.zeros([BR, BC // P], tl.float32),)
+    return zeros
 
 
 @triton.jit
@@ -124,6 +122,7 @@ def gradient_kernel(
     of some features, tile of rows i goes to number i mod their count.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
     input_tiles = tl.cdiv(inputs, BK) if grad_weight is not None else 1
     input_tiles = tl.maximum(input_tiles, 1)
     col_tiles = tl.cdiv(features + shift, BC)
@@ -149,7 +148,7 @@ def gradient_kernel(
         x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
         x_inside = row_inside[:, None] & k_inside[None, :]
         losses = loss_weight + row // positions * stride_loss_sample
-        nothing = _no_parts(DIST, BR, BC)
+        nothing = _no_parts(P, BR, BC)
         reduced = nothing
         reduced_log = nothing
         if y is not None:
@@ -163,10 +162,11 @@ def gradient_kernel(
                     stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
                 )  # fmt: skip
         for d in range(draws):
+            rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
+            this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
             eps = noise_parts(
-                tl.cast(row_offset, tl.uint32) + row.to(tl.uint32), calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32),
-                source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC,
-            )  # fmt: skip
+                rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
+            )
             copy = tl.cast(d, tl.int64)
             plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
             minus = tl.zeros_like(plus)
@@ -177,13 +177,13 @@ def gradient_kernel(
                 reduced_log = _log_weighted(reduced_log, plus + minus, eps, DIST)
             if not SHARED and grad_weight is not None:
                 x_copy = x_tile + copy * stride_x_copy
-                slope = join_parts(_weighted(nothing, plus, eps, DIST), DIST)
+                slope = join_parts(_weighted(nothing, plus, eps, DIST))
                 total = _transposed_product(slope, tl.load(x_copy, mask=x_inside, other=0), total)
                 if ANTITHETIC:
-                    slope = join_parts(_weighted(nothing, -minus, eps, DIST), DIST)
+                    slope = join_parts(_weighted(nothing, -minus, eps, DIST))
                     total = _transposed_product(slope, tl.load(x_copy + mirror_x, mask=x_inside, other=0), total)
             if y is not None:
-                eps_tile = join_parts(eps, DIST)
+                eps_tile = join_parts(eps)
                 if not SHARED:
                     clean = product_tile(
                         x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
@@ -200,13 +200,13 @@ def gradient_kernel(
                         )  # fmt: skip
                     noised = tl.fma(-scale[None, :], eps_tile, clean)
                     tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
-        reduced_tile = join_parts(reduced, DIST)
+        reduced_tile = join_parts(reduced)
         if SHARED and grad_weight is not None:
             total = _transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
         if input_tile == 0:
             by_bias += tl.sum(reduced_tile, 0)
             if grad_log_sigma is not None:
-                by_log_sigma += tl.sum(join_parts(reduced_log, DIST), 0)
+                by_log_sigma += tl.sum(join_parts(reduced_log), 0)
 
     if grad_weight is not None:
         grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input
@@ -257,7 +257,7 @@ def gradient_launch(
     """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
     features = next(b.shape[0] for b in (grad_weight, grad_bias) if b is not None)
     copies, rows, inputs = loss_weight.shape[0], x.shape[-2], x.shape[-1]
-    tile = tiles.GRADIENT[dist, x.element_size()]
+    tile = (tiles.GRADIENT if y is None else tiles.REPLAY)[dist, x.element_size()]
     which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
     col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
     input_tiles = max(cdiv(inputs, tile.inputs), 1) if grad_weight is not None else 1

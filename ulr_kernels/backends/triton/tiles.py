@@ -33,10 +33,18 @@ FORWARD = {
 GRADIENT = {
     ("normal", 2): Tile(64, 64, 128, 8, 1),
     ("laplace", 2): Tile(64, 64, 128, 8, 1),
-    ("rademacher", 2): Tile(64, 128, 128, 8, 1),
-    ("normal", 4): Tile(32, 64, 64, 4, 1),
-    ("laplace", 4): Tile(32, 64, 64, 4, 1),
-    ("rademacher", 4): Tile(32, 128, 64, 8, 1),
+    ("rademacher", 2): Tile(64, 128, 64, 8, 1),
+    ("normal", 4): Tile(32, 64, 64, 8, 1),
+    ("laplace", 4): Tile(32, 64, 64, 8, 1),
+    ("rademacher", 4): Tile(32, 128, 32, 8, 1),
+}
+REPLAY = {
+    ("normal", 2): Tile(32, 64, 64, 8, 1),
+    ("laplace", 2): Tile(32, 64, 64, 8, 1),
+    ("rademacher", 2): Tile(32, 128, 64, 8, 1),
+    ("normal", 4): Tile(32, 64, 32, 8, 1),
+    ("laplace", 4): Tile(32, 64, 32, 8, 1),
+    ("rademacher", 4): Tile(32, 128, 32, 8, 1),
 }
 
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
