@@ -3,34 +3,16 @@
 import math
 
 import pytest
+import small_models
 import torch
 import torch.nn.functional as F
+from small_models import Pooled, Step, cross_entropy, filled, v
 from torch import nn
 
 import ulr_kernels as ulr
 from ulr_kernels.nn.linear import LinearCall
-from ulr_kernels.ops._linear import values
 
-
-@pytest.fixture(autouse=True)
-def modules_may_draw():
-    """torch's modules fill themselves from the global generator; put it back."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def v(seed, *shape):
-    return values(seed, *shape, device="cpu", dtype=torch.float32)
-
-
-def filled(model, scale=0.5):
-    for index, parameter in enumerate(model.parameters()):
-        parameter.data.copy_(scale * v(10 + index, *parameter.shape))
-    return model
-
-
-def cross_entropy(outputs, targets):
-    return F.cross_entropy(outputs, targets, reduction="none")
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 
 
 def mlp():
@@ -71,17 +53,6 @@ def test_law_of_one_sample(dist, kappa, c):
     report = ulr.check(mlp(), X[:1], Y[:1], cross_entropy, copies=20, dist=dist, steps=2)
     for layer, d in (("0", 16), ("2", 8), ("4", 5)):
         assert numbers(report, "law")[layer] == pytest.approx((1 + kappa * (d + c) / 10) ** -0.5, rel=1e-5)
-
-
-class Pooled(nn.Module):
-    """Positions, a second call of a layer, and a product with a parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Parameter(torch.empty(4, 3))
-
-    def forward(self, x):
-        return (torch.tanh(self.first(torch.tanh(self.first(x)))) @ self.second).mean(1)
 
 
 def test_law_with_positions_and_repeated_calls():
@@ -149,11 +120,6 @@ def test_loss_without_a_gradient():
     report = ulr.check(mlp(), X, Y, lambda outputs, targets: outputs.argmax(1) != targets)
     assert report.ok and "Autograd has no gradient to compare with" in report.verdict
     assert all(math.isnan(layer.slope) and not math.isnan(layer.agreement) for layer in report.layers)
-
-
-class Step(nn.Module):
-    def forward(self, x):
-        return (x > 0).float()
 
 
 def test_layer_without_a_gradient():

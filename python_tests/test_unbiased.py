@@ -8,33 +8,28 @@ import itertools
 import math
 
 import pytest
+import small_models
 import torch
-import torch.nn.functional as F
+from small_models import (
+    Pooled,
+    Residual,
+    Step,
+    Tied,
+    Twice,
+    cross_entropy,
+    filled,
+    half_squares,
+    v,
+)
 from torch import nn
 
 import ulr_kernels as ulr
 from ulr_kernels.contract import score
 from ulr_kernels.estimators.baselines import loss_weights
-from ulr_kernels.ops._linear import values
+
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 
 NOISED_ROWS, STEPS = 2**17, 12  # rows of all copies in one step
-
-
-@pytest.fixture(autouse=True)
-def modules_may_draw():
-    """torch's modules fill themselves from the global generator; put it back."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def v(seed, *shape):
-    return values(seed, *shape, device="cpu", dtype=torch.float32)
-
-
-def filled(model, scale=0.7):
-    for index, parameter in enumerate(model.parameters()):
-        parameter.data.copy_(scale * v(10 + index, *parameter.shape))
-    return model
 
 
 def flat(tensors):
@@ -74,10 +69,6 @@ def assert_unbiased(samples, expected):
             z_test(planted * samples, expected)
 
 
-def half_squares(outputs, targets):
-    return (outputs - targets).square().flatten(1).sum(1) / 2
-
-
 # --- linear model, quadratic loss: closed form -----------------------------------------------------------------------
 
 SIGMA = {"0": 0.5, "1": 0.4}
@@ -103,7 +94,7 @@ def quadratic():
 
     E[L] = |W2 (W1 x + b1) + b2 - t|^2 / 2 + sum_j s1_j^2 |W2 e_j|^2 / 2 + sum_i s2_i^2 / 2
     """
-    model = filled(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
+    model = filled(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), 0.7)
     x, target = v(1, 2), v(2, 2)
 
     def expected(injection, learn_sigma):
@@ -173,9 +164,6 @@ def test_smooth_model(injection, dist):
     x, label, sigma = v(1, 3), torch.tensor(1), 0.9
     generator = torch.Generator().manual_seed(0)
 
-    def cross_entropy(outputs, targets):
-        return F.cross_entropy(outputs, targets, reduction="none")
-
     def mean_loss(noised):
         """Pathwise: at fixed noise the loss is differentiable."""
         rows = 2**18
@@ -237,17 +225,12 @@ def is_positive(outputs, targets):
 
 def test_zero_one_loss():
     """E[1(v > 0)] = Phi(z), z = (w x + b) / sigma: the gradient is phi(z) x / sigma, and -z phi(z) for ln sigma."""
-    model, x, sigma = filled(nn.Sequential(nn.Linear(2, 1))), v(1, 2), 0.8
+    model, x, sigma = filled(nn.Sequential(nn.Linear(2, 1)), 0.7), v(1, 2), 0.8
     samples = estimates(model, x, None, is_positive, sigma=sigma, copies=4, learn_sigma=True, baseline="clean")
     z = model(x).item() / sigma
     density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     exact = torch.tensor([*(density / sigma * x).tolist(), density / sigma, -z * density])
     assert_unbiased(samples, exact)
-
-
-class Step(nn.Module):
-    def forward(self, x):
-        return (x > 0).float()
 
 
 def test_threshold_units_and_zero_one_loss():
@@ -270,49 +253,13 @@ def test_threshold_units_and_zero_one_loss():
 # --- what models are made of -----------------------------------------------------------------------------------------
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.branch, self.head = nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
-
-    def forward(self, x):
-        h = torch.tanh(self.stem(x))
-        return self.head(h + torch.tanh(self.branch(h)))
-
-
-class Twice(Residual):
-    def forward(self, x):
-        return self.head(torch.tanh(self.branch(torch.tanh(self.branch(torch.tanh(self.stem(x)))))))
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.decode.weight = self.encode.weight
-
-    def forward(self, x):
-        return self.decode(torch.tanh(self.encode(x)))
-
-
-class Pooled(nn.Module):
-    """Four positions, a product with a parameter as [K, N], and a mean over positions."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(2, 3), nn.Parameter(torch.empty(3, 2))
-
-    def forward(self, x):
-        return (torch.tanh(self.first(x)) @ self.second).mean(1)
-
-
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 @pytest.mark.parametrize(
-    "make, shape, classes", [(Residual, (2,), 2), (Twice, (2,), 2), (Tied, (3,), 3), (Pooled, (4, 2), 2)]
+    "make, shape, classes", [(Residual, (5,), 3), (Twice, (5,), 3), (Tied, (5,), 5), (Pooled, (2, 4), 3)]
 )
 def test_structures(make, shape, classes, injection):
     """Small noise: autograd of the clean loss is right to 0.1 per cent."""
-    model = filled(make())
+    model = filled(make(), 0.7)
     x, target = v(1, *shape), v(2, classes)
     exact = flat(torch.autograd.grad(half_squares(model(x[None]), target[None]).sum(), model.parameters()))
     samples = estimates(model, x, target, half_squares, sigma=0.01, injection=injection, copies=4)

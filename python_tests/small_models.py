@@ -1,0 +1,104 @@
+"""Small models with reproducible parameters, for the tests of the estimator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ulr_kernels as ulr
+from ulr_kernels.ops._linear import values
+
+
+@pytest.fixture(autouse=True)
+def modules_may_draw():
+    """torch's modules fill themselves from the global generator; put it back."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def v(seed: int, *shape: int) -> Tensor:
+    """Normal values that touch no generator of torch's."""
+    return values(seed, *shape, device="cpu", dtype=torch.float32)
+
+
+def filled(model: nn.Module, scale: float = 0.5) -> nn.Module:
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data.copy_(scale * v(10 + index, *parameter.shape))
+    return model
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().flatten(1).sum(1) / 2
+
+
+class Step(nn.Module):
+    def forward(self, x):
+        return (x > 0).float()
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int = 5, width: int = 4, outputs: int = 3) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, outputs)
+
+    def forward(self, x):
+        h = torch.tanh(self.stem(x))
+        return self.head(h + torch.tanh(self.branch(h)))
+
+
+class Twice(Residual):
+    """The branch is called twice, one call after the other."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.branch(torch.tanh(self.branch(torch.tanh(self.stem(x)))))))
+
+
+class Tied(nn.Module):
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(width, width), nn.Linear(width, width)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x):
+        return self.decode(torch.tanh(self.encode(x)))
+
+
+class Pooled(nn.Module):
+    """Positions, a layer called twice, a product with a parameter stored as [K, N], and a mean over positions."""
+
+    def __init__(self, width: int = 4, outputs: int = 3) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Parameter(torch.empty(width, outputs))
+
+    def forward(self, x):
+        return (torch.tanh(self.first(torch.tanh(self.first(x)))) @ self.second).mean(1)
+
+
+def mlp():
+    return filled(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+
+
+def batch(samples=3, *shape, classes=3):
+    return v(99, samples, *(shape or (5,))), torch.arange(samples) % classes
+
+
+def gradients(model, **settings):
+    """The gradients of one step on a small batch."""
+    x, y = settings.pop("batch", batch())
+    loss_fn = settings.pop("loss_fn", cross_entropy)
+    model.zero_grad()
+    estimator = ulr.ULR(model, **{"copies": 4, **settings})
+    loss = estimator.backward(x, y, loss_fn)
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(first, second, tolerance=1e-4):
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=tolerance, atol=tolerance)

@@ -1,0 +1,269 @@
+"""ulr.ULR: what it leaves alone, how a run goes on, the learnt sigma, and the errors of bad input."""
+
+import pytest
+import small_models
+import torch
+import torch.nn.functional as F
+from small_models import (
+    Twice,
+    assert_same,
+    batch,
+    cross_entropy,
+    filled,
+    gradients,
+    mlp,
+)
+from torch import nn
+
+import ulr_kernels as ulr
+
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
+
+# --- what it leaves alone --------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_as_with_backward():
+    """Accumulation, clipping and optimisers see ordinary gradients."""
+    model, (x, y) = mlp(), batch(8)
+    _, one = gradients(model)
+    estimator = ulr.ULR(model, copies=4)
+    estimator.backward(*batch(), cross_entropy)
+    assert_same({n: 2 * g for n, g in one.items()}, {n: p.grad for n, p in model.named_parameters()}, 1e-5)
+
+    for make in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop):
+        model = mlp()
+        estimator, optimizer = ulr.ULR(model, copies=8), make(model.parameters(), lr=0.05)
+        losses = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            losses.append(estimator.backward(x, y, cross_entropy).item())
+            assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) > 0
+            optimizer.step()
+        assert losses[-1] < losses[0] - 0.02, make
+
+
+def test_a_step_is_a_function_of_seed_step_and_batch():
+    model = mlp()
+    _, first = gradients(model, seed=-3)
+    assert_same(first, gradients(model, seed=-3)[1], 0)
+    assert not torch.equal(first["0.weight"], gradients(model, seed=4)[1]["0.weight"])
+
+    estimator = ulr.ULR(model, copies=4, seed=-3)
+    estimator.backward(*batch(), cross_entropy)
+    model.zero_grad()
+    estimator.backward(*batch(), cross_entropy)
+    second = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert not torch.equal(first["0.weight"], second["0.weight"])
+
+    resumed = ulr.ULR(model, sigma=0.7, copies=2, seed=9)
+    resumed.load_state_dict({**estimator.state_dict(), "step": 1})
+    model.zero_grad()
+    resumed.backward(*batch(), cross_entropy)
+    assert_same(second, {name: p.grad for name, p in model.named_parameters()}, 0)
+    assert resumed.state_dict() == estimator.state_dict()
+
+
+def test_nothing_else_changes():
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(3, affine=False), nn.Dropout(0.5))
+    model[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    x, y = batch()
+    x_before = x.clone()
+    gradients(model, batch=(x, y))
+
+    def broken(outputs, targets):
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        gradients(model, loss_fn=broken)
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.equal(x, x_before)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(not p.grad.requires_grad and p.grad.grad_fn is None for p in model.parameters() if p.grad is not None)
+    assert torch.is_grad_enabled()
+
+
+def test_inference_mode():
+    model = mlp()
+    _, expected = gradients(model)
+    with torch.inference_mode():
+        _, found = gradients(model, batch=batch())
+    assert_same(expected, found, 0)
+
+
+def test_no_graph_is_built():
+    """Losses that autograd would track: nothing in a pass requires a gradient."""
+    seen = []
+    model, w = mlp(), torch.ones(3, requires_grad=True)
+
+    def loss_fn(outputs, targets):
+        seen.append(outputs.requires_grad or (outputs @ w).requires_grad)
+        return outputs @ w
+
+    gradients(model, loss_fn=loss_fn)
+    assert seen and not any(seen)
+    assert w.grad is None
+
+
+# --- learnt sigma ----------------------------------------------------------------------------------------------------
+
+
+def test_learnt_sigma_has_a_parameter_per_feature():
+    model, (x, y) = mlp(), batch()
+    estimator = ulr.ULR(model, sigma={"0": 0.2, "2": 0.4}, copies=4, learn_sigma=True)
+    assert [tuple(p.shape) for p in estimator.parameters()] == [(4,), (3,)]
+    estimator.backward(x, y, cross_entropy)
+    assert all(p.grad.abs().sum() > 0 for p in estimator.parameters())
+    torch.optim.SGD(estimator.parameters(), lr=0.1).step()
+    assert not torch.allclose(estimator.sigma("0"), torch.tensor(0.2))
+
+    other = ulr.ULR(model, copies=4, learn_sigma=True)
+    other.load_state_dict(estimator.state_dict())
+    assert torch.equal(other.sigma("2"), estimator.sigma("2"))
+    with pytest.raises(ValueError, match="'state' must hold ln sigma"):
+        other.load_state_dict({**estimator.state_dict(), "log_sigma": {}})
+    assert ulr.ULR(model).parameters() == []
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"sigma": 0.0}, "'sigma' must be a finite number above 0.*got 0.0"),
+        ({"sigma": float("nan")}, "'sigma' must be a finite number"),
+        ({"sigma": {"0": -1}}, "'sigma' must be a finite number"),
+        ({"sigma": {"9": 1.0}}, r"'sigma' must name layers of the model \(0, 2\), got 9"),
+        ({"sigma": {"0": 1.0}}, "'sigma' must have an entry for every trained layer, also for '2'"),
+        ({"copies": 0}, "'copies' must be an integer above 0.*got 0"),
+        ({"copies": 2.0}, "'copies' must be an integer"),
+        ({"copies": 5}, "'copies' must be even where antithetic is True, got 5"),
+        ({"copies": {"0": 4, "1": 2}}, "'copies' must name layers"),
+        ({"copies": {"0": 4, "2": 4}, "injection": "joint"}, "'copies' must be one number where injection is 'joint'"),
+        ({"antithetic": 1}, "'antithetic' must be True or False"),
+        ({"injection": "both"}, "'injection' must be 'layerwise' or 'joint', got 'both'"),
+        ({"noise": "weights"}, "'noise' must be 'logits', got 'weights'"),
+        ({"dist": "uniform"}, "'dist' must be 'normal' or 'laplace' or 'rademacher'"),
+        ({"sampler": "halton"}, "'sampler' must be 'iid' or 'sobol'"),
+        ({"baseline": "median"}, "'baseline' must be 'mean' or 'clean' or 'none'"),
+        ({"dist": "rademacher", "learn_sigma": True}, "'learn_sigma' must be False where dist is 'rademacher'"),
+        ({"dist": "rademacher", "sampler": "sobol"}, "'sampler' must be 'iid' where dist is 'rademacher'"),
+        ({"sampler": "sobol", "antithetic": False}, "'baseline' must be 'clean' .or antithetic=True. where sampler is"),
+        ({"sampler": "sobol", "learn_sigma": True}, "'baseline' must be 'clean' where sampler is 'sobol' and sigma is"),
+        (
+            {"sampler": "sobol", "injection": "joint"},
+            "'baseline' must be 'clean' where sampler is 'sobol' and injection",
+        ),
+        ({"seed": 2**64}, r"must be in \[-2\^63, 2\^64\)"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        gradients(mlp(), **settings)
+
+
+def test_sobol_refuses_a_mean_for_a_layer_called_twice():
+    with pytest.raises(ValueError, match="a layer is called twice"):
+        gradients(filled(Twice()), sampler="sobol")
+
+
+X, Y = batch()
+
+
+@pytest.mark.parametrize(
+    "x, y, loss_fn, message",
+    [
+        (X[:0], Y[:0], cross_entropy, "'x' must have at least one sample"),
+        (X, Y[:2], cross_entropy, r"'y' must have 3 samples on the first axis, got \[2\]"),
+        (X, torch.tensor(1), cross_entropy, "'y' must hold tensors with samples on the first axis"),
+        ([1, 2], Y, cross_entropy, "'x' must be or hold a tensor"),
+        (X, Y, F.cross_entropy, r"'loss_fn' must return one loss per row, \[6\] here .*, got \[\]"),
+        (X, Y, lambda o, t: o, r"'loss_fn' must return one loss per row, \[6\] here .*, got \[6, 3\]"),
+        (X, Y, lambda o, t: 1.0, "'loss_fn' must return one loss per row.*got float"),
+        (X, Y, lambda o, t: (o - o.cumsum(0)).sum(1), "the loss.* must have the samples on its first axis"),
+        (X.double(), Y, cross_entropy, "same dtype"),
+    ],
+)
+def test_batches_and_losses_are_checked(x, y, loss_fn, message):
+    model = mlp()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ulr.ULR(model, copies=4).backward(x, y, loss_fn)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Unreachable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.unused = nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(2, 2)
+        self.table = nn.Embedding(3, 5)
+
+    def forward(self, x):
+        return self.norm(self.fc(x)) @ self.table.weight[:, :3] + self.fc.weight.norm()
+
+
+def test_unreachable_parameters_are_named():
+    with pytest.raises(ValueError) as error:
+        gradients(Unreachable())
+    for text in (
+        "fc.weight (used by norm)",
+        "norm.weight (used by layer_norm)",
+        "table.weight (used by __getitem__)",
+        "unused.bias (met in no call)",
+        "requires_grad_(False)",
+    ):
+        assert text in str(error.value)
+    assert "fc.bias" not in str(error.value)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self, flat):
+        super().__init__()
+        self.fc, self.flat = nn.Linear(5, 3), flat
+
+    def forward(self, x):
+        steps = x.transpose(0, 1)  # [time, samples, features]
+        return (self.fc(steps.flatten(0, 1)).unflatten(0, steps.shape[:2]) if self.flat else self.fc(steps)).mean(0)
+
+
+@pytest.mark.parametrize(
+    "flat, message", [(False, "a multiple of 6 for two copies"), (True, "different values in two")]
+)
+def test_samples_must_come_first(flat, message):
+    with pytest.raises(ValueError, match=f"the input of layer 'fc'.*{message}"):
+        gradients(TimeFirst(flat), batch=batch(3, 4, 5))
+
+
+def test_samples_must_not_depend_on_one_another():
+    with pytest.raises(ValueError, match="'model' must normalise by running statistics"):
+        gradients(nn.Sequential(mlp(), nn.BatchNorm1d(3, affine=False, track_running_stats=False)))
+    with pytest.raises(ValueError, match="without random numbers, got different values"):
+        gradients(nn.Sequential(RandomScale(), mlp()))
+
+
+class RandomScale(nn.Module):
+    def forward(self, x):
+        return x * torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x += torch.tanh(self.fc(x))
+        return self.head(x)
+
+
+def test_inputs_modified_in_place():
+    """As in autograd, the input of a layer is needed after the forward; the caller's tensor is never modified."""
+    x, y = batch()
+    before = x.clone()
+    with pytest.raises(RuntimeError, match="must not be modified in place after the layer has read it"):
+        gradients(filled(InPlace()), batch=(x, y))
+    assert torch.equal(x, before)
