@@ -121,12 +121,19 @@ def test_a_full_disk_is_told_with_what_is_kept(tmp_path: Path, monkeypatch, caps
 def test_interrupting_says_where_the_checkpoint_is(tmp_path: Path):
     command = [sys.executable, "-m", "ulr_kernels", "train", "--data", "digits", "--method", "bp", "--epochs", "100000"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have had it ignored
     )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("epoch")
-    os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("epoch")
+        os.kill(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert error.strip().startswith("ulr train: interrupted; finished epochs are kept in")
     assert "Traceback" not in error

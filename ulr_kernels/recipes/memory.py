@@ -11,7 +11,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget earlier peaks, where the system allows it, so that loading data does not hide what training needs."""
+    """Forget earlier peaks, where the system allows it, so that other work does not hide what training needs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -96,7 +96,7 @@ def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
 
 def draw_cosines(path: Path, report: dict[str, Any]) -> None:
     """The cosine of estimate and truth over the epochs, one small picture per layer, next to the law."""
-    history = report["history"]
+    history, copies = report["history"], report["settings"]["copies"]
     layers = list(history[0]["cosines"])
     columns = min(len(layers), _MAX_COLUMNS)
     figure, axes = _figure(math.ceil(len(layers) / columns), columns, width=3.6, height=3.3, sharey=True)
@@ -104,13 +104,10 @@ def draw_cosines(path: Path, report: dict[str, Any]) -> None:
     marker = "o" if len(epochs) < 3 else None
     for index, (layer, axis) in enumerate(zip(layers, axes, strict=False)):
         values = [record["cosines"][layer] for record in history]
-        measured = [value["cosine"] for value in values]
-        axis.plot(epochs, measured, "o", markersize=4, color=_COLOURS[0], label="measured, one batch")
-        if "law" in values[0]:
-            law = [value["law"] for value in values]
-            axis.plot(epochs, law, "-", marker=marker, color=_COLOURS[1], label="law, with the batch's coherence")
-            axis.axhline(values[0]["law_per_sample"], linestyle=":", color="#555555", label="law, one sample")
-        axis.set_title(f"layer {layer}: {values[0]['coordinates']} outputs, {values[0]['copies']} copies")
+        measured, error, law = ([value[name] for value in values] for name in ("cosine", "cosine_error", "law"))
+        axis.errorbar(epochs, measured, error, fmt="o", markersize=4, color=_COLOURS[0], label="measured")
+        axis.plot(epochs, law, "-", marker=marker, color=_COLOURS[1], label="expected from copies and coordinates")
+        axis.set_title(f"layer {layer}, {copies[layer] if isinstance(copies, dict) else copies} copies")
         axis.set(xlim=(0.5, len(epochs) + 0.5), ylim=(0, 1.02))
         if index >= len(layers) - columns:
             axis.set_xlabel("epoch")

@@ -38,7 +38,7 @@ class Settings:
     method: str = "ulr"
     epochs: int = 20
     batch: int = 100
-    lr: float = 2e-3
+    lr: float = 1e-3
     schedule: str = "cosine"
     optimizer: str = "adam"
     weight_decay: float = 0.0

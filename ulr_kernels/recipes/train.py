@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ulr_kernels import contract
+from ulr_kernels.check import check
 from ulr_kernels.estimators import ULR
-from ulr_kernels.recipes import RecipeError, checkpoint, cosines, data, memory, models
+from ulr_kernels.recipes import RecipeError, checkpoint, data, memory, models
 from ulr_kernels.recipes.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
-_ORDER = contract.site_id("ulr_kernels.recipes.train")  # keeps the keys of the shuffles apart from all others
+# Names of streams: they keep the keys of the shuffles and of the measured cosines apart from those of the training.
+_ORDER, _COSINES = (contract.site_id(f"ulr_kernels.recipes.{name}") for name in ("order", "cosines"))
+_COSINE_STEPS = 4  # estimates per measurement
 _EVALUATION_BATCH = 1000
 
 Report = Callable[[str], None]
@@ -102,6 +105,7 @@ class Trainer:
         order = torch.randperm(len(self.train), generator=generator).to(self.device)
         total = torch.zeros((), device=self.device)
         self.model.train()
+        memory.reset_peak(self.device)
         started = time.perf_counter()
         for done, rows in enumerate(order.split(self.settings.batch), 1):
             total += self._train_step(self.inputs(self.train.images[rows]), self.train.labels[rows])
@@ -158,11 +162,21 @@ class Trainer:
         return loss.item() / len(split), right.item() / len(split)
 
     def _cosines(self) -> dict[str, dict[str, float]]:
-        """Measured on test images spread evenly over the set, with noise of their own."""
+        """By layer: how far estimates point along the true gradient, and what the law expects.
+
+        Measured on test images spread evenly over the set, with noise of their own.
+        """
         count = min(self.settings.batch, len(self.test))
         rows = torch.arange(count, device=self.device) * len(self.test) // count
         x, y = self.inputs(self.test.images[rows]), self.test.labels[rows]
-        return cosines.measure(self.model, x, y, self.loss_per_row, self.settings, self.epoch)
+        seed = contract.fold_in(contract.fold_in(self.settings.seed, _COSINES), self.epoch)
+        found = check(
+            self.model, x, y, self.loss_per_row, steps=_COSINE_STEPS, seed=seed, **self.settings.estimator
+        ).layers
+        return {
+            layer.layer: {"cosine": layer.cosine, "cosine_error": layer.cosine_error, "law": layer.law}
+            for layer in found
+        }
 
     def _figures(self, loss: float) -> dict[str, str]:
         figures = {"loss": f"{loss:.3f}"}
@@ -183,7 +197,6 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
     Raises:
         OSError: the checkpoint cannot be written; the last one is intact.
     """
-    memory.reset_peak(trainer.device)
     epochs = trainer.settings.epochs
     while trainer.epoch < epochs:
         title = f"epoch {trainer.epoch + 1}/{epochs}"
