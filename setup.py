@@ -89,6 +89,12 @@ def find_nvcc() -> str:
     raise Absent("nvcc was not found when the package was built (CUDA_HOME, PATH)")
 
 
+def nvcc_version(nvcc: str) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d[\d.]*)", text)
+    return found.group(1) if found else "unknown"
+
+
 def architectures(nvcc: str) -> tuple[str, ...]:
     """The compute capabilities to build for, those that this nvcc knows; with +PTX on the newest unless one has it."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
@@ -204,19 +210,15 @@ def build_native(target: Path) -> Tools:
             try:
                 nvcc = find_nvcc()
                 tools.architectures = architectures(nvcc)
-                tools.nvcc = (
-                    subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout.split("V")[-1].split()[0]
-                )
+                tools.nvcc = nvcc_version(nvcc)
             except Absent as reason:
                 nvcc = None
                 tools.absent["cuda"] = str(reason)
         if parts - set(tools.absent):
             made = write_ninja(compiler, include, nvcc, tools.architectures, "cpp" in parts)
             subprocess.run([ninja, "-C", str(BUILD)], check=True)
-    if requested is not None and parts & set(tools.absent):
-        raise SystemExit(
-            "ULR_BUILD: " + "; ".join(f"{part}: {tools.absent[part]}" for part in parts & set(tools.absent))
-        )
+    if requested is not None and (missing := parts & set(tools.absent)):
+        raise SystemExit("ULR_BUILD: " + "; ".join(f"{part}: {tools.absent[part]}" for part in sorted(missing)))
     target.mkdir(parents=True, exist_ok=True)
     for old in (*target.glob("_C.*.so"), *target.glob("libulr_*.so")):
         if old.name not in made:

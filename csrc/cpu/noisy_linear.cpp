@@ -78,7 +78,7 @@ class Pass {
         alignas(64) float log_sigma_sums[kScoreColumns];
     };
 
-    void load_sigma(Unit& unit) const;
+    void load_sigma(Unit& unit, int64_t col) const;
     template <typename Y, typename Base>
     void forward(const Unit& unit, int64_t draw, int64_t draws) const;
     void forward(const Unit& unit, int64_t draw, int64_t draws) const;
@@ -91,9 +91,10 @@ class Pass {
     bool antithetic_, summed_;
 };
 
-void Pass::load_sigma(Unit& unit) const {
-    for (int64_t c = 0; c < unit.cols; ++c) unit.sigma[c] = *at<float>(t_[kSigma], 0, 0, unit.col + c);
-    for (int64_t c = unit.cols; c < (unit.cols + kLanes - 1) / kLanes * kLanes; ++c) unit.sigma[c] = 1.0f;
+void Pass::load_sigma(Unit& unit, int64_t col) const {
+    unit.col = col;
+    unit.cols = std::min(width_, cols_ - col);
+    for (int64_t c = 0; c < pitch(); ++c) unit.sigma[c] = c < unit.cols ? *at<float>(t_[kSigma], 0, 0, col + c) : 1.0f;
 }
 
 template <typename Y, typename Base>
@@ -200,12 +201,11 @@ int Pass::run(int threads) {
     parallel(threads, across * down * deep, grain, [&](int64_t first, int64_t last) {
         Unit unit(spec_);
         for (int64_t i = first; i < last; ++i) {
-            const int64_t row_piece = i / across % down, draw = i / across / down * draws_of_unit_;
+            const int64_t row_piece = i % down, col = i / down % across * width_;
+            const int64_t draw = i / down / across * draws_of_unit_;
             unit.row = row_piece * height_;
-            unit.col = i % across * width_;
             unit.rows = std::min(height_, rows_ - unit.row);
-            unit.cols = std::min(width_, cols_ - unit.col);
-            load_sigma(unit);
+            if (i == first || col != unit.col) load_sigma(unit, col);
             if (scores) {
                 memset(unit.score_sums, 0, static_cast<size_t>(unit.rows * pitch()) * sizeof(float));
                 memset(unit.log_sigma_sums, 0, sizeof unit.log_sigma_sums);

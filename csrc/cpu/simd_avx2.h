@@ -24,7 +24,6 @@ inline U operator-(U a, U b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 inline U operator&(U a, U b) { return {_mm256_and_si256(a.v, b.v)}; }
 inline U operator|(U a, U b) { return {_mm256_or_si256(a.v, b.v)}; }
 inline U operator^(U a, U b) { return {_mm256_xor_si256(a.v, b.v)}; }
-inline U xor3(U a, U b, U c) { return a ^ b ^ c; }
 inline U and_or(U a, U b, U c) { return (a & b) | c; }
 inline U and_xor(U a, U b, U c) { return a ^ (b & c); }
 template <int n>
@@ -34,11 +33,18 @@ U shift_right(U a) {
 inline M not_less(U a, U b) { return _mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v); }
 inline U subtract_where(M m, U a, U b) { return {_mm256_sub_epi32(a.v, _mm256_and_si256(m, b.v))}; }
 
-inline void wide_multiply(U a, U m, U& high, U& low) {
-    const __m256i even = _mm256_mul_epu32(a.v, m.v);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), m.v);
-    high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+struct W {
+    __m256i even, odd;
+};
+
+inline W widen(U a) { return {a.v, _mm256_srli_epi64(a.v, 32)}; }
+inline U narrow(W a) { return {_mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA)}; }
+inline W multiply(W a, U m) { return {_mm256_mul_epu32(a.even, m.v), _mm256_mul_epu32(a.odd, m.v)}; }
+inline W high_xor(W product, W a, U k) {
+    const auto half = [&](__m256i p, __m256i b) {
+        return _mm256_xor_si256(_mm256_srli_epi64(p, 32), _mm256_xor_si256(b, k.v));
+    };
+    return {half(product.even, a.even), half(product.odd, a.odd)};
 }
 
 inline F set(float value) { return {_mm256_set1_ps(value)}; }

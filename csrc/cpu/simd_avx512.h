@@ -24,7 +24,6 @@ inline U operator-(U a, U b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline U operator&(U a, U b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline U operator|(U a, U b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline U operator^(U a, U b) { return {_mm512_xor_si512(a.v, b.v)}; }
-inline U xor3(U a, U b, U c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)}; }
 inline U and_or(U a, U b, U c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0xea)}; }
 inline U and_xor(U a, U b, U c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x78)}; }
 template <int n>
@@ -34,12 +33,16 @@ U shift_right(U a) {
 inline M not_less(U a, U b) { return _mm512_cmpge_epu32_mask(a.v, b.v); }
 inline U subtract_where(M m, U a, U b) { return {_mm512_mask_sub_epi32(a.v, m, a.v, b.v)}; }
 
-// Both halves of a * m. Even lanes multiply in place, odd lanes shifted down; each half then needs one masked shuffle.
-inline void wide_multiply(U a, U m, U& high, U& low) {
-    const __m512i even = _mm512_mul_epu32(a.v, m.v);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m.v);
-    high.v = _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xB1));
-    low.v = _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
+struct W {
+    __m512i even, odd;
+};
+
+inline W widen(U a) { return {a.v, _mm512_srli_epi64(a.v, 32)}; }
+inline U narrow(W a) { return {_mm512_mask_shuffle_epi32(a.even, 0xAAAA, a.odd, static_cast<_MM_PERM_ENUM>(0xA0))}; }
+inline W multiply(W a, U m) { return {_mm512_mul_epu32(a.even, m.v), _mm512_mul_epu32(a.odd, m.v)}; }
+inline W high_xor(W product, W a, U k) {
+    return {_mm512_ternarylogic_epi64(_mm512_srli_epi64(product.even, 32), a.even, k.v, 0x96),
+            _mm512_ternarylogic_epi64(_mm512_srli_epi64(product.odd, 32), a.odd, k.v, 0x96)};
 }
 
 inline F set(float value) { return {_mm512_set1_ps(value)}; }

@@ -43,7 +43,6 @@ inline U operator|(U a, U b) {
 inline U operator^(U a, U b) {
     return each<uint32_t>([&](int i) { return a.v[i] ^ b.v[i]; });
 }
-inline U xor3(U a, U b, U c) { return a ^ b ^ c; }
 inline U and_or(U a, U b, U c) { return (a & b) | c; }
 inline U and_xor(U a, U b, U c) { return a ^ (b & c); }
 template <int n>
@@ -57,12 +56,19 @@ inline U subtract_where(M m, U a, U b) {
     return each<uint32_t>([&](int i) { return m.v[i] ? a.v[i] - b.v[i] : a.v[i]; });
 }
 
-inline void wide_multiply(U a, U m, U& high, U& low) {
-    for (int i = 0; i < kLanes; ++i) {
-        const uint64_t product = static_cast<uint64_t>(a.v[i]) * m.v[i];
-        high.v[i] = static_cast<uint32_t>(product >> 32);
-        low.v[i] = static_cast<uint32_t>(product);
-    }
+using W = Lanes<uint64_t>;
+
+inline W widen(U a) {
+    return each<uint64_t>([&](int i) { return a.v[i]; });
+}
+inline U narrow(W a) {
+    return each<uint32_t>([&](int i) { return static_cast<uint32_t>(a.v[i]); });
+}
+inline W multiply(W a, U m) {
+    return each<uint64_t>([&](int i) { return (a.v[i] & 0xffffffffu) * m.v[i]; });
+}
+inline W high_xor(W product, W a, U k) {
+    return each<uint64_t>([&](int i) { return product.v[i] >> 32 ^ a.v[i] ^ k.v[i]; });
 }
 
 inline F set(float value) {
@@ -121,22 +127,22 @@ inline F signs(uint32_t bit) {
     return each<float>([&](int i) { return rademacher(bit, i); });
 }
 
-inline float widen(float value) { return value; }
-inline float widen(Bf16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
-inline float widen(Half value) {
+inline float to_fp32(float value) { return value; }
+inline float to_fp32(Bf16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+inline float to_fp32(Half value) {
     const uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
     if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
     // As a fp32 number the bits stand for 2^-112 times the value, subnormal or not; the product is exact.
     return float_of(bits_of(float_of(magnitude << 13) * 0x1p112f) | sign);
 }
 
-inline void narrow(float value, float& result) { result = value; }
-inline void narrow(float value, Bf16& result) {
+inline void from_fp32(float value, float& result) { result = value; }
+inline void from_fp32(float value, Bf16& result) {
     const uint32_t word = bits_of(value);
     const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
     result.bits = static_cast<uint16_t>(nan ? 0x7fc0u : (word + (word >> 16 & 1u) + 0x7fffu) >> 16);
 }
-inline void narrow(float value, Half& result) {
+inline void from_fp32(float value, Half& result) {
     const uint32_t word = bits_of(value), sign = word >> 16 & 0x8000u, magnitude = word & 0x7fffffffu;
     uint32_t half;
     if (magnitude > 0x7f800000u) {
@@ -153,11 +159,11 @@ inline void narrow(float value, Half& result) {
 
 template <typename T>
 F load_part(const T* p, int64_t n) {
-    return each<float>([&](int i) { return i < n ? widen(p[i]) : 0.0f; });
+    return each<float>([&](int i) { return i < n ? to_fp32(p[i]) : 0.0f; });
 }
 template <typename T>
 void store_part(T* p, F a, int64_t n) {
-    for (int i = 0; i < kLanes && i < n; ++i) narrow(a.v[i], p[i]);
+    for (int i = 0; i < kLanes && i < n; ++i) from_fp32(a.v[i], p[i]);
 }
 
 }  // namespace ULR_ISA

@@ -9,7 +9,7 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-constexpr int kStreams = 4;             // vectors of calls in flight, to hide the latency of the multiplies
+constexpr int kStreams = 3;             // vectors of calls in flight: hides the products' latency, fits in 32 registers
 constexpr int64_t kTileFloats = 2112;   // room for a tile, padding between its rows included: 16 x (128 + 4) values
 constexpr int64_t kTileColumns = 1024;  // a tile is at most so wide
 constexpr int64_t kSignColumns = 128;   // columns of a call of Philox, by distribution
@@ -66,41 +66,49 @@ inline const Octaves& octaves_of(int32_t dist) {
     return dist == ULR_LAPLACE ? laplace : normal;
 }
 
-// The words of `count` calls in sequence, to `words`, which has room for kStreams * kLanes calls more.
-inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls, int64_t count,
-                         uint32_t* words) {
+// The words of the next `streams` x kLanes calls in sequence.
+template <int streams>
+inline void philox_step(const KeySchedule& key, U block0, U row0, U draw0, Calls& calls, uint32_t* words) {
     const U m0 = set(kPhiloxM0), m1 = set(kPhiloxM1);
-    for (int64_t done = 0; done < count; done += kStreams * kLanes) {
-        U c[kStreams][4];
-        for (int s = 0; s < kStreams; ++s) {
-            c[s][0] = block0 + calls.block;
-            c[s][1] = row0 + calls.row;
-            c[s][2] = draw0 + calls.draw;
-            c[s][3] = set(0u);
-            calls.advance();
+    W c[streams][4];
+    for (int s = 0; s < streams; ++s) {
+        c[s][0] = widen(block0 + calls.block);
+        c[s][1] = widen(row0 + calls.row);
+        c[s][2] = widen(draw0 + calls.draw);
+        c[s][3] = widen(set(0u));
+        calls.advance();
+    }
+    for (int round = 0; round < 10; ++round) {
+        const U k0 = set(key.k0[round]), k1 = set(key.k1[round]);
+        for (int s = 0; s < streams; ++s) {
+            const W p0 = multiply(c[s][0], m0), p1 = multiply(c[s][2], m1);
+            c[s][0] = high_xor(p1, c[s][1], k0);
+            c[s][1] = p1;
+            c[s][2] = high_xor(p0, c[s][3], k1);
+            c[s][3] = p0;
         }
-        for (int round = 0; round < 10; ++round) {
-            const U k0 = set(key.k0[round]), k1 = set(key.k1[round]);
-            for (int s = 0; s < kStreams; ++s) {
-                U high0, low0, high1, low1;
-                wide_multiply(c[s][0], m0, high0, low0);
-                wide_multiply(c[s][2], m1, high1, low1);
-                c[s][0] = xor3(high1, c[s][1], k0);
-                c[s][1] = low1;
-                c[s][2] = xor3(high0, c[s][3], k1);
-                c[s][3] = low0;
-            }
-        }
-        for (int s = 0; s < kStreams; ++s) {
-            transpose(c[s]);
-            for (int vector = 0; vector < 4; ++vector)
-                store(words + 4 * (done + s * kLanes) + vector * kLanes, c[s][vector]);
-        }
+    }
+    for (int s = 0; s < streams; ++s) {
+        U w[4];
+        for (int word = 0; word < 4; ++word) w[word] = narrow(c[s][word]);
+        transpose(w);
+        for (int vector = 0; vector < 4; ++vector) store(words + (4 * s + vector) * kLanes, w[vector]);
     }
 }
 
+// The words of `count` calls in sequence, to `words`, which has room for 2 kLanes calls more.
+inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls, int64_t count,
+                         uint32_t* words) {
+    int64_t done = 0;
+    for (; done + kStreams * kLanes <= count; done += kStreams * kLanes)
+        philox_step<kStreams>(key, block0, row0, draw0, calls, words + 4 * done);
+    for (; done + kLanes < count; done += 2 * kLanes) philox_step<2>(key, block0, row0, draw0, calls, words + 4 * done);
+    for (; done < count; done += kLanes) philox_step<1>(key, block0, row0, draw0, calls, words + 4 * done);
+}
+
 // `count` words to noise by the octaves of a distribution (distributions.h: quantile), a multiple of kLanes.
-inline void quantiles(const Octaves& octaves, const uint32_t* words, int64_t count, float* values) {
+inline void quantiles(const Octaves& table, const uint32_t* words, int64_t count, float* values) {
+    const Octaves octaves = table;  // in registers: no store to `values` can change it
     const U low31 = set(0x7fffffffu), one = set(1u), mantissa = set(0x007fffffu), unit = set(0x3f800000u);
     const U sign = set(0x80000000u);
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -195,8 +203,8 @@ class Tile {
     const Octaves& octaves_;
     Calls calls_{1, 1};
     int64_t calls_rows_ = 1, calls_blocks_ = 1, rows_ = 0, pitch_ = 0, lead_ = 0;
-    alignas(64) uint32_t words_[kTileFloats + 4 * kStreams * kLanes];
-    alignas(64) float values_[kTileFloats + 4 * kStreams * kLanes];
+    alignas(64) uint32_t words_[kTileFloats + 8 * kLanes];
+    alignas(64) float values_[kTileFloats + 8 * kLanes];
 };
 
 }  // namespace ULR_ISA

@@ -1,8 +1,8 @@
 """The three linear ops of the cpp back end: oneDNN's products and the library's pass over the noise, tile by tile.
 
-Forward and gradient are parts of one loop: a tile of features, then a tile of rows (and copies, where each has its own x).
-The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. No operand is copied beyond a tile, and
-nothing is allocated beside the outputs but a few tiles.
+Forward and gradient are parts of one loop: a tile of features, then a tile of rows (and of copies, where each has its
+own x). The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. No operand is copied beyond a
+tile, and nothing is allocated beside the outputs but a few tiles.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ulr_kernels.backends import _native, _onednn
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
 # scores and one of the product come on top of the buffers.
-FORWARD_TILE = 2**19
+FORWARD_TILE = 2**20
 GRADIENT_TILE = 2**17
+_FP32 = torch.float32
 FEWEST = 32  # rows or features of a tile, however long they are: below this a product is inefficient
 
 
@@ -66,57 +67,66 @@ def _linear(
     draws = copies // 2 if antithetic else copies
     own_x = x.dim() == 3 and copies > 1  # each copy has its own; a single copy is the shared case
     x = x if x.dim() == 3 else x[None]
-    x, minus_x = _halves(x, antithetic and own_x)
-    y, minus_y = _halves(y, antithetic)
-    loss_weight, minus_loss_weight = _halves(loss_weight, antithetic)
-    sigma = sigma.expand(features)
-    # fp32, over all tiles, so that a bf16 buffer is rounded once; a scalar's tensor has stride 0.
-    bias_sums = None if grad_bias is None else torch.zeros(features)
-    log_sigma_total = None if grad_log_sigma is None else torch.zeros(grad_log_sigma.shape)
-    log_sigma_sums = None if log_sigma_total is None else log_sigma_total.expand(features)
-
     sizes = _tile_sizes(x, weight, grad_weight, loss_weight is not None, features)
+    in_place = y is not None and sizes.whole and (own_x or copies == 1)
+    if in_place:
+        _become_product(y, x, weight, bias)
+    xs = _halves(x, antithetic and own_x)
+    ys = _halves(y, antithetic)
+    loss_weights = _halves(loss_weight, antithetic)
+    sigma = sigma.expand(features)
+    # fp32, over all tiles, so that a bf16 buffer is rounded once; a scalar's sum has stride 0.
+    bias_sums = None if grad_bias is None else torch.zeros(features)
+    log_sigma = None if grad_log_sigma is None else torch.zeros(grad_log_sigma.shape)
+    log_sigma_sums = None if log_sigma is None else log_sigma.expand(features)
+
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
     for n in range(0, features, sizes.features):
         cols = slice(n, min(n + sizes.features, features))
-        operands = None if weight is None else _operands(weight[cols], bias if bias is None else bias[cols])
+        operands = None if weight is None or in_place else _operands(weight[cols], _part(bias, cols))
         gradient = None if grad_weight is None else _Gradient(grad_weight[cols], sizes)
-        for copy, row in _row_tiles(x.shape[0], x.shape[1], sizes.rows, positions):
+        for copy, row in _row_tiles(xs[0].shape[0], x.shape[1], sizes.rows, positions):
             use = copy if own_x else slice(0, draws)
             sample = slice(row.start // positions, -(-row.stop // positions))
-            xs = [half[copy, row] for half in (x, minus_x) if half is not None]
-            base = [None, None]
-            scores = [None, None]
-            for i, x_tile in enumerate(xs):
-                if operands is not None:
-                    base[i] = _product(x_tile, *operands)
-                if loss_weight is not None:
-                    scores[i] = torch.empty(*x_tile.shape[:2], cols.stop - n)
+            y_tiles = [_part(half, use, row, cols) for half in ys]
+            x_tiles = [_part(half, copy, row) for half in xs]
+            if operands is not None:
+                bases = [None if tile is None else _product(tile, *operands) for tile in x_tiles]
+            else:
+                bases = y_tiles
+            scores: list[Tensor | None] = [None, None]
+            if loss_weight is not None:
+                scores = [None if t is None else t.new_empty(*t.shape[:2], cols.stop - n, dtype=_FP32) for t in x_tiles]
             tensors = (
-                None if y is None else y[use, row, cols],
-                None if minus_y is None else minus_y[use, row, cols],
-                *base,
+                *y_tiles,
+                *bases,
                 sigma[cols],
-                None if loss_weight is None else loss_weight[use, sample],
-                None if minus_loss_weight is None else minus_loss_weight[use, sample],
+                *(_part(half, use, sample) for half in loss_weights),
                 *scores,
-                None if bias_sums is None else bias_sums[cols],
-                None if log_sigma_sums is None else log_sigma_sums[cols],
+                _part(bias_sums, cols),
+                _part(log_sigma_sums, cols),
             )
             at = (draw + use.start, row_offset + row.start, col_offset + n)
-            spec = _native.noise_spec(
-                key, dist, sampler, positions, *at, width=col_offset + features, antithetic=antithetic
-            )
+            width = col_offset + features
+            spec = _native.noise_spec(key, dist, sampler, positions, *at, width=width, antithetic=antithetic)
             launch(spec, tuple(None if t is None else _native.view(t) for t in tensors), threads)
             if gradient is not None:
-                for score, x_tile in zip(scores, xs, strict=False):
-                    gradient.add(score, x_tile)
+                for score, tile in zip(scores, x_tiles, strict=True):
+                    if score is not None and tile is not None:
+                        gradient.add(score, tile)
         if gradient is not None:
             gradient.store()
     if grad_bias is not None:
         grad_bias.add_(bias_sums)
     if grad_log_sigma is not None:
-        grad_log_sigma.add_(log_sigma_total)
+        grad_log_sigma.add_(log_sigma)
+
+
+def _become_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Make y the clean product, where y's rows are x's. oneDNN allocates its result, so y takes that memory over and
+    gives its own back first: a second tensor of y's size would cost more than the noise."""
+    y.untyped_storage().resize_(0)
+    y.set_(_product(x, *_operands(weight, bias)))
 
 
 def _halves(tensor: Tensor | None, antithetic: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -127,6 +137,10 @@ def _halves(tensor: Tensor | None, antithetic: bool) -> tuple[Tensor | None, Ten
     return tensor[:half], tensor[half:]
 
 
+def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:
+    return None if tensor is None else tensor[index]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiles.
 
@@ -135,19 +149,22 @@ class _Sizes(NamedTuple):
     rows: int
     features: int
     product_features: int  # of a product of scores and x
+    whole: bool  # the forward's product can be one call: no operand is copied, nothing else is in the way
 
 
 def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gradient: bool, features: int) -> _Sizes:
     rows, inputs = x.shape[0] * x.shape[1], x.shape[2]
     tile = GRADIENT_TILE if gradient else FORWARD_TILE
     longest = _even(features, max(FEWEST, tile // max(inputs, 1)))
-    whole = not gradient or (rows * features <= tile and (grad_weight is None or grad_weight.dtype == torch.float32))
+    all_features = not gradient or (rows * features <= tile and (grad_weight is None or grad_weight.dtype == _FP32))
     if weight is not None and not (_onednn.dense(weight) and _onednn.supports(weight.dtype)):
-        whole = False  # the weight is copied
-    tile_features = features if whole else longest
-    copied = not x.is_contiguous() or not _onednn.supports(x.dtype) or (gradient and x.dtype != torch.float32)
+        all_features = False
+    tile_features = features if all_features else longest
+    copied = not x.is_contiguous() or not _onednn.supports(x.dtype) or (gradient and x.dtype != _FP32)
     tile_rows = max(FEWEST, tile // max(tile_features, inputs if copied else 1))
-    return _Sizes(tile_rows, tile_features, min(longest, tile_features))
+    if whole := not gradient and all_features and not copied and inputs > 0:
+        tile_rows = rows
+    return _Sizes(tile_rows, tile_features, min(longest, tile_features), whole)
 
 
 def _even(extent: int, limit: int) -> int:
@@ -200,7 +217,7 @@ class _Gradient:
 
     def __init__(self, buffer: Tensor, sizes: _Sizes) -> None:
         self.buffer = buffer
-        self.sums = buffer if buffer.dtype == torch.float32 else torch.zeros_like(buffer, dtype=torch.float32)
+        self.sums = buffer if buffer.dtype == _FP32 else torch.zeros_like(buffer, dtype=_FP32)
         self.features = sizes.product_features
 
     def add(self, scores: Tensor, x: Tensor) -> None:

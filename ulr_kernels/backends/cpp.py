@@ -25,7 +25,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _omp_parallel() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP runtime that torch runs on, found where torch's own calls find it; None: not there."""
+    """GOMP_parallel of the OpenMP runtime that torch runs on, found as torch's own calls find it; None: it has none."""
     path = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
