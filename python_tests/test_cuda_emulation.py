@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -23,8 +26,10 @@ from test_ops import (  # noqa: F401
     test_noise_is_bitwise_the_contract,
 )
 
-from ulr_kernels import backends, use_backend
+from ulr_kernels import use_backend
 from ulr_kernels.backends import cuda
+from ulr_kernels.ops._linear import values
+from ulr_kernels.ops._op import FLOATS, Sample
 
 pytestmark = pytest.mark.pair("cuda/emulated")
 
@@ -42,8 +47,109 @@ def device(library: emulation.Library, monkeypatch: pytest.MonkeyPatch) -> Itera
         yield "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", test_ops.LINEAR)
 def test_linear(op, dtype, device) -> None:
     for sample_id in test_ops.samples(op, good=True):
         test_ops.test_linear(op, sample_id, dtype, device)
+
+
+def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Calls of several tiles along every axis, which the ops' own samples are too small for."""
+
+    def v(seed: int, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return values(seed, *shape, device="cpu", dtype=dtype)
+
+    def f(seed: int, *shape: int) -> torch.Tensor:
+        return v(seed, *shape, dtype=torch.float32)
+
+    pairs = {"antithetic": True}
+    if op == "noisy_linear":
+        yield Sample("tiles", (v(1, 140, 40), v(2, 270, 40), v(3, 270), 0.3, 11), {"copies": 2, "col_offset": 37})
+        yield Sample("one-pair", (v(4, 2, 9, 70), v(2, 30, 70), v(3, 30), 0.3, 11), {"copies": 2, **pairs})
+        yield Sample("pairs", (v(4, 4, 140, 20), v(2, 140, 20), v(3, 140), 0.3, 11), {"copies": 4, **pairs})
+        return
+
+    def call(rows: int, inputs: int, copies: int, buffers: torch.dtype, loss: float, x: torch.Tensor) -> tuple:
+        layer = () if op == "noisy_linear_grad_" else (v(21, 40, inputs), v(22, 40))
+        weight_and_bias = v(2, 40, inputs, dtype=buffers), v(3, 40, dtype=buffers)
+        return (*weight_and_bias, x, *layer, loss * f(5, copies, rows), 0.3, 11)
+
+    total, each = {"grad_log_sigma": f(7)}, {"grad_log_sigma": f(7, 40)}
+    yield Sample("panels", call(140, 540, 4, torch.float32, 1.0, v(1, 140, 540)), {**total, **pairs})
+    yield Sample("rounded-once", call(140, 540, 2, dtype, 1.0, v(1, 140, 540)), each)
+    yield Sample("separate", call(140, 530, 2, torch.float32, 1.0, v(6, 2, 140, 530)), {"col_offset": 5, **pairs})
+    yield Sample("tiny-losses", call(40, 20, 2, torch.float32, 1e-9, v(1, 40, 20)), pairs)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("op", test_ops.LINEAR)
+def test_several_tiles(op, dtype, device) -> None:
+    for sample in large(op, dtype):
+        test_ops.compare_linear(op, sample)
+
+
+@pytest.mark.parametrize("op", test_ops.LINEAR)
+def test_results_repeat_bitwise_in_any_order_of_threads(op, device, library) -> None:
+    sample = test_ops.pick(op, "wide", "cpu", torch.bfloat16)
+    expected = test_ops.compare_linear(op, sample)
+    for seed in range(2, 5):
+        library.seed(seed)
+        for result, first in zip(test_ops.compare_linear(op, sample), expected, strict=True):
+            assert torch.equal(result, first)
+
+
+def test_a_failed_launch_is_an_error_with_its_reason(library, device) -> None:
+    launch = library.provider("noise")
+    with pytest.raises(RuntimeError, match="noise: .*dtype"):
+        launch(torch.empty(2, 8, dtype=torch.float16), torch.tensor(1), [2, 8], "normal", "iid", 1, 0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The emulator itself: it must see mistakes.
+
+PLANTED = (
+    "missing_barrier",
+    "divergent_barrier",
+    "dynamic_overrun",
+    "static_overrun",
+    "missing_wait",
+    "wrong_fragment",
+)
+
+
+@pytest.fixture(scope="module")
+def planted() -> str:
+    source = emulation.HERE / "planted.cu"
+    return str(emulation.compile_library("planted", [source], emulation.SANITIZED))
+
+
+def run_planted(library: str, kernel: str, mistaken: bool, seed: int) -> subprocess.CompletedProcess:
+    script = str(emulation.HERE / "run_planted.py")
+    command = [sys.executable, script, library, str(PLANTED.index(kernel)), str(int(mistaken)), str(seed)]
+    return subprocess.run(command, env=emulation.sanitizer_environment(), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kernel", PLANTED)
+def test_the_emulator_sees_a_planted_mistake(kernel, planted) -> None:
+    expected = " ".join(str(i) for i in (range(64, 0, -1) if kernel == "missing_barrier" else range(1, 65)))
+    for seed in (1, 2):
+        correct = run_planted(planted, kernel, False, seed)
+        assert correct.returncode == 0 and correct.stdout.strip() == expected, correct.stderr
+    mistaken = run_planted(planted, kernel, True, 1)
+    if "overrun" in kernel:
+        assert mistaken.returncode != 0
+        assert "heap-buffer-overflow" in mistaken.stderr or "out of bounds" in mistaken.stderr
+    else:
+        assert mistaken.returncode == 0 and mistaken.stdout.strip() != expected
+    assert kernel != "divergent_barrier" or mistaken.stdout.strip() == "failed"
+
+
+def test_kernels_under_sanitizers() -> None:
+    """Samples of every op, in a process of its own that an out-of-bounds access or undefined behaviour ends."""
+    library = emulation.kernels(emulation.SANITIZED)
+    script = str(pathlib.Path(__file__).parent / "cuda_sanitized.py")
+    command = [sys.executable, script, str(library)]
+    done = subprocess.run(command, env=emulation.sanitizer_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout) >= 40  # samples run

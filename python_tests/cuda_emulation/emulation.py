@@ -24,7 +24,12 @@ SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 def compile_library(name: str, sources: list[pathlib.Path], mode: tuple[str, ...] = PLAIN) -> pathlib.Path:
     """A shared library of CUDA sources, made once for each state of all sources and flags."""
-    headers = [*ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/include/ulr/*"), *HERE.glob("*.h"), *HERE.glob("include/*")]
+    headers = [
+        *ROOT.glob("csrc/cuda/*.cuh"),
+        *ROOT.glob("csrc/include/ulr/*"),
+        *HERE.glob("*.h"),
+        *HERE.glob("include/*"),
+    ]
     sources = [*sources, HERE / "emulator.cpp"]
     state = hashlib.sha256(repr((FLAGS, mode)).encode())
     for path in sorted([*headers, *sources]):
@@ -34,7 +39,9 @@ def compile_library(name: str, sources: list[pathlib.Path], mode: tuple[str, ...
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    pending = [(s, ["g++", "-x", "c++", *FLAGS, *mode, "-c", str(s), "-o", str(folder / f"{s.stem}.o")]) for s in sources]
+    pending = [
+        (s, ["g++", "-x", "c++", *FLAGS, *mode, "-c", str(s), "-o", str(folder / f"{s.stem}.o")]) for s in sources
+    ]
     running: list[tuple[pathlib.Path, subprocess.Popen]] = []
     while pending or running:
         while pending and len(running) < (os.cpu_count() or 1):
@@ -53,6 +60,13 @@ def compile_library(name: str, sources: list[pathlib.Path], mode: tuple[str, ...
 
 def kernels(mode: tuple[str, ...] = PLAIN) -> pathlib.Path:
     return compile_library("ulr_emulated", sorted(ROOT.glob("csrc/cuda/*.cu")), mode)
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """For a process that opens a sanitized library: the address sanitizer must be the first library in it."""
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Python keeps memory until it ends, which is no leak of ours.
+    return {**os.environ, "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 class Library:
