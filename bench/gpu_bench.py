@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--seconds", default=150.0, type=float, help="of the search for tiles")
     parser.add_argument("--out", default=Path("build/gpu"), type=Path)
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device")
     if options.part == "facts":
         print(json.dumps(machine.facts(options.device)))
     else:

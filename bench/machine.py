@@ -88,20 +88,24 @@ def median_seconds(run: Callable[[int], object], budget: float = 0.3) -> float:
 
 
 def cpu_ceilings() -> dict[str, dict[str, Any]]:
-    """By number of threads: bytes/s of a copy, operations/s of oneDNN's products (a multiply-add is 2), noise values/s.
+    """By number of threads: bytes/s of a copy or a fill, operations/s of oneDNN's products, noise values/s.
 
+    A multiply-add is two operations.
     The noise rate is the library's own fill of a buffer that stays in the cache: what the kernel takes where nothing
     else does. Keys are strings, as in the JSON that this goes into.
     """
     before, result = torch.get_num_threads(), {}
     source, target = torch.ones(2**24), torch.empty(2**24)
     square = rows.normal(0, 1024, 1024, device="cpu")
-    bias, key, out = torch.zeros(1024), rows.key_of(0, "cpu"), torch.empty(64, 1024)
+    bias, key, out = torch.zeros(1024), rows.key_of(0, "cpu"), torch.empty(256, 1024)
     for threads in sorted({1, before}):
         torch.set_num_threads(threads)
         ceilings = {
             "overlap": False,
-            "bytes": 2 * 4 * source.numel() / median_seconds(lambda i: target.copy_(source)),
+            "bytes": max(
+                2 * 4 * source.numel() / median_seconds(lambda i: target.copy_(source)),
+                4 * source.numel() / median_seconds(lambda i: target.fill_(i)),
+            ),
         }
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             a, b = square.to(dtype), bias.to(dtype)

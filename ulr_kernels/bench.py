@@ -207,18 +207,19 @@ def headline(facts: dict[str, Any]) -> str:
 
 
 def draw(found: list[Line], facts: dict[str, Any], path: Path) -> None:
-    """A bar for each rival's time or memory over the library's, on a log scale, with a mark where there is a goal."""
+    """A bar for each rival's time over the library's, and each memory goal's, on a log scale; a mark at each goal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    found = [line for line in found if line.what == "time" or line.goal is not None]
     colours = {None: "#8aa4c8", True: "#4a9c6d", False: "#c8553d"}
     figure = Figure(figsize=(11, 1.2 + 0.27 * len(found)), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
     for place, line in enumerate(reversed(found)):
-        axes.barh(place, line.ratio, color=colours[line.met], height=0.7, zorder=2)
-        axes.text(line.ratio, place, f" {line.ratio:.3g}x", va="center", fontsize=8)
+        axes.barh(place, line.ratio - 1, left=1, color=colours[line.met], height=0.7, zorder=2)
+        axes.text(max(line.ratio, line.goal or 1, 1), place, f"  {line.ratio:.3g}x", va="center", fontsize=8)
         if line.goal is not None:
-            axes.plot([line.goal] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2, zorder=3)
+            axes.plot([line.goal] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2, zorder=3)
     names = [
         f"{line.row}{' memory' if line.what == 'memory' else ''}{line.name.removeprefix('ulr')}   vs {line.rival}"
         for line in found
@@ -228,7 +229,7 @@ def draw(found: list[Line], facts: dict[str, Any], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8, zorder=1)
     axes.set_ylim(-0.8, len(found) - 0.2)
     axes.margins(x=0.12)
-    axes.set_xlabel("rival's median / ulr_kernels's median; right of 1 ulr_kernels is faster; black mark: the goal")
+    axes.set_xlabel("how many times ulr_kernels's time (or memory) the rival takes; black mark: the goal")
     axes.grid(axis="x", which="both", color="#dddddd", linewidth=0.5, zorder=0)
     axes.set_title(headline(facts), fontsize=8)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # TestU01 over the words of the noise contract: bench/quality/run.sh [small|crush] [stream...]
-# Streams: col row draw key (the default: all four), and weak, a generator that must fail.
-# Needs TestU01 (Debian and Ubuntu: libtestu01-0-dev, in non-free). SmallCrush takes under a minute a stream, Crush
-# about an hour. Logs go to bench/quality/results/<battery>-<stream>.log.
+# Streams: col row draw key (the default: all four), and weak, a generator that must fail. col:73 repeats test 73 alone,
+# ten times over successive parts of the stream: what to do with a suspect value.
+# Needs TestU01 (Debian and Ubuntu: libtestu01-0-dev, in non-free). SmallCrush takes ten seconds a stream, Crush
+# half an hour. Logs go to bench/quality/results/<battery>-<stream>.log.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -23,11 +24,12 @@ ${CXX:-g++} -O3 -std=c++17 -Wall -Wextra -march=native -I csrc/include bench/qua
 
 status=0
 for stream in "${streams[@]}"; do
-    log="$results/$battery-$stream.log"
+    log="$results/$battery-${stream/:/-}.log"
     {
         echo "# $(date -u +%FT%TZ), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)," \
             "$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1), $(${CXX:-g++} --version | head -1)"
-        "$program" "$battery" "$stream" && code=0 || code=$?
+        # shellcheck disable=SC2086  # a stream and the number of a test are two words
+        "$program" "$battery" ${stream/:/ } && code=0 || code=$?
     } >"$log.part"
     mv "$log.part" "$log"
     tail -1 "$log"

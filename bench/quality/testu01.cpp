@@ -1,11 +1,15 @@
 // TestU01 over the words of the noise contract, taken along one coordinate while the others stay at 0.
 // L'Ecuyer, Simard: TestU01: A C library for empirical testing of random number generators. ACM TOMS 33 (2007).
 //
-//     testu01 small|crush col|row|draw|key|weak
+//     testu01 small|crush col|row|draw|key|weak [TEST]
+//
+// With a TEST's number, that test alone, ten times over successive parts of the stream: what to do with a suspect
+// value.
 //
 // Coordinates end at 2^32 (columns at 2^34). A battery that wants more words goes on with the next row, or the next
 // draw for rows. `weak` is no stream of ours: a Weyl sequence, which must fail, so that a pass says something.
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 extern "C" {
@@ -19,6 +23,7 @@ extern "C" {
 namespace {
 
 constexpr int64_t kKey = 0x243F6A8885A308D3;  // digits of pi: any key would do, and this one was not chosen by result
+constexpr int kRepeats = 10, kTests = 96;     // Crush has 96 tests, SmallCrush 10
 constexpr double kFailure = 1e-10;            // beyond chance for the few hundred statistics of all runs together
 const ulr::KeySchedule kSchedule(kKey);
 
@@ -58,6 +63,21 @@ struct Stream {
 constexpr Stream kStreams[] = {
     {"col", along_col}, {"row", along_row}, {"draw", along_draw}, {"key", along_key}, {"weak", weak}};
 
+bool run(const char* battery, unif01_Gen* generator, int test) {
+    const bool small = !strcmp(battery, "small");
+    if (!small && strcmp(battery, "crush")) return false;
+    if (test) {
+        int repeats[1 + kTests] = {};
+        repeats[test] = kRepeats;
+        swrite_Basic = TRUE;  // the summary would not show the values within bounds
+        small ? bbattery_RepeatSmallCrush(generator, repeats) : bbattery_RepeatCrush(generator, repeats);
+    } else {
+        swrite_Basic = FALSE;  // the summary holds every statistic out of bounds
+        small ? bbattery_SmallCrush(generator) : bbattery_Crush(generator);
+    }
+    return true;
+}
+
 int report(const char* battery, const char* stream) {
     int suspect = 0, failed = 0;
     for (int i = 0; i < bbattery_NTests; ++i) {
@@ -66,8 +86,8 @@ int report(const char* battery, const char* stream) {
         suspect += p < 1e-3 || p > 1 - 1e-3;
         failed += p < kFailure || p > 1 - kFailure;
     }
-    printf("\nulr: %s over %s: %d statistics, %d outside [0.001, 0.999] (%.1f expected), %d failed; %llu words\n", battery,
-           stream, bbattery_NTests, suspect, 2e-3 * bbattery_NTests, failed,
+    printf("\nulr: %s over %s: %d statistics, %d outside [0.001, 0.999] (%.1f expected), %d failed; %llu words\n",
+           battery, stream, bbattery_NTests, suspect, 2e-3 * bbattery_NTests, failed,
            static_cast<unsigned long long>(position));
     return failed ? 1 : 0;
 }
@@ -75,23 +95,18 @@ int report(const char* battery, const char* stream) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc == 3)
+    const int test = argc == 4 ? atoi(argv[3]) : 0;
+    if (argc == 3 || (argc == 4 && test > 0 && test <= kTests))
         for (const Stream& stream : kStreams) {
             if (strcmp(argv[2], stream.name)) continue;
             char name[64];
             snprintf(name, sizeof name, "ulr noise words along %s", stream.name);
             unif01_Gen* generator = unif01_CreateExternGenBits(name, stream.next);
-            swrite_Basic = FALSE;  // the summary holds every statistic out of bounds
-            if (!strcmp(argv[1], "small"))
-                bbattery_SmallCrush(generator);
-            else if (!strcmp(argv[1], "crush"))
-                bbattery_Crush(generator);
-            else
-                break;
+            if (!run(argv[1], generator, test)) break;
             const int code = report(argv[1], stream.name);
             unif01_DeleteExternGenBits(generator);
             return code;
         }
-    fprintf(stderr, "usage: testu01 small|crush col|row|draw|key|weak\n");
+    fprintf(stderr, "usage: testu01 small|crush col|row|draw|key|weak [TEST]\n");
     return 2;
 }
