@@ -49,14 +49,16 @@ build() {
 }
 
 tests() {
+    local workers=() # kernels compile on the host, so more processes help where pytest-xdist is there
+    $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
     stage tests 400 tests.txt $PYTHON -m pytest python_tests -q -p no:cacheprovider --require cuda,triton \
-        -k "cuda/cuda or triton/cuda" --durations=10
+        -k "cuda/cuda or triton/cuda" --durations=10 "${workers[@]}"
 }
 
 rows() {
     stage rows 300 rows.log $PYTHON -m bench.gpu_bench rows --out "$out"
     # The table repeats what the log shows; keep what the log alone knows.
-    grep -E "cannot run|exit code|Error" "$out/rows.log" >>"$out/gpu.txt" || true
+    grep -E "cannot run|failed rows|exit code|Error" "$out/rows.log" >>"$out/gpu.txt" || true
     rm -f "$out/rows.log"
 }
 

@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def extra_bytes(run: Callable[[], object], device: str) -> int | None:
 
 
 def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]:
-    """A row's contestants in turn, sweep by sweep, as on the CPU. One that cannot run is named, and left out."""
+    """A row's contestants in turn, sweep by sweep, as on the CPU. A rival that cannot run is named, and left out."""
     sets, calls, held = row.sets(), {}, {}
     for name, contestant in row.contestants.items():
         keep = contestant.keep
@@ -83,7 +84,9 @@ def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]
                         lambda c=contestant, k=keep: c.run(*sets[0], *([k(*sets[0])] if k else [])), device
                     )
             calls[name] = itertools.cycle(kept)
-        except Exception as error:  # a rival or a back end that is absent must not end the others
+        except Exception as error:
+            if bench.is_ours(name):
+                raise
             print(f"{row.name}: {name} cannot run: {str(error).splitlines()[0]}", flush=True)
     for sweep, (name, arguments) in itertools.product(range(SWEEPS), calls.items()):
         contestant = row.contestants[name]
@@ -112,14 +115,21 @@ def run_rows(options: argparse.Namespace) -> None:
     facts = machine.facts(options.device)
     limits = {options.device: ceilings(options.device, options.small, options.backends[0])}
     found: list[bench.Measurement] = []
+    failed: list[str] = []
     for key, make in rows.gpu_rows(options.backends, options.small, options.device).items():
-        found += measure(f"gpu-{key}", make(), options.device)
+        try:
+            found += measure(f"gpu-{key}", make(), options.device)
+        except Exception:  # the rows after it may still tell something
+            failed.append(key)
+            traceback.print_exc()
         if options.device == "cuda":
             torch.cuda.empty_cache()
         lines = list(bench.lines(found, limits))
         if lines:
             bench.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": limits})
     print(bench.table(list(bench.lines(found, limits))))
+    if failed:
+        raise SystemExit(f"failed rows: {', '.join(failed)}")
 
 
 def run_samples(options: argparse.Namespace) -> None:

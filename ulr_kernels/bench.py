@@ -266,7 +266,7 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         import pytest
         import pytest_benchmark  # noqa: F401
     except ImportError as error:
-        raise RecipeError(f"bench needs {error.name}: pip install '.[dev]'") from None
+        raise RecipeError(f"bench needs {error.name}: pip install '.[test,train]'") from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
         command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-quiet", f"--benchmark-json={path}"]
