@@ -27,9 +27,9 @@ from test_ops import (  # noqa: F401
 
 from ulr_kernels import use_backend
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.ops import noisy_linear
+from ulr_kernels.ops import noisy_linear, noisy_linear_grad_
 
-# Every sample in fp32; in the half types, whose products alone differ, the samples that make the kernel take other ways.
+# Every sample in fp32; in the half types, whose products alone differ, samples that take other ways in the kernel.
 HALF = ("separate", "signs", "wide", "strided", "same-dtype", "no-inputs")
 
 
@@ -55,16 +55,16 @@ def test_the_tile_does_not_enter_the_noise(device, monkeypatch) -> None:
     assert torch.equal(expected, noisy_linear(x, weight, None, 1.0, 5, copies=4, antithetic=True))
 
 
-def test_gradients_repeat_bitwise(device) -> None:
-    sample = test_ops.pick("noisy_linear_grad_", "log-sigma", "cpu", torch.float32)
+def test_one_log_sigma_over_many_tiles(device) -> None:
+    """Programs of several tiles of features add to one number: once each, and in an order that does not vary."""
+    x, loss_weight = (test_ops.noise(shape, 3, device="cpu") for shape in ((9, 5), (4, 9)))
+    weight = torch.zeros(300, 5)
 
-    def gradients() -> list[torch.Tensor]:
-        buffers = [b.clone() for b in sample.args[:2]]
-        scalar = sample.kwargs["grad_log_sigma"].clone()
-        test_ops.OPS["noisy_linear_grad_"].function(
-            *buffers, *sample.args[2:], **{**sample.kwargs, "grad_log_sigma": scalar}
-        )
-        return [*buffers, scalar]
+    def gradient(shape: tuple[int, ...]) -> torch.Tensor:
+        by_log_sigma = torch.zeros(shape)
+        noisy_linear_grad_(weight, None, x, loss_weight, 0.5, 7, antithetic=True, grad_log_sigma=by_log_sigma)
+        return by_log_sigma
 
-    for first, second in zip(gradients(), gradients(), strict=True):
-        assert torch.equal(first, second)
+    scalar = gradient(())
+    assert torch.allclose(scalar, gradient((300,)).sum(), rtol=1e-5)
+    assert torch.equal(scalar, gradient(()))

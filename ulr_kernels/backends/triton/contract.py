@@ -1,11 +1,13 @@
+# mypy: disable-error-code="assignment"
 """The noise contract on tiles: `ulr_kernels.contract`, bit for bit, in Triton.
 
 A tile is BR rows by BC columns. Its columns begin where a call of Philox begins (a column that 4, or for signs 128,
 divides), so that a tile's calls are used whole. `source` is what `open_source` returns: values that stay in registers.
 
-Why it looks as it does, in instructions of a sm_90 cubin: a 64-bit product gives both halves of Philox's product in one
-IMAD.WIDE; a table row of 48 bytes, of which 24 are used, is addressed by one IMAD.WIDE (a power of two would take a pair
-of LEA) and read by two aligned loads; bit masks are read from memory because ptxas sets a constant anew at each use.
+Why it looks as it does, in instructions of a sm_90 cubin: a 64-bit product gives both halves of Philox's product in
+one IMAD.WIDE; a table row of 48 bytes, of which 24 are used, is addressed by one IMAD.WIDE (a power of two would take a
+pair of LEA) and read by two aligned loads; bit masks are read from memory because ptxas sets a constant anew at each
+use; and work that needs no whole tile is done on parts of it, which never leave their thread.
 """
 
 import triton
@@ -109,7 +111,7 @@ def quantile(words, source):
 
 @triton.jit
 def sign_halves(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
-    """uint32 [BR, BC / 16]: half words of signs, the bit of column 2 j at 2 j and that of column 2 j + 1 at 2 j + 16."""
+    """uint32 [BR, BC / 16]: half words of signs: the bit of column 2 j is bit 2 j, that of 2 j + 1 is bit 2 j + 16."""
     w0, w1, w2, w3 = _words(rows, first, draw, source, BR, BC // 128)
     words = join_parts((w0, w1, w2, w3))
     low = (words & 0x5555) | ((words & 0xAAAA) << 15)
@@ -119,7 +121,7 @@ def sign_halves(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def sign_pairs(halves, j, source):
-    """uint32: columns 2 j and 2 j + 1 of half words as two bf16, the even column's in the low half: one shift for two."""
+    """uint32: columns 2 j and 2 j + 1 of half words as two bf16, the even one in the low half: one shift for both."""
     return ((halves << (15 - 2 * j)) & source[5]) | 0x3F803F80
 
 
@@ -145,45 +147,51 @@ def _sobol_points(rows, first, draw, directions, positions, width, word: tl.cons
 
 
 @triton.jit
-def noise_parts(
+def raw_noise(
     rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    """Noise of uint32 `rows` and of the columns from call `first` on: a tuple of P fp32 tiles [BR, BC / P].
-
-    Part p holds columns p, p + P ... : P is 4, the words of a call, or for signs 16, half a word. Work on parts needs no
-    exchange between threads. `directions` None: no Sobol.
-    """
+    """The random bits of a tile: uint32 `rows`, and the columns from call `first` on. `directions` None: no Sobol."""
     if DIST == RADEMACHER:
-        halves = sign_halves(rows, first, draw, source, BR, BC)
-        parts = ()
-        for j in tl.static_range(8):
-            parts = parts + _split_pairs(sign_pairs(halves, j, source))
-        return parts
+        return (sign_halves(rows, first, draw, source, BR, BC),)
     else:
         CALLS: tl.constexpr = BC // 4
         if directions is None:
-            w0, w1, w2, w3 = _words(rows, first, draw, source, BR, CALLS)
+            return _words(rows, first, draw, source, BR, CALLS)
         else:
             w0, w1, w2, w3 = _words(rows, first, draw - draw, source, BR, CALLS)
             w0 ^= _sobol_points(rows, first, draw, directions, positions, width, 0, CALLS)
             w1 ^= _sobol_points(rows, first, draw, directions, positions, width, 1, CALLS)
             w2 ^= _sobol_points(rows, first, draw, directions, positions, width, 2, CALLS)
             w3 ^= _sobol_points(rows, first, draw, directions, positions, width, 3, CALLS)
-        return quantile(w0, source), quantile(w1, source), quantile(w2, source), quantile(w3, source)
+            return w0, w1, w2, w3
 
 
 @triton.jit
-def noise_tile(
-    rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """The same as one tile, fp32 [BR, BC]."""
+def noise_parts(raw, source, DIST: tl.constexpr):
+    """The noise as a tuple of P fp32 tiles [BR, BC / P]: part p holds columns p, p + P ...
+
+    P is 4, the words of a call, or for signs 16, half a word. Work on parts needs no exchange between threads.
+    """
     if DIST == RADEMACHER:
-        halves = sign_halves(rows, first, draw, source, BR, BC)
-        halves = tl.broadcast_to(halves[:, :, None], (BR, BC // 16, 8))
-        pairs = sign_pairs(halves, tl.arange(0, 8).to(tl.uint32)[None, None, :], source).reshape(BR, BC // 2)
+        parts = ()
+        for j in tl.static_range(8):
+            parts = parts + _split_pairs(sign_pairs(raw[0], j, source))
+        return parts
+    else:
+        return quantile(raw[0], source), quantile(raw[1], source), quantile(raw[2], source), quantile(raw[3], source)
+
+
+@triton.jit
+def noise_tile(raw, source, DIST: tl.constexpr):
+    """The noise as one fp32 tile [BR, BC]."""
+    if DIST == RADEMACHER:
+        BR: tl.constexpr = raw[0].shape[0]
+        HALVES: tl.constexpr = raw[0].shape[1]
+        halves = tl.broadcast_to(raw[0][:, :, None], (BR, HALVES, 8))
+        pairs = sign_pairs(halves, tl.arange(0, 8).to(tl.uint32)[None, None, :], source).reshape(BR, HALVES * 8)
         return join_parts(_split_pairs(pairs))
     else:
-        return join_parts(noise_parts(rows, first, draw, source, directions, positions, width, DIST, BR, BC))
+        return join_parts(noise_parts(raw, source, DIST))
 
 
 @triton.jit

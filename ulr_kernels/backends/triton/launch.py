@@ -14,7 +14,7 @@ from ulr_kernels import contract, tables
 from ulr_kernels.backends.triton import contract as tile_contract
 from ulr_kernels.backends.triton import interpreter
 
-DISTRIBUTION_CODES = {"normal": 0, "laplace": 1, "rademacher": 2}
+DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in contract.DISTRIBUTIONS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Launch:
             )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table(dist: str, device: torch.device) -> Tensor:
     """uint32: the rows of coefficients, padded to 12 words, then the bit masks of `contract.open_source`."""
     rows = getattr(tables, dist.upper(), tables.NORMAL)

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from ulr_kernels import contract
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source
+from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.contract import philox as philox_rounds
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
 
 BLOCK = 128
-FOLD_IN_COUNTER = tl.constexpr(contract.FOLD_IN_COUNTER)
 
 
 @triton.jit
@@ -34,9 +33,8 @@ def philox_kernel(out, counter, key, count, stride_call, stride_word, stride_key
 
 
 def philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> None:
-    launch = philox_launch(out, counter, key)
     if out.numel():
-        launch.run()
+        philox_launch(out, counter, key).run()
 
 
 def philox_launch(out: Tensor, counter: Tensor, key: Tensor) -> Launch:
@@ -100,7 +98,7 @@ def noise_kernel(
     table,
     directions,
     rows,
-    cols,
+    cols: tl.int64,  # 2^34 fit the contract
     draw: tl.uint32,
     row_offset: tl.uint32,
     first: tl.uint32,
@@ -117,11 +115,12 @@ def noise_kernel(
     col_tile = (tile % tiles).to(tl.int64)
     row = (tile // tiles).to(tl.int64) * BR + tl.arange(0, BR)
     col = col_tile * BC - shift + tl.arange(0, BC)
-    eps = noise_tile(
+    source = open_source(key, table)
+    raw = raw_noise(
         tl.cast(row_offset, tl.uint32) + row.to(tl.uint32),
         tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32),
         tl.cast(draw, tl.uint32),
-        open_source(key, table),
+        source,
         directions,
         positions,
         tl.cast(width, tl.int32),
@@ -130,7 +129,7 @@ def noise_kernel(
         BC,
     )
     inside = (row < rows)[:, None] & ((col >= 0) & (col < cols))[None, :]
-    tl.store(out + row[:, None] * cols + col[None, :], eps, mask=inside)
+    tl.store(out + row[:, None] * cols + col[None, :], noise_tile(raw, source, DIST), mask=inside)
 
 
 def noise(out: Tensor, key: Tensor, shape: list[int], dist: str, *which) -> None:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source
+from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 
 
@@ -30,7 +30,7 @@ def product_tile(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """x W^T + b of a tile, fp32 [BR, BC]. `row` and `col` are int64; fp32 operands are multiplied without tensor cores."""
+    """x W^T + b of a tile, fp32 [BR, BC]; `row` and `col` are int64. fp32 is multiplied without tensor cores."""
     k = tl.arange(0, BK)
     x_tile = x + row[:, None] * stride_x_row + k[None, :] * tl.cast(stride_x_input, tl.int64)
     weight_tile = weight + col[None, :] * stride_weight_col + k[:, None] * tl.cast(stride_weight_input, tl.int64)
@@ -115,10 +115,11 @@ def noisy_linear_kernel(
     rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
     calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
     for d in range(begin, min(begin + draws_here, draws)):
-        eps = noise_tile(
+        raw = raw_noise(
             rows_of_noise, calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32), source, directions, positions,
             tl.cast(width, tl.int32), DIST, BR, BC,
         )  # fmt: skip
+        eps = noise_tile(raw, source, DIST)
         tl.store(y_tile + d * copy_size, tl.fma(scale, eps, clean).to(y.dtype.element_ty), mask=inside)
         if ANTITHETIC:
             tl.store(y_tile + (d + draws) * copy_size, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 """noisy_linear_grad_ and noisy_linear_replay_: the score, reduced over copies, as an operand of the product with x."""
 
 import torch
@@ -6,7 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_parts, open_source, score
+from ulr_kernels.backends.triton.contract import (
+    RADEMACHER,
+    join_parts,
+    noise_parts,
+    noise_tile,
+    open_source,
+    raw_noise,
+    score,
+)
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
 
@@ -56,7 +65,7 @@ def _log_weighted(total, factor, parts, DIST: tl.constexpr):
 
 @triton.jit
 def _add_scalar(buffer, partials, ticket, value, tile, tile_count):
-    """buffer[0] += the sum of each tile's value, in the order of the tiles whichever program comes last: it adds them up.
+    """buffer[0] += the sum of each tile's value: the program that comes last adds them up, in the order of the tiles.
 
     `ticket` counts the programs that have arrived, and is 0 again when the last one leaves.
     """
@@ -116,10 +125,10 @@ def gradient_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program owns a tile [BC features, BK inputs] of the gradient and goes through all rows, so nothing is raced for.
+    """A program owns a tile [BC features, BK inputs] of the gradient and goes through all rows, alone and in order.
 
     With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
-    of some features, tile of rows i goes to number i mod their count.
+    that share features, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     P: tl.constexpr = 16 if DIST == RADEMACHER else 4
@@ -148,9 +157,8 @@ def gradient_kernel(
         x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
         x_inside = row_inside[:, None] & k_inside[None, :]
         losses = loss_weight + row // positions * stride_loss_sample
-        nothing = _no_parts(P, BR, BC)
-        reduced = nothing
-        reduced_log = nothing
+        reduced = _no_parts(P, BR, BC)
+        reduced_log = _no_parts(P, BR, BC)
         if y is not None:
             mine = row_tile % input_tiles == input_tile
             inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
@@ -164,32 +172,33 @@ def gradient_kernel(
         for d in range(draws):
             rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
             this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
-            eps = noise_parts(
+            raw = raw_noise(
                 rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
             )
+            parts = noise_parts(raw, source, DIST)
             copy = tl.cast(d, tl.int64)
             plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
             minus = tl.zeros_like(plus)
             if ANTITHETIC:
                 minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-            reduced = _weighted(reduced, plus - minus, eps, DIST)  # the score is odd
+            reduced = _weighted(reduced, plus - minus, parts, DIST)  # the score is odd
             if grad_log_sigma is not None:
-                reduced_log = _log_weighted(reduced_log, plus + minus, eps, DIST)
+                reduced_log = _log_weighted(reduced_log, plus + minus, parts, DIST)
             if not SHARED and grad_weight is not None:
                 x_copy = x_tile + copy * stride_x_copy
-                slope = join_parts(_weighted(nothing, plus, eps, DIST))
-                total = _transposed_product(slope, tl.load(x_copy, mask=x_inside, other=0), total)
+                slope = score(noise_tile(raw, source, DIST), DIST)
+                total = _transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
                 if ANTITHETIC:
-                    slope = join_parts(_weighted(nothing, -minus, eps, DIST))
-                    total = _transposed_product(slope, tl.load(x_copy + mirror_x, mask=x_inside, other=0), total)
+                    x_mirror = tl.load(x_copy + mirror_x, mask=x_inside, other=0)
+                    total = _transposed_product(-minus * slope, x_mirror, total)
             if y is not None:
-                eps_tile = join_parts(eps)
+                eps = noise_tile(raw, source, DIST)
                 if not SHARED:
                     clean = product_tile(
                         x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
                         stride_x_input, stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
                     )  # fmt: skip
-                noised = tl.fma(scale[None, :], eps_tile, clean)
+                noised = tl.fma(scale[None, :], eps, clean)
                 tl.store(y_tile + copy * copy_size, noised.to(y.dtype.element_ty), mask=inside)
                 if ANTITHETIC:
                     if not SHARED:
@@ -198,7 +207,7 @@ def gradient_kernel(
                             stride_x_row, stride_x_input, stride_weight_col, stride_weight_input, stride_bias,
                             BR, BC, BK,
                         )  # fmt: skip
-                    noised = tl.fma(-scale[None, :], eps_tile, clean)
+                    noised = tl.fma(-scale[None, :], eps, clean)
                     tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
         reduced_tile = join_parts(reduced)
         if SHARED and grad_weight is not None:
@@ -257,7 +266,8 @@ def gradient_launch(
     """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
     features = next(b.shape[0] for b in (grad_weight, grad_bias) if b is not None)
     copies, rows, inputs = loss_weight.shape[0], x.shape[-2], x.shape[-1]
-    tile = (tiles.GRADIENT if y is None else tiles.REPLAY)[dist, x.element_size()]
+    summed = x.dim() == 2 and y is None
+    tile = (tiles.GRADIENT if summed else tiles.GRADIENT_PER_DRAW)[dist, x.element_size()]
     which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
     col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
     input_tiles = max(cdiv(inputs, tile.inputs), 1) if grad_weight is not None else 1
