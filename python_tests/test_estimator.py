@@ -283,3 +283,12 @@ def test_bfloat16():
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0) > 0.99
+
+
+def test_learnt_sigma_of_a_bare_parameter_is_one_number():
+    """How a bare parameter is used, and so which of its axes are features, shows in a call only."""
+    model = Functional("@")
+    estimator = ulr.ULR(model, copies=4, learn_sigma=True)
+    assert [tuple(p.shape) for p in estimator.parameters()] == [(), (3,)]
+    estimator.backward(*batch(), cross_entropy)
+    assert all(p.grad.abs().sum() > 0 for p in estimator.parameters())

@@ -3,6 +3,7 @@
 A table maps a torch function to a reader, `read(args, kwargs, origin) -> call or None`. `origin` tells which parameter
 a tensor is, and whether it is that parameter's transpose. The call that a reader returns is what the estimator uses:
 
+    call.x                   the input
     call.parameters          the layer's own parameters, the one that names it first; empty if it has none
     call.clean()             the layer's output
     call.noised(...)         the output of C copies, with noise
