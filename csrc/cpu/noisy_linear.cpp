@@ -63,7 +63,8 @@ class Pass {
 
   private:
     bool has(Argument a) const { return t_[a].data != nullptr; }
-    int64_t pitch() const { return (width_ + kLanes - 1) / kLanes * kLanes; }
+    // For the widest lanes there are, so that the split into units, hence each sum's order, is the same for all.
+    int64_t pitch() const { return (width_ + 15) / 16 * 16; }
     float weight(Argument a, int64_t draw, int64_t row) const {
         return *at<float>(t_[a], 0, draw, row / spec_.positions);
     }

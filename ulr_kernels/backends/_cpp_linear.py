@@ -114,6 +114,7 @@ def _linear(
                 for score, tile in zip(scores, x_tiles, strict=True):
                     if score is not None and tile is not None:
                         gradient.add(score, tile)
+            del bases, scores, tensors  # before the next tile's are allocated
         if gradient is not None:
             gradient.store()
     if grad_bias is not None:
