@@ -220,6 +220,17 @@ def test_unreachable_parameters_are_named():
     assert "fc.bias" not in str(error.value)
 
 
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_parametrised_weights_are_named(learn_sigma):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
+    with pytest.raises(ValueError, match=r"0.parametrizations.weight.original0 \(used by"):
+        gradients(model, learn_sigma=learn_sigma)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    _, found = gradients(model, learn_sigma=learn_sigma)
+    assert set(found) == {"0.bias"}
+
+
 class TimeFirst(nn.Module):
     def __init__(self, flat):
         super().__init__()

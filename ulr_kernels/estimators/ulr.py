@@ -92,11 +92,12 @@ class ULR:
 
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
         log_sigma = {}
-        modules = {self.layers[id(m.weight)]: m for m in self.model.modules() if isinstance(m, nn.Linear)}
+        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        per_feature = {id(parameter) for module in linears for parameter in module.parameters(recurse=False)}
         for parameter in self._parameters:
             name = self.layers[id(parameter)]
             if parameter.dim() == 2 and parameter.requires_grad:
-                shape = (parameter.shape[0],) if name in modules else ()
+                shape = (parameter.shape[0],) if id(parameter) in per_feature else ()
                 start = torch.full(shape, self.settings.sigma_of(name), dtype=torch.float32, device=parameter.device)
                 log_sigma[name] = nn.Parameter(start.log())
         return log_sigma
@@ -135,7 +136,8 @@ class ULR:
             keys = self._keys(plan.layers, plan.sites)
             clean = None
             if self.settings.baseline == "clean":
-                clean = batch.losses(apply(self.model, repeat(x, 1)), loss_fn, 1)[0]
+                _, outputs = self._noised(Pass((), cut=False), keys, batch, 1)
+                clean = batch.losses(outputs, loss_fn, 1)[0]
             losses = [self._accumulate(item, keys, batch, clean, loss_fn) for item in plan.passes]
         self.step += 1
         return torch.stack(losses).mean()
