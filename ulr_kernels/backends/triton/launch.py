@@ -28,8 +28,8 @@ class Launch:
     stages: int = 1
 
     def run(self) -> None:
-        device = next(a for a in self.arguments.values() if isinstance(a, Tensor))
-        with torch.cuda.device_of(device):  # Triton launches on the current device's current stream
+        tensor = next(a for a in self.arguments.values() if isinstance(a, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device's current stream
             self.kernel[(self.grid,)](
                 **self.arguments,
                 num_warps=self.warps,
