@@ -180,7 +180,7 @@ def write_ninja(compiler: str, include: str, nvcc: str | None, names: tuple[str,
         ninja.rule(
             "nvcc",
             f"{nvcc} -ccbin {compiler} {flags} -Werror all-warnings -I{ROOT}/csrc/include {generate_code(names)}"
-            " -MD -MF $out.d -c $in -o $out",
+            f" --threads {max(1, (os.cpu_count() or 1) // len(sources))} -MD -MF $out.d -c $in -o $out",
             dependencies=True,
         )
         ninja.rule("nvlink", f"{nvcc} -ccbin {compiler} -shared -cudart static {generate_code(names)} $in -o $out")
