@@ -106,7 +106,7 @@ inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Call
     for (; done < count; done += kLanes) philox_step<1>(key, block0, row0, draw0, calls, words + 4 * done);
 }
 
-// `count` words to noise by the octaves of a distribution (distributions.h: quantile), a multiple of kLanes.
+// Words to noise by the octaves of a distribution (distributions.h: quantile); `count` is rounded up to whole vectors.
 inline void quantiles(const Octaves& table, const uint32_t* words, int64_t count, float* values) {
     const Octaves octaves = table;  // in registers: no store to `values` can change it
     const U low31 = set(0x7fffffffu), one = set(1u), mantissa = set(0x007fffffu), unit = set(0x3f800000u);
