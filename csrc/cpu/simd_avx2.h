@@ -71,19 +71,29 @@ inline void transpose(U w[4]) {
     w[3].v = _mm256_unpackhi_epi64(ab_high, cd_high);
 }
 
-// A coefficient's 32 octaves side by side in memory; a gather looks up eight lanes.
+// A coefficient's 32 octaves side by side in memory. Four permutes, each over eight of them, and a choice by the upper
+// two bits of the octave look up eight lanes: twice as fast as a gather.
 class Octaves {
   public:
     explicit Octaves(const uint32_t (*table)[ULR_TABLE_DEGREE + 1]) {
         for (int power = 0; power <= ULR_TABLE_DEGREE; ++power)
-            for (int octave = 0; octave < 32; ++octave) column_[power][octave] = float_of(table[octave][power]);
+            // Indexed by the exponent's low five bits: octave + 127, modulo 32.
+            for (int octave = 0; octave < 32; ++octave)
+                column_[power][(octave + 127) % 32] = float_of(table[octave][power]);
     }
     F coefficient(U exponent, int power) const {
-        return {_mm256_i32gather_ps(column_[power], (exponent - set(127u)).v, 4)};
+        const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(exponent.v, 28));
+        const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(exponent.v, 27));
+        const auto eight = [&](int part) {
+            return _mm256_permutevar8x32_ps(_mm256_load_ps(column_[power] + 8 * part), exponent.v);
+        };
+        const __m256 low = _mm256_blendv_ps(eight(0), eight(1), bit3);
+        const __m256 high = _mm256_blendv_ps(eight(2), eight(3), bit3);
+        return {_mm256_blendv_ps(low, high, bit4)};
     }
 
   private:
-    float column_[ULR_TABLE_DEGREE + 1][32];
+    alignas(32) float column_[ULR_TABLE_DEGREE + 1][32];
 };
 
 inline F signs(uint32_t bit) {
