@@ -43,8 +43,11 @@ def library() -> emulation.Library:
 def device(library: emulation.Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(cuda, "provider", lambda op, device: library.provider(op))
     library.seed(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are small: waiting for other threads would take most of the time
     with use_backend("cuda"):
         yield "cpu"
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

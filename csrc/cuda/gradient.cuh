@@ -32,8 +32,9 @@ struct Gradient {
     int64_t loss_copy_stride, loss_sample_stride, loss_samples;
     Buffer<T> grad_weight, grad_bias, grad_log_sigma;
     float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
-    int64_t features, copies, draws;
-    bool shared;  // one x for all copies
+    int64_t features;
+    int copies, draws;  // draws: how many copies make noise of their own
+    bool shared;        // one x for all copies
     int64_t feature_tiles, panels;
 };
 
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
     auto& memory = *dynamic_shared<typename Memory::Layout>();
     [[maybe_unused]] auto* clean_tiles = reinterpret_cast<typename Memory::Clean*>(&memory + 1);
     __shared__ NoiseTable table;
-    __shared__ float inverse_sigma[kGradFeatures];
+    alignas(16) __shared__ float sigma[kGradFeatures], inverse_sigma[kGradFeatures], bias[kGradFeatures];
     __shared__ float reduced[2][kWarps][kGradFeatures];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t feature_tile = blockIdx.x % p.feature_tiles;
@@ -93,9 +94,12 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
     const int64_t first_feature = feature_tile * kGradFeatures - (p.noise.col_offset - aligned);
     const auto exists = [&](int64_t feature) { return feature >= 0 && feature < p.features; };
     table.fill(p.noise, threadIdx.x, kGradThreads);
-    if (threadIdx.x < kGradFeatures)
-        inverse_sigma[threadIdx.x] =
-            exists(first_feature + threadIdx.x) ? 1.0f / p.sigma[first_feature + threadIdx.x] : 0.0f;
+    if (threadIdx.x < kGradFeatures) {
+        const int64_t feature = first_feature + threadIdx.x;
+        sigma[threadIdx.x] = exists(feature) ? p.sigma[feature] : 1.0f;
+        inverse_sigma[threadIdx.x] = 1.0f / sigma[threadIdx.x];
+        bias[threadIdx.x] = exists(feature) && p.bias.data != nullptr ? p.bias[feature] : 0.0f;
+    }
     const float scale = score_scale(p, reduced[0][0]);
     __syncthreads();
     const Noise<kind> noise(p.noise, table);
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
     const int own_panel = replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles);
     const bool first_block = own_panel == 0;  // it adds up what has no inputs: bias and ln sigma
 
-    const int64_t groups = p.shared ? 1 : p.draws, draws = p.shared ? p.draws : 1;
+    const int groups = p.shared ? 1 : p.draws, draws = p.shared ? p.draws : 1;
     const int sides = !p.shared && p.noise.antithetic ? 2 : 1;
     const int octet_col = threadIdx.x % (kGradFeatures / 8) * 8;
 
@@ -134,11 +138,14 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
 
     for (int pass = 0; pass < passes; ++pass) {
         const int first_panel = own_panel + pass;
-        for (int64_t group = 0; group < groups; ++group) {
+        for (int group = 0; group < groups; ++group) {
             for (int64_t first_row = 0; first_row < p.x.rows; first_row += kGradRows) {
                 if constexpr (replay) {
                     for (int side = 0; side < sides && pass == 0; ++side) {
-                        float clean[1][4][4] = {};
+                        float clean[1][4][4];
+#pragma unroll
+                        for (int i = 0; i < 16; ++i)
+                            clean[0][i / 4][i % 4] = bias[i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2];
                         Matrix<T> x = p.x;
                         x.data += (group + side * p.draws) * p.x_copy_stride;
                         tiled_product<kGradRows, kGradFeatures, kStages, kGradThreads>(
@@ -172,15 +179,17 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
                     float sums[2][8] = {};
                     if (first_row + tile_row / 8 * 8 < p.x.rows) {  // for a warp as a whole: it covers eight rows
                         const bool counts = row < p.x.rows;
-                        const float* loss = p.loss_weight +
-                                            (counts ? row / p.noise.positions : 0) * p.loss_sample_stride +
-                                            group * p.loss_copy_stride;
+                        const float* loss =
+                            p.loss_weight +
+                            (counts ? static_cast<uint32_t>(row) / static_cast<uint32_t>(p.noise.positions) : 0) *
+                                p.loss_sample_stride +
+                            group * p.loss_copy_stride;
                         Octet<kind> octet(noise, static_cast<uint32_t>(p.noise.row_offset + row),
                                           aligned + feature_tile * kGradFeatures + octet_col);
 #pragma unroll 1
-                        for (int64_t draw = 0; draw < draws; ++draw) {
+                        for (int draw = 0; draw < draws; ++draw) {
                             float eps[8];
-                            octet.make(eps, static_cast<uint32_t>(p.noise.draw + group), static_cast<uint32_t>(draw));
+                            octet.make(eps, static_cast<uint32_t>(p.noise.draw + group), draw);
                             // The score is odd and eps * score even: an antithetic pair counts the difference of its
                             // weights, and their sum.
                             const float first = counts ? loss[0] : 0.0f;
@@ -204,11 +213,8 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
                                         float value[8];
 #pragma unroll
                                         for (int i = 0; i < 8; ++i) {
-                                            const int64_t feature = first_feature + octet_col + i;
-                                            const float sigma = exists(feature) ? p.sigma[feature] : 0.0f;
-                                            const float bias =
-                                                exists(feature) && p.bias.data != nullptr ? p.bias[feature] : 0.0f;
-                                            value[i] = fmaf(mirrored ? -sigma : sigma, eps[i], clean[i] + bias);
+                                            const float by = sigma[octet_col + i];
+                                            value[i] = fmaf(mirrored ? -by : by, eps[i], clean[i]);
                                         }
                                         y.store(group + draw + mirrored * p.draws, value);
                                     }
@@ -355,7 +361,7 @@ template <typename T>
 Gradient<T> gradient_of(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
                         const ulr_tensor& bias, const ulr_tensor& y) {
     const int64_t features = given(t.grad_weight) ? t.grad_weight.size[1] : t.grad_bias.size[2];
-    const int64_t copies = t.loss_weight.size[1];
+    const int copies = static_cast<int>(t.loss_weight.size[1]);
     const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
     const bool weighted = t.grad_weight.data != nullptr && t.x.size[2] > 0;
     return Gradient<T>{noise,

@@ -97,13 +97,10 @@ class Noise {
             const uint32_t word = sign_word(row, quad >> 3, draw);
             signs_to_floats(eps, word >> 4 * (quad & 7));
         } else {
-            const Words words = philox4x32(Words{{quad, row, kind == Kind::kSobol ? 0u : draw, 0u}}, key_);
+            Words words = philox4x32(Words{{quad, row, kind == Kind::kSobol ? 0u : draw, 0u}}, key_);
+            if constexpr (kind == Kind::kSobol) add_points(words, row, quad, draw);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                uint32_t word = words.w[i];
-                if constexpr (kind == Kind::kSobol) word ^= sobol(directions(row, 4ll * quad + i), draw);
-                eps[i] = quantile_(word);
-            }
+            for (int i = 0; i < 4; ++i) eps[i] = quantile_(words.w[i]);
         }
     }
 
@@ -122,10 +119,18 @@ class Noise {
     }
 
   private:
-    // Columns past the block's last are made with their quad and thrown away; they have no Sobol dimension.
-    __device__ __forceinline__ const uint32_t* directions(uint32_t row, int64_t col) const {
-        const int64_t inside = col < spec_.width ? col : spec_.width - 1;
-        return spec_.sobol + 30 * ((row % spec_.positions) * spec_.width + inside);
+    // XORs each word with its dimension's Sobol point. Columns past the block's last are made with their quad and
+    // thrown away; they have no dimension and take the last one's.
+    __device__ __forceinline__ void add_points(Words& words, uint32_t row, uint32_t quad, uint32_t draw) const {
+        // In 32 bits: there are at most 21201 dimensions.
+        const int position = row % static_cast<uint32_t>(spec_.positions), width = static_cast<int>(spec_.width);
+        const int col = min(static_cast<int>(4 * quad), width - 1), last = width - 1 - col;
+        const uint32_t* directions = spec_.sobol + 30 * (position * width + col);
+#pragma unroll 1
+        for (; draw != 0; draw >>= 1, ++directions)
+            if (draw & 1u)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) words.w[i] ^= directions[30 * min(i, last)];
     }
 
     const ulr_noise_spec& spec_;

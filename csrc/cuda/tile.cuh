@@ -152,7 +152,7 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[mis][nis][4], c
         }
     } else {
         const int group = lane / 4, member = lane % 4;
-#pragma unroll 2
+#pragma unroll 1
         for (int k = 0; k < depth; ++k) {
             float left[mis][2];
 #pragma unroll

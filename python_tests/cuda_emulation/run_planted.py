@@ -1,4 +1,4 @@
-"""Runs one planted kernel here, where a sanitizer may end the process: LIBRARY KERNEL MISTAKEN SEED. Prints its output."""
+"""Runs one planted kernel here, where a sanitizer may end the process: LIBRARY KERNEL MISTAKEN SEED. Prints it."""
 
 import ctypes
 import sys
