@@ -52,7 +52,7 @@ class Pass {
         cols_ = t_[kSigma].size[2];
         rows_ = t_[scores ? kScores : kY].size[1];
         summed_ = scores && !has(kMinusScores) && t_[kScores].size[0] == 1;
-        width_ = std::min(cols_, scores ? kScoreColumns : kTileColumns);
+        width_ = std::clamp<int64_t>(cols_, 1, scores ? kScoreColumns : kTileColumns);
         const int64_t fits = Tile::capacity(spec, width_);
         height_ = std::min({rows_, fits, kTileFloats / pitch()});
         depth_ = std::max<int64_t>(1, fits / std::max<int64_t>(1, height_));
@@ -80,6 +80,7 @@ class Pass {
     };
 
     void load_sigma(Unit& unit, int64_t col) const;
+    void prefetch(const Unit& unit, int64_t draw, int64_t draws) const;
     template <typename Y, typename Base>
     void forward(const Unit& unit, int64_t draw, int64_t draws) const;
     void forward(const Unit& unit, int64_t draw, int64_t draws) const;
@@ -96,6 +97,21 @@ void Pass::load_sigma(Unit& unit, int64_t col) const {
     unit.col = col;
     unit.cols = std::min(width_, cols_ - col);
     for (int64_t c = 0; c < pitch(); ++c) unit.sigma[c] = c < unit.cols ? *at<float>(t_[kSigma], 0, 0, col + c) : 1.0f;
+}
+
+// Asks for the base of a tile, so that it is near by the time the noise is made: the product left it in a far cache.
+void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
+    constexpr int64_t kLine = 64;
+    const ulr_tensor& base = t_[kBase];
+    const int64_t size = base.dtype == ULR_F32 ? 4 : 2, shared = base.size[0] == 1 ? 1 : draws;
+    for (int64_t d = 0; d < shared; ++d) {
+        for (int64_t r = 0; r < unit.rows; ++r) {
+            const int64_t first =
+                (shared == 1 ? 0 : draw + d) * base.stride[0] + (unit.row + r) * base.stride[1] + unit.col;
+            const char* row = static_cast<const char*>(base.data) + first * size;
+            for (int64_t byte = 0; byte < unit.cols * size; byte += kLine) __builtin_prefetch(row + byte, 1);
+        }
+    }
 }
 
 template <typename Y, typename Base>
@@ -214,6 +230,7 @@ int Pass::run(int threads) {
             const int64_t draw_end = std::min(draw + draws_of_unit_, draws_);
             for (int64_t d = draw; d < draw_end; d += depth_) {
                 const int64_t draws = std::min(depth_, draw_end - d);
+                if (has(kY)) prefetch(unit, d, draws);
                 unit.tile.make({spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws,
                                 unit.rows, unit.cols});
                 if (scores) gradient(unit, d, draws);

@@ -24,7 +24,11 @@ FEWEST = 32  # rows or features of a tile, however long they are: below this a p
 
 
 def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> None:
-    _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
+    if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
+        _become_product(y, x, weight, bias)
+        _add_noise(y, sigma, key, antithetic, *noise)
+    else:
+        _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
 
 
 def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *noise) -> None:
@@ -39,7 +43,6 @@ def noisy_linear_replay_(
     _linear(y, *buffers, x, weight, bias, loss_weight, sigma, key, loss_weight.shape[0], *noise)
 
 
-@torch.no_grad()
 def _linear(
     y: Tensor | None,
     grad_weight: Tensor | None,
@@ -68,9 +71,6 @@ def _linear(
     own_x = x.dim() == 3 and copies > 1  # each copy has its own; a single copy is the shared case
     x = x if x.dim() == 3 else x[None]
     sizes = _tile_sizes(x, weight, grad_weight, loss_weight is not None, features)
-    in_place = sizes.whole and (own_x or copies == 1)
-    if in_place and y is not None and weight is not None:
-        _become_product(y, x, weight, bias)
     xs = _halves(x, antithetic and own_x)
     ys = _halves(y, antithetic)
     loss_weights = _halves(loss_weight, antithetic)
@@ -83,17 +83,16 @@ def _linear(
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
     for n in range(0, features, sizes.features):
         cols = slice(n, min(n + sizes.features, features))
-        operands = None if weight is None or in_place else _operands(_narrow(weight, cols), _part(bias, cols))
+        operands = None if weight is None else _operands(_narrow(weight, cols), _part(bias, cols))
         gradient = None if grad_weight is None else _Gradient(_narrow(grad_weight, cols), sizes)
         for copy, row in _row_tiles(draws if own_x else 1, x.shape[1], sizes.rows, positions):
             use = copy if own_x else slice(0, draws)
             sample = slice(row.start // positions, -(-row.stop // positions))
             y_tiles = [_part(half, use, row, cols) for half in ys]
             x_tiles = [_part(half, copy, row) for half in xs]
+            bases: list[Tensor | None] = [None, None]
             if operands is not None:
                 bases = [None if tile is None else _product(tile, *operands) for tile in x_tiles]
-            else:
-                bases = y_tiles
             scores: list[Tensor | None] = [None, None]
             if loss_weight is not None:
                 scores = [None if t is None else t.new_empty(*t.shape[:2], cols.stop - n, dtype=_FP32) for t in x_tiles]
@@ -123,12 +122,43 @@ def _linear(
         grad_log_sigma.add_(log_sigma)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A forward whose rows are x's rows, in one product. Short on purpose: right after a large product the interpreter's own
+# memory is far from the cores, and each line here costs several times what it does in a loop.
+
+
+def _in_one_product(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() > 0 and x.is_contiguous() and _onednn.supports(x.dtype) and _onednn.dense(weight)
+
+
 def _become_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Make y the clean product, where y's rows are x's. oneDNN allocates its result, so y takes that memory over and
-    gives its own back first: a second tensor of y's size would cost more than the noise."""
+    """Make y the clean product. oneDNN allocates its result, so y takes that memory over and gives its own back first:
+    a second tensor of y's size would cost more than the noise."""
     y.untyped_storage().resize_(0)
-    product = _product(x, *_operands(weight, bias))
+    product = _onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
     y.set_(product.untyped_storage(), 0, y.shape, y.stride())
+
+
+def _add_noise(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> None:
+    """y += sigma * eps for all copies, in place."""
+    copies, rows, features = y.shape
+    data, dtype, _, strides = _native.view(y)
+    plus = minus = (data, dtype, (copies, rows, features), strides)
+    if antithetic:
+        half = (copies // 2, rows, features)
+        plus, minus = (
+            (data, dtype, half, strides),
+            (data + half[0] * strides[0] * y.element_size(), dtype, half, strides),
+        )
+    scale = (sigma.data_ptr(), _native.DTYPES[_FP32], (features,), sigma.stride() or (0,))
+    spec = _native.noise_spec(key, *noise, width=noise[-1] + features, antithetic=antithetic)
+    seconds = (minus, minus) if antithetic else (None, None)
+    views = (plus, seconds[0], plus, seconds[1], scale, None, None, None, None, None, None)
+    _native.launcher("cpp", "noisy_linear")(spec, views, torch.get_num_threads())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any op, tile by tile.
 
 
 def _halves(tensor: Tensor | None, antithetic: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -159,7 +189,6 @@ class _Sizes(NamedTuple):
     rows: int
     features: int
     product_features: int  # of a product of scores and x
-    whole: bool  # the forward's product can be one call: no operand is copied, nothing else is in the way
 
 
 def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gradient: bool, features: int) -> _Sizes:
@@ -172,9 +201,7 @@ def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gr
     tile_features = features if all_features else longest
     copied = not x.is_contiguous() or not _onednn.supports(x.dtype) or (gradient and x.dtype != _FP32)
     tile_rows = max(FEWEST, tile // max(tile_features, inputs if copied else 1))
-    if whole := not gradient and all_features and not copied and inputs > 0:
-        tile_rows = rows
-    return _Sizes(tile_rows, tile_features, min(longest, tile_features), whole)
+    return _Sizes(tile_rows, tile_features, min(longest, tile_features))
 
 
 def _even(extent: int, limit: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ulr_kernels import backends, contract
 
@@ -86,10 +88,11 @@ def register(op: Op) -> None:
         if written:
             refuse_overlap(op, args)
         provider = backends.lookup(op.name, next(a for a in args if isinstance(a, Tensor)).device.type)
-        if returns:
-            provider(out, *args)
-        else:
-            provider(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
+            if returns:
+                provider(out, *args)
+            else:
+                provider(*args)
         if written:
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
@@ -244,18 +247,17 @@ def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
 
 def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:
     """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
-    rule = "be finite and " + ("at least 0" if zero else "positive")
-    if isinstance(sigma, Tensor):
-        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_fake(sigma):
-            bad = ~torch.isfinite(sigma) | ((sigma < 0) if zero else (sigma <= 0))
-            if bad.any():
-                raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {sigma[bad].flatten()[0].item()}")
-        return sigma.to(torch.float32)
-    value = float(sigma)
-    if not (0 <= value < float("inf")) or (value == 0 and not zero):
-        raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {sigma}")
-    return torch.full((), value, dtype=torch.float32, device=device)
+    if not isinstance(sigma, Tensor):
+        _check_sigma(op, float(sigma), zero)
+        return torch.full((), sigma, dtype=torch.float32, device=device)
+    readable = sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(sigma, FakeTensor)
+    if readable and sigma.numel():
+        for extreme in (sigma,) if sigma.dim() == 0 else (sigma.min(), sigma.max()):
+            _check_sigma(op, extreme.item(), zero)
+    return sigma if sigma.dtype == torch.float32 else sigma.to(torch.float32)
 
 
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+def _check_sigma(op: str, value: float, zero: bool) -> None:
+    if not (0 < value < math.inf or (zero and value == 0)):
+        rule = "be finite and " + ("at least 0" if zero else "positive")
+        raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {value}")
