@@ -1,4 +1,4 @@
-"""Training without a backward pass: likelihood-ratio gradients from noise that is made in registers and never stored."""
+"""Training without a backward pass: gradients from noise that kernels make in registers and never store."""
 
 from ulr_kernels import ops
 from ulr_kernels.backends import BackendError, use_backend
