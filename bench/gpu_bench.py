@@ -183,7 +183,7 @@ def searches(device: str, small: bool) -> Iterator[tuple[str, dict, Any, rows.Ro
     for dist in ("normal", "rademacher"):
         yield "NOISE", tiles.NOISE, dist, rows.noise_row(dist, size, device, names=triton)
     for dtype in (torch.bfloat16, torch.float32):
-        forward = rows.linear_row(2 * side, side, side, 1, dtype, device, triton)
+        forward = rows.linear_row(2 * side, side, side, 1, dtype, device, names=triton)
         gradient = rows.gradient_row(side // 2, side // 2, side, copies, dtype, device, triton)
         yield "FORWARD", tiles.FORWARD, ("normal", dtype.itemsize), forward
         yield "GRADIENT", tiles.GRADIENT, ("normal", dtype.itemsize), gradient

@@ -56,7 +56,10 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table. `inputs(i)` makes the i-th set of inputs; the library's contestants come first."""
+    """One line of the table. `inputs(i)` makes the i-th set of inputs; the library's contestants come first.
+
+    `in_cache`: one set of inputs, used over and over: for what threads add, free of what memory allows.
+    """
 
     name: str
     inputs: Callable[[int], tuple]
@@ -66,6 +69,7 @@ class Row:
     kind: str = "fp32"
     threads: int | None = None
     memory: bool = False
+    in_cache: bool = False
 
     def floor(self) -> dict[str, Any]:
         """What the floor of the row is made of: counts, and the kinds of product and noise."""
@@ -74,6 +78,8 @@ class Row:
     def sets(self) -> list[tuple]:
         """Sets of inputs to rotate through, enough of them that no cache keeps one until its turn comes again."""
         first = self.inputs(0)
+        if self.in_cache:
+            return [first]
         size = sum(t.numel() * t.element_size() for t in first if isinstance(t, Tensor))
         count = min(16, max(2, -(-ROTATE_BYTES // max(size, 1))))
         return [first, *(self.inputs(i) for i in range(1, count))]
@@ -116,7 +122,9 @@ def laplace_(out: Tensor, source: torch.Generator) -> Tensor:
     return torch.log1p(-uniform.abs()).mul_(0.5**0.5).copysign_(uniform)
 
 
-def noise_row(dist: str, size: int, device: str = "cpu", threads: int | None = None, names=(None,)) -> Row:
+def noise_row(
+    dist: str, size: int, device: str = "cpu", threads: int | None = None, in_cache: bool = False, names=(None,)
+) -> Row:
     source = rivals.generator(device)
     eager = {
         "normal": {"tensor.normal_": lambda out, key: out.normal_(generator=source)},
@@ -133,19 +141,24 @@ def noise_row(dist: str, size: int, device: str = "cpu", threads: int | None = N
             lambda out, key: philox.standard_normal(out=out.numpy(), dtype=numpy.float32)
         )
     return Row(
-        name=f"{dist} fill 2^{size.bit_length() - 1}" + (f", {threads} threads" if threads and threads > 1 else ""),
+        name=f"{dist} fill 2^{size.bit_length() - 1}" + ", in cache" * in_cache + _threads(threads),
         inputs=lambda i: (torch.empty(size // 1024, 1024, device=device), key_of(i, device)),
         contestants=contestants,
         cost=OPS["noise"].cost(None, [size]),
         dist=dist,
         threads=threads,
+        in_cache=in_cache,
     )
+
+
+def _threads(threads: int | None) -> str:
+    return "" if threads is None else f", {threads} thread{'s' * (threads > 1)}"
 
 
 def randn_row(size: int, device: str = "cpu", threads: int | None = None, names=(None,)) -> Row:
     source = rivals.generator(device)
     return Row(
-        name=f"ulr.noise 2^{size.bit_length() - 1}",
+        name=f"ulr.noise 2^{size.bit_length() - 1}" + _threads(threads),
         inputs=lambda i: (key_of(i, device),),
         contestants={
             **ours(lambda key: ulr.noise((size // 1024, 1024), key), names),
@@ -160,7 +173,14 @@ def randn_row(size: int, device: str = "cpu", threads: int | None = None, names=
 
 
 def linear_row(
-    rows: int, inputs: int, features: int, copies: int, dtype: torch.dtype, device: str = "cpu", names=(None,)
+    rows: int,
+    inputs: int,
+    features: int,
+    copies: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    threads: int | None = None,
+    names=(None,),
 ) -> Row:
     source = rivals.generator(device)
 
@@ -183,11 +203,14 @@ def linear_row(
     contestants["torch.compile"] = Contestant(lambda x, w, b, key: eager(x, w, b, SIGMA, copies))
     x, weight = shaped(rows, inputs, dtype=dtype), shaped(features, inputs, dtype=dtype)
     return Row(
-        name=f"noisy_linear {_kind(dtype)} {rows}x{inputs}x{features}" + (f", {copies} copies" if copies > 1 else ""),
+        name=f"noisy_linear {_kind(dtype)} {rows}x{inputs}x{features}"
+        + (f", {copies} copies" if copies > 1 else "")
+        + _threads(threads),
         inputs=make,
         contestants=contestants,
         cost=OPS["noisy_linear"].cost(x, weight, None, None, None, copies, False),
         kind=_kind(dtype),
+        threads=threads,
         memory=copies > 1,
     )
 
@@ -342,13 +365,15 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "randn": lambda: randn_row(2**20, threads=1),
         "linear-fp32": lambda: linear_row(1024, 1024, 1024, 1, f32),
         "linear-bf16": lambda: linear_row(1024, 1024, 1024, 1, bf16),
+        "linear-fp32-1-thread": lambda: linear_row(1024, 1024, 1024, 1, f32, threads=1),
+        "linear-bf16-1-thread": lambda: linear_row(1024, 1024, 1024, 1, bf16, threads=1),
         "linear-copies": lambda: linear_row(128, 784, 512, 64, f32),
         "gradient": lambda: gradient_row(128, 784, 512, 64, f32),
         "replay": lambda: replay_row(128, 784, 512, 64, f32),
         "step": lambda: step_row(100, 64),
     }
     if len(os.sched_getaffinity(0)) > 1:
-        makers["normal-2-threads"] = lambda: noise_row("normal", 2**20, threads=2)
+        makers["normal-2-threads"] = lambda: noise_row("normal", 2**20, threads=2, in_cache=True)
     return makers
 
 

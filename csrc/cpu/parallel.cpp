@@ -16,17 +16,29 @@ namespace {
 using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<OmpParallel> omp_parallel{nullptr};
 
+// The range is cut into one part for each thread, so that neighbouring work stays on one core; a thread that has done
+// its own part helps with the others', so that a core that is busy elsewhere holds nobody up.
+struct Part {
+    alignas(64) std::atomic<int64_t> next;
+    int64_t end;
+};
+
 struct Work {
-    std::atomic<int64_t> next{0};
-    int64_t count, grain;
+    std::vector<Part> parts;
+    std::atomic<size_t> arrived{0};
+    int64_t grain;
     void (*body)(void*, int64_t, int64_t);
     void* context;
 };
 
 void run(void* work) {
     auto& w = *static_cast<Work*>(work);
-    for (int64_t first; (first = w.next.fetch_add(w.grain)) < w.count;)
-        w.body(w.context, first, std::min(first + w.grain, w.count));
+    const size_t own = w.arrived.fetch_add(1), parts = w.parts.size();
+    for (size_t turn = 0; turn < parts; ++turn) {
+        Part& part = w.parts[(own + turn) % parts];
+        for (int64_t first; (first = part.next.fetch_add(w.grain)) < part.end;)
+            w.body(w.context, first, std::min(first + w.grain, part.end));
+    }
 }
 
 }  // namespace
@@ -39,7 +51,11 @@ void ulr::parallel(int threads, int64_t count, int64_t grain, void (*body)(void*
         return;
     }
     Work work;
-    work.count = count;
+    work.parts = std::vector<Part>(static_cast<size_t>(threads));
+    for (int part = 0; part < threads; ++part) {
+        work.parts[part].next = count * part / threads;
+        work.parts[part].end = count * (part + 1) / threads;
+    }
     work.grain = grain;
     work.body = body;
     work.context = context;
