@@ -46,8 +46,8 @@ def _train(folder: Path, options: list[str]) -> dict[str, Any]:
     """In a process of its own, so that its time and memory are its own."""
     command = [sys.executable, "-m", "ulr_kernels", "train", *options, "--out", str(folder), "--overwrite"]
     print(f"ulr {' '.join(command[3:])}", flush=True)
-    # OpenMP's threads spin while they wait. Where the cores are shared that takes them from the threads that work:
-    # measured, a step of two threads took 13 times as long as with waiting threads asleep.
+    # OpenMP's threads spin while they wait. Where the cores are shared that takes them from the threads that work
+    # (docs/measured.md: a step of two threads took 5 to 14 times as long as with waiting threads asleep).
     done = subprocess.run(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ}, check=False)
     if done.returncode:
         raise RecipeError(f"the run in {folder} ended with exit code {done.returncode}")

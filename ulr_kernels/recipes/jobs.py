@@ -9,7 +9,7 @@ from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.settings import Settings
 
 try:
-    from ulr_kernels.recipes import report
+    from ulr_kernels.recipes import memory, report
     from ulr_kernels.recipes.train import Trainer, fit, prepare_folder, restore
 except ImportError as error:
     raise RecipeError(f"training needs the package {error.name}: pip install 'ulr-kernels[train]'") from error
@@ -40,6 +40,7 @@ def resume(folder: Path, command: str) -> None:
 
 def _finish(trainer: Trainer, out: Path, command: str) -> None:
     trainer.commands.append(command)
+    memory.keep_freed()
     fit(trainer, out)
     figures = report.figures(dataclasses.asdict(trainer.settings), trainer.history, trainer.commands)
     for path in report.write(out, figures, trainer.model):
