@@ -10,6 +10,12 @@
 
 namespace ulr {
 
+// A condition that the compiler knows, handed over as the same argument as one that it does not.
+template <bool value>
+struct Known {
+    __device__ __forceinline__ constexpr operator bool() const { return value; }
+};
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
@@ -94,25 +100,43 @@ struct Buffer {
     }
 };
 
+// Eight neighbours; `out` is aligned to 16 bytes.
+__device__ __forceinline__ void store8(float* out, const float (&v)[8]) {
+    store4(out, {v[0], v[1], v[2], v[3]});
+    store4(out + 4, {v[4], v[5], v[6], v[7]});
+}
+
+__device__ __forceinline__ void store8(__nv_bfloat16* out, const float (&v)[8]) {
+    *reinterpret_cast<uint4*>(out) =
+        make_uint4(word_of(__floats2bfloat162_rn(v[0], v[1])), word_of(__floats2bfloat162_rn(v[2], v[3])),
+                   word_of(__floats2bfloat162_rn(v[4], v[5])), word_of(__floats2bfloat162_rn(v[6], v[7])));
+}
+
+__device__ __forceinline__ void store8(__half* out, const float (&v)[8]) {
+    *reinterpret_cast<uint4*>(out) =
+        make_uint4(word_of(__floats2half2_rn(v[0], v[1])), word_of(__floats2half2_rn(v[2], v[3])),
+                   word_of(__floats2half2_rn(v[4], v[5])), word_of(__floats2half2_rn(v[6], v[7])));
+}
+
 // The output of a linear layer, [copies, rows, cols].
 template <typename T>
 struct Output {
     T* data;
     int64_t rows, cols;
     int64_t copy_stride, row_stride, col_stride;
-    bool whole;  // eight neighbours at a multiple of eight can be stored as two times four
+    bool whole;  // each octet of columns of the whole noise lies inside or outside, and can be stored at once
 
-    explicit Output(const ulr_tensor& t)
+    Output(const ulr_tensor& t, int64_t col_offset)
         : data(static_cast<T*>(t.data)),
           rows(t.size[1]),
           cols(t.size[2]),
           copy_stride(t.stride[0]),
           row_stride(t.stride[1]),
           col_stride(t.stride[2]),
-          whole(moves_whole(t, 4)) {}
+          whole(cols % 8 == 0 && col_offset % 8 == 0 && moves_whole(t, 16 / sizeof(T))) {}
 };
 
-// Columns col ... col + 7 of a row of an output, in one copy after another; those that do not exist are left out.
+// Columns col ... col + 7 of a row of an output, an octet of the whole noise. Those that do not exist are left out.
 template <typename T>
 class OutputOctet {
   public:
@@ -120,18 +144,21 @@ class OutputOctet {
         : out_(out),
           at_(out.data + row * out.row_stride + col * out.col_stride),
           first_(static_cast<int>(max(-col, int64_t{0}))),
-          last_(row < out.rows ? static_cast<int>(min(out.cols - col, int64_t{8})) : 0),
-          whole_(out.whole && col % 4 == 0 && first_ == 0 && last_ == 8) {}
+          last_(row < out.rows ? static_cast<int>(min(out.cols - col, int64_t{8})) : 0) {}
 
-    __device__ __forceinline__ void store(int64_t copy, const float (&values)[8]) const {
-        T* to = at_ + copy * out_.copy_stride;
-        if (whole_) {
-            store4(to, {values[0], values[1], values[2], values[3]});
-            store4(to + 4, {values[4], values[5], values[6], values[7]});
+    // Where the octet of a copy starts; the next copy's is out.copy_stride further.
+    __device__ __forceinline__ T* of(int64_t copy) const { return at_ + copy * out_.copy_stride; }
+
+    // Whole: whether out.whole holds. Where that is known, one predicate and one address are left.
+    template <typename Whole>
+    __device__ __forceinline__ void store(T* to, const float (&values)[8], Whole whole) const {
+        if (whole) {
+            if (first_ < last_) store8(to, values);
         } else {
+            const int64_t stride = not_before_here(out_.col_stride);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                if (i >= first_ && i < last_) to[i * out_.col_stride] = from_float<T>(values[i]);
+                if (i >= first_ && i < last_) to[i * stride] = from_float<T>(values[i]);
         }
     }
 
@@ -139,7 +166,6 @@ class OutputOctet {
     const Output<T>& out_;
     T* const at_;
     const int first_, last_;
-    const bool whole_;
 };
 
 }  // namespace ulr

@@ -184,43 +184,67 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
                             (counts ? static_cast<uint32_t>(row) / static_cast<uint32_t>(p.noise.positions) : 0) *
                                 p.loss_sample_stride +
                             group * p.loss_copy_stride;
+                        const int64_t pair_stride = p.draws * p.loss_copy_stride;
                         Octet<kind> octet(noise, static_cast<uint32_t>(p.noise.row_offset + row),
                                           aligned + feature_tile * kGradFeatures + octet_col);
+                        const uint32_t first_draw = static_cast<uint32_t>(p.noise.draw + group);
+                        // Plain: the score is eps, nothing is wanted for ln sigma, and a pair of copies shares x.
+                        const auto add_draws = [&](auto plain, auto paired, auto writes, auto whole) {
+                            const OutputOctet<T> y(p.y, row, first_feature + octet_col);
+                            T *to = y.of(group), *to_second = y.of(group + p.draws);
 #pragma unroll 1
-                        for (int draw = 0; draw < draws; ++draw) {
-                            float eps[8];
-                            octet.make(eps, static_cast<uint32_t>(p.noise.draw + group), draw);
-                            // The score is odd and eps * score even: an antithetic pair counts the difference of its
-                            // weights, and their sum.
-                            const float first = counts ? loss[0] : 0.0f;
-                            const float second =
-                                counts && p.noise.antithetic ? loss[p.draws * p.loss_copy_stride] : 0.0f;
-                            loss += p.loss_copy_stride;
+                            for (int draw = 0; draw < draws; ++draw) {
+                                float eps[8];
+                                octet.make(eps, first_draw, draw);
+                                // The score is odd and eps * score even: an antithetic pair counts the difference of
+                                // its weights, and their sum.
+                                const float first = *loss, second = paired ? loss[pair_stride] : 0.0f;
+                                loss += p.loss_copy_stride;
+                                if (plain) {
+                                    const float difference = first - second;
 #pragma unroll
-                            for (int i = 0; i < 8; ++i) {
-                                const float s = score(eps[i], p.noise.dist);
-                                sums[0][i] = fmaf(sides == 2 ? first : first - second, s, sums[0][i]);
-                                if (sides == 2) sums[1][i] = -second * s;
-                                if (p.grad_log_sigma.data != nullptr && pass == 0)
-                                    by_log_sigma[i] = fmaf(first + second, fmaf(eps[i], s, -1.0f), by_log_sigma[i]);
-                            }
-                            if constexpr (replay) {
-                                if (pass == 0) {
-                                    const OutputOctet<T> y(p.y, row, first_feature + octet_col);
-                                    for (int mirrored = 0; mirrored <= p.noise.antithetic; ++mirrored) {
-                                        const float* clean =
-                                            clean_tiles[sides == 2 && mirrored] + tile_row * kGradFeatures + octet_col;
-                                        float value[8];
+                                    for (int i = 0; i < 8; ++i) sums[0][i] = fmaf(difference, eps[i], sums[0][i]);
+                                } else {
 #pragma unroll
-                                        for (int i = 0; i < 8; ++i) {
-                                            const float by = sigma[octet_col + i];
-                                            value[i] = fmaf(mirrored ? -by : by, eps[i], clean[i]);
-                                        }
-                                        y.store(group + draw + mirrored * p.draws, value);
+                                    for (int i = 0; i < 8; ++i) {
+                                        const float s = score(eps[i], p.noise.dist);
+                                        sums[0][i] = fmaf(sides == 2 ? first : first - second, s, sums[0][i]);
+                                        if (sides == 2) sums[1][i] = -second * s;
+                                        if (counts && p.grad_log_sigma.data != nullptr && pass == 0)
+                                            by_log_sigma[i] =
+                                                fmaf(first + second, fmaf(eps[i], s, -1.0f), by_log_sigma[i]);
                                     }
                                 }
+                                if constexpr (replay) {
+                                    if (!writes) continue;
+                                    const auto store = [&](T* at, const float* clean, float sign) {
+                                        float value[8];
+#pragma unroll
+                                        for (int i = 0; i < 8; ++i)
+                                            value[i] = fmaf(sign * sigma[octet_col + i], eps[i], clean[i]);
+                                        y.store(at, value, whole);
+                                    };
+                                    const int at = tile_row * kGradFeatures + octet_col;
+                                    store(to, clean_tiles[0] + at, 1.0f);
+                                    if (paired) store(to_second, clean_tiles[sides - 1] + at, -1.0f);
+                                    to += p.y.copy_stride;
+                                    to_second += p.y.copy_stride;
+                                }
                             }
+                        };
+                        // A loop for each of the common cases, so that it holds nothing but its own instructions.
+                        const bool writes = replay && pass == 0, paired = p.noise.antithetic;
+                        const bool plain = kind != Kind::kSobol && p.noise.dist != ULR_LAPLACE && sides == 1 &&
+                                           p.grad_log_sigma.data == nullptr && (!replay || (writes && p.y.whole));
+                        if (!plain) {
+                            add_draws(Known<false>{}, paired, writes, p.y.whole);
+                        } else if (paired) {
+                            add_draws(Known<true>{}, Known<true>{}, Known<replay>{}, Known<true>{});
+                        } else {
+                            add_draws(Known<true>{}, Known<false>{}, Known<replay>{}, Known<true>{});
                         }
+#pragma unroll
+                        for (int i = 0; i < 16; ++i) sums[i / 8][i % 8] = counts ? sums[i / 8][i % 8] : 0.0f;
                     }
 #pragma unroll
                     for (int side = 0; side < 2; ++side) {
@@ -369,7 +393,7 @@ Gradient<T> gradient_of(const ulr_noise_spec& noise, const GradientTensors& t, c
                        Matrix<T>(weight),
                        shared ? 0 : t.x.stride[0],
                        PerFeature<T>(bias),
-                       Output<T>(y),
+                       Output<T>(y, noise.col_offset),
                        PerFeature<float>(t.sigma),
                        static_cast<const float*>(t.loss_weight.data),
                        t.loss_weight.stride[1],

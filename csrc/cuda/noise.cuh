@@ -84,7 +84,7 @@ template <Kind kind>
 class Noise {
   public:
     __device__ __forceinline__ Noise(const ulr_noise_spec& spec, const NoiseTable& table)
-        : spec_(spec), quantile_(table), key_(0) {
+        : spec_(spec), positions_(static_cast<uint32_t>(not_before_here(spec.positions))), quantile_(table), key_(0) {
         for (int round = 0; round < 10; ++round) {
             key_.k0[round] = __shfl_sync(0xffffffffu, table.k0[round], 0);
             key_.k1[round] = __shfl_sync(0xffffffffu, table.k1[round], 0);
@@ -123,7 +123,7 @@ class Noise {
     // thrown away; they have no dimension and take the last one's.
     __device__ __forceinline__ void add_points(Words& words, uint32_t row, uint32_t quad, uint32_t draw) const {
         // In 32 bits: there are at most 21201 dimensions.
-        const int position = row % static_cast<uint32_t>(spec_.positions), width = static_cast<int>(spec_.width);
+        const int position = row % positions_, width = static_cast<int>(spec_.width);
         const int col = min(static_cast<int>(4 * quad), width - 1), last = width - 1 - col;
         const uint32_t* directions = spec_.sobol + 30 * (position * width + col);
 #pragma unroll 1
@@ -134,6 +134,7 @@ class Noise {
     }
 
     const ulr_noise_spec& spec_;
+    const uint32_t positions_;
     const Quantile quantile_;
     KeySchedule key_;
 };
@@ -143,15 +144,15 @@ template <Kind kind>
 class Octet {
   public:
     __device__ __forceinline__ Octet(const Noise<kind>& noise, uint32_t row, int64_t col)
-        : noise_(noise), row_(row), quad_(static_cast<uint32_t>(col >> 2)) {}
+        : noise_(noise),
+          row_(row),
+          quad_(static_cast<uint32_t>(col >> 2)),
+          lane_(not_before_here(static_cast<int>(threadIdx.x)) % 32) {}
 
-    // Draw number `index` from `draw` on, index counting up from 0. For signs all lanes of a warp go together, each
-    // aligned four of them on the four octets of one word: a call of Philox covers them all, so each makes one draw's.
+    // Draw number `index` from `draw` on, index counting up from 0.
     __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index) {
         if constexpr (kind == Kind::kSigns) {
-            const uint32_t lane = threadIdx.x % 32, member = lane % 4;
-            if (index % 4 == 0) word_ = noise_.sign_word(row_, quad_ >> 3, draw + index + member);
-            noise_.signs_to_floats(eps, __shfl_sync(0xffffffffu, word_, (lane & ~3u) + index % 4) >> 8 * member);
+            noise_.signs_to_floats(eps, signs(draw, index));
         } else {
             float low[4], high[4];
             noise_.quad(low, row_, quad_, draw + index);
@@ -161,10 +162,56 @@ class Octet {
         }
     }
 
+    // The same as bits, the lowest the first column's; 0 is +1, 1 is -1. All lanes of a warp go together, each aligned
+    // four of them on the four octets of one word: a call of Philox covers them all, so each makes one draw's.
+    __device__ __forceinline__ uint32_t signs(uint32_t draw, uint32_t index) {
+        const uint32_t member = lane_ % 4;
+        if (index % 4 == 0) word_ = noise_.sign_word(row_, quad_ >> 3, draw + index + member);
+        return __shfl_sync(0xffffffffu, word_, (lane_ & ~3u) + index % 4) >> 8 * member;
+    }
+
   private:
     const Noise<kind>& noise_;
-    const uint32_t row_, quad_;
+    const uint32_t row_, quad_, lane_;
     uint32_t word_ = 0;
+};
+
+// Eight noised values: clean + sigma eps, and clean - sigma eps for the second of an antithetic pair.
+template <Kind kind>
+class Noised {
+  public:
+    __device__ __forceinline__ Noised(const float (&clean)[8], const float* sigma) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            a_[i] = kind == Kind::kSigns ? clean[i] + sigma[i] : clean[i];
+            b_[i] = kind == Kind::kSigns ? clean[i] - sigma[i] : sigma[i];
+        }
+    }
+
+    // Of the next draw (see Octet). Paired: whether `second` is wanted.
+    template <typename Paired>
+    __device__ __forceinline__ void make(float (&first)[8], float (&second)[8], Paired paired, Octet<kind>& octet,
+                                         uint32_t draw, uint32_t index) const {
+        if constexpr (kind == Kind::kSigns) {
+            const uint32_t signs = octet.signs(draw, index);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                first[i] = signs >> i & 1u ? b_[i] : a_[i];
+                if (paired) second[i] = signs >> i & 1u ? a_[i] : b_[i];
+            }
+        } else {
+            float eps[8];
+            octet.make(eps, draw, index);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                first[i] = fmaf(b_[i], eps[i], a_[i]);
+                if (paired) second[i] = fmaf(-b_[i], eps[i], a_[i]);
+            }
+        }
+    }
+
+  private:
+    float a_[8], b_[8];  // signs: the two values there are; else clean and sigma
 };
 
 }  // namespace ulr

@@ -31,6 +31,17 @@ __device__ __forceinline__ uint32_t exponent(uint32_t bits) {
     return result;
 }
 
+// The same value, of which the compiler knows nothing: what is computed from it cannot be moved up and held in
+// registers past other work.
+__device__ __forceinline__ int not_before_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+__device__ __forceinline__ int64_t not_before_here(int64_t value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
+
 template <int offset>
 __device__ __forceinline__ float2 load_shared(uint32_t address) {
     float2 pair;

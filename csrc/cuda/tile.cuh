@@ -49,13 +49,16 @@ template <int tile_rows, int row_bytes, int threads, typename T, typename Order>
 __device__ __forceinline__ void load_tile(char* tile, const Matrix<T>& m, int64_t row, int64_t col, Order order) {
     constexpr int kChunks = row_bytes / 16, kElements = 16 / sizeof(T), kRowsAtOnce = threads / kChunks;
     static_assert(threads % kChunks == 0);
-    const int chunk = threadIdx.x % kChunks;
+    // Addresses are made anew for each tile: kept from one to the next, they take registers that the sums need.
+    const int thread = not_before_here(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
     const int64_t first = col + chunk * kElements;
     if (first / 64 * 64 >= m.cols) return;
     const int inside = static_cast<int>(min(max(m.cols - first, int64_t{0}), int64_t{kElements}));
     if (m.whole) {
 #pragma unroll
-        for (int tile_row = threadIdx.x / kChunks; tile_row < tile_rows; tile_row += kRowsAtOnce) {
+        for (int from = 0; from < tile_rows; from += kRowsAtOnce) {
+            const int tile_row = from + thread / kChunks;
+            if (tile_rows % kRowsAtOnce != 0 && tile_row >= tile_rows) break;
             const int64_t r = row + order(tile_row);
             const bool exists = r >= 0 && r < m.rows && inside > 0;
             cp_async16(tile + chunk_offset<row_bytes>(tile_row, chunk),
@@ -63,7 +66,7 @@ __device__ __forceinline__ void load_tile(char* tile, const Matrix<T>& m, int64_
         }
     } else {
 #pragma unroll 1
-        for (int tile_row = threadIdx.x / kChunks; tile_row < tile_rows; tile_row += kRowsAtOnce) {
+        for (int tile_row = thread / kChunks; tile_row < tile_rows; tile_row += kRowsAtOnce) {
             const int64_t r = row + order(tile_row);
             const bool exists = r >= 0 && r < m.rows;
             T* to = reinterpret_cast<T*>(tile + chunk_offset<row_bytes>(tile_row, chunk));
@@ -84,15 +87,16 @@ __device__ __forceinline__ void multiply(float (&acc)[mis][nis][4], const char* 
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
+            // Rows 16 apart are permuted alike, so that one address serves them all.
+            const char* a_chunk = a + chunk_offset<64>(a_row + lane % 16, 2 * k + lane / 16);
+            const char* b_chunk = b + chunk_offset<64>(b_row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
             uint32_t left[mis][4];
 #pragma unroll
-            for (int mi = 0; mi < mis; ++mi)
-                ldmatrix<false>(left[mi], a + chunk_offset<64>(a_row + 16 * mi + lane % 16, 2 * k + lane / 16));
+            for (int mi = 0; mi < mis; ++mi) ldmatrix<false>(left[mi], a_chunk + mi * 16 * 64);
 #pragma unroll
             for (int pair = 0; pair < nis / 2; ++pair) {
                 uint32_t right[4];
-                ldmatrix<false>(
-                    right, b + chunk_offset<64>(b_row + 16 * pair + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+                ldmatrix<false>(right, b_chunk + pair * 16 * 64);
 #pragma unroll
                 for (int mi = 0; mi < mis; ++mi) {
                     mma(acc[mi][2 * pair], left[mi], right[0], right[1], T{});
@@ -185,24 +189,24 @@ __device__ __forceinline__ void tiled_product(float (&acc)[mis][nis][4], char* m
                                               const Matrix<T>& weight, int64_t col, int a_row, int b_row) {
     constexpr int kDepth = 64 / sizeof(T), kStageBytes = 64 * (tile_rows + tile_cols);
     const int steps = static_cast<int>((x.cols + kDepth - 1) / kDepth);
-#pragma unroll 1
-    for (int step = 1 - stages; step < steps; ++step) {
-        if (step >= 0) {
-            cp_async_wait<stages - 2>();
-            __syncthreads();  // this step's tiles are there for all, and all are done with those that are loaded next
-        }
-        const int next = step + stages - 1;
-        if (next < steps) {
-            char* stage = memory + next % stages * kStageBytes;
-            load_tile<tile_rows, 64, threads>(stage, x, row, int64_t{next} * kDepth, in_order);
-            load_tile<tile_cols, 64, threads>(stage + 64 * tile_rows, weight, col, int64_t{next} * kDepth,
+    const auto load = [&](int step) {
+        if (step < steps) {
+            char* stage = memory + step % stages * kStageBytes;
+            load_tile<tile_rows, 64, threads>(stage, x, row, int64_t{step} * kDepth, in_order);
+            load_tile<tile_cols, 64, threads>(stage + 64 * tile_rows, weight, col, int64_t{step} * kDepth,
                                               column_of_slot);
         }
         cp_async_commit();  // an empty group too: the wait counts groups
-        if (step >= 0) {
-            const char* stage = memory + step % stages * kStageBytes;
-            multiply<T>(acc, stage, a_row, stage + 64 * tile_rows, b_row);
-        }
+    };
+#pragma unroll 1
+    for (int step = 0; step < stages - 1; ++step) load(step);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        cp_async_wait<stages - 2>();
+        __syncthreads();  // this step's tiles are there for all, and all are done with those that are loaded next
+        load(step + stages - 1);
+        const char* stage = memory + step % stages * kStageBytes;
+        multiply<T>(acc, stage, a_row, stage + 64 * tile_rows, b_row);
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -217,8 +221,10 @@ __device__ __forceinline__ void store_sums(float* tile, const float (&acc)[mis][
 #pragma unroll
         for (int group = 0; group < nis / 2; ++group) {
             const float *low = &acc[i / 2][2 * group][2 * (i % 2)], *high = &acc[i / 2][2 * group + 1][2 * (i % 2)];
-            *reinterpret_cast<float4*>(tile + (row + 8 * i + lane / 4) * cols + col + 16 * group + lane % 4 * 4) =
-                make_float4(low[0], low[1], high[0], high[1]);
+            auto* pairs =
+                reinterpret_cast<float2*>(tile + (row + 8 * i + lane / 4) * cols + col + 16 * group + lane % 4 * 4);
+            pairs[0] = make_float2(low[0], low[1]);
+            pairs[1] = make_float2(high[0], high[1]);
         }
 }
 
@@ -230,9 +236,10 @@ __device__ __forceinline__ void load_sums(float (&acc)[mis][nis][4], const float
 #pragma unroll
         for (int group = 0; group < nis / 2; ++group) {
             float *low = &acc[i / 2][2 * group][2 * (i % 2)], *high = &acc[i / 2][2 * group + 1][2 * (i % 2)];
-            const float4 v = *reinterpret_cast<const float4*>(tile + (row + 8 * i + lane / 4) * cols + col +
-                                                              16 * group + lane % 4 * 4);
-            low[0] = v.x, low[1] = v.y, high[0] = v.z, high[1] = v.w;
+            // In pairs, as mma keeps them: four at once would tie the sums to other registers all through the product.
+            const auto* pairs = reinterpret_cast<const float2*>(tile + (row + 8 * i + lane / 4) * cols + col +
+                                                                16 * group + lane % 4 * 4);
+            low[0] = pairs[0].x, low[1] = pairs[0].y, high[0] = pairs[1].x, high[1] = pairs[1].y;
         }
 }
 
