@@ -43,5 +43,8 @@ with use_backend("cuda"):
                 sample = test_ops.pick(op, sample_id, "cpu", torch.float32)
                 kind.function(*sample.args, **sample.kwargs)
                 count += 1
-    test_ops.compare_linear("noisy_linear_grad_", next(iter(large("noisy_linear_grad_", torch.bfloat16))))
-print(count + 1)
+    for sample in large("noisy_linear_grad_", torch.bfloat16):
+        if sample.id in ("panels", "pairs-of-signs", "signs-bias-alone"):
+            test_ops.compare_linear("noisy_linear_grad_", sample)
+            count += 1
+print(count)

@@ -9,7 +9,6 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
-import random
 import re
 import shutil
 import subprocess
@@ -25,9 +24,10 @@ BUILD = ROOT / "build" / "cubins"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()
-# Of the noise itself, on Hopper: stores, addresses and the loop included.
+# What the project promises on Hopper, stores, addresses and the loop included.
 MOST_INSTRUCTIONS_PER_NORMAL = 26.0
-MOST_WAVEFRONTS_PER_32_NORMALS = 6.0
+MOST_INSTRUCTIONS_PER_PACKED_SIGN = 2.0
+MOST_INSTRUCTIONS_PER_OUTPUT = 30.0
 KINDS = ("quantile", "sobol", "signs")
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -52,7 +52,7 @@ def compile_cubin(source: pathlib.Path, architecture: str) -> tuple[pathlib.Path
 
 def short_name(mangled: str) -> str:
     """`noisy_linear_kernel-bf16-signs` from a kernel's mangled name."""
-    name = re.search(r"(noise|noisy_linear|gradient|philox4x32|fold_in)_kernel|add_partials", mangled)
+    name = re.search(r"(noise|noisy_linear|signs_gradient|gradient|philox4x32|fold_in)_kernel|add_partials", mangled)
     assert name, mangled
     parts = [name[1] or name[0]]
     arguments = mangled[name.end() :]
@@ -107,31 +107,79 @@ def test_kernels_stay_within_their_budget(architecture) -> None:
     assert all(values["stack"] == 0 and values["spills"] == 0 for values in budget.values())
 
 
-def test_instructions_of_a_normal() -> None:
+def noise_loop(source: str, kernel: str, **counts: int) -> list[str]:
+    """The shortest innermost loop of a kernel that calls Philox and has these numbers of instructions: conversions
+    (one a normal), loads and stores (of global memory), shared_stores."""
     from cubin import count, instructions, loops
 
-    code = disassemble("noise")["noise-quantile-whole"]
-    body = max(loops(instructions(code)), key=lambda loop: count(loop, r"IMAD\.WIDE"))
-    normals = count(body, r"\bI2FP?\b")  # one conversion of an integer for each
-    assert normals == 8 and count(body, r"STG\.\S*128") == 2  # the loop is the one that is meant
-    assert count(body, r"LDS\.64") == 3 * normals and count(body, r"\bLDS") == 3 * normals
-    assert len(body) / normals <= MOST_INSTRUCTIONS_PER_NORMAL
+    patterns = {
+        "conversions": r"\bI2FP?\b(?!\.U32\.RP)",
+        "loads": r"\bLDG\b",
+        "stores": r"\bSTG\b",
+        "shared_stores": r"\bSTS\b",
+    }
+    return min(
+        (
+            body
+            for body in loops(instructions(disassemble(source)[kernel]))
+            if count(body, r"IMAD\.WIDE") > 10 and all(count(body, patterns[k]) == n for k, n in counts.items())
+        ),
+        key=len,
+    )
+
+
+def measure_loops() -> dict[str, float]:
+    """Instructions a normal or packed sign, on Hopper. Pairs: antithetic, two outputs or two signs from one noise."""
+    result = {"noise": len(noise_loop("noise", "noise-quantile-whole", conversions=8, stores=2)) / 8}
+    for dtype, stores in (("bf16", 1), ("fp32", 2)):
+        for name, copies in (("", 1), ("-pairs", 2)):
+            for op, loads, stored in (("noisy_linear", 0, copies), ("noisy_linear_grad_", copies, 0)):
+                kernel = f"{'noisy_linear' if op == 'noisy_linear' else 'gradient'}-{dtype}-quantile"
+                body = noise_loop(op, kernel, conversions=8, loads=loads, stores=stored * stores)
+                result[f"{op}-{dtype}{name}"] = len(body) / 8
+            replay = f"gradient-{dtype}-quantile-replay"
+            body = noise_loop("noisy_linear_replay_", replay, conversions=8, loads=copies, stores=copies * stores)
+            result[f"noisy_linear_replay_-{dtype}{name}"] = len(body) / 8
+    for name, copies in (("", 1), ("-pairs", 2)):
+        body = noise_loop("noisy_linear_grad_", "signs_gradient-bf16", loads=copies, shared_stores=16 * copies)
+        result[f"packed-signs{name}"] = len(body) / (128 * copies)
+    return result
+
+
+def test_loops_stay_within_their_budget() -> None:
+    measured, budget = measure_loops(), json.loads(BUDGETS.read_text())["cuda"]["instructions of a normal or sign"]
+    assert list(measured) == list(budget)
+    over = {name: (value, budget[name]) for name, value in measured.items() if value > budget[name]}
+    assert not over, f"measured, budget: {over}"
+    for name, most in budget.items():
+        if name in ("noise", "noisy_linear_grad_-bf16", "noisy_linear_grad_-fp32"):
+            assert most <= MOST_INSTRUCTIONS_PER_NORMAL, name
+        elif name.startswith("packed"):
+            assert most <= MOST_INSTRUCTIONS_PER_PACKED_SIGN, name
+        else:
+            assert most <= MOST_INSTRUCTIONS_PER_OUTPUT * (2 if name.endswith("pairs") else 1), name
 
 
 def test_table_reads_do_not_conflict() -> None:
-    """Wavefronts of the three 8-byte reads of a normal, of octaves as random words have them. A read of 8 bytes by a
-    warp takes a wavefront for each half; more where lanes want different rows of one bank."""
-    words = random.Random(1)
-    wavefronts, warps = 0, 20_000
-    for _ in range(warps):
-        octaves = [((words.getrandbits(31) | 1).bit_length() - 1) for _ in range(32)]
-        for half in (octaves[:16], octaves[16:]):
-            rows_of_bank: dict[int, set[int]] = {}
-            for octave in half:
-                rows_of_bank.setdefault(octave % 16, set()).add(octave)  # a row is 8 bytes, the banks 128
-            wavefronts += 3 * max(map(len, rows_of_bank.values()))
-    assert len(contract.tables.NORMAL) == 32  # the rows of each pair fill the banks twice
-    assert wavefronts / warps < MOST_WAVEFRONTS_PER_32_NORMALS + 0.01
+    """A read of 8 bytes by a warp takes a wavefront for each half of it, and one more where two lanes of a half want
+    different rows of one bank: rows 16 apart. Three reads a normal: 6 wavefronts, and what this chance adds."""
+    lanes, rows = 16, len(contract.tables.NORMAL)
+    assert rows == 32  # the rows of each pair fill the banks twice
+    chance = [
+        2.0**-30,
+        *(2.0 ** (row - 31) for row in range(1, 31)),
+        2.0**-25,
+    ]  # of a random word; the last by rounding
+
+    def both(p: float, q: float) -> float:
+        return 1 - (1 - p) ** lanes - (1 - q) ** lanes + (1 - p - q) ** lanes
+
+    conflict = sum(both(chance[row], chance[row + 16]) for row in range(16))
+    assert 6 * (1 + conflict) < 6.0015
+    from cubin import count
+
+    body = noise_loop("noise", "noise-quantile-whole", conversions=8, stores=2)
+    assert count(body, r"LDS\.64") == 3 * 8 and count(body, r"\bLDS") == 3 * 8
 
 
 @pytest.mark.parametrize("source", ["noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_"])
@@ -144,9 +192,12 @@ def test_products_run_on_tensor_cores_and_nothing_is_atomic(source) -> None:
 
 
 if __name__ == "__main__":
-    measured = {architecture: measure(architecture) for architecture in ARCHITECTURES}
     lines = ['{"cuda": {']
-    for architecture, kernels in measured.items():
+    for architecture in ARCHITECTURES:
+        kernels = measure(architecture)
         rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
-        lines.append(f'  "{architecture}": {{\n{rows}\n  }}' + ("" if architecture == ARCHITECTURES[-1] else ","))
+        lines.append(f'  "{architecture}": {{\n{rows}\n  }},')
+    # With room for an instruction or two: other versions of nvcc order loops a little differently.
+    most = {name: round(value + (0.02 if "signs" in name else 0.1), 2) for name, value in measure_loops().items()}
+    lines.append(f'  "instructions of a normal or sign": {json.dumps(most, indent=4)}')
     BUDGETS.write_text("\n".join([*lines, "}}"]) + "\n")

@@ -82,6 +82,11 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("panels", call(140, 540, 4, torch.float32, 1.0, v(1, 140, 540)), {**total, **pairs})
     yield Sample("rounded-once", call(140, 540, 2, dtype, 1.0, v(1, 140, 540)), each)
     yield Sample("separate", call(140, 530, 2, torch.float32, 1.0, v(6, 2, 140, 530)), {"col_offset": 5, **pairs})
+    signs = {"dist": "rademacher", "col_offset": 100}
+    yield Sample("separate-signs", call(140, 150, 2, torch.float32, 1.0, v(6, 2, 140, 150)), signs)
+    yield Sample("pairs-of-signs", call(140, 150, 4, dtype, 1.0, v(6, 4, 140, 150)), {**signs, **pairs})
+    bias_alone = (None, *call(150, 20, 2, torch.float32, 1.0, v(6, 2, 150, 20))[1:])
+    yield Sample("signs-bias-alone", bias_alone, signs)
     yield Sample("tiny-losses", call(40, 20, 2, torch.float32, 1e-9, v(1, 40, 20)), pairs)
 
 

@@ -40,6 +40,16 @@ __device__ __forceinline__ uint32_t word_of(const Pair& pair) {
     return word;
 }
 
+// A 16-bit element twice in one word.
+template <typename T>
+__device__ __forceinline__ uint32_t twice(float value) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return word_of(__floats2half2_rn(value, value));
+    } else {
+        return word_of(__floats2bfloat162_rn(value, value));
+    }
+}
+
 // Four neighbours at once; `out` is aligned to all four.
 __device__ __forceinline__ void store4(float* out, const float (&v)[4]) {
     *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);

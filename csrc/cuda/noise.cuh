@@ -104,9 +104,14 @@ class Noise {
         }
     }
 
+    // The signs of columns 128 index ... 128 index + 127 of a row.
+    __device__ __forceinline__ Words sign_words(uint32_t row, uint32_t index, uint32_t draw) const {
+        return philox4x32(Words{{index, row, draw, 0u}}, key_);
+    }
+
     // The signs of columns 32 index ... 32 index + 31 of a row.
     __device__ __forceinline__ uint32_t sign_word(uint32_t row, uint32_t index, uint32_t draw) const {
-        const Words words = philox4x32(Words{{index >> 2, row, draw, 0u}}, key_);
+        const Words words = sign_words(row, index >> 2, draw);
         const uint32_t low = index & 1 ? words.w[1] : words.w[0], high = index & 1 ? words.w[3] : words.w[2];
         return index & 2 ? high : low;
     }

@@ -1,5 +1,6 @@
-// The gradient buffers of a noisy linear layer (gradient.cuh).
+// The gradient buffers of a noisy linear layer (gradient.cuh; gradient_signs.cuh).
 #include "gradient.cuh"
+#include "gradient_signs.cuh"
 
 namespace {
 
@@ -11,6 +12,8 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
     auto p = ulr::gradient_of<T>(
         noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]}, absent,
         absent, absent);
+    if constexpr (sizeof(T) == 2)
+        if (ulr::takes_packed_signs(p)) return ulr::launch_signs_gradient(p, launch);
     return ulr::launch_gradient<T, false>(p, launch);
 }
 

@@ -181,6 +181,20 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[mis][nis][4], c
     }
 }
 
+// acc += A^T 1, the sums over 16 rows of A, from a_row and columns a_col; each as often as mma has columns.
+template <int a_bytes, typename T, int mis>
+__device__ __forceinline__ void add_column_sums(float (&acc)[mis][4], const char* a, int a_row, int a_col, T) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t ones = twice<T>(1.0f);
+#pragma unroll
+    for (int mi = 0; mi < mis; ++mi) {
+        uint32_t left[4];
+        ldmatrix<true>(left,
+                       a + chunk_offset<a_bytes>(a_row + lane % 8 + lane / 16 * 8, a_col / 8 + 2 * mi + lane / 8 % 2));
+        mma(acc[mi], left, ones, ones, T{});
+    }
+}
+
 // sums = X W^T + sums for a tile of rows x columns, the whole inner axis through `stages` pairs of tiles, loads running
 // ahead. Each warp owns 16 mis rows from a_row and 8 nis columns from b_row. All threads together, from and to a
 // barrier.
