@@ -31,7 +31,7 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels bench
 
-# torch by exact version: a bare name would fetch the newest build for CUDA, several GB.
+# torch by exact version: the one that the project is tested with.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	$(BIN)/python setup.py build_ext --inplace
+	CXXFLAGS="-Werror $(CXXFLAGS)" NVCC_APPEND_FLAGS="-Werror all-warnings" $(BIN)/python setup.py build_ext --inplace
 	touch $@
 
 clean:

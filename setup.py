@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
-WARNINGS = "-Wall -Wextra -Werror"
+OLDEST_CAPABILITY = 8  # mma.sync of bf16 operands
+OLDEST_NVCC = 12
+WARNINGS = "-Wall -Wextra"  # CI adds -Werror, by CXXFLAGS; a stranger's newer compiler must not end an install
 CXX_FLAGS = f"-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden {WARNINGS}"
 # The same sources are compiled once for each instruction set; the library picks one when it is loaded.
 INSTRUCTION_SETS = {
@@ -56,10 +59,21 @@ def first_line(*command: str) -> str:
 
 
 def find_compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
+    if chosen := os.environ.get("CXX"):
+        if shutil.which(shlex.split(chosen)[0]) is None:
+            raise SystemExit(f"CXX must name a compiler on the PATH, got {chosen!r}")
+        return chosen  # it may carry arguments, or a cache before the compiler
+    for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
-            return path
+            return shlex.quote(path)
     raise Absent("no C++ compiler was found when the package was built (CXX, c++, g++, clang++)")
+
+
+def find_python_headers() -> str:
+    include = sysconfig.get_paths()["include"]
+    if not Path(include, "Python.h").exists():
+        raise Absent("Python's headers were not found when the package was built (Debian: python3-dev)")
+    return include
 
 
 def find_ninja() -> str:
@@ -90,22 +104,25 @@ def find_nvcc() -> str:
 
 
 def nvcc_version(nvcc: str) -> str:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"V(\d[\d.]*)", text)
-    return found.group(1) if found else "unknown"
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+)\.[\d.]+", printed)
+    if found is None or int(found[1]) < OLDEST_NVCC:
+        raise Absent(f"nvcc {OLDEST_NVCC} or newer is needed, {nvcc} says {found[0] if found else printed!r}")
+    return found[0][1:]
 
 
 def architectures(nvcc: str) -> tuple[str, ...]:
     """The compute capabilities to build for, those that this nvcc knows; with +PTX on the newest unless one has it."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))
-    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES).strip())
+    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
+    wanted = [name for name in wanted if name]
     for name in wanted:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: an entry must look like 9.0a or 12.0+PTX, got {name!r}")
-    kept = [name for name in wanted if re.sub(r"\D", "", name) in known]
+    kept = [n for n in wanted if re.sub(r"\D", "", n) in known and int(n.split(".")[0]) >= OLDEST_CAPABILITY]
     if not kept:
-        raise Absent(f"nvcc knows none of the architectures {', '.join(wanted)}")
+        raise Absent(f"nvcc knows none of {', '.join(wanted)} from compute capability {OLDEST_CAPABILITY}.0 on")
     if not any(name.endswith("+PTX") for name in kept):
         # PTX of an architecture-specific target (9.0a) runs nowhere else, so the newest plain one carries it.
         plain = [name for name in kept if name[-1].isdigit()]
@@ -160,15 +177,20 @@ def cpu_objects(ninja: NinjaFile) -> list[str]:
     return objects
 
 
-def write_ninja(compiler: str, include: str, nvcc: str | None, names: tuple[str, ...], cpp: bool) -> list[str]:
-    """Write build.ninja; the names of the libraries that it makes."""
+def quoted(path: str | Path) -> str:
+    """For a command in a ninja file."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tuple[str, ...], cpp: bool) -> list[str]:
+    """Write build.ninja; the names of the libraries that it makes. `compiler` is a command, `nvcc` a path."""
     ninja = NinjaFile()
-    ninja.rule(
-        "cxx", f"{compiler} {CXX_FLAGS} -I{ROOT}/csrc/include $flags -MMD -MF $out.d -c $in -o $out", dependencies=True
-    )
+    own = "-I" + quoted(ROOT / "csrc" / "include")
+    extra = os.environ.get("CXXFLAGS", "")
+    ninja.rule("cxx", f"{compiler} {CXX_FLAGS} {extra} {own} $flags -MMD -MF $out.d -c $in -o $out", dependencies=True)
     ninja.rule("link", f"{compiler} -shared -pthread $in -o $out")
     shim = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-    headers = f"-isystem {include} -isystem {sysconfig.get_paths()['include']}"
+    headers = " ".join(f"-isystem {quoted(path)}" for path in includes)
     ninja.build(shim, "link", [ninja.build("bindings.o", "cxx", [f"{ROOT}/csrc/bindings.cpp"], flags=headers)])
     made = [shim]
     version = ninja.build("version.o", "cxx", [f"{ROOT}/csrc/version.cpp"])
@@ -177,13 +199,14 @@ def write_ninja(compiler: str, include: str, nvcc: str | None, names: tuple[str,
     if nvcc:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         flags = " ".join((ROOT / "csrc" / "cuda" / "nvcc_flags.txt").read_text().split())
+        nvcc = f"{quoted(nvcc)} -ccbin {shlex.split(compiler)[-1]}"
         ninja.rule(
             "nvcc",
-            f"{nvcc} -ccbin {compiler} {flags} -Werror all-warnings -I{ROOT}/csrc/include {generate_code(names)}"
+            f"{nvcc} {flags} {own} {generate_code(names)}"
             f" --threads {max(1, (os.cpu_count() or 1) // len(sources))} -MD -MF $out.d -c $in -o $out",
             dependencies=True,
         )
-        ninja.rule("nvlink", f"{nvcc} -ccbin {compiler} -shared -cudart static {generate_code(names)} $in -o $out")
+        ninja.rule("nvlink", f"{nvcc} -shared -cudart static {generate_code(names)} $in -o $out")
         objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)]) for path in sources]
         made.append(ninja.build("libulr_cuda.so", "nvlink", [*objects, version]))
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -201,21 +224,21 @@ def build_native(target: Path) -> Tools:
     made: list[str] = []
     nvcc = None
     try:
-        compiler, ninja, include = find_compiler(), find_ninja(), find_pybind11()
-        tools.compiler = first_line(compiler, "--version")
+        compiler, ninja, includes = find_compiler(), find_ninja(), [find_pybind11(), find_python_headers()]
+        tools.compiler = first_line(*shlex.split(compiler), "--version")
     except Absent as reason:
         tools.absent.update(dict.fromkeys(parts, str(reason)))
     else:
         if "cuda" in parts:
             try:
                 nvcc = find_nvcc()
-                tools.architectures = architectures(nvcc)
                 tools.nvcc = nvcc_version(nvcc)
+                tools.architectures = architectures(nvcc)
             except Absent as reason:
-                nvcc = None
+                nvcc = tools.nvcc = None
                 tools.absent["cuda"] = str(reason)
         if parts - set(tools.absent):
-            made = write_ninja(compiler, include, nvcc, tools.architectures, "cpp" in parts)
+            made = write_ninja(compiler, includes, nvcc, tools.architectures, "cpp" in parts)
             subprocess.run([ninja, "-C", str(BUILD)], check=True)
     if requested is not None and (missing := parts & set(tools.absent)):
         raise SystemExit("ULR_BUILD: " + "; ".join(f"{part}: {tools.absent[part]}" for part in sorted(missing)))

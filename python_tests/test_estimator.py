@@ -292,3 +292,10 @@ def test_learnt_sigma_of_a_bare_parameter_is_one_number():
     assert [tuple(p.shape) for p in estimator.parameters()] == [(), (3,)]
     estimator.backward(*batch(), cross_entropy)
     assert all(p.grad.abs().sum() > 0 for p in estimator.parameters())
+
+
+def test_a_compiled_submodule_gives_the_same_gradients():
+    plain, compiled = mlp(), mlp()
+    compiled.load_state_dict(plain.state_dict())
+    compiled[0].compile()
+    assert_same(gradients(plain)[1], gradients(compiled)[1], 1e-5)

@@ -159,7 +159,7 @@ def test_learnt_sigma_has_a_parameter_per_feature():
             {"sampler": "sobol", "injection": "joint"},
             "'baseline' must be 'clean' where sampler is 'sobol' and injection",
         ),
-        ({"seed": 2**64}, r"must be in \[-2\^63, 2\^64\)"),
+        ({"seed": 2**64}, r"must be an integer in \[-2\^63, 2\^64\)"),
     ],
 )
 def test_settings_are_checked(settings, message):
@@ -278,3 +278,77 @@ def test_inputs_modified_in_place():
     with pytest.raises(RuntimeError, match="must not be modified in place after the layer has read it"):
         gradients(filled(InPlace()), batch=(x, y))
     assert torch.equal(x, before)
+
+
+# --- an error writes nothing -----------------------------------------------------------------------------------------
+
+
+def assert_no_gradient(model: nn.Module) -> None:
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_mapping_without_every_layer_is_refused_before_any_gradient():
+    model = mlp()
+    with pytest.raises(ValueError, match="'copies' must have an entry for every trained layer"):
+        ulr.ULR(model, copies={"0": 4}).backward(*batch(), cross_entropy)
+    assert_no_gradient(model)
+
+
+def test_an_input_modified_after_it_was_read_is_refused_before_any_gradient():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = filled(nn.Linear(4, 4)), filled(nn.Linear(4, 3))
+
+        def forward(self, x):
+            h = self.a(x)
+            z = self.b(h)
+            h.add_(1)
+            return z
+
+    for injection in ("layerwise", "joint"):
+        model = InPlace()
+        with pytest.raises(RuntimeError, match="must not be modified in place"):
+            ulr.ULR(model, copies=4, injection=injection).backward(
+                torch.ones(5, 4), torch.zeros(5).long(), cross_entropy
+            )
+        assert_no_gradient(model)
+
+
+def test_a_replaced_parameter_is_noticed():
+    model = mlp()
+    estimator = ulr.ULR(model, copies=4)
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(ValueError, match="'model' must have the parameters that it had"):
+        estimator.backward(*batch(), cross_entropy)
+    assert_no_gradient(model)
+
+
+def test_a_state_of_other_shapes_changes_nothing():
+    wide, narrow = (nn.Sequential(filled(nn.Linear(4, n))) for n in (8, 6))
+    estimator = ulr.ULR(narrow, learn_sigma=True, seed=3)
+    state = ulr.ULR(wide, learn_sigma=True, seed=5).state_dict()
+    with pytest.raises(
+        ValueError, match=r"'state' must hold ln sigma of the shapes \{'0': \[6\]\}, got \{'0': \[8\]\}"
+    ):
+        estimator.load_state_dict(state)
+    assert estimator.seed == 3
+
+
+def test_functions_of_other_tensors_pass_by():
+    """Products without a parameter, keyword forms, and biases that torch broadcasts are no layers."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = filled(nn.Linear(4, 3))
+            self.register_buffer("shift", torch.tensor(5.0))
+
+        def forward(self, x):
+            x = torch.matmul(input=x, other=torch.eye(4)) + torch.matmul(x, other=torch.eye(4))
+            return F.linear(self.layer(x), torch.eye(3), self.shift)
+
+    model = Odd()
+    x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.long)
+    loss = ulr.ULR(model, sigma=1e-3, copies=4).backward(x, y, lambda out, target: out[:, 0])
+    assert abs(loss.item() - model(x)[:, 0].mean().item()) < 0.01

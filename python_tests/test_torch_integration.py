@@ -129,6 +129,9 @@ def test_autocast_casts_like_a_product(device) -> None:
     assert torch.equal(y, ulr.ops.noisy_linear(x.bfloat16(), w.bfloat16(), b.bfloat16(), 0.1, 1))
     with torch.autocast(device, dtype=torch.bfloat16):
         grad = torch.autograd.grad(ulr.ops.noisy_linear(x, w.requires_grad_(), b, 0.1, 1).float().sum(), w)[0]
+        assert (
+            torch.autograd.grad(ulr.ops.noisy_linear(x.bfloat16(), w, b, 0.1, 1).float().sum(), w)[0].shape == w.shape
+        )
     torch.testing.assert_close(grad, x.sum(0).expand(5, 8), rtol=0.02, atol=0.02)
 
 
@@ -169,3 +172,16 @@ def test_noise_like_views_a_parameter_as_rows_and_columns(device) -> None:
     assert torch.equal(ulr.noise_like(kernel[0, 0, 0], 9), ulr.noise((2,), 9, device=device))
     assert ulr.noise_like(torch.tensor(1.0), 9).shape == () and ulr.noise_like(kernel[:0], 9).shape == (0, 3, 2, 2)
     assert contract.CONTRACT_VERSION == 1
+
+
+def test_buffers_may_share_rows_but_not_elements(device) -> None:
+    x, loss = v(1, 6, 8).to(device), v(7, 4, 6).to(device)
+    both = torch.zeros(5, 9, device=device)
+    apart = torch.zeros(5, 8, device=device), torch.zeros(5, device=device)
+    ulr.ops.noisy_linear_grad_(both[:, :8], both[:, 8], x, loss, 0.5, 11)
+    ulr.ops.noisy_linear_grad_(*apart, x, loss, 0.5, 11)
+    torch.testing.assert_close(both, torch.cat([apart[0], apart[1][:, None]], 1))
+    with pytest.raises(ValueError, match="'grad_weight' must not overlap 'grad_bias', got shared memory"):
+        ulr.ops.noisy_linear_grad_(both[:, :8], both[:, 7], x, loss, 0.5, 11)
+    with pytest.raises(ValueError, match="'grad_weight' must not overlap 'grad_bias', got shared memory"):
+        ulr.ops.noisy_linear_grad_(both[:, 1:], both.flatten()[3:8], x, loss, 0.5, 11)

@@ -80,8 +80,8 @@ def _philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> None:
 
 def _fold_in(out: Tensor, key: Tensor, data: Tensor) -> None:
     shape = (1,) * (3 - out.dim()) + out.shape if out.dim() <= 3 else (1, 1, out.numel())
-    views = (t.expand(out.shape).reshape(shape) for t in (out, key, data))
-    _native.launcher("cpp", "fold_in")(None, tuple(map(_native.view, views)))
+    flat = [t.expand(out.shape).reshape(shape) for t in (out, key, data)]  # kept alive: some are copies
+    _native.launcher("cpp", "fold_in")(None, tuple(map(_native.view, flat)))
 
 
 def _noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, *at: int) -> None:

@@ -77,6 +77,7 @@ class Recording(Meeting):
 
     Attributes:
         calls: the trained layers in the order of their first call, and how often each is called.
+        met_calls: those calls.
         reached: ids of the parameters whose gradient the calls give.
         elsewhere: id(parameter) -> a function beside the layers' calls that uses it.
     """
@@ -85,6 +86,7 @@ class Recording(Meeting):
         super().__init__(layers)
         self._samples = samples
         self.calls: dict[str, int] = {}
+        self.met_calls: list[LinearCall] = []
         self.reached: set[int] = set()
         self.elsewhere: dict[int, str] = {}
 
@@ -101,6 +103,7 @@ class Recording(Meeting):
             if not same(*call.x.unflatten(0, (2, rows // 2))):
                 fail_rows(f"the input of layer {layer!r}")
             self.calls[layer] = self.calls.get(layer, 0) + 1
+            self.met_calls.append(call)
             self.reached.update(map(id, call.parameters))
         return call.clean()
 

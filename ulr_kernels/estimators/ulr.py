@@ -17,6 +17,8 @@ from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.linear import Noise
 from ulr_kernels.nn.names import layer_names, parameter_names, unwrap
 
+MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
+
 
 class Pass(NamedTuple):
     """One noised forward: the layers that are noised, and whether the layers before them run on one copy only."""
@@ -58,8 +60,8 @@ class ULR:
         sampler: "iid", or "sobol": the copies of a sample are a scrambled Sobol sequence.
         baseline: "mean": of the other copies or pairs of the sample; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
-        learn_sigma: ln sigma becomes a parameter (see `parameters`), per feature for nn.Linear, one for a bare product,
-            whose gradient is E[(L - b) * (eps * score - 1)].
+        learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
+            nn.Linear, one for a bare product, whose gradient is E[(L - b) * (eps * score - 1)].
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -83,7 +85,8 @@ class ULR:
         self.model = unwrap(model)
         self.seed = seed
         self.step = 0
-        contract.fold_in(seed, 0)  # raises where the seed is no key
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
         self._parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
         self.layers = layer_names(self.model)
         self.settings.check_names(set(self.layers.values()))
@@ -125,10 +128,12 @@ class ULR:
                 all copies of the targets.
 
         Returns:
-            The mean noised loss, a scalar on the losses' device, detached. Reading it is what synchronises, not this.
+            The mean noised loss, a scalar on the losses' device, detached. Reading it is what synchronises, not this;
+            but the first batch of each shape is looked at more closely, which takes a few forwards and synchronises.
 
         Raises:
-            ValueError: a batch, a loss or a model that breaks the rules; no gradient has been written.
+            ValueError: a batch, a loss or a model that breaks the rules. What the first batch of a shape shows is
+                raised before any gradient is written; a loss that fails later may leave those of earlier layers.
         """
         batch = Batch(x, y)
         with evaluation(self.model):
@@ -150,6 +155,8 @@ class ULR:
         noised, outputs = self._noised(item, keys, batch, copies)
         losses = batch.losses(outputs, loss_fn, copies)
         weights = loss_weights(losses, clean, self.settings.baseline, self.settings.antithetic)
+        for _, call in noised.calls:
+            call.check_unchanged()
         for layer, call in noised.calls:
             call.add_gradient(weights, self._log_sigma.get(layer))
         return losses.mean()
@@ -173,9 +180,13 @@ class ULR:
     # --- what a batch of these shapes does in this model -------------------------------------------------------------
 
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
+        if [*map(id, self.model.parameters())] != [*map(id, self._parameters)]:
+            fail("model", "have the parameters that it had (make a new estimator after replacing any)", "other ones")
         signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self._parameters))
         plan = self._plans.get(signature)
         if plan is None:
+            if len(self._plans) == MOST_PLANS:
+                self._plans.clear()
             plan = self._plans[signature] = self._make_plan(batch, loss_fn)
         return plan
 
@@ -184,6 +195,8 @@ class ULR:
         recording = Recording(self.layers, batch.samples)
         with recording:
             outputs = apply(self.model, repeat(batch.x, 2))
+        for call in recording.met_calls:
+            call.check_unchanged()
         losses = batch.losses(outputs, loss_fn, 2)
         if not same(losses[0], losses[1]):
             fail_rows("the loss")
@@ -196,6 +209,9 @@ class ULR:
                 "'mean'",
             )
         layers = tuple(recording.calls)
+        for layer in layers:  # both raise where a mapping has no entry
+            s.copies_of(layer)
+            s.sigma_of(layer)
         groups = [layers] if s.injection == "joint" else [(layer,) for layer in layers]
         sites = torch.tensor(
             [contract.signed64(contract.site_id(layer)) for layer in layers], device=self._parameters[0].device
@@ -260,8 +276,10 @@ class ULR:
         settings = Settings(**state["settings"])
         settings.check_names(set(self.layers.values()))
         log_sigma = state["log_sigma"]
-        if set(log_sigma) != set(self._log_sigma):
-            fail("state", f"hold ln sigma of {sorted(self._log_sigma) or 'no layer'}", sorted(log_sigma) or "none")
+        shapes = {name: list(value.shape) for name, value in self._log_sigma.items()}
+        if {name: list(value.shape) for name, value in log_sigma.items()} != shapes:
+            got = {name: list(value.shape) for name, value in log_sigma.items()}
+            fail("state", f"hold ln sigma of the shapes {shapes}", got)
         contract.fold_in(state["seed"], state["step"])
         self.settings, self.seed, self.step = settings, state["seed"], state["step"]
         for name, value in log_sigma.items():

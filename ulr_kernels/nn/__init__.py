@@ -7,6 +7,7 @@ a tensor is, and whether it is that parameter's transpose. The call that a reade
     call.parameters          the layer's own parameters, the one that names it first; empty if it has none
     call.clean()             the layer's output
     call.noised(...)         the output of C copies, with noise
+    call.check_unchanged()   raises if its input was modified in place since
     call.add_gradient(...)   the likelihood-ratio gradient, added to `.grad` of the trainable parameters
 
 Nothing in the model is rewritten: `torch.overrides.TorchFunctionMode` shows these calls as they happen.

@@ -39,6 +39,7 @@ class LinearCall:
     ) -> None:
         """`columns`: the weight comes as `[K, N]`, as in `x @ W`, instead of `[N, K]`."""
         self.x = x
+        self._version = x._version
         self._w = weight.T if columns else weight
         self._b = bias
         found = origin(weight)
@@ -50,7 +51,8 @@ class LinearCall:
     def clean(self) -> Tensor:
         x, weight, bias = self.x, self._w, self._b
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-        if plain and x.device.type == "cpu" and x.dtype == weight.dtype and _onednn.dense(weight):
+        fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
+        if plain and fits and x.device.type == "cpu" and _onednn.dense(weight):
             return _onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
@@ -66,7 +68,6 @@ class LinearCall:
         flat = self.x.flatten(0, -2)
         rows = flat.shape[0] // x_copies
         self._operand = flat[:rows] if shared else flat.unflatten(0, (x_copies, rows))
-        self._version = self.x._version
         self._noise = noise
         self._spec: dict[str, Any] = {
             "antithetic": noise.antithetic,
@@ -77,6 +78,14 @@ class LinearCall:
         y = ops.noisy_linear(self._operand, self._w, self._b, noise.sigma, noise.key, copies=noise.copies, **self._spec)
         return y.view(self.x.shape[0] // x_copies * noise.copies, *self.x.shape[1:-1], y.shape[-1])
 
+    def check_unchanged(self) -> None:
+        """Raise if the input, which the gradient needs, was modified in place since."""
+        if self.x._version != self._version:
+            raise RuntimeError(
+                "ulr.ULR: the input of a linear layer must not be modified in place after the layer has read it "
+                f"(its gradient needs it), got an input {list(self.x.shape)} that was"
+            )
+
     def add_gradient(self, loss_weight: Tensor, log_sigma: Tensor | None) -> None:
         """Add the likelihood-ratio gradient of this call to `.grad` of its trainable parameters.
 
@@ -84,11 +93,6 @@ class LinearCall:
             loss_weight: fp32 `[copies, samples]`.
             log_sigma: the learnt ln sigma, which gets its gradient too, or None.
         """
-        if self.x._version != self._version:
-            raise RuntimeError(
-                "ulr.ULR: the input of a linear layer must not be modified in place after the layer has read it "
-                f"(its gradient needs it), got an input {list(self.x.shape)} that was"
-            )
         weight = gradient_buffer(self._weight)
         ops.noisy_linear_grad_(
             weight.T if weight is not None and self._stored_as_columns else weight,
@@ -113,18 +117,26 @@ def gradient_buffer(parameter: Tensor | None) -> Tensor | None:
 
 def _linear(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall | None:
-        return LinearCall(input, weight, bias, origin) if input.dim() >= 2 and weight.dim() == 2 else None
+        if input.dim() < 2 or weight.dim() != 2 or not _per_feature(bias, weight.shape[0]):
+            return None
+        return LinearCall(input, weight, bias, origin)
 
     return call(*args, **kwargs)
 
 
 def _product(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
+    if kwargs or len(args) < 2:
+        return None
     x, weight = args[-2:]
     bias = args[0] if len(args) == 3 else None  # addmm(bias, x, weight)
-    known = origin(weight) is not None and weight.dim() == 2 and x.dim() >= 2
-    if kwargs or not known or (bias is not None and bias.dim() != 1):
+    if origin(weight) is None or weight.dim() != 2 or x.dim() < 2 or not _per_feature(bias, weight.shape[1]):
         return None
     return LinearCall(x, weight, bias, origin, columns=True)
+
+
+def _per_feature(bias: Tensor | None, features: int) -> bool:
+    """Whether a bias is what layers have; torch's functions would broadcast other shapes too."""
+    return bias is None or bias.shape == (features,)
 
 
 READERS = {

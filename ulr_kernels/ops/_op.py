@@ -21,6 +21,7 @@ _library = torch.library.Library("ulr", "DEF")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
+FP32 = torch.finfo(torch.float32)
 OPS: dict[str, Op] = {}  # every op, by name
 
 
@@ -87,15 +88,14 @@ def register(op: Op) -> None:
         written = [args[i] for i in op.mutates if args[i] is not None]
         if written:
             refuse_overlap(op, args)
+            # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
+            torch.autograd.graph.increment_version(written)
         provider = backends.lookup(op.name, next(a for a in args if isinstance(a, Tensor)).device.type)
         with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
             if returns:
                 provider(out, *args)
             else:
                 provider(*args)
-        if written:
-            # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
-            torch.autograd.graph.increment_version(written)
         return out
 
     def cast(device: str, *args):
@@ -202,12 +202,27 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def _offsets(tensor: Tensor, base: int) -> Tensor:
-    """Byte offsets from `base` of each element."""
-    result = torch.full((), tensor.data_ptr() - base)
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        result = result.unsqueeze(-1) + torch.arange(size) * (stride * tensor.element_size())
-    return result.flatten()
+def _nests(tensor: Tensor) -> bool:
+    """Whether each axis steps over all that the faster ones reach, so that no two elements share memory."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
+
+
+def _apart(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors whose extents intersect share no memory: they are column ranges of the same rows."""
+    pitch = max(first.stride()) * first.element_size()
+    if pitch != max(second.stride()) * second.element_size():
+        return False
+    places = []
+    for tensor in (first, second):
+        start, end = _extent(tensor.select(tensor.stride().index(max(tensor.stride())), 0))
+        places.append((start % pitch, end - start))
+    (low, width), (high, other_width) = sorted(places)
+    return low + width <= high and high + other_width <= low + pitch
 
 
 def refuse_overlap(op: Op, args: tuple) -> None:
@@ -219,18 +234,14 @@ def refuse_overlap(op: Op, args: tuple) -> None:
         if out is None or not out.numel():
             continue
         name = names[position]
-        if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        if not _nests(out):
             raise ValueError(f"ulr::{op.name}: '{name}' must not overlap itself, got strides {out.stride()}")
         start, end = _extent(out)
         for other_name, other in tensors:
-            if other is out and other_name == name:
-                continue
             other_start, other_end = _extent(other)
-            if start < other_end and other_start < end and other.device == out.device:
-                base = min(start, other_start)
-                mine, theirs = _offsets(out, base), _offsets(other, base)
-                if torch.isin(mine, theirs).any():
-                    raise ValueError(f"ulr::{op.name}: '{name}' must not overlap '{other_name}', got shared memory")
+            meets = other_name != name and other.device == out.device and start < other_end and other_start < end
+            if meets and not (out.dim() and other.dim() and _apart(out, other)):
+                raise ValueError(f"ulr::{op.name}: '{name}' must not overlap '{other_name}', got shared memory")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,8 +259,12 @@ def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
 def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:
     """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
     if not isinstance(sigma, Tensor):
-        _check_sigma(op, float(sigma), zero)
-        return torch.full((), sigma, dtype=torch.float32, device=device)
+        value = float(sigma)
+        # What counts is the fp32 number: a sigma that vanishes or overflows there is refused as well.
+        _check_sigma(op, value, zero)
+        if value and not FP32.smallest_normal <= value <= FP32.max:
+            raise ValueError(f"ulr::{op}: 'sigma' must be a normal fp32 number, got {sigma}")
+        return torch.full((), value, dtype=torch.float32, device=device)
     readable = sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(sigma, FakeTensor)
     if readable and sigma.numel():
         for extreme in (sigma,) if sigma.dim() == 0 else (sigma.min(), sigma.max()):

@@ -114,6 +114,7 @@ def _fold_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("unsigned", (keys[1], 2**64 - 1))
     yield Sample("table", (keys[:, None], keys[None, :]))
     yield Sample("empty", (keys[:0], 5))
+    yield Sample("axes", (keys[:, None, None, None], torch.arange(12, device=device).view(1, 3, 1, 4)))
     yield Sample("dtype", (keys.int(), 5), error="'key' must be int64")
     yield Sample("broadcast", (keys, keys[:2]), error="'data' must broadcast")
 

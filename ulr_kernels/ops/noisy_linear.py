@@ -73,7 +73,7 @@ class _Pathwise(torch.autograd.Function):
         shared = grad.sum(0) if x.dim() == 2 else grad  # copies that share x add up
         rows = shared.reshape(-1, shared.shape[-1])
         grad_x = shared @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        grad_weight = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
         grad_sigma = None
         if ctx.needs_input_grad[3]:

@@ -174,6 +174,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     )
     yield Sample("transposed", (f(2, 20, 13).T, f(3, 13), v(11, 20, 6).T, f(5, 4, 6), 0.3, 11))
     yield Sample("expanded", (*buffers(), v(11, 1, 20).expand(6, 20), f(5, 1, 1).expand(4, 6), 0.3, 11))
+    both = f(2, 13, 21)  # weight and bias as columns of one buffer
+    yield Sample("interleaved", (both[:, :20], both[:, 20], x, f(5, 4, 6), 0.3, 11))
     yield Sample("no-rows", (*buffers(), x[:0], f(5, 4, 6)[:, :0], 0.3, 11))
     yield Sample("no-features", (*buffers(0), x, f(5, 4, 6), 0.3, 11))
     yield Sample("no-inputs", (*buffers(k=0), x[:, :0], f(5, 4, 6), 0.3, 11))
@@ -181,6 +183,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     w, b = buffers()
     loss = f(5, 4, 6)
     yield Sample("sigma-zero", (w, b, x, loss, 0.0, 1), error="'sigma' must be finite and positive, got 0.0")
+    yield Sample("sigma-tiny", (w, b, x, loss, 1e-46, 1), error="'sigma' must be a normal fp32 number, got 1e-46")
     yield Sample("sigma-inf", (w, b, x, loss, float("inf"), 1), error="'sigma' must be finite and positive")
     yield Sample("loss-shape", (w, b, x, loss[:, :5], 0.3, 1), error=r"'loss_weight' must be \[copies, 6\]")
     yield Sample("loss-dtype", (w, b, x, loss.double(), 0.3, 1), error="'loss_weight' must be float32")
@@ -201,6 +204,11 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     )
     yield Sample(
         "self-overlap", (w[:1].expand(13, 20), b, x, loss, 0.3, 1), error="'grad_weight' must not overlap itself"
+    )
+    yield Sample(
+        "self-overlap-slide",
+        (v(1, 40, dtype=torch.float32).as_strided((13, 20), (1, 1)), b, x, loss, 0.3, 1),
+        error="'grad_weight' must not overlap itself",
     )
     yield Sample("overlap", (w, w[:, 0], x, loss, 0.3, 1), error="'grad_weight' must not overlap 'grad_bias'")
     flat = v(1, 13 * 20 + 40, dtype=torch.float32)

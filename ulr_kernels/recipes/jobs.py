@@ -9,6 +9,8 @@ from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.settings import Settings
 
 try:
+    import matplotlib  # noqa: F401  (needed at the very end: better refused at the start)
+
     from ulr_kernels.recipes import memory, report
     from ulr_kernels.recipes.train import Trainer, fit, prepare_folder, restore
 except ImportError as error:
