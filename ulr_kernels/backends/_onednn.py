@@ -36,6 +36,6 @@ def dense(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[R, N]` from `x [R, K]` and a dense `weight [N, K]` (see `dense`), all of one dtype. A compiler that traces this
     sees torch's own linear, which it knows how to lower."""
-    if x.numel() and weight.numel() and supports(x.dtype) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.numel() and weight.numel() and supports(x.dtype):
         return _call(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

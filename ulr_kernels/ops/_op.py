@@ -198,6 +198,8 @@ class Check:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The first byte of a tensor and the one past its last."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
@@ -227,21 +229,26 @@ def _apart(first: Tensor, second: Tensor) -> bool:
 
 def refuse_overlap(op: Op, args: tuple) -> None:
     """Raise if a written argument overlaps itself or any other argument: the result would depend on timing."""
-    names = [a.name for a in getattr(torch.ops.ulr, op.name).default._schema.arguments]
-    tensors = [(n, a) for n, a in zip(names, args, strict=True) if isinstance(a, Tensor) and a.numel()]
-    for position in op.mutates:
-        out = args[position]
-        if out is None or not out.numel():
+    tensors = [(i, a, *_extent(a)) for i, a in enumerate(args) if isinstance(a, Tensor) and a.numel()]
+    for position, out, start, end in tensors:
+        if position not in op.mutates:
             continue
-        name = names[position]
-        if not _nests(out):
-            raise ValueError(f"ulr::{op.name}: '{name}' must not overlap itself, got strides {out.stride()}")
-        start, end = _extent(out)
-        for other_name, other in tensors:
-            other_start, other_end = _extent(other)
-            meets = other_name != name and other.device == out.device and start < other_end and other_start < end
-            if meets and not (out.dim() and other.dim() and _apart(out, other)):
-                raise ValueError(f"ulr::{op.name}: '{name}' must not overlap '{other_name}', got shared memory")
+        if not (out.is_contiguous() or _nests(out)):
+            raise ValueError(
+                f"ulr::{op.name}: '{_name(op, position)}' must not overlap itself, got strides {out.stride()}"
+            )
+        for other_position, other, other_start, other_end in tensors:
+            if other_position == position or start >= other_end or other_start >= end or other.device != out.device:
+                continue
+            if not (out.dim() and other.dim() and _apart(out, other)):
+                raise ValueError(
+                    f"ulr::{op.name}: '{_name(op, position)}' must not overlap '{_name(op, other_position)}', "
+                    "got shared memory"
+                )
+
+
+def _name(op: Op, position: int) -> str:
+    return getattr(torch.ops.ulr, op.name).default._schema.arguments[position].name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
