@@ -96,7 +96,14 @@ class Pass {
 void Pass::load_sigma(Unit& unit, int64_t col) const {
     unit.col = col;
     unit.cols = std::min(width_, cols_ - col);
-    for (int64_t c = 0; c < pitch(); ++c) unit.sigma[c] = c < unit.cols ? *at<float>(t_[kSigma], 0, 0, col + c) : 1.0f;
+    const float* from = at<float>(t_[kSigma], 0, 0, col);
+    const int64_t stride = t_[kSigma].stride[2];
+    if (stride == 0) {
+        std::fill_n(unit.sigma, pitch(), *from);
+    } else {
+        for (int64_t c = 0; c < unit.cols; ++c) unit.sigma[c] = from[c * stride];
+        std::fill(unit.sigma + unit.cols, unit.sigma + pitch(), 1.0f);
+    }
 }
 
 // Asks for the base of a tile, so that it is near by the time the noise is made: the product left it in a far cache.
