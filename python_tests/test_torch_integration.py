@@ -185,3 +185,9 @@ def test_buffers_may_share_rows_but_not_elements(device) -> None:
         ulr.ops.noisy_linear_grad_(both[:, :8], both[:, 7], x, loss, 0.5, 11)
     with pytest.raises(ValueError, match="'grad_weight' must not overlap 'grad_bias', got shared memory"):
         ulr.ops.noisy_linear_grad_(both[:, 1:], both.flatten()[3:8], x, loss, 0.5, 11)
+
+
+def test_forward_mode_is_refused_rather_than_silently_zero(device) -> None:
+    x, w = v(1, 6, 8).to(device), v(2, 5, 8).to(device)
+    with pytest.raises(NotImplementedError, match="ulr::noisy_linear: forward-mode derivatives are not implemented"):
+        torch.func.jvp(lambda x: ulr.ops.noisy_linear(x, w, None, 0.1, 1), (x,), (x,))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes, values
@@ -48,10 +49,18 @@ def noisy_linear(
 
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
+        NotImplementedError: an input carries a forward-mode tangent.
     """
     key = key_tensor("noisy_linear", key, x.device)
     scale = sigma_tensor("noisy_linear", sigma, x.device, zero=True)
     spec = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias, scale)
+    ):
+        raise NotImplementedError(
+            "ulr::noisy_linear: forward-mode derivatives are not implemented; "
+            "use reverse mode, or F.linear and ulr.noise"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
         return _Pathwise.apply(x, weight, bias, scale, key, *spec)
     return torch.ops.ulr.noisy_linear(x, weight, bias, scale, key, *spec)
