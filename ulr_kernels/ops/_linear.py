@@ -13,13 +13,12 @@ from ulr_kernels.ops._op import FLOATS, Check
 
 
 class Sizes(NamedTuple):
-    """copies C, rows R, inputs K, features N, draws (C, or C / 2 where antithetic), shared: x has no copy axis."""
+    """copies C, rows R, inputs K, features N, shared: x has no copy axis."""
 
     copies: int
     rows: int
     inputs: int
     features: int
-    draws: int
     shared: bool
 
 

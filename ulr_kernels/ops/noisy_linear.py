@@ -96,14 +96,6 @@ class _Pathwise(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.spec)
 
 
-def _sizes(check: Check, x: Tensor, weight: Tensor, copies: int, antithetic: bool) -> Sizes:
-    draws = check.copies(copies, antithetic)
-    if weight.dim() != 2:
-        check.fail("weight", "be [N, K]", list(weight.shape))
-    _linear.check_x(check, x, copies, weight.shape[1], f"weight is {list(weight.shape)}")
-    return Sizes(copies, x.shape[-2], x.shape[-1], weight.shape[0], draws, x.dim() == 2)
-
-
 def check(
     x: Tensor,
     weight: Tensor,
@@ -120,16 +112,20 @@ def check(
     col_offset: int,
 ) -> Tensor:
     rules = Check("noisy_linear")
-    sizes = _sizes(rules, x, weight, copies, antithetic)
+    draws = rules.copies(copies, antithetic)
+    if weight.dim() != 2:
+        rules.fail("weight", "be [N, K]", list(weight.shape))
+    _linear.check_x(rules, x, copies, weight.shape[1], f"weight is {list(weight.shape)}")
+    rows, features = x.shape[-2], weight.shape[0]
     _linear.check_weight(rules, x, weight, bias)
-    _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
+    _linear.check_sigma(rules, "sigma", sigma, features, (torch.float32,))
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
-    rules.noise(key, sizes.rows, sizes.features, sizes.draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(sizes.copies, sizes.rows, sizes.features, dtype=x.dtype, device=x.device)
+    rules.noise(key, rows, features, draws, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.empty(copies, rows, features, dtype=x.dtype, device=x.device)
 
 
 def reference(y, x, weight, bias, sigma, key, copies, antithetic, *spec) -> None:
-    sizes = Sizes(copies, x.shape[-2], x.shape[-1], weight.shape[0], 0, x.dim() == 2)
+    sizes = Sizes(copies, x.shape[-2], x.shape[-1], weight.shape[0], x.dim() == 2)
     _linear.forward_reference(y, x, weight, bias, sigma, sizes, key, antithetic, *spec)
 
 

@@ -115,7 +115,7 @@ def check(
 def sizes_of(grad_weight: Tensor | None, grad_bias: Tensor | None, x: Tensor, loss_weight: Tensor) -> Sizes:
     buffer = grad_weight if grad_weight is not None else grad_bias
     assert buffer is not None  # the check has seen to it
-    return Sizes(loss_weight.shape[0], x.shape[-2], x.shape[-1], buffer.shape[0], 0, x.dim() == 2)
+    return Sizes(loss_weight.shape[0], x.shape[-2], x.shape[-1], buffer.shape[0], x.dim() == 2)
 
 
 def reference(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *spec) -> None:

@@ -123,7 +123,7 @@ def check(
 def reference(
     y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, antithetic, *spec
 ) -> None:
-    sizes = Sizes(loss_weight.shape[0], x.shape[-2], x.shape[-1], weight.shape[0], 0, x.dim() == 2)
+    sizes = Sizes(loss_weight.shape[0], x.shape[-2], x.shape[-1], weight.shape[0], x.dim() == 2)
     _linear.forward_reference(y, x, weight, bias, sigma, sizes, key, antithetic, *spec)
     _linear.gradient_reference(
         grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, sizes, key, antithetic, *spec
