@@ -36,8 +36,7 @@ INSTRUCTION_SETS = {
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     " -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized",
 }
-CPU_PER_INSTRUCTION_SET = ("noise", "noisy_linear")
-CPU_ONCE = ("dispatch", "parallel", "philox")
+CPU_ONCE = ("dispatch", "parallel", "philox")  # the other sources: once for each instruction set
 
 
 class Absent(Exception):
@@ -166,12 +165,12 @@ class NinjaFile:
 def cpu_objects(ninja: NinjaFile) -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = []
+    sources = {path.stem: str(path) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
     for name in CPU_ONCE:
-        objects.append(ninja.build(f"cpu/{name}.o", "cxx", [f"{ROOT}/csrc/cpu/{name}.cpp"]))
+        objects.append(ninja.build(f"cpu/{name}.o", "cxx", [sources.pop(name)]))
     for isa, flags in INSTRUCTION_SETS.items():
         if x86 or isa == "portable":
-            for name in CPU_PER_INSTRUCTION_SET:
-                source = f"{ROOT}/csrc/cpu/{name}.cpp"
+            for name, source in sources.items():
                 flags_of_isa = f"{flags} -DULR_ISA={isa} -DULR_ISA_{isa.upper()}"
                 objects.append(ninja.build(f"cpu/{name}.{isa}.o", "cxx", [source], flags=flags_of_isa))
     return objects

@@ -25,6 +25,8 @@ import torch
 
 import ulr_kernels as ulr
 from bench import machine, rows
+from bench.rows import linear, noise
+from bench.rows.row import key_of, normal
 from ulr_kernels import bench
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.tiles import Tile
@@ -101,12 +103,12 @@ def ceilings(device: str, small: bool, backend: str) -> dict[str, Any]:
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     result = {"overlap": True, "bytes": 8 * size / median(target.copy_, itertools.repeat((source,)), device)}
     for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = rows.normal(0, side, side, device=device).to(dtype)
+        a = normal(0, side, side, device=device).to(dtype)
         result[f"flops {kind}"] = 2 * side**3 / median(torch.mm, itertools.repeat((a, a)), device)
-    out, key = torch.empty(size >> 6, device=device).view(-1, 1024), rows.key_of(0, device)
+    out, key = torch.empty(size >> 6, device=device).view(-1, 1024), key_of(0, device)
     with ulr.use_backend(backend):
         for dist in ("normal", "laplace", "rademacher"):
-            result[dist] = out.numel() / median(rows.fill, itertools.repeat((out, key, dist)), device)
+            result[dist] = out.numel() / median(noise.fill, itertools.repeat((out, key, dist)), device)
     return result
 
 
@@ -181,10 +183,10 @@ def searches(device: str, small: bool) -> Iterator[tuple[str, dict, Any, rows.Ro
     size, side, copies = (2**14, 64, 4) if small else (2**27, 2048, 32)
     triton = ("triton",)
     for dist in ("normal", "rademacher"):
-        yield "NOISE", tiles.NOISE, dist, rows.noise_row(dist, size, device, names=triton)
+        yield "NOISE", tiles.NOISE, dist, noise.noise_row(dist, size, device, names=triton)
     for dtype in (torch.bfloat16, torch.float32):
-        forward = rows.linear_row(2 * side, side, side, 1, dtype, device, names=triton)
-        gradient = rows.gradient_row(side // 2, side // 2, side, copies, dtype, device, triton)
+        forward = linear.linear_row(2 * side, side, side, 1, dtype, device, names=triton)
+        gradient = linear.gradient_row(side // 2, side // 2, side, copies, dtype, device, triton)
         yield "FORWARD", tiles.FORWARD, ("normal", dtype.itemsize), forward
         yield "GRADIENT", tiles.GRADIENT, ("normal", dtype.itemsize), gradient
 

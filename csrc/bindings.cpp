@@ -1,6 +1,7 @@
 // _C: calls a launcher of either library (ulr/api.h) through its address, without the GIL. Python opens the libraries
 // and finds the addresses, so this module works whichever library is absent.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <vector>
@@ -20,14 +21,14 @@ T* pointer(py::handle address) {
 
 // (data, dtype, sizes, strides), or None for an argument that is absent. Missing leading axes have size 1.
 ulr_tensor tensor_of(py::handle object) {
-    ulr_tensor result{nullptr, 0, {1, 1, 1}, {0, 0, 0}};
+    ulr_tensor result{nullptr, 0, {1, 1, 1, 1, 1}, {0, 0, 0, 0, 0}};
     if (object.is_none()) return result;
     const auto fields = py::reinterpret_borrow<py::tuple>(object);
     result.data = pointer<void>(fields[0]);
     result.dtype = fields[1].cast<int32_t>();
     const py::tuple sizes = fields[2], strides = fields[3];
-    if (sizes.size() > 3) throw std::invalid_argument("a tensor has at most three axes here");
-    const size_t lead = 3 - sizes.size();
+    if (sizes.size() > ULR_IMAGE_AXES) throw std::invalid_argument("a tensor has at most five axes here");
+    const size_t lead = (sizes.size() > ULR_MATRIX_AXES ? ULR_IMAGE_AXES : ULR_MATRIX_AXES) - sizes.size();
     for (size_t axis = 0; axis < sizes.size(); ++axis) {
         result.size[lead + axis] = sizes[axis].cast<int64_t>();
         result.stride[lead + axis] = strides[axis].cast<int64_t>();
@@ -43,13 +44,15 @@ ulr_noise_spec noise_of(const py::tuple& fields) {
         fields[6].cast<int64_t>(),         fields[7].cast<int64_t>(),          fields[8].cast<int64_t>()};
 }
 
-int launch(uintptr_t address, py::object noise, py::tuple tensors, int threads, int device, uintptr_t stream) {
+int launch(uintptr_t address, py::object noise, py::tuple tensors, const std::vector<int64_t>& numbers, int threads,
+           int device, uintptr_t stream) {
     std::vector<ulr_tensor> views;
     views.reserve(tensors.size());
     for (py::handle tensor : tensors) views.push_back(tensor_of(tensor));
     ulr_noise_spec spec{};
     if (!noise.is_none()) spec = noise_of(py::reinterpret_borrow<py::tuple>(noise));
-    const ulr_launch where{threads, device, reinterpret_cast<void*>(stream)};
+    const ulr_launch where{threads, device, reinterpret_cast<void*>(stream), static_cast<int32_t>(views.size()),
+                           numbers.data()};
     const py::gil_scoped_release unlocked;
     return reinterpret_cast<Launcher>(address)(noise.is_none() ? nullptr : &spec, views.data(), &where);
 }
@@ -58,6 +61,7 @@ int launch(uintptr_t address, py::object noise, py::tuple tensors, int threads, 
 
 PYBIND11_MODULE(_C, module) {
     module.attr("ABI_VERSION") = ULR_ABI_VERSION;
-    module.def("launch", &launch, py::arg("address"), py::arg("noise"), py::arg("tensors"), py::arg("threads") = 1,
-               py::arg("device") = 0, py::arg("stream") = 0);
+    module.def("launch", &launch, py::arg("address"), py::arg("noise"), py::arg("tensors"),
+               py::arg("numbers") = std::vector<int64_t>(), py::arg("threads") = 1, py::arg("device") = 0,
+               py::arg("stream") = 0);
 }

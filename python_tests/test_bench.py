@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import gpu_bench, memory, rivals, rows  # noqa: E402
+from bench.rows import row, step  # noqa: E402
 
 native = pytest.mark.skipif(
     isinstance(backends.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
@@ -31,7 +32,7 @@ CEILINGS = {"2": {"overlap": False, "bytes": 1e9, "flops fp32": 1e9, "normal": 1
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    return rows.normal(seed, *shape, device="cpu")
+    return row.normal(seed, *shape, device="cpu")
 
 
 # --- rivals ----------------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_every_goal_has_its_row_and_rival() -> None:
 
 def test_cost_of_a_step_by_hand() -> None:
     """Sizes 4-3-2, batch 5, 6 copies."""
-    found = rows.layerwise_cost((4, 3, 2), 5, 6)
+    found = step.layerwise_cost((4, 3, 2), 5, 6)
     clean_and_gradient = 2 * 2 * 5 * (4 * 3 + 3 * 2)
     assert found.flops == clean_and_gradient + 2 * 6 * 5 * 3 * 2
     assert found.noise == 2 * 3 * 5 * (3 + 2), "antithetic: half the copies, made twice"

@@ -12,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import ulr_kernels as ulr
 from ulr_kernels import backends
-from ulr_kernels.backends import _cpp_linear, _native, _onednn, cpp
+from ulr_kernels.backends import _native, cpp
+from ulr_kernels.backends.cpp import linear, onednn
 
 pytestmark = pytest.mark.pair("cpp/cpu")
 ISAS = () if isinstance(backends.find("cpp", "noise", "cpu"), str) else tuple(cpp.available_isas())
@@ -128,7 +129,7 @@ def test_a_forward_allocates_its_output_and_tiles(dtype: torch.dtype, own_x: boo
     weight = values(1024, 16).to(dtype)
     output = 8 * 2048 * 1024 * dtype.itemsize
     peak = peak_bytes(lambda: ulr.ops.noisy_linear(x, weight, None, 0.1, 3, copies=8, antithetic=antithetic))
-    assert output <= peak <= output + 2 * 4 * _cpp_linear.FORWARD_TILE + MEGABYTE
+    assert output <= peak <= output + 2 * 4 * linear.FORWARD_TILE + MEGABYTE
 
 
 def test_one_copy_becomes_the_output_without_a_second_tensor() -> None:
@@ -151,7 +152,7 @@ def test_a_gradient_allocates_tiles(antithetic: bool) -> None:
 def test_strided_operands_are_copied_by_tiles_only(forward: bool) -> None:
     x, weight, buffer = strided(4096, 1024), strided(1024, 1024), strided(1024, 1024)
     loss_weight = strided(2, 4096)
-    tile = 4 * (_cpp_linear.FORWARD_TILE if forward else _cpp_linear.GRADIENT_TILE)
+    tile = 4 * (linear.FORWARD_TILE if forward else linear.GRADIENT_TILE)
     output = 2 * 4096 * 1024 * 4 if forward else 0
 
     def call() -> Tensor | None:
@@ -166,13 +167,13 @@ def test_strided_operands_are_copied_by_tiles_only(forward: bool) -> None:
 def test_onednn_gets_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other stride takes its reference implementation, thousands of times slower."""
     seen = []
-    call = _onednn._call
+    call = onednn._call
 
     def checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(weight.is_contiguous() or weight.T.is_contiguous())
         return call(x, weight, bias)
 
-    monkeypatch.setattr(_onednn, "_call", checked)
+    monkeypatch.setattr(onednn, "_call", checked)
     for weight in (strided(64, 48), values(64, 96)[:, :48], values(48, 64).T, values(48, 128).T[:64]):
         for x in (strided(40, 48), values(48, 40).T):
             ulr.ops.noisy_linear(x, weight, None, 0.1, 3)

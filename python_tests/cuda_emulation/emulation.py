@@ -70,7 +70,7 @@ def sanitizer_environment() -> dict[str, str]:
 
 
 class Library:
-    """A compiled library; `provider(op)` is what backends/cuda.py would give on a GPU."""
+    """A compiled library; `provider(op)` is what backends/cuda would give on a GPU."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.library = ctypes.CDLL(str(path))
@@ -84,9 +84,8 @@ class Library:
         address = ctypes.cast(getattr(self.library, f"ulr_cuda_{op}"), ctypes.c_void_p).value
 
         def run(*args) -> None:
-            spec, tensors = cuda.ARGUMENTS[op](*args)
-            views = tuple(None if t is None else _native.view(t) for t in tensors)
-            code = _native._C.launch(address, spec, views)
+            call = cuda.ARGUMENTS[op](*args)
+            code = _native._C.launch(address, call.noise, call.views(), call.numbers)
             if code:
                 raise RuntimeError(f"{op}: {self.library.ulr_cuda_error(code).decode()}")
 

@@ -37,7 +37,7 @@ def find(backend: str, op: str, device: str) -> Callable | str:
     """The provider, or the reason why there is none."""
     if backend == "torch":
         return _references[op]
-    # Each of backends/cpp.py, cuda.py, triton/ has provider(op, device) -> a function, or a sentence that says why not.
+    # Each of backends/cpp, cuda, triton has provider(op, device) -> a function, or a sentence that says why not.
     return importlib.import_module(f"ulr_kernels.backends.{backend}").provider(op, device)
 
 

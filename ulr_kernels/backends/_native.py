@@ -7,6 +7,7 @@ import functools
 import importlib
 import pathlib
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
 DISTRIBUTIONS = {"normal": 0, "laplace": 1, "rademacher": 2}
 
 TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+class Arguments(NamedTuple):
+    """What a launcher is handed: the noise, the tensors and the op's own integers, in the order of the enums beside it.
+    The tensors are kept, not just their addresses: some are made for the launch."""
+
+    noise: tuple | None
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[int, ...] = ()
+
+    def views(self) -> tuple[TensorView | None, ...]:
+        return tuple(None if t is None else view(t) for t in self.tensors)
 
 
 def _optional(module: str) -> ModuleType | None:
@@ -72,11 +85,13 @@ class Launcher:
         self,
         noise: tuple | None,
         tensors: tuple[TensorView | None, ...],
+        numbers: tuple[int, ...] = (),
+        *,
         threads: int = 1,
         device: int = 0,
         stream: int = 0,
     ) -> None:
-        code = self._launch(noise, tensors, threads, device, stream)
+        code = self._launch(noise, tensors, numbers, threads, device, stream)
         if code:
             why = self._error(code).decode() if self._error is not None else ERRORS[code]
             raise RuntimeError(f"{self.name}: {why}")
@@ -88,7 +103,7 @@ def launcher(part: str, name: str) -> Launcher:
 
 
 def view(tensor: Tensor) -> TensorView:
-    """What a launcher reads of a tensor of up to three axes."""
+    """What a launcher reads of a tensor of up to five axes."""
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 

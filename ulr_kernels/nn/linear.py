@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
-from ulr_kernels.backends import _onednn
+from ulr_kernels.backends.cpp import onednn
 
 Origin = Callable[[Tensor], tuple[Tensor, bool] | None]  # a tensor -> (its parameter, whether it is the transpose)
 
@@ -52,8 +52,8 @@ class LinearCall:
         x, weight, bias = self.x, self._w, self._b
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
         fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
-        if plain and fits and x.device.type == "cpu" and _onednn.dense(weight):
-            return _onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        if plain and fits and x.device.type == "cpu" and onednn.dense(weight):
+            return onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
     def noised(self, noise: Noise, samples: int, x_copies: int, *, shared: bool) -> Tensor:

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define ULR_ABI_VERSION 1
+#define ULR_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -17,20 +17,24 @@ enum { ULR_NORMAL = 0, ULR_LAPLACE = 1, ULR_RADEMACHER = 2 };
 //     int ulr_cuda_<name>(...)
 // The order of the tensors is given by an enum beside each launcher. The noise may be NULL where an op has none.
 typedef struct {
-    int32_t threads;  // CPU: how many threads to use
-    int32_t device;   // CUDA: the ordinal
-    void* stream;     // CUDA: the caller's current stream
+    int32_t threads;         // CPU: how many threads to use
+    int32_t device;          // CUDA: the ordinal
+    void* stream;            // CUDA: the caller's current stream
+    int32_t tensors;         // how many tensors there are
+    const int64_t* numbers;  // the op's own integers (a stride, a padding), in the order of an enum beside the launcher
 } ulr_launch;
 
 enum { ULR_OK = 0, ULR_BAD_ARGUMENT = 1, ULR_OUT_OF_MEMORY = 2, ULR_LAUNCH_FAILED = 3 };
 
-// A view of up to three axes [copies, rows, cols]; unused leading axes have size 1. `data` NULL: the argument is
+// A view of up to three axes [copies, rows, cols], or of four or five [copies, images, channels, height, width]; unused
+// leading axes have size 1, and a view of up to three leaves the last two entries alone. `data` NULL: the argument is
 // absent. A copy axis of size C with stride 0 means that the copies share the values.
+enum { ULR_MATRIX_AXES = 3, ULR_IMAGE_AXES = 5 };
 typedef struct {
     void* data;
     int32_t dtype;
-    int64_t size[3];
-    int64_t stride[3];
+    int64_t size[ULR_IMAGE_AXES];
+    int64_t stride[ULR_IMAGE_AXES];
 } ulr_tensor;
 
 // Which part of which noise: the block whose first element is (row_offset, col_offset), from `draw` on.

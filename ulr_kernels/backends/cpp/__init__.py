@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _cpp_linear, _native
+from ulr_kernels.backends import _native
+from ulr_kernels.backends.cpp import linear
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def _noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, 
     cols = shape[-1] if shape else 1
     if out.numel():
         spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + cols)
-        _native.launcher("cpp", "noise")(spec, (_native.view(out.view(-1, cols)),), torch.get_num_threads())
+        _native.launcher("cpp", "noise")(spec, (_native.view(out.view(-1, cols)),), threads=torch.get_num_threads())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,9 +99,9 @@ _PROVIDERS: dict[str, Callable] = {
     "philox4x32": _philox4x32,
     "fold_in": _fold_in,
     "noise": _noise,
-    "noisy_linear": _cpp_linear.noisy_linear,
-    "noisy_linear_grad_": _cpp_linear.noisy_linear_grad_,
-    "noisy_linear_replay_": _cpp_linear.noisy_linear_replay_,
+    "noisy_linear": linear.noisy_linear,
+    "noisy_linear_grad_": linear.noisy_linear_grad_,
+    "noisy_linear_replay_": linear.noisy_linear_replay_,
 }
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _native, _onednn
+from ulr_kernels.backends import _native
+from ulr_kernels.backends.cpp import onednn
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
 # scores and one of the product come on top of the buffers.
@@ -108,7 +109,7 @@ def _linear(
             at = (draw + use.start, row_offset + row.start, col_offset + n)
             width = col_offset + features
             spec = _native.noise_spec(key, dist, sampler, positions, *at, width=width, antithetic=antithetic)
-            launch(spec, tuple(None if t is None else _native.view(t) for t in tensors), threads)
+            launch(spec, tuple(None if t is None else _native.view(t) for t in tensors), threads=threads)
             if gradient is not None:
                 for score, tile in zip(scores, x_tiles, strict=True):
                     if score is not None and tile is not None:
@@ -128,14 +129,14 @@ def _linear(
 
 
 def _in_one_product(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() > 0 and x.is_contiguous() and _onednn.supports(x.dtype) and _onednn.dense(weight)
+    return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
 
 
 def _become_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Make y the clean product. oneDNN allocates its result, so y takes that memory over and gives its own back first:
     a second tensor of y's size would cost more than the noise."""
     y.untyped_storage().resize_(0)
-    product = _onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
+    product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
     y.set_(product.untyped_storage(), 0, y.shape, y.stride())
 
 
@@ -154,7 +155,7 @@ def _add_noise(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) 
     spec = _native.noise_spec(key, *noise, width=noise[-1] + features, antithetic=antithetic)
     seconds = (minus, minus) if antithetic else (None, None)
     views = (plus, seconds[0], plus, seconds[1], scale, None, None, None, None, None, None)
-    _native.launcher("cpp", "noisy_linear")(spec, views, torch.get_num_threads())
+    _native.launcher("cpp", "noisy_linear")(spec, views, threads=torch.get_num_threads())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,10 +197,10 @@ def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gr
     tile = GRADIENT_TILE if gradient else FORWARD_TILE
     longest = _even(features, max(FEWEST, tile // max(inputs, 1)))
     all_features = not gradient or (rows * features <= tile and (grad_weight is None or grad_weight.dtype == _FP32))
-    if weight is not None and not (_onednn.dense(weight) and _onednn.supports(weight.dtype)):
+    if weight is not None and not (onednn.dense(weight) and onednn.supports(weight.dtype)):
         all_features = False
     tile_features = features if all_features else longest
-    copied = not x.is_contiguous() or not _onednn.supports(x.dtype) or (gradient and x.dtype != _FP32)
+    copied = not x.is_contiguous() or not onednn.supports(x.dtype) or (gradient and x.dtype != _FP32)
     tile_rows = max(FEWEST, tile // max(tile_features, inputs if copied else 1))
     return _Sizes(tile_rows, tile_features, min(longest, tile_features))
 
@@ -235,18 +236,18 @@ def _row_tiles(copies: int, rows: int, limit: int, positions: int) -> Iterator[t
 
 def _operands(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """As oneDNN takes them: dense, and fp32 where it does not multiply the dtype."""
-    if not _onednn.supports(weight.dtype):
+    if not onednn.supports(weight.dtype):
         return weight.float().contiguous(), bias if bias is None else bias.float()
     if bias is not None:
         bias = bias.contiguous()
-    return weight if _onednn.dense(weight) else weight.contiguous(), bias
+    return weight if onednn.dense(weight) else weight.contiguous(), bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of a tile of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the noise is added
     (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
     rows = x.flatten(0, 1).to(weight.dtype)
-    return _onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
+    return onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
 
 
 class _Gradient:
@@ -263,7 +264,7 @@ class _Gradient:
         scores = scores.flatten(0, 1)
         for n in range(0, scores.shape[1], self.features):
             cols = slice(n, n + self.features)
-            self.sums[cols].add_(_onednn.linear(scores[:, cols].T, rows.T))
+            self.sums[cols].add_(onednn.linear(scores[:, cols].T, rows.T))
 
     def store(self) -> None:
         if self.sums is not self.buffer:

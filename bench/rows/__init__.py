@@ -1,0 +1,64 @@
+"""The rows of the benchmark: what is timed, on which inputs, beside which rivals, and the floor of the work.
+
+A row is made for a device and a size, so that the CPU's rows (`cpu_rows`) and the GPU's (`gpu_rows`) share every line.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+
+from bench.rows.linear import gradient_row, linear_row, replay_row
+from bench.rows.noise import noise_row, randn_row
+from bench.rows.row import Contestant, Row, kind_of
+from bench.rows.step import step_row
+
+__all__ = ["Contestant", "Row", "cpu_rows", "gpu_rows"]
+
+
+def cpu_rows() -> dict[str, Callable[[], Row]]:
+    """Makers of the CPU's rows by name: a row is made when its turn comes, and dropped afterwards."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    makers: dict[str, Callable[[], Row]] = {
+        "normal": lambda: noise_row("normal", 2**20, threads=1),
+        "laplace": lambda: noise_row("laplace", 2**20, threads=1),
+        "rademacher": lambda: noise_row("rademacher", 2**20, threads=1),
+        "randn": lambda: randn_row(2**20, threads=1),
+        "linear-fp32": lambda: linear_row(1024, 1024, 1024, 1, f32),
+        "linear-bf16": lambda: linear_row(1024, 1024, 1024, 1, bf16),
+        "linear-fp32-1-thread": lambda: linear_row(1024, 1024, 1024, 1, f32, threads=1),
+        "linear-bf16-1-thread": lambda: linear_row(1024, 1024, 1024, 1, bf16, threads=1),
+        "linear-copies": lambda: linear_row(128, 784, 512, 64, f32),
+        "gradient": lambda: gradient_row(128, 784, 512, 64, f32),
+        "replay": lambda: replay_row(128, 784, 512, 64, f32),
+        "step": lambda: step_row(100, 64),
+    }
+    if len(os.sched_getaffinity(0)) > 1:
+        makers["normal-2-threads"] = lambda: noise_row("normal", 2**20, threads=2, in_cache=True)
+    return makers
+
+
+def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") -> dict[str, Callable[[], Row]]:
+    """Makers of the GPU's rows, for the back ends named; `small` sizes check the script where there is no GPU."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    size, wide, rows, copies = (2**14, 64, 32, 4) if small else (2**27, 4096, 1024, 64)
+    makers: dict[str, Callable[[], Row]] = {
+        dist: functools.partial(noise_row, dist, size, device, names=names)
+        for dist in ("normal", "laplace", "rademacher")
+    }
+    makers["randn"] = lambda: randn_row(size, device, names=names)
+    for dtype in (bf16, f32):
+        kind = kind_of(dtype)
+        for inputs in (64, wide // 4, wide):
+            makers[f"linear-{kind}-{inputs}"] = functools.partial(
+                linear_row, 2 * wide, inputs, wide, 1, dtype, device, names
+            )
+        for prefix, function in (("linear-copies", linear_row), ("gradient", gradient_row), ("replay", replay_row)):
+            makers[f"{prefix}-{kind}"] = functools.partial(
+                function, rows, wide // 4, wide // 2, copies, dtype, device, names
+            )
+    makers["step"] = lambda: step_row(100, copies, device, names=names)
+    return makers

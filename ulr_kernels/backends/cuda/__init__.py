@@ -1,0 +1,47 @@
+"""The cuda back end: what its launchers (csrc/cuda) are handed for each op, and when they can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ulr_kernels.backends import _native
+from ulr_kernels.backends._native import Arguments
+from ulr_kernels.backends.cuda import linear, noise
+
+NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
+
+ARGUMENTS: dict[str, Callable[..., Arguments]] = {
+    "philox4x32": noise.philox4x32,
+    "fold_in": noise.fold_in,
+    "noise": noise.noise,
+    "noisy_linear": linear.noisy_linear,
+    "noisy_linear_grad_": linear.noisy_linear_grad_,
+    "noisy_linear_replay_": linear.noisy_linear_replay_,
+}
+
+
+def provider(op: str, device: str) -> Callable | str:
+    """The function that runs `op` on `device`, or the sentence that says why there is none."""
+    if device != "cuda":
+        return "it runs on a CUDA device"
+    library = _native.library("cuda")
+    if isinstance(library, str):
+        return library
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
+    capability = torch.cuda.get_device_capability()
+    if capability < NEEDED:
+        return f"it needs compute capability {NEEDED[0]}.{NEEDED[1]}, this device has {capability[0]}.{capability[1]}"
+    if op not in ARGUMENTS:
+        return "it has no kernel for this op"
+    launcher, arguments = _native.launcher("cuda", op), ARGUMENTS[op]
+
+    def run(*args) -> None:
+        call = arguments(*args)
+        where = next(t for t in call.tensors if t is not None).device
+        stream = torch.cuda.current_stream(where).cuda_stream
+        launcher(call.noise, call.views(), call.numbers, device=where.index, stream=stream)
+
+    return run
