@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from bench import rivals, rows
+from bench import rivals
+from bench.rows import noise
+from bench.rows.row import key_of, normal
 from ulr_kernels import backends
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +98,8 @@ def cpu_ceilings() -> dict[str, dict[str, Any]]:
     """
     before, result = torch.get_num_threads(), {}
     source, target = torch.ones(2**24), torch.empty(2**24)
-    square = rows.normal(0, 1024, 1024, device="cpu")
-    bias, key, out = torch.zeros(1024), rows.key_of(0, "cpu"), torch.empty(256, 1024)
+    square = normal(0, 1024, 1024, device="cpu")
+    bias, key, out = torch.zeros(1024), key_of(0, "cpu"), torch.empty(256, 1024)
     for threads in sorted({1, before}):
         torch.set_num_threads(threads)
         ceilings = {
@@ -111,7 +113,7 @@ def cpu_ceilings() -> dict[str, dict[str, Any]]:
             a, b = square.to(dtype), bias.to(dtype)
             ceilings[f"flops {kind}"] = 2 * 1024**3 / median_seconds(lambda i, a=a, b=b: rivals.onednn_linear(a, a, b))
         for dist in ("normal", "laplace", "rademacher"):
-            seconds = median_seconds(lambda i, dist=dist: rows.fill(out, key, dist), 0.1)
+            seconds = median_seconds(lambda i, dist=dist: noise.fill(out, key, dist), 0.1)
             ceilings[dist] = out.numel() / seconds
         result[str(threads)] = ceilings
     torch.set_num_threads(before)

@@ -77,6 +77,6 @@ void ulr::remember_error(cudaError_t) {}
 extern "C" int ulr_planted(int kernel, int mistaken, float* out, const float* in) {
     void (*const kernels[])(Params) = {missing_barrier, divergent_barrier, dynamic_overrun,
                                        static_overrun,  missing_wait,      wrong_fragment};
-    return ulr::launch_kernel(kernels[kernel], 1, dim3(kThreads), kThreads * sizeof(float), ulr_launch{1, 0, nullptr},
+    return ulr::launch_kernel(kernels[kernel], 1, dim3(kThreads), kThreads * sizeof(float), ulr_launch{},
                               Params{out, in, mistaken != 0});
 }
