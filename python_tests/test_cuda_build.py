@@ -1,17 +1,18 @@
 """The CUDA sources through nvcc, without a GPU: warnings are errors, and what kernels cost is held to a budget.
 
-`python python_tests/test_cuda_build.py` writes the budget (budgets.json, key "cuda") anew from what it measures.
+`python python_tests/test_cuda_build.py [SOURCE...]` writes budgets/cuda anew from what it measures: a file for each
+source, and loops.json.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import json
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -19,10 +20,10 @@ from ulr_kernels import contract
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
-BUDGETS = HERE / "budgets.json"
+BUDGETS = HERE / "budgets" / "cuda"
 BUILD = ROOT / "build" / "cubins"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
+SOURCES = sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
 FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()
 # What the project promises on Hopper, stores, addresses and the loop included.
 MOST_INSTRUCTIONS_PER_NORMAL = 26.0
@@ -52,10 +53,14 @@ def compile_cubin(source: pathlib.Path, architecture: str) -> tuple[pathlib.Path
 
 def short_name(mangled: str) -> str:
     """`noisy_linear_kernel-bf16-signs` from a kernel's mangled name."""
-    name = re.search(r"(noise|noisy_linear|signs_gradient|gradient|philox4x32|fold_in)_kernel|add_partials", mangled)
-    assert name, mangled
-    parts = [name[1] or name[0]]
-    arguments = mangled[name.end() :]
+    # An identifier is written with its length before it, and other digits may come before that.
+    for length in re.finditer(r"(?=(\d+))", mangled):
+        start, end = length.end(1), length.end(1) + int(length[1])
+        if mangled[start:end].endswith(("_kernel", "_partials")):
+            break
+    else:
+        raise AssertionError(mangled)
+    parts, arguments = [mangled[start:end].removesuffix("_kernel")], mangled[end:]
     for pattern, dtype in (("I6__half", "fp16"), ("I13__nv_bfloat16", "bf16"), ("If", "fp32")):
         if arguments.startswith(pattern):
             parts.append(dtype)
@@ -66,20 +71,17 @@ def short_name(mangled: str) -> str:
     return "-".join(filter(None, parts))
 
 
-def measure(architecture: str) -> dict[str, dict[str, int]]:
-    """Of every kernel: registers and stack of a thread, bytes spilled, bytes of static shared memory."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        logs = [log for _, log in pool.map(compile_cubin, SOURCES, [architecture] * len(SOURCES))]
+def measure(source: str, architecture: str) -> dict[str, dict[str, int]]:
+    """Of every kernel of a file: registers and stack of a thread, bytes spilled, bytes of static shared memory."""
     result = {}
-    for log in logs:
-        for kernel, stack, stores, loads, used in re.findall(
-            r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
-            r"(\d+) bytes spill loads\s+ptxas info\s*: Used (.*)",
-            log,
-        ):
-            shared = re.search(r"(\d+) bytes smem", used)
-            numbers = {"registers": int(used.split()[0]), "stack": int(stack), "spills": int(stores) + int(loads)}
-            result[short_name(kernel)] = {**numbers, "shared": int(shared[1]) if shared else 0}
+    for kernel, stack, stores, loads, used in re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads\s+ptxas info\s*: Used (.*)",
+        compile_cubin(ROOT / "csrc/cuda" / f"{source}.cu", architecture)[1],
+    ):
+        shared = re.search(r"(\d+) bytes smem", used)
+        numbers = {"registers": int(used.split()[0]), "stack": int(stack), "spills": int(stores) + int(loads)}
+        result[short_name(kernel)] = {**numbers, "shared": int(shared[1]) if shared else 0}
     return dict(sorted(result.items()))
 
 
@@ -93,9 +95,14 @@ def disassemble(source: str) -> dict[str, str]:
     return {short_name(name): code for name, code in zip(parts[1::2], parts[2::2], strict=True)}
 
 
+def budget_of(name: str) -> dict:
+    return json.loads((BUDGETS / f"{name}.json").read_text())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_stay_within_their_budget(architecture) -> None:
-    measured, budget = measure(architecture), json.loads(BUDGETS.read_text())["cuda"][architecture]
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_stay_within_their_budget(source, architecture) -> None:
+    measured, budget = measure(source, architecture), budget_of(source)[architecture]
     assert list(measured) == list(budget)
     over = {
         (kernel, what): (value, budget[kernel][what])
@@ -147,7 +154,7 @@ def measure_loops() -> dict[str, float]:
 
 
 def test_loops_stay_within_their_budget() -> None:
-    measured, budget = measure_loops(), json.loads(BUDGETS.read_text())["cuda"]["instructions of a normal or sign"]
+    measured, budget = measure_loops(), budget_of("loops")
     assert list(measured) == list(budget)
     over = {name: (value, budget[name]) for name, value in measured.items() if value > budget[name]}
     assert not over, f"measured, budget: {over}"
@@ -191,13 +198,18 @@ def test_products_run_on_tensor_cores_and_nothing_is_atomic(source) -> None:
         assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\b", code), kernel
 
 
-if __name__ == "__main__":
-    lines = ['{"cuda": {']
-    for architecture in ARCHITECTURES:
-        kernels = measure(architecture)
-        rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
-        lines.append(f'  "{architecture}": {{\n{rows}\n  }},')
+def write_budgets(sources: list[str]) -> None:
+    for source in sources:
+        architectures = []
+        for architecture in ARCHITECTURES:
+            kernels = measure(source, architecture)
+            rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
+            architectures.append(f'  "{architecture}": {{\n{rows}\n  }}')
+        (BUDGETS / f"{source}.json").write_text("{\n" + ",\n".join(architectures) + "\n}\n")
     # With room for an instruction or two: other versions of nvcc order loops a little differently.
     most = {name: round(value + (0.02 if "signs" in name else 0.1), 2) for name, value in measure_loops().items()}
-    lines.append(f'  "instructions of a normal or sign": {json.dumps(most, indent=4)}')
-    BUDGETS.write_text("\n".join([*lines, "}}"]) + "\n")
+    (BUDGETS / "loops.json").write_text(json.dumps(most, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    write_budgets(sys.argv[1:] or SOURCES)

@@ -1,0 +1,67 @@
+"""Launches of the kernels of noise and of the linear ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def launches() -> dict[str, Callable]:
+    """A launch of each kernel in each form that compiles to other code, by name."""
+    from sign_probe import sign_probe_launch
+
+    from ulr_kernels.backends.triton import noise
+    from ulr_kernels.backends.triton.noisy_linear import noisy_linear_launch
+    from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_launch
+
+    key, sigma, rows, inputs, features, copies = torch.tensor(1), torch.tensor(0.1), 128, 784, 512, 64
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+    def fill(dist: str, sampler: str = "iid"):
+        return lambda: noise.noise_launch(torch.empty(rows, 512), key, dist, sampler, 1, 0, 0, 0)
+
+    def operands(dtype: str, shared: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        shapes = ((copies, rows, features), (rows, inputs) if shared else (copies, rows, inputs))
+        shapes += ((features, inputs), (features,))
+        return tuple(torch.empty(s, dtype=dtypes[dtype]) for s in shapes)
+
+    def forward(dtype: str, dist: str, antithetic: bool = False, shared: bool = True):
+        which = (sigma, key, copies, antithetic, dist, "iid", 1, 0, 0, 0)
+        return lambda: noisy_linear_launch(*operands(dtype, shared), *which)
+
+    def gradient(dtype: str, dist: str, shared: bool = True, replay: bool = False, log_sigma: bool = False):
+        def launch():
+            y, x, weight, bias = operands(dtype, shared)
+            buffers = (torch.empty(features, inputs), torch.empty(features), torch.empty(()) if log_sigma else None)
+            y, weight, bias = (y, weight, bias) if replay else (None, None, None)
+            which = (torch.empty(copies, rows), sigma, key, True, dist, "iid", 1, 0, 0, 0)
+            return gradient_launch(y, *buffers, x, weight, bias, *which)
+
+        return launch
+
+    counter = torch.empty(64, 4, dtype=torch.int64)
+    return {
+        "philox4x32": lambda: noise.philox_launch(counter, counter, torch.tensor([1, 2])),
+        "fold_in": lambda: noise.fold_in_launch(counter[:, 0], counter[:, 0], key),
+        "noise-normal": fill("normal"),
+        "noise-laplace": fill("laplace"),
+        "noise-rademacher": fill("rademacher"),
+        "noise-sobol": fill("normal", "sobol"),
+        "packed-signs": sign_probe_launch,
+        "forward-bf16-normal": forward("bf16", "normal"),
+        "forward-bf16-normal-antithetic": forward("bf16", "normal", antithetic=True),
+        "forward-bf16-rademacher": forward("bf16", "rademacher"),
+        "forward-fp32-normal": forward("fp32", "normal"),
+        "forward-fp16-laplace-separate": forward("fp16", "laplace", antithetic=True, shared=False),
+        "gradient-bf16-normal": gradient("bf16", "normal"),
+        "gradient-bf16-normal-separate": gradient("bf16", "normal", shared=False),
+        "gradient-bf16-rademacher": gradient("bf16", "rademacher"),
+        "gradient-fp16-laplace-log-sigma": gradient("fp16", "laplace", log_sigma=True),
+        "gradient-fp32-normal": gradient("fp32", "normal"),
+        "gradient-fp32-rademacher": gradient("fp32", "rademacher"),
+        "replay-bf16-normal": gradient("bf16", "normal", replay=True),
+        "replay-bf16-normal-separate": gradient("bf16", "normal", shared=False, replay=True),
+        "replay-bf16-rademacher": gradient("bf16", "rademacher", replay=True),
+        "replay-fp32-normal": gradient("fp32", "normal", replay=True),
+    }
