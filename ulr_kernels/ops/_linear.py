@@ -22,12 +22,12 @@ class Sizes(NamedTuple):
     shared: bool
 
 
-def check_x(check: Check, x: Tensor, copies: int, inputs: int, why: str) -> None:
+def check_x(check: Check, x: Tensor, copies: int, weight: Tensor | None) -> None:
     check.dtype("x", x, FLOATS)
     if x.dim() not in (2, 3):
         check.fail("x", "be [R, K] or [C, R, K]", list(x.shape))
-    if x.shape[-1] != inputs:
-        check.fail("x", f"have {inputs} features ({why})", list(x.shape))
+    if weight is not None and x.shape[-1] != weight.shape[1]:
+        check.fail("x", f"have {weight.shape[1]} features (weight is {list(weight.shape)})", list(x.shape))
     if x.dim() == 3 and x.shape[0] != copies:
         check.fail("x", f"have {copies} copies on its first axis, or no copy axis", list(x.shape))
 
@@ -36,12 +36,13 @@ def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None) -
     check.dtype("weight", weight, (x.dtype,))
     if bias is not None:
         check.dtype("bias", bias, (x.dtype,))
-        check.shape("bias", bias, (weight.shape[0],), f"weight is {list(weight.shape)}")
+        if bias.shape != weight.shape[:1]:
+            check.fail("bias", f"be [{weight.shape[0]}] (weight is {list(weight.shape)})", list(bias.shape))
 
 
 def check_sigma(check: Check, argument: str, sigma: Tensor, features: int, allowed: tuple[torch.dtype, ...]) -> None:
     check.dtype(argument, sigma, allowed)
-    if sigma.dim() and tuple(sigma.shape) != (features,):
+    if sigma.dim() and sigma.shape != (features,):
         check.fail(argument, f"be a scalar or [{features}], one per feature", list(sigma.shape))
 
 

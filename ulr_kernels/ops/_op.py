@@ -54,7 +54,8 @@ class Op:
         function: what users call: `ulr.ops.<name>`.
         check: takes the schema's arguments; raises on bad input, else returns the outputs, allocated (None if the op
             only writes into its arguments). It reads no tensor's values, so it is the fake as well.
-        reference: the torch back end. Takes the outputs (where there are any), then the schema's arguments.
+        reference: the torch back end. Takes the outputs (where there are any), then the schema's arguments. Like any
+            provider it may return an output of its own instead of filling the one that it was given.
         samples: for a device and a dtype, calls of `function`, good and bad.
         mutates: positions of the arguments that the op writes.
         autocast: positions of the operands of a matrix product, which autocast casts.
@@ -85,18 +86,17 @@ def register(op: Op) -> None:
     def run(*args):
         args = full(args)
         out = op.check(*args)
-        written = [args[i] for i in op.mutates if args[i] is not None]
-        if written:
+        if op.mutates:
+            written = [args[i] for i in op.mutates if args[i] is not None]
             refuse_overlap(op, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
         provider = backends.lookup(op.name, next(a for a in args if isinstance(a, Tensor)).device.type)
         with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
-            if returns:
-                provider(out, *args)
-            else:
-                provider(*args)
-        return out
+            if not returns:
+                return provider(*args)
+            made = provider(out, *args)
+        return out if made is None else made
 
     def cast(device: str, *args):
         dtype = torch.get_autocast_dtype(device)

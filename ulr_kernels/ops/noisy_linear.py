@@ -115,7 +115,7 @@ def check(
     draws = rules.copies(copies, antithetic)
     if weight.dim() != 2:
         rules.fail("weight", "be [N, K]", list(weight.shape))
-    _linear.check_x(rules, x, copies, weight.shape[1], f"weight is {list(weight.shape)}")
+    _linear.check_x(rules, x, copies, weight)
     rows, features = x.shape[-2], weight.shape[0]
     _linear.check_weight(rules, x, weight, bias)
     _linear.check_sigma(rules, "sigma", sigma, features, (torch.float32,))

@@ -96,7 +96,7 @@ def check(
     _linear.check_loss_weight(rules, loss_weight, x.shape[-2], positions)
     copies = loss_weight.shape[0]
     draws = rules.copies(copies, antithetic)
-    _linear.check_x(rules, x, copies, x.shape[-1], "")
+    _linear.check_x(rules, x, copies, None)
     features = _linear.check_gradients(rules, grad_weight, grad_bias, grad_log_sigma, x, dist)
     _linear.check_sigma(rules, "sigma", sigma, features, (torch.float32,))
     rules.device(

@@ -98,7 +98,7 @@ def check(
     _linear.check_loss_weight(rules, loss_weight, x.shape[-2], positions)
     copies = loss_weight.shape[0]
     draws = rules.copies(copies, antithetic)
-    _linear.check_x(rules, x, copies, weight.shape[1], f"weight is {list(weight.shape)}")
+    _linear.check_x(rules, x, copies, weight)
     _linear.check_weight(rules, x, weight, bias)
     features = _linear.check_gradients(rules, grad_weight, grad_bias, grad_log_sigma, x, dist)
     if features != weight.shape[0]:

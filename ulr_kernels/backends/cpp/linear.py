@@ -24,12 +24,17 @@ _FP32 = torch.float32
 FEWEST = 32  # rows or features of a tile, however long they are: below this a product is inefficient
 
 
-def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> None:
+def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> Tensor | None:
+    """Where one product makes every row of y, it becomes the output, and y's memory is given back before: oneDNN
+    allocates its result, and a second tensor of y's size would cost more than the noise."""
     if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
-        _become_product(y, x, weight, bias)
-        _add_noise(y, sigma, key, antithetic, *noise)
-    else:
-        _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
+        y.untyped_storage().resize_(0)
+        product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
+        made = product.view(y.shape)
+        _add_noise(made, sigma, key, antithetic, *noise)
+        return made
+    _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
+    return None
 
 
 def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *noise) -> None:
@@ -130,14 +135,6 @@ def _linear(
 
 def _in_one_product(x: Tensor, weight: Tensor) -> bool:
     return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
-
-
-def _become_product(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Make y the clean product. oneDNN allocates its result, so y takes that memory over and gives its own back first:
-    a second tensor of y's size would cost more than the noise."""
-    y.untyped_storage().resize_(0)
-    product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
-    y.set_(product.untyped_storage(), 0, y.shape, y.stride())
 
 
 def _add_noise(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> None:
