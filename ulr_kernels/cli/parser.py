@@ -1,0 +1,80 @@
+"""What options have in common: errors of one line, defaults that only a settings class knows, the folder of a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ulr_kernels.recipes import RecipeError
+
+
+class Parser(argparse.ArgumentParser):
+    """Options that are not given leave no trace, so that the settings alone know the defaults; errors are one line."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class SettingsOptions:
+    """Options that are the fields of a settings class, with its defaults shown and its types taken.
+
+    Args:
+        parser: gets the options.
+        settings: a dataclass.
+    """
+
+    def __init__(self, parser: argparse.ArgumentParser, settings: Any) -> None:
+        self._parser = parser
+        self._defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+
+    def group(self, title: str) -> tuple[argparse._ArgumentGroup, Callable[..., None]]:
+        """A titled group, and what adds a setting to it: `add(field, text, **argparse_options)`."""
+        group = self._parser.add_argument_group(title)
+
+        def add(name: str, text: str, **options) -> None:
+            default = self._defaults[name]
+            shown = "" if default is dataclasses.MISSING or default is None else f" (default {default})"
+            if isinstance(default, bool):
+                options["action"] = argparse.BooleanOptionalAction
+            elif "type" not in options and "choices" not in options and isinstance(default, int | float):
+                options["type"] = type(default)
+            if "type" in options:
+                options.setdefault("metavar", "X" if options["type"] is float else "N")
+            group.add_argument(f"--{name.replace('_', '-')}", help=text + shown, **options)
+
+        return group, add
+
+
+def add_run_folder(group: argparse._ArgumentGroup, default: str) -> None:
+    """The options of where a run is written and how it goes on."""
+    group.add_argument("--out", type=Path, metavar="DIR", help=f"the report's folder (default {default})")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that is in the folder")
+    group.add_argument("--resume", type=Path, metavar="DIR", help="continue the run in this folder, with its settings")
+
+
+def given_settings(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The fields of a settings class that were given.
+
+    Raises:
+        RecipeError: some were, beside --resume.
+    """
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(settings) if field.name in args}
+    if "resume" in args:
+        extra = [name for name in (*given, "out", "overwrite") if name in args]
+        if extra:
+            raise RecipeError(f"--resume continues with the run's own settings: drop --{extra[0].replace('_', '-')}")
+    return given
+
+
+def kept_in(args: argparse.Namespace, file: str, what: str, command: str) -> str:
+    """For a run that ended early: where what it has done is, and how it goes on."""
+    folder = getattr(args, "resume", None) or getattr(args, "out", None)
+    if folder is None or not (folder / file).exists():
+        return ""
+    return f"; {what} are kept in {folder / file}: continue with ulr {command} --resume {folder}"
