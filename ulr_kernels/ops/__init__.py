@@ -1,6 +1,9 @@
 """The ops. One file each: schema, check (which is also the fake), reference, samples for tests and benchmarks."""
 
 from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
+from ulr_kernels.ops.noise_add import noise_add
+from ulr_kernels.ops.noise_dot_ import noise_dot_
+from ulr_kernels.ops.noise_score import noise_score
 from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
@@ -8,7 +11,10 @@ from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
 __all__ = [
     "fold_in",
     "noise",
+    "noise_add",
+    "noise_dot_",
     "noise_like",
+    "noise_score",
     "noisy_linear",
     "noisy_linear_grad_",
     "noisy_linear_replay_",

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from ulr_kernels import backends, contract
 
@@ -249,6 +250,16 @@ def refuse_overlap(op: Op, args: tuple) -> None:
 
 def _name(op: Op, position: int) -> str:
     return getattr(torch.ops.ulr, op.name).default._schema.arguments[position].name
+
+
+def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:
+    """Raise if an input carries a forward-mode tangent, which an op would drop without a word."""
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs
+    ):
+        raise NotImplementedError(
+            f"ulr::{op}: forward-mode derivatives are not implemented; use reverse mode, or {instead}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

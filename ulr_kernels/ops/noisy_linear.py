@@ -6,11 +6,20 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes, values
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import (
+    NOISE_SCHEMA,
+    Check,
+    Cost,
+    Op,
+    Sample,
+    key_tensor,
+    refuse_tangents,
+    register,
+    sigma_tensor,
+)
 
 
 def noisy_linear(
@@ -54,13 +63,7 @@ def noisy_linear(
     key = key_tensor("noisy_linear", key, x.device)
     scale = sigma_tensor("noisy_linear", sigma, x.device, zero=True)
     spec = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias, scale)
-    ):
-        raise NotImplementedError(
-            "ulr::noisy_linear: forward-mode derivatives are not implemented; "
-            "use reverse mode, or F.linear and ulr.noise"
-        )
+    refuse_tangents("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
         return _Pathwise.apply(x, weight, bias, scale, key, *spec)
     return torch.ops.ulr.noisy_linear(x, weight, bias, scale, key, *spec)

@@ -1,0 +1,159 @@
+"""noise_score: what takes the place of an output's gradient, from noise that is made again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.ops import _linear
+from ulr_kernels.ops._grid import grid
+from ulr_kernels.ops._linear import Sizes, values
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+
+
+def noise_score(
+    shape: Sequence[int],
+    loss_weight: Tensor,
+    sigma: float | Tensor,
+    key: int | Tensor,
+    *,
+    feature_dim: int = -1,
+    antithetic: bool = False,
+    dist: str = "normal",
+    sampler: str = "iid",
+    positions: int = 1,
+    draw: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> Tensor:
+    """The score of ULR (arXiv 2305.08960, Theorem 1), weighted by the losses and summed over the copies:
+
+        s = sum over c of  loss_weight[c, row // positions] * score_c / sigma
+
+    It takes the place of the output's gradient of a module whose input all copies share: apply the module's own
+    Jacobian to it, transposed (an embedding: `grad.index_add_(0, ids, s)`; a transposed convolution: its weight
+    gradient; both branches of a residual sum: the same s). The noise is that of `noise_add` and of every noisy
+    forward with the same key, draw and offsets. A module with an input for each copy takes one call a copy: that
+    copy's row of `loss_weight` and `draw + c` (antithetic second half: the first half's draw, `-loss_weight`).
+
+    Args:
+        shape: of one copy of the module's output.
+        loss_weight: `[C, R // positions]`, fp32, R the rows of `shape`: what each copy of each sample counts,
+            (L - baseline) / (C * samples) for a mean.
+        sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`, N the size of the feature axis.
+        key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
+        feature_dim: as in `noise_add`.
+        antithetic, dist, sampler, draw, row_offset, col_offset: as in `noise_add`.
+        positions: rows per sample; must divide R.
+
+    Returns:
+        fp32 of `shape`, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device, scale or index breaks the rules above.
+    """
+    key = key_tensor("noise_score", key, loss_weight.device)
+    sigma = sigma_tensor("noise_score", sigma, loss_weight.device, zero=False)
+    which = (feature_dim, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.ops.ulr.noise_score(loss_weight, sigma, key, list(shape), *which)
+
+
+def check(
+    loss_weight: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    shape: list[int],
+    feature_dim: int,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> Tensor:
+    rules = Check("noise_score")
+    if any(size < 0 for size in shape):
+        rules.fail("shape", "have sizes of at least 0", list(shape))
+    rows, cols, _ = grid(rules, "shape", shape, feature_dim)
+    _linear.check_loss_weight(rules, loss_weight, rows, positions)
+    draws = rules.copies(loss_weight.shape[0], antithetic)
+    _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
+    rules.device("loss_weight", loss_weight.device, sigma=sigma, key=key)
+    rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.empty(shape, dtype=torch.float32, device=loss_weight.device)
+
+
+def reference(out, loss_weight, sigma, key, shape, feature_dim, antithetic, dist, sampler, positions, *at) -> None:
+    rows, cols, axis = grid(Check("noise_score"), "shape", shape, feature_dim)
+    sizes = Sizes(loss_weight.shape[0], rows, 0, cols, True)
+    weights = loss_weight.repeat_interleave(positions, dim=1)
+    total = torch.zeros(rows, cols, device=out.device)
+    for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
+        total += weights[copy, :, None] * contract.score(eps, dist)
+    moved = out.movedim(axis, -1)
+    moved.copy_((total / sigma).view(moved.shape))
+
+
+def cost(loss_weight, sigma, key, shape, feature_dim, antithetic, *spec) -> Cost:
+    size = torch.Size(shape).numel()
+    copies = loss_weight.shape[0]
+    return Cost(4 * (size + loss_weight.numel()), 0, (copies // 2 if antithetic else copies) * size)
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    def f(seed: int, *shape: int) -> Tensor:
+        return values(seed, *shape, device=device, dtype=torch.float32)
+
+    scale, image, channels = f(4, 13).abs() + 0.1, (3, 13, 5, 4), {"feature_dim": 1}
+    yield Sample("one", ((6, 20), f(5, 1, 6), 0.3, 11))
+    yield Sample("vector", ((20,), f(5, 4, 1), 0.3, 11), {"draw": 5})
+    yield Sample("tokens", ((2, 5, 13), f(5, 4, 2), scale, -11), {"positions": 5, "antithetic": True})
+    yield Sample("image", (image, f(5, 4, 3), scale, 11), {"positions": 20, "antithetic": True, **channels})
+    yield Sample("image-laplace", (image, f(5, 3, 60), 0.3, 11), {"dist": "laplace", **channels})
+    yield Sample(
+        "image-signs", ((2, 131, 3, 11), f(5, 3, 2), 0.5, 2**63), {"dist": "rademacher", "positions": 33} | channels
+    )
+    yield Sample("signs", ((33, 150), f(5, 2, 33), 0.5, 2**63), {"dist": "rademacher", "antithetic": True})
+    yield Sample("wide", ((5, 1100), f(5, 3, 5), 0.5, 12))
+    yield Sample("image-wide", ((1, 70, 9, 17), f(5, 5, 1), 0.5, 12), {"positions": 153, **channels})
+    yield Sample("sobol", (image, f(5, 4, 3), scale, 11), {"sampler": "sobol", "positions": 20, **channels})
+    yield Sample("offsets", ((6, 20), f(5, 2, 6), 0.3, 11), {"draw": 9, "row_offset": 1000, "col_offset": 129})
+    yield Sample(
+        "strided-losses", ((6, 13), f(5, 18, 8).T[::2, ::3], scale.repeat_interleave(2)[::2], 11), {"positions": 1}
+    )
+    yield Sample("no-rows", ((0, 20), f(5, 4, 0), 0.3, 11))
+    yield Sample("no-features", ((6, 0), f(5, 4, 6), 0.3, 11))
+
+    loss = f(5, 4, 6)
+    yield Sample("sigma-zero", ((6, 20), loss, 0.0, 1), error="'sigma' must be finite and positive, got 0.0")
+    yield Sample("sigma-shape", ((6, 20), loss, scale, 1), error=r"'sigma' must be a scalar or \[20\]")
+    yield Sample("loss-shape", ((5, 20), loss, 0.3, 1), error=r"'loss_weight' must be \[copies, 5\]")
+    yield Sample("loss-dtype", ((6, 20), loss.double(), 0.3, 1), error="'loss_weight' must be float32")
+    yield Sample(
+        "positions-rule", ((6, 20), loss, 0.3, 1), {"positions": 4}, error="'positions' must divide the 6 rows"
+    )
+    yield Sample("no-copies", ((6, 20), loss[:0], 0.3, 1), error="'copies' must be at least 1, got 0")
+    yield Sample("odd", ((6, 20), loss[:3], 0.3, 1), {"antithetic": True}, error="'copies' must be even")
+    yield Sample("scalar", ((), loss, 0.3, 1), error="'shape' must have at least one axis")
+    yield Sample("negative-size", ((6, -1), loss, 0.3, 1), error="'shape' must have sizes of at least 0")
+    yield Sample(
+        "axis", ((6, 20), loss, 0.3, 1), {"feature_dim": -3}, error="'feature_dim' must be an axis of a copy's"
+    )
+
+
+register(
+    Op(
+        name="noise_score",
+        schema="(Tensor loss_weight, Tensor sigma, Tensor key, SymInt[] shape, int feature_dim=-1, "
+        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
+        function=noise_score,
+        check=check,
+        reference=reference,
+        samples=samples,
+        cost=cost,
+    )
+)
