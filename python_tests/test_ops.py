@@ -36,7 +36,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clone(value):
-    """A copy with the same strides, gaps between elements included."""
+    """A copy with the same strides, gaps between elements included; of a list, of each."""
+    if isinstance(value, list):
+        return [clone(v) for v in value]
     if not isinstance(value, torch.Tensor) or 0 in value.stride():
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
@@ -87,11 +89,12 @@ def test_integer_ops_are_bitwise_the_reference(op, device) -> None:
 @pytest.mark.parametrize("op,sample_id", [(op, i) for op in OPS for i in samples(op, good=False)])
 def test_bad_input_is_refused_before_anything_is_written(op, sample_id, device) -> None:
     sample = pick(op, sample_id, device, torch.float32)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args]
+    before = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (sample.args, sample.kwargs))
     with pytest.raises((ValueError, TypeError), match=sample.error) as raised:
         OPS[op].function(*sample.args, **sample.kwargs)
     assert re.match(rf"ulr::{op}: ", str(raised.value))
-    for a, b in zip(sample.args, before, strict=True):
+    after = sample.args, sample.kwargs
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(t) for t in (after, before)), strict=True):
         if isinstance(a, torch.Tensor):
             assert torch.equal(a, b)
 

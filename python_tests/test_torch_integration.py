@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.utils._pytree import tree_map_only
 
 import ulr_kernels as ulr
 from ulr_kernels import contract
@@ -33,6 +34,11 @@ CALLS = {
     "noisy_linear_replay_": lambda: (
         *(v(4, 5, 8), v(5, 5), None, v(1, 6, 8), v(2, 5, 8), v(3, 5), v(7, 4, 6), SCALE, KEY, True),
     ),
+    "perturb_": lambda: ([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), SCALE),
+    "combine_": lambda: (
+        *([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), v(6, 3), [], [v(7, 5, 8), v(8, 5)]),
+        *([v(9, 5, 8).abs(), v(10, 5).abs()], SCALE, torch.tensor(3), 0.1),
+    ),
 }
 
 
@@ -45,8 +51,8 @@ def test_every_op_is_here_and_public() -> None:
 def test_opcheck(op, device) -> None:
     if op not in cpp._PROVIDERS:
         pytest.skip("no kernel yet")
-    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in CALLS[op]()]
-    torch.library.opcheck(getattr(torch.ops.ulr, op).default, tuple(args))
+    args = tree_map_only(torch.Tensor, lambda a: a.to(device), CALLS[op]())
+    torch.library.opcheck(getattr(torch.ops.ulr, op).default, args)
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -97,3 +97,28 @@ def tolerance(value: Tensor, magnitude: Tensor, dtype: torch.dtype, inputs: torc
     single = torch.finfo(torch.float32).eps
     half = torch.finfo(inputs).eps if inputs != torch.float32 else 0.0
     return 2 * torch.finfo(dtype).eps * value.abs() + (half + single * (terms + 8)) * magnitude + 1e-30
+
+
+# --- parameters ------------------------------------------------------------------------------------------------------
+
+
+def parameter_noise(shape, key, draw, dist, rank, row_offset, col_offset) -> Tensor:
+    """fp64, of a parameter's shape: rows shape[0], columns the rest; E = A B^T / sqrt(r) where it is a matrix."""
+    rows, cols = (shape[0], torch.Size(shape[1:]).numel()) if len(shape) > 1 else (1, torch.Size(shape).numel())
+    spec = {"draw": draw, "dist": dist}
+    if rank is None or len(shape) < 2:
+        return noise((rows, cols), key, row_offset=row_offset, col_offset=col_offset, **spec).double().view(shape)
+    a = noise((rank, rows), contract.fold_in(key, 1), col_offset=row_offset, **spec).double()
+    b = noise((rank, cols), contract.fold_in(key, 2), col_offset=col_offset, **spec).double()
+    return (a.T @ b / rank**0.5).view(shape)
+
+
+def combined_noise(tensors, keys, coefficients, *, draw=0, dist="normal", rank=None, row_offset=(), col_offset=()):
+    """For each tensor sum_p c_p eps(draw + p), fp64, and the sum of its terms' absolute values."""
+    for i, tensor in enumerate(tensors):
+        value, magnitude = torch.zeros(2, *tensor.shape, dtype=torch.float64).unbind()
+        at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
+        for p, c in enumerate(coefficients):
+            term = float(c) * parameter_noise(tensor.shape, int(keys[i]), draw + p, dist, rank, *at)
+            value, magnitude = value + term, magnitude + term.abs()
+        yield value, magnitude

@@ -24,6 +24,9 @@ SAMPLERS = ("iid", "sobol")
 
 WORD = 0xFFFFFFFF
 FOLD_IN_COUNTER = 0x666F6C64  # "fold": keeps the counters of key derivation apart from those of noise
+# What is folded into a parameter's key for streams of their own: the two factors of low-rank noise, and rounding.
+LOW_RANK_STREAMS = (1, 2)
+ROUNDING_STREAM = 3
 MAX_SOBOL_DIMENSIONS = torch.quasirandom.SobolEngine.MAXDIM
 MAX_SOBOL_DRAWS = 2**30
 
@@ -138,7 +141,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     error = (product - (total - rest)) + (addend - rest)  # Knuth's two-sum: total + error is the exact sum
     bits = total.view(torch.int64)
     towards = torch.where((error > 0) == (total > 0), 1, -1)
-    even_and_inexact = (error != 0) & (bits & 1 == 0)
+    even_and_inexact = (error.abs() > 0) & (bits & 1 == 0)  # false where a sum with an infinity has no error
     return (bits + torch.where(even_and_inexact, towards, 0)).view(torch.float64).float()
 
 
@@ -241,6 +244,48 @@ def noise_grid(
         positions=positions,
         width=col_offset + cols,
     )
+
+
+def low_rank_grid(
+    rows: int,
+    cols: int,
+    rank: int,
+    draw: int,
+    key: Tensor,
+    *,
+    dist: str = "normal",
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> Tensor:
+    """Noise of rank `rank`, E = A B^T / sqrt(rank): fp32 `[rows, cols]`, summed by fma from A's first column on."""
+    draws = torch.tensor([draw], device=key.device)
+    by_row, by_col = (
+        noise_grid(rank, size, draws, fold_in_tensor(key, torch.full_like(key, stream)), dist=dist, col_offset=offset)[
+            0
+        ]
+        for stream, size, offset in zip(LOW_RANK_STREAMS, (rows, cols), (row_offset, col_offset), strict=True)
+    )
+    total = torch.zeros(rows, cols, device=key.device)
+    for a, b in zip(by_row, by_col, strict=True):
+        total = fma(a[:, None], b[None, :], total)
+    return total * low_rank_scale(rank)
+
+
+def low_rank_scale(rank: int) -> float:
+    """1 / sqrt(rank), an fp32 number."""
+    return torch.tensor(1 / math.sqrt(rank), dtype=torch.float32).item()
+
+
+def round_stochastically(values: Tensor, draw: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0) -> Tensor:
+    """fp32 `[rows, cols]` to bf16, away from zero with the probability of the part that is cut off: the upper half of
+    a word of the parameter's rounding stream is added below the last place kept. Infinities and NaN: as to nearest.
+    """
+    row = torch.arange(row_offset, row_offset + values.shape[0], device=key.device)[:, None]
+    col = torch.arange(col_offset, col_offset + values.shape[1], device=key.device)[None, :]
+    words = _iid_words(row, col, draw, fold_in_tensor(key, torch.full_like(key, ROUNDING_STREAM)))
+    bits = (values.view(torch.int32).to(torch.int64) & WORD) + (words >> 16)
+    rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
 def copy_draws(copies: int, antithetic: bool, draw: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The ops. One file each: schema, check (which is also the fake), reference, samples for tests and benchmarks."""
 
+from ulr_kernels.ops.combine_ import combine_
 from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
 from ulr_kernels.ops.noise_add import noise_add
 from ulr_kernels.ops.noise_dot_ import noise_dot_
@@ -7,8 +8,10 @@ from ulr_kernels.ops.noise_score import noise_score
 from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
+from ulr_kernels.ops.perturb_ import perturb_
 
 __all__ = [
+    "combine_",
     "fold_in",
     "noise",
     "noise_add",
@@ -18,5 +21,6 @@ __all__ = [
     "noisy_linear",
     "noisy_linear_grad_",
     "noisy_linear_replay_",
+    "perturb_",
     "philox4x32",
 ]

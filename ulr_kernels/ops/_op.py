@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ulr_kernels import backends, contract
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NOISE_SCHEMA = 'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0'
+
+# The contract's indices are below these powers of two.
+DRAW_BITS, ROW_BITS, COL_BITS = 32, 32, 34
 
 _library = torch.library.Library("ulr", "DEF")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -58,7 +61,7 @@ class Op:
         reference: the torch back end. Takes the outputs (where there are any), then the schema's arguments. Like any
             provider it may return an output of its own instead of filling the one that it was given.
         samples: for a device and a dtype, calls of `function`, good and bad.
-        mutates: positions of the arguments that the op writes.
+        mutates: positions of the arguments that the op writes; of a list, all its tensors.
         autocast: positions of the operands of a matrix product, which autocast casts.
         cost: the floor of a call of the schema's arguments.
     """
@@ -88,7 +91,7 @@ def register(op: Op) -> None:
         args = full(args)
         out = op.check(*args)
         if op.mutates:
-            written = [args[i] for i in op.mutates if args[i] is not None]
+            written = [t for i in op.mutates for t in _tensors(args[i])]
             refuse_overlap(op, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
@@ -142,6 +145,17 @@ class Check:
             if tensor is not None and tensor.device != device:
                 self.fail(argument, f"be on {device} like '{like}'", tensor.device)
 
+    def dist(self, dist: str) -> None:
+        if dist not in contract.DISTRIBUTIONS:
+            self.fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}", repr(dist))
+
+    def room(self, argument: str, value: int, extent: int, bits: int) -> None:
+        """An index of the contract's, and how many from there on are used."""
+        if value < 0:
+            self.fail(argument, "be at least 0", value)
+        if value + extent > 2**bits:
+            self.fail(argument, f"leave room for {extent} below 2^{bits}", value)
+
     def noise(
         self,
         key: Tensor,
@@ -158,21 +172,14 @@ class Check:
         """The index rules of the contract, for a block of rows x cols and a number of draws."""
         if key.dtype != torch.int64 or key.dim() != 0:
             self.fail("key", "be an int64 scalar tensor", f"{key.dtype} {list(key.shape)}")
-        if dist not in contract.DISTRIBUTIONS:
-            self.fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}", repr(dist))
+        self.dist(dist)
         if sampler not in contract.SAMPLERS:
             self.fail("sampler", f"be one of {', '.join(contract.SAMPLERS)}", repr(sampler))
         if positions < 1:
             self.fail("positions", "be at least 1", positions)
-        for argument, value, extent, limit in (
-            ("draw", draw, draws, 32),
-            ("row_offset", row_offset, rows, 32),
-            ("col_offset", col_offset, cols, 34),
-        ):
-            if value < 0:
-                self.fail(argument, "be at least 0", value)
-            if value + extent > 2**limit:
-                self.fail(argument, f"leave room for {extent} below 2^{limit}", value)
+        self.room("draw", draw, draws, DRAW_BITS)
+        self.room("row_offset", row_offset, rows, ROW_BITS)
+        self.room("col_offset", col_offset, cols, COL_BITS)
         if sampler == "sobol":
             if dist == "rademacher":
                 self.fail("sampler", "be 'iid' where dist is 'rademacher'", "'sobol'")
@@ -194,6 +201,23 @@ class Check:
         if antithetic and copies % 2:
             self.fail("copies", "be even where antithetic is set", copies)
         return copies // 2 if antithetic else copies
+
+
+def _tensors(argument: object) -> Sequence[Tensor]:
+    """The tensors of an argument, which may be a list of them, or None."""
+    if isinstance(argument, Tensor):
+        return (argument,)
+    return argument if isinstance(argument, list | tuple) and argument and isinstance(argument[0], Tensor) else ()
+
+
+class _Span(NamedTuple):
+    """A tensor of a call: its first byte and the one past its last, and where it stands in the arguments."""
+
+    start: int
+    end: int
+    position: int
+    place: int  # in a list
+    tensor: Tensor
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -230,26 +254,38 @@ def _apart(first: Tensor, second: Tensor) -> bool:
 
 def refuse_overlap(op: Op, args: tuple) -> None:
     """Raise if a written argument overlaps itself or any other argument: the result would depend on timing."""
-    tensors = [(i, a, *_extent(a)) for i, a in enumerate(args) if isinstance(a, Tensor) and a.numel()]
-    for position, out, start, end in tensors:
-        if position not in op.mutates:
-            continue
-        if not (out.is_contiguous() or _nests(out)):
-            raise ValueError(
-                f"ulr::{op.name}: '{_name(op, position)}' must not overlap itself, got strides {out.stride()}"
-            )
-        for other_position, other, other_start, other_end in tensors:
-            if other_position == position or start >= other_end or other_start >= end or other.device != out.device:
-                continue
-            if not (out.dim() and other.dim() and _apart(out, other)):
-                raise ValueError(
-                    f"ulr::{op.name}: '{_name(op, position)}' must not overlap '{_name(op, other_position)}', "
-                    "got shared memory"
-                )
+    spans = [
+        _Span(*_extent(tensor), position, place, tensor)
+        for position, argument in enumerate(args)
+        for place, tensor in enumerate(_tensors(argument))
+        if tensor.numel()
+    ]
+    spans.sort(key=lambda span: span.start)
+    before: list[_Span] = []  # those that reach past the start of the one at hand: few, where nothing overlaps
+    for span in spans:
+        before = [other for other in before if other.end > span.start]
+        if span.position in op.mutates and not (span.tensor.is_contiguous() or _nests(span.tensor)):
+            name = _name(op, args, span)
+            raise ValueError(f"ulr::{op.name}: '{name}' must not overlap itself, got strides {span.tensor.stride()}")
+        for other in before:
+            _refuse_shared_memory(op, args, *sorted((other, span), key=lambda s: (s.position, s.place)))
+        before.append(span)
 
 
-def _name(op: Op, position: int) -> str:
-    return getattr(torch.ops.ulr, op.name).default._schema.arguments[position].name
+def _refuse_shared_memory(op: Op, args: tuple, first: _Span, second: _Span) -> None:
+    if first.position not in op.mutates:
+        first, second = second, first
+    a, b = first.tensor, second.tensor
+    if first.position not in op.mutates or a.device != b.device or (a.dim() and b.dim() and _apart(a, b)):
+        return
+    raise ValueError(
+        f"ulr::{op.name}: '{_name(op, args, first)}' must not overlap '{_name(op, args, second)}', got shared memory"
+    )
+
+
+def _name(op: Op, args: tuple, span: _Span) -> str:
+    name = getattr(torch.ops.ulr, op.name).default._schema.arguments[span.position].name
+    return name if isinstance(args[span.position], Tensor) else f"{name}[{span.place}]"
 
 
 def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:
@@ -288,6 +324,21 @@ def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: 
         for extreme in (sigma,) if sigma.dim() == 0 else (sigma.min(), sigma.max()):
             _check_sigma(op, extreme.item(), zero)
     return sigma if sigma.dtype == torch.float32 else sigma.to(torch.float32)
+
+
+def fp32_tensor(op: str, argument: str, value: float | Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """A number, or a sequence of them, as fp32; those that the host can read must be finite there."""
+    if isinstance(value, Tensor):
+        result = value if value.dtype == torch.float32 else value.to(torch.float32)
+    elif isinstance(value, Sequence):
+        result = torch.tensor(value, dtype=torch.float32)
+    else:
+        result = torch.full((), float(value), dtype=torch.float32, device=device)
+    readable = not torch.compiler.is_compiling() and not isinstance(result, FakeTensor)
+    seen = result if result.device.type == "cpu" else torch.tensor(value) if not isinstance(value, Tensor) else None
+    if readable and seen is not None and not bool(seen.isfinite().all()):
+        raise ValueError(f"ulr::{op}: '{argument}' must be finite, got {value}")
+    return result if isinstance(value, Tensor) else result.to(device)
 
 
 def _check_sigma(op: str, value: float, zero: bool) -> None:

@@ -1,0 +1,230 @@
+"""What the ops on lists of parameters share: rules, a parameter's rows and columns, its noise in torch, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.ops._linear import values
+from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, FLOATS, ROW_BITS, Check, Sample, key_tensor
+
+LIST_SCHEMA = (
+    'str dist="normal", int? rank=None, bool stochastic=False, int draw=0, int[] row_offset=[], int[] col_offset=[]'
+)
+COLUMN_AXES = 4  # of a parameter as launchers see it: [rows, ...]
+_BLOCK = 2**20  # elements that the reference works on at once: it holds about twenty temporaries for each
+
+
+def keys_tensor(op: str, keys: Tensor | Sequence[int | Tensor], device: torch.device) -> Tensor:
+    """One key a tensor, int64; integers are copied to the device."""
+    if isinstance(keys, Tensor):
+        return keys
+    host = [key_tensor(op, key, torch.device("cpu")) for key in keys]
+    return (torch.stack(host) if host else torch.empty(0, dtype=torch.int64)).to(device)
+
+
+def grid(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns: `shape[0]` and the rest flattened; a vector is one row, a scalar 1 x 1."""
+    if tensor.dim() < 2:
+        return 1, tensor.numel()
+    cols = 1
+    for size in tensor.shape[1:]:
+        cols *= size
+    return tensor.shape[0], cols
+
+
+def column_axes(tensor: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the axes that count a row's elements, those joined that one stride can step through."""
+    joined: list[tuple[int, int]] = []
+    first = 1 if tensor.dim() > 1 else 0
+    for size, stride in zip(tensor.shape[first:], tensor.stride()[first:], strict=True):
+        if size == 1:
+            continue
+        if joined and joined[-1][1] == size * stride:
+            joined[-1] = (joined[-1][0] * size, stride)
+        else:
+            joined.append((size, stride))
+    return joined
+
+
+def by_row(tensor: Tensor) -> Tensor:
+    """The same elements as [rows, a, b, c, columns]: what launchers take. a, b and c are 1 but for unusual strides."""
+    rows, cols = grid(tensor)
+    if tensor.is_contiguous():
+        return tensor.view(rows, 1, 1, 1, cols)
+    axes = column_axes(tensor) or [(1, 1)]
+    axes = [(1, 0)] * (COLUMN_AXES - len(axes)) + axes
+    sizes, strides = zip(*axes, strict=True)
+    return tensor.as_strided((rows, *sizes), (tensor.stride(0) if tensor.dim() > 1 else 0, *strides))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_list(
+    rules: Check,
+    tensors: list[Tensor],
+    keys: Tensor,
+    draws: int,
+    dist: str,
+    rank: int | None,
+    stochastic: bool,
+    draw: int,
+    row_offset: list[int],
+    col_offset: list[int],
+) -> None:
+    """The rules that do not depend on what is done with the noise."""
+    count = len(tensors)
+    rules.dtype("keys", keys, (torch.int64,))
+    rules.shape("keys", keys, (count,), f"{count} tensors")
+    rules.dist(dist)
+    if rank is not None and rank < 1:
+        rules.fail("rank", "be at least 1, or None", rank)
+    rules.room("draw", draw, draws, DRAW_BITS)
+    for argument, offsets in (("row_offset", row_offset), ("col_offset", col_offset)):
+        if len(offsets) not in (0, count):
+            rules.fail(argument, f"have one number for each of {count} tensors, or none", f"{len(offsets)}")
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in FLOATS:
+            rules.dtype(f"tensors[{i}]", tensor, FLOATS)
+        if stochastic and tensor.dtype == torch.float16:
+            rules.fail(f"tensors[{i}]", "be float32 or bfloat16 where stochastic is set", tensor.dtype)
+        if tensor.device != keys.device:
+            rules.fail("keys", f"be on {tensor.device} like 'tensors[{i}]'", keys.device)
+        rows, cols = grid(tensor)
+        rules.room(f"row_offset[{i}]", row_offset[i] if row_offset else 0, rows, ROW_BITS)
+        rules.room(f"col_offset[{i}]", col_offset[i] if col_offset else 0, cols, COL_BITS)
+        check_strides(rules, f"tensors[{i}]", tensor)
+
+
+def check_strides(rules: Check, argument: str, tensor: Tensor) -> None:
+    if tensor.dim() > COLUMN_AXES + 1 and not tensor.is_contiguous() and len(column_axes(tensor)) > COLUMN_AXES:
+        rules.fail(
+            argument, f"have at most {COLUMN_AXES} axes after the first that strides do not join", tensor.stride()
+        )
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """Some rows and columns of one parameter of a list: its elements, and its noise.
+
+    `values(t)` are the block's elements of a tensor `[rows, cols]`, a view.
+    """
+
+    def __init__(self, rows: slice, cols: slice, key: Tensor, row_offset: int, col_offset: int, matrix: bool) -> None:
+        self.rows, self.cols, self.key, self.matrix = rows, cols, key, matrix
+        self.at = {"row_offset": row_offset + rows.start, "col_offset": col_offset + cols.start}
+
+    def values(self, flat: Tensor) -> Tensor:
+        return flat[self.rows, self.cols]
+
+    def noise(self, draw: int, dist: str, rank: int | None) -> Tensor:
+        """fp32 `[rows, cols]`; a parameter of fewer than two axes has noise of full rank."""
+        rows, cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
+        if rank is not None and self.matrix:
+            return contract.low_rank_grid(rows, cols, rank, draw, self.key, dist=dist, **self.at)
+        draws = torch.tensor([draw], device=self.key.device)
+        return contract.noise_grid(rows, cols, draws, self.key, dist=dist, **self.at)[0]
+
+    def store(self, flat: Tensor, new: Tensor, stochastic: bool, draw: int) -> None:
+        """Round fp32 `new` to the dtype of the tensor and write it."""
+        if stochastic and flat.dtype == torch.bfloat16:
+            new = contract.round_stochastically(new, draw, self.key, **self.at)
+        self.values(flat).copy_(new)
+
+
+def blocks(tensor: Tensor, key: Tensor, row_offset: int, col_offset: int) -> Iterator[Block]:
+    rows, cols = grid(tensor)
+    width = max(1, min(cols, _BLOCK))
+    height = _BLOCK // width
+    for row in range(0, rows, height):
+        for col in range(0, cols, width):
+            extent = slice(row, min(rows, row + height)), slice(col, min(cols, col + width))
+            yield Block(*extent, key, row_offset, col_offset, tensor.dim() > 1)
+
+
+def flat_view(tensor: Tensor) -> Tensor:
+    """`[rows, cols]`: a view, or a copy where strides allow none (`write_back` returns it)."""
+    return tensor.reshape(grid(tensor))
+
+
+def write_back(tensor: Tensor, flat: Tensor) -> None:
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view(tensor.shape))
+
+
+def noise_values(tensors: Sequence[Tensor], rank: int | None) -> int:
+    """How many a draw needs."""
+    return sum(t.numel() if rank is None or t.dim() < 2 else rank * sum(grid(t)) for t in tensors)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def parameters(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """The shapes that models have: matrices, convolutions in two memory formats, vectors, a scalar, nothing."""
+
+    def v(seed: int, *shape: int) -> Tensor:
+        return values(seed, *shape, device=device, dtype=dtype)
+
+    return [
+        v(1, 9, 37),
+        v(2, 150),
+        v(3, 5, 3, 2, 3),
+        v(4, 6, 5, 2, 2).to(memory_format=torch.channels_last),
+        v(5),
+        v(6, 0, 4),
+        v(7, 3, 260),
+        v(8, 2, 3, 4).permute(2, 0, 1),
+        v(9, 40, 30)[1:33:2, 2:25:3],
+        v(10, 33)[::2],
+        v(11, 1, 8),
+    ]
+
+
+def site_keys(count: int) -> list[int]:
+    return [contract.fold_in(0x70, i) for i in range(count)]
+
+
+def bad_samples(device: str, dtype: torch.dtype, amount: float | list[float]) -> Iterator[Sample]:
+    """Calls (tensors, keys, amount) that break a rule of all ops on lists."""
+    tensors = parameters(device, dtype)[:3]
+    keys = site_keys(3)
+    whole = tensors[0]
+    at = {"row_offset": [0, 0, 0]}
+    yield Sample("keys-few", (tensors, keys[:2], amount), error=r"'keys' must be \[3\] \(3 tensors\), got \[2\]")
+    yield Sample("keys-range", (tensors, [0, 0, 2**64], amount), error="'key' must be an integer in")
+    yield Sample("keys-dtype", (tensors, torch.zeros(3, device=device), amount), error="'keys' must be int64")
+    yield Sample("key-scalar", (tensors[:1], torch.tensor(1, device=device), amount), error=r"'keys' must be \[1\]")
+    yield Sample(
+        "dtype", ([whole.double()], [1], amount), error=r"'tensors\[0\]' must be float32 or bfloat16 or float16"
+    )
+    yield Sample(
+        "twice", ([whole, tensors[1], whole], keys, amount), error=r"'tensors\[0\]' must not overlap 'tensors\[2\]'"
+    )
+    yield Sample("part", ([tensors[1], whole, whole[:, 30:]], keys, amount), error=r"'tensors\[1\]' must not overlap")
+    yield Sample("expanded", ([whole[:1].expand(4, 37)], [1], amount), error=r"'tensors\[0\]' must not overlap itself")
+    yield Sample("dist", (tensors, keys, amount), {"dist": "cauchy"}, error="'dist' must be one of .*, got 'cauchy'")
+    yield Sample("rank", (tensors, keys, amount), {"rank": 0}, error="'rank' must be at least 1, or None, got 0")
+    yield Sample("draw", (tensors, keys, amount), {"draw": -1}, error="'draw' must be at least 0, got -1")
+    yield Sample("draw-limit", (tensors, keys, amount), {"draw": 2**32}, error="'draw' must leave room for")
+    yield Sample(
+        "offsets-few", (tensors, keys, amount), {"row_offset": [1, 2]}, error="'row_offset' must have one number"
+    )
+    yield Sample(
+        "row-limit", (tensors, keys, amount), at | {"row_offset": [0, 0, 2**32 - 4]}, error=r"'row_offset\[2\]' must"
+    )
+    yield Sample(
+        "col-limit", (tensors, keys, amount), {"col_offset": [2**34 - 36, 0, 0]}, error=r"'col_offset\[0\]' must"
+    )
+    wild = values(1, *(2,) * 6, device=device, dtype=dtype).permute(5, 3, 1, 4, 2, 0)
+    yield Sample("strides", ([wild], [1], amount), error="must have at most 4 axes after the first")
+    half = whole.to(torch.float16)
+    yield Sample(
+        "fp16", ([half], [1], amount), {"stochastic": True}, error="must be float32 or bfloat16 where stochastic"
+    )

@@ -1,0 +1,336 @@
+"""combine_: an optimiser's step along many probes' noise, in one pass over a list of parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.ops import _parameters
+from ulr_kernels.ops._linear import values
+from ulr_kernels.ops._op import Check, Cost, Op, Sample, fp32_tensor, register
+
+
+def combine_(
+    tensors: Sequence[Tensor],
+    keys: Tensor | Sequence[int],
+    coefficients: Tensor | Sequence[float],
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    momentum_buffers: Sequence[Tensor] = (),
+    betas: tuple[float, float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
+    exp_avgs: Sequence[Tensor] = (),
+    exp_avg_sqs: Sequence[Tensor] = (),
+    step: int | Tensor | None = None,
+    draw: int = 0,
+    dist: str = "normal",
+    rank: int | None = None,
+    stochastic: bool = False,
+    row_offset: Sequence[int] = (),
+    col_offset: Sequence[int] = (),
+) -> None:
+    """Step along a sum of probes' noise, g = sum_p coefficients[p] * eps(draw + p), in one pass over each tensor.
+
+        sum        t <- t - lr weight_decay t + g                                 (lr may be None: no decay)
+        momentum   b <- momentum b + g;  t <- t - lr weight_decay t - lr b        with momentum_buffers
+        Adam       m, v as in AdamW of g;  t <- t - lr weight_decay t - lr m^ / (sqrt(v^) + epsilon)
+                   with exp_avgs and exp_avg_sqs
+
+    In the first form g is the change itself, so its coefficients hold -lr; in the others g is a gradient estimate, for
+    SPSA (Spall, 1992; MeZO: arXiv 2305.17333) (L+ - L-) / (2 eps probes). Decay is decoupled (Loshchilov and Hutter,
+    arXiv 1711.05101). The order of all roundings is in docs/noise.md: the result is bitwise the same on every back end,
+    thread count and shard. Autograd does not record it.
+
+    Args:
+        tensors, keys: as in `perturb_`.
+        coefficients: one for each probe: fp32 `[P]` on the tensors' device, or numbers, which are copied there.
+        lr: learning rate: a number, or fp32 `[]`; needed for decay, momentum and Adam.
+        weight_decay: at least 0.
+        momentum: in [0, 1).
+        momentum_buffers: one for each tensor, fp32 of its shape, any strides; zeros before the first step.
+        betas: of Adam (Kingma and Ba, arXiv 1412.6980), in [0, 1).
+        epsilon: of Adam, at least 0.
+        exp_avgs, exp_avg_sqs: likewise, for Adam.
+        step: Adam's, counted from 1: an integer, or int64 `[]` on the tensors' device, which a graph can advance.
+        draw: of the first probe; probe p has `draw + p`.
+        dist, rank, stochastic, row_offset, col_offset: as in `perturb_`.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes or devices do not match, a number or index is out of range, states of two
+            kinds are given, or tensors share memory; nothing has been written.
+    """
+    tensors = list(tensors)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with torch.no_grad():
+        torch.ops.ulr.combine_(
+            tensors,
+            _parameters.keys_tensor("combine_", keys, device),
+            fp32_tensor("combine_", "coefficients", coefficients, device),
+            list(momentum_buffers),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            None if lr is None else fp32_tensor("combine_", "lr", lr, device),
+            _step_tensor(step, device),
+            weight_decay,
+            momentum,
+            *betas,
+            epsilon,
+            dist,
+            rank,
+            stochastic,
+            draw,
+            list(row_offset),
+            list(col_offset),
+        )
+
+
+def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor | None:
+    if step is None or isinstance(step, Tensor):
+        return step
+    if not 1 <= step < 2**31:
+        Check("combine_").fail("step", "be in [1, 2^31)", step)
+    return torch.full((), step, dtype=torch.int64, device=device)
+
+
+def check(
+    tensors: list[Tensor],
+    keys: Tensor,
+    coefficients: Tensor,
+    momentum_buffers: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    lr: Tensor | None,
+    step: Tensor | None,
+    weight_decay: float,
+    momentum: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    *spec,
+) -> None:
+    rules = Check("combine_")
+    rules.dtype("coefficients", coefficients, (torch.float32,))
+    if coefficients.dim() != 1:
+        rules.fail("coefficients", "be [P], one for each probe", list(coefficients.shape))
+    _parameters.check_list(rules, tensors, keys, coefficients.shape[0], *spec)
+    rules.device("keys", keys.device, coefficients=coefficients, lr=lr, step=step)
+    for argument, value, most in (
+        ("weight_decay", weight_decay, math.inf),
+        ("epsilon", epsilon, math.inf),
+        ("momentum", momentum, 1.0),
+        ("betas", beta1, 1.0),
+        ("betas", beta2, 1.0),
+    ):
+        if not 0 <= value < most:
+            rules.fail(argument, f"be in [0, {most:g})", value)
+    for argument, states in (
+        ("momentum_buffers", momentum_buffers),
+        ("exp_avgs", exp_avgs),
+        ("exp_avg_sqs", exp_avg_sqs),
+    ):
+        _check_states(rules, argument, states, tensors)
+    if len(exp_avgs) != len(exp_avg_sqs):
+        rules.fail("exp_avg_sqs", "be given with exp_avgs", f"{len(exp_avg_sqs)} and {len(exp_avgs)} tensors")
+    if momentum_buffers and exp_avgs:
+        rules.fail("momentum_buffers", "be empty where exp_avgs are given", f"{len(momentum_buffers)} tensors")
+    if momentum and tensors and not momentum_buffers:
+        rules.fail("momentum", "be 0 where momentum_buffers are not given", momentum)
+    if lr is None:
+        if weight_decay or momentum_buffers or exp_avgs:
+            rules.fail("lr", "be given where there is decay, momentum or Adam", None)
+    else:
+        rules.dtype("lr", lr, (torch.float32,))
+        rules.shape("lr", lr, (), "one for all tensors")
+    if exp_avgs and step is None:
+        rules.fail("step", "be given with exp_avgs", None)
+    if step is not None:
+        rules.dtype("step", step, (torch.int64,))
+        rules.shape("step", step, (), "one for all tensors")
+
+
+def _check_states(rules: Check, argument: str, states: list[Tensor], tensors: list[Tensor]) -> None:
+    if len(states) not in (0, len(tensors)):
+        rules.fail(argument, f"have one tensor for each of {len(tensors)}, or none", f"{len(states)}")
+    for i, (state, tensor) in enumerate(zip(states, tensors, strict=False)):
+        if state.dtype != torch.float32:
+            rules.dtype(f"{argument}[{i}]", state, (torch.float32,))
+        if state.shape != tensor.shape:
+            rules.shape(f"{argument}[{i}]", state, tuple(tensor.shape), f"like 'tensors[{i}]'")
+        if state.device != tensor.device:
+            rules.fail(f"{argument}[{i}]", f"be on {tensor.device} like 'tensors[{i}]'", state.device)
+        _parameters.check_strides(rules, f"{argument}[{i}]", state)
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def power(base: Tensor, exponent: Tensor) -> Tensor:
+    """base^exponent (below 2^31), fp32, by squaring from the lowest bit of the exponent up: the order counts."""
+    result = torch.ones_like(base)
+    for bit in range(31):
+        result = torch.where((exponent >> bit) & 1 == 1, result * base, result)
+        base = base * base
+    return result
+
+
+def reference(
+    tensors,
+    keys,
+    coefficients,
+    momentum_buffers,
+    exp_avgs,
+    exp_avg_sqs,
+    lr,
+    step,
+    weight_decay,
+    momentum,
+    beta1,
+    beta2,
+    epsilon,
+    dist,
+    rank,
+    stochastic,
+    draw,
+    row_offset,
+    col_offset,
+) -> None:
+    def fp32(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=keys.device)
+
+    rate = fp32(0.0) if lr is None else lr
+    decay = rate * fp32(weight_decay)
+    momentum, beta1, beta2, epsilon = (fp32(value) for value in (momentum, beta1, beta2, epsilon))
+    if exp_avgs:
+        adam_rate = rate / (1 - power(beta1, step))
+        root = (1 - power(beta2, step)).sqrt()
+    for i, tensor in enumerate(tensors):
+        states = [_parameters.flat_view(s[i]) for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
+        flat = _parameters.flat_view(tensor)
+        at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
+        for block in _parameters.blocks(tensor, keys[i], *at):
+            old = block.values(flat).float()
+            g = torch.zeros_like(old)
+            for p, coefficient in enumerate(coefficients):
+                g = contract.fma(coefficient, block.noise(draw + p, dist, rank), g)
+            kept = contract.fma(-decay, old, old)
+            here = [block.values(state) for state in states]
+            if momentum_buffers:
+                b = contract.fma(momentum, here[0], g)
+                here[0].copy_(b)
+                new = contract.fma(-rate, b, kept)
+            elif exp_avgs:
+                m = contract.fma(beta1, here[0], (1 - beta1) * g)
+                v = contract.fma(beta2, here[1], ((1 - beta2) * g) * g)
+                here[0].copy_(m)
+                here[1].copy_(v)
+                new = contract.fma(-adam_rate, m / (v.sqrt() / root + epsilon), kept)
+            else:
+                new = kept + g
+            block.store(flat, new, stochastic, draw)
+        for state, written in zip((s[i] for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s), states, strict=True):
+            _parameters.write_back(state, written)
+        _parameters.write_back(tensor, flat)
+
+
+def cost(tensors, keys, coefficients, momentum_buffers=(), exp_avgs=(), exp_avg_sqs=(), *rest) -> Cost:
+    written = [*tensors, *momentum_buffers, *exp_avgs, *exp_avg_sqs]
+    rank = rest[8] if len(rest) > 8 else None
+    probes, elements = coefficients.numel(), sum(t.numel() for t in tensors)
+    return Cost(
+        bytes=2 * sum(t.numel() * t.element_size() for t in written),
+        flops=2 * probes * elements,
+        noise=probes * _parameters.noise_values(tensors, rank),
+    )
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    tensors = _parameters.parameters(device, dtype)
+    keys = _parameters.site_keys(len(tensors))
+    few = tensors[:3]
+
+    def states(seed: int, like: list[Tensor]) -> list[Tensor]:
+        return [values(seed + i, *t.shape, device=device, dtype=torch.float32) for i, t in enumerate(like)]
+
+    def squares(seed: int, like: list[Tensor]) -> list[Tensor]:
+        return [s.square_() for s in states(seed, like)]
+
+    def adam(like: list[Tensor], **more) -> dict:
+        return {"lr": 0.01, "exp_avgs": states(20, like), "exp_avg_sqs": squares(40, like), "step": 1, **more}
+
+    many = [0.3, -0.2, 0.05, 1.0, -0.7]
+    for dist in contract.DISTRIBUTIONS:
+        yield Sample(dist, (tensors, keys, many), {"dist": dist, "draw": 5})
+    yield Sample("one", (few, keys[:3], [0.25]))
+    yield Sample("none", (few, keys[:3], []), {"lr": 0.1, "weight_decay": 0.5})
+    yield Sample("decay", (tensors, keys, many), {"lr": 0.01, "weight_decay": 0.1})
+    at = {"row_offset": [2**32 - 9, 3, 0], "col_offset": [2**34 - 37, 129, 7]}
+    yield Sample("offsets", (few, keys[:3], many), {"draw": 2**32 - 5, **at})
+    yield Sample("offset-signs", (few, keys[:3], many), {"dist": "rademacher", **at})
+    yield Sample("rank-2", (tensors, keys, many[:2]), {"rank": 2, "lr": 0.1, "weight_decay": 0.1})
+    yield Sample("rank-signs", (few, keys[:3], many), {"rank": 1, "dist": "rademacher", **at})
+    velocity = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    yield Sample("momentum", (tensors, keys, many), {**velocity, "momentum_buffers": states(20, tensors)})
+    strided = [s.mT.contiguous().mT if s.dim() > 1 else s for s in states(20, tensors)]
+    yield Sample("momentum-strides", (tensors, keys, many[:1]), {**velocity, "momentum_buffers": strided})
+    yield Sample("adam", (tensors, keys, many), adam(tensors, weight_decay=0.01, betas=(0.8, 0.95), epsilon=1e-6))
+    late = {"step": torch.tensor(12345, device=device), "lr": torch.tensor(1e-3, device=device)}
+    yield Sample("adam-late", (few, keys[:3], many), adam(few, rank=2, **late, **at))
+    if dtype != torch.float16:
+        yield Sample("stochastic", (tensors, keys, [1e-3, -2e-3]), {"stochastic": True, "draw": 2})
+        yield Sample("adam-stochastic", (few, keys[:3], many), adam(few, stochastic=True, dist="laplace", **at))
+        yield Sample("mixed", ([few[0], few[1].float(), few[2].half()], keys[:3], many), velocity | {"momentum": 0.0})
+    yield Sample("empty", ([], [], many))
+    yield from _parameters.bad_samples(device, dtype, many)
+
+    call = (few, keys[:3], many)
+    buffers = states(20, few)
+    yield Sample("infinite", (few, keys[:3], [1.0, math.nan]), error="'coefficients' must be finite")
+    yield Sample("matrix", (few, keys[:3], torch.ones(2, 2, device=device)), error=r"'coefficients' must be \[P\]")
+    yield Sample("no-lr", call, {"weight_decay": 0.1}, error="'lr' must be given where there is decay")
+    yield Sample("lr", call, {"lr": math.inf}, error="'lr' must be finite, got inf")
+    yield Sample("negative", call, {"lr": 0.1, "weight_decay": -1.0}, error=r"'weight_decay' must be in \[0, inf\)")
+    yield Sample("beta", call, {"betas": (0.9, 1.0)}, error=r"'betas' must be in \[0, 1\), got 1.0")
+    yield Sample("no-buffers", call, {"lr": 0.1, "momentum": 0.9}, error="'momentum' must be 0 where momentum_buffers")
+    yield Sample(
+        "few-buffers",
+        call,
+        {"lr": 0.1, "momentum_buffers": buffers[:2]},
+        error="'momentum_buffers' must have one tensor",
+    )
+    half = {"lr": 0.1, "momentum_buffers": [b.half() for b in buffers]}
+    yield Sample("half-buffers", call, half, error=r"'momentum_buffers\[0\]' must be float32")
+    turned = {"lr": 0.1, "momentum_buffers": [buffers[0].mT, *buffers[1:]]}
+    yield Sample("turned-buffers", call, turned, error=r"'momentum_buffers\[0\]' must be \[9, 37\]")
+    shared = {"lr": 0.1, "exp_avgs": buffers, "exp_avg_sqs": buffers, "step": 1}
+    yield Sample("one-state-twice", call, shared, error="must not overlap 'exp_avg_sqs")
+    yield Sample(
+        "one-average", call, {"lr": 0.1, "exp_avgs": buffers}, error="'exp_avg_sqs' must be given with exp_avgs"
+    )
+    yield Sample("two-kinds", call, adam(few, momentum_buffers=buffers), error="'momentum_buffers' must be empty where")
+    yield Sample("no-step", call, adam(few) | {"step": None}, error="'step' must be given with exp_avgs")
+    yield Sample("step-0", call, adam(few) | {"step": 0}, error=r"'step' must be in \[1, 2\^31\), got 0")
+
+
+register(
+    Op(
+        name="combine_",
+        schema="(Tensor(a!)[] tensors, Tensor keys, Tensor coefficients, Tensor(b!)[] momentum_buffers, "
+        "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor? lr=None, Tensor? step=None, float weight_decay=0.0, "
+        f"float momentum=0.0, float beta1=0.9, float beta2=0.999, float epsilon=1e-8, {_parameters.LIST_SCHEMA}) -> ()",
+        function=combine_,
+        check=check,
+        reference=reference,
+        samples=samples,
+        mutates=(0, 3, 4, 5),
+        cost=cost,
+    )
+)

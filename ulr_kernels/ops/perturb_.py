@@ -1,0 +1,127 @@
+"""perturb_: noise added in place to a list of parameters, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.ops import _parameters
+from ulr_kernels.ops._op import Check, Cost, Op, Sample, fp32_tensor, register
+
+
+def perturb_(
+    tensors: Sequence[Tensor],
+    keys: Tensor | Sequence[int],
+    scale: float | Tensor,
+    *,
+    draw: int = 0,
+    dist: str = "normal",
+    rank: int | None = None,
+    stochastic: bool = False,
+    row_offset: Sequence[int] = (),
+    col_offset: Sequence[int] = (),
+) -> None:
+    """Add noise to parameters: `t <- round(fma(scale, eps, t))` for each tensor t of the list, in one launch.
+
+    The perturbation of zeroth-order methods (SPSA: Spall, 1992; MeZO: arXiv 2305.17333, algorithm 1) and of evolution
+    strategies. eps is the parameter's noise (docs/noise.md): rows `shape[0]`, columns the flattened rest, a vector one
+    row, whatever the strides. Autograd does not record it.
+
+    Args:
+        tensors: parameters of any shapes and strides, in fp32, bf16 or fp16, which may be mixed; written in place.
+        keys: one for each tensor: int64 `[len(tensors)]` on their device, or integers in [-2^63, 2^64), which are
+            copied there.
+        scale: any finite number (a minus probe's is negative), or fp32 `[]`.
+        draw: number of the probe or population member.
+        dist: "normal", "laplace" or "rademacher".
+        rank: None for a noise value an element; r for `E = A B^T / sqrt(r)`, whose factors have noise of `dist`
+            (EGGROLL: arXiv 2511.16652, eq. 3). Tensors of fewer than two axes have full noise in both cases.
+        stochastic: round to bf16 up or down at random, without bias, by the parameter's rounding stream; fp32 tensors
+            are not affected, fp16 ones refused.
+        row_offset, col_offset: where each tensor starts in the whole parameter, if it is a shard; none: all 0.
+
+    Raises:
+        ValueError: lengths, dtypes or devices do not match, an index is out of range, or tensors share memory; nothing
+            has been written.
+    """
+    tensors = list(tensors)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    with torch.no_grad():
+        torch.ops.ulr.perturb_(
+            tensors,
+            _parameters.keys_tensor("perturb_", keys, device),
+            fp32_tensor("perturb_", "scale", scale, device),
+            dist,
+            rank,
+            stochastic,
+            draw,
+            list(row_offset),
+            list(col_offset),
+        )
+
+
+def check(tensors: list[Tensor], keys: Tensor, scale: Tensor, *spec) -> None:
+    rules = Check("perturb_")
+    _parameters.check_list(rules, tensors, keys, 1, *spec)
+    rules.dtype("scale", scale, (torch.float32,))
+    rules.shape("scale", scale, (), "one for all tensors")
+    rules.device("keys", keys.device, scale=scale)
+
+
+def reference(tensors, keys, scale, dist, rank, stochastic, draw, row_offset, col_offset) -> None:
+    for i, tensor in enumerate(tensors):
+        flat = _parameters.flat_view(tensor)
+        at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
+        for block in _parameters.blocks(tensor, keys[i], *at):
+            old = block.values(flat).float()
+            block.store(flat, contract.fma(scale, block.noise(draw, dist, rank), old), stochastic, draw)
+        _parameters.write_back(tensor, flat)
+
+
+def cost(tensors, keys, scale, dist="normal", rank=None, *spec) -> Cost:
+    return Cost(
+        bytes=2 * sum(t.numel() * t.element_size() for t in tensors),
+        flops=2 * sum(t.numel() for t in tensors),
+        noise=_parameters.noise_values(tensors, rank),
+    )
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    tensors = _parameters.parameters(device, dtype)
+    keys = _parameters.site_keys(len(tensors))
+    few = tensors[:3]
+    for dist in contract.DISTRIBUTIONS:
+        yield Sample(dist, (tensors, keys, 0.3), {"dist": dist, "draw": 5})
+    yield Sample("minus", (tensors, torch.tensor(keys, device=device), torch.tensor(-1e-3, device=device)))
+    at = {"row_offset": [2**32 - 9, 3, 0], "col_offset": [2**34 - 37, 129, 7]}
+    yield Sample("offsets", (few, keys[:3], 0.3), {"draw": 2**32 - 1, **at})
+    yield Sample("offset-signs", (few, keys[:3], 0.3), {"dist": "rademacher", **at})
+    yield Sample("rank-1", (tensors, keys, 0.3), {"rank": 1, "draw": 3})
+    yield Sample("rank-3", (few, keys[:3], -0.3), {"rank": 3, "dist": "laplace", **at})
+    yield Sample("rank-signs", (tensors, keys, 0.3), {"rank": 4, "dist": "rademacher"})
+    if dtype != torch.float16:
+        yield Sample("stochastic", (tensors, keys, 1e-3), {"stochastic": True, "draw": 2})
+        yield Sample("stochastic-rank", (few, keys[:3], 1e-3), {"stochastic": True, "rank": 2, **at})
+        yield Sample("mixed", ([few[0], few[1].float(), few[2].half()], keys[:3], 0.3))
+    yield Sample("overflow", ([few[0] * 1e4], keys[:1], 3e38))
+    yield Sample("empty", ([], [], 0.3))
+    yield from _parameters.bad_samples(device, dtype, 0.3)
+    yield Sample("scale", (few, keys[:3], float("inf")), error="'scale' must be finite, got inf")
+    yield Sample("scale-shape", (few, keys[:3], torch.ones(3, device=device)), error=r"'scale' must be \[\]")
+
+
+register(
+    Op(
+        name="perturb_",
+        schema=f"(Tensor(a!)[] tensors, Tensor keys, Tensor scale, {_parameters.LIST_SCHEMA}) -> ()",
+        function=perturb_,
+        check=check,
+        reference=reference,
+        samples=samples,
+        mutates=(0,),
+        cost=cost,
+    )
+)
