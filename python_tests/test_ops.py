@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import ModuleType
 
 import pytest
 import torch
@@ -51,10 +52,16 @@ def test_linear(op, sample_id, dtype, device) -> None:
 
 
 def compare_linear(op: str, sample: Sample) -> list[torch.Tensor]:
-    """Run a sample on the back end in use; its outputs, found to be within rounding of the definition."""
-    buffers = 0 if op == "noisy_linear" else 2
+    return compare(op, sample, truth, buffers=0 if op == "noisy_linear" else 2)
+
+
+def compare(op: str, sample: Sample, definitions: ModuleType, buffers: int) -> list[torch.Tensor]:
+    """Run a sample on the back end in use; its outputs, found to be within rounding of the definition.
+
+    `buffers`: how many of the first arguments the op adds to; x comes after them.
+    """
     x = sample.args[buffers]
-    expected = getattr(truth, op)(*sample.args, **sample.kwargs)
+    expected = getattr(definitions, op)(*sample.args, **sample.kwargs)
     args = [clone(a) if i < buffers else a for i, a in enumerate(sample.args)]
     kwargs = {k: clone(v) if k == "grad_log_sigma" else v for k, v in sample.kwargs.items()}
     result = OPS[op].function(*args, **kwargs)
@@ -62,7 +69,7 @@ def compare_linear(op: str, sample: Sample) -> list[torch.Tensor]:
     outputs += [b for b in (*args[:buffers], kwargs.get("grad_log_sigma")) if b is not None]
     assert len(outputs) == len(expected)
     for output, (value, magnitude) in zip(outputs, expected, strict=True):
-        terms = max(x.shape[-1], x.shape[:-1].numel() * 8)
+        terms = max(x.shape[-1], x.numel() if x.dim() > 3 else x.shape[:-1].numel() * 8)
         allowed = truth.tolerance(value, magnitude, output.dtype, x.dtype, terms)
         error = (output.detach().cpu().double() - value).abs()
         assert not (error.isnan() | (error > allowed)).any(), f"worst {(error / allowed).max():.3g} of the tolerance"

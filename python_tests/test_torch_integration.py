@@ -21,6 +21,7 @@ def v(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tenso
 
 
 SCALE, KEY = torch.tensor(0.5), torch.tensor(11)
+WINDOW = ([2, 2], [1, 1, 1, 1], [1, 1], 2, False)
 
 CALLS = {
     "philox4x32": lambda: (torch.arange(8).view(2, 4), torch.tensor([1, 2])),
@@ -29,6 +30,15 @@ CALLS = {
     "noise_add": lambda: (v(1, 2, 5, 3), SCALE, KEY, 1, 4, True, True),
     "noise_score": lambda: (v(7, 4, 2), SCALE, KEY, [2, 5, 3], 1, True, "normal", "iid", 3),
     "noise_dot_": lambda: (v(4, 5), v(5, 5), v(6, 5), v(1, 6, 5), v(7, 4, 6), SCALE, KEY, -1, True, True),
+    "noisy_conv2d": lambda: (v(1, 2, 4, 6, 5), v(2, 6, 2, 3, 3), v(3, 6), SCALE, KEY, *WINDOW, 4, True),
+    "noisy_conv2d_grad_": lambda: (
+        *(v(4, 6, 2, 3, 3), v(5, 6), v(6, 6), v(1, 2, 4, 6, 5), v(7, 4, 2), SCALE, KEY, [3, 3], *WINDOW, True),
+        *("normal", "iid", 9),
+    ),
+    "noisy_conv2d_replay_": lambda: (
+        *(v(4, 6, 2, 3, 3), v(5, 6), None, v(1, 2, 4, 6, 5), v(2, 6, 2, 3, 3), v(3, 6), v(7, 4, 2), SCALE, KEY),
+        *(*WINDOW, True, "normal", "iid", 9),
+    ),
     "noisy_linear": lambda: (v(1, 6, 8), v(2, 5, 8), v(3, 5), SCALE, KEY, 4, True),
     "noisy_linear_grad_": lambda: (v(4, 5, 8), v(5, 5), v(6, 5), v(1, 6, 8), v(7, 4, 6), SCALE, KEY, True),
     "noisy_linear_replay_": lambda: (

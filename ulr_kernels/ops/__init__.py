@@ -5,6 +5,9 @@ from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
 from ulr_kernels.ops.noise_add import noise_add
 from ulr_kernels.ops.noise_dot_ import noise_dot_
 from ulr_kernels.ops.noise_score import noise_score
+from ulr_kernels.ops.noisy_conv2d import noisy_conv2d
+from ulr_kernels.ops.noisy_conv2d_grad_ import noisy_conv2d_grad_
+from ulr_kernels.ops.noisy_conv2d_replay_ import noisy_conv2d_replay_
 from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
@@ -18,6 +21,9 @@ __all__ = [
     "noise_dot_",
     "noise_like",
     "noise_score",
+    "noisy_conv2d",
+    "noisy_conv2d_grad_",
+    "noisy_conv2d_replay_",
     "noisy_linear",
     "noisy_linear_grad_",
     "noisy_linear_replay_",

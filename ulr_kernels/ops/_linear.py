@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ def check_sigma(check: Check, argument: str, sigma: Tensor, features: int, allow
 def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: int) -> None:
     check.dtype("loss_weight", loss_weight, (torch.float32,))
     if rows % max(positions, 1):
-        check.fail("positions", f"divide the {rows} rows of x", positions)
+        check.fail("positions", f"divide the {rows} rows", positions)
     if loss_weight.dim() != 2 or loss_weight.shape[1] != rows // max(positions, 1):
         check.fail(
             "loss_weight", f"be [copies, {rows // max(positions, 1)}], one per sample of x", list(loss_weight.shape)
@@ -65,24 +65,39 @@ def check_gradients(
     dist: str,
 ) -> int:
     """The number of features, which the buffers give."""
-    buffers = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
     features = None
     if grad_weight is not None:
-        check.dtype("grad_weight", grad_weight, buffers)
+        check.dtype("grad_weight", grad_weight, buffer_dtypes(x))
         if grad_weight.dim() != 2 or grad_weight.shape[1] != x.shape[-1]:
             check.fail("grad_weight", f"be [N, {x.shape[-1]}] (x is {list(x.shape)})", list(grad_weight.shape))
         features = grad_weight.shape[0]
+    return check_feature_gradients(check, features, grad_bias, grad_log_sigma, x, dist)
+
+
+def buffer_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    return (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
+
+
+def check_feature_gradients(
+    check: Check,
+    features: int | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    dist: str,
+) -> int:
+    """The number of features, which grad_weight has given, or else grad_bias gives."""
     if grad_bias is not None:
-        check.dtype("grad_bias", grad_bias, buffers)
+        check.dtype("grad_bias", grad_bias, buffer_dtypes(x))
         if grad_bias.dim() != 1 or features not in (None, grad_bias.shape[0]):
-            check.fail("grad_bias", "be [N], one per row of grad_weight", list(grad_bias.shape))
+            check.fail("grad_bias", "be [N], one per feature of grad_weight", list(grad_bias.shape))
         features = grad_bias.shape[0]
     if features is None:
         check.fail("grad_weight", "be given where grad_bias is None", None)
     if grad_log_sigma is not None:
         if dist == "rademacher":
             check.fail("grad_log_sigma", "be None where dist is 'rademacher', which has no density", "a tensor")
-        check_sigma(check, "grad_log_sigma", grad_log_sigma, features, buffers)
+        check_sigma(check, "grad_log_sigma", grad_log_sigma, features, buffer_dtypes(x))
     return features
 
 
@@ -120,6 +135,10 @@ def forward_reference(
         y[copy].copy_(clean + sigma * eps)
 
 
+def _outer(scores: Tensor, x: Tensor) -> Tensor:
+    return scores.T @ x.float()
+
+
 def gradient_reference(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
@@ -134,10 +153,14 @@ def gradient_reference(
     sampler: str,
     positions: int,
     *offsets: int,
+    product: Callable[[Tensor, Tensor], Tensor] = _outer,
 ) -> None:
-    """dE[L]/dW = E[L score x^T] / sigma and its companions, as raw sums over copies and rows."""
+    """dE[L]/dW = E[L score x^T] / sigma and its companions, as raw sums over copies and rows.
+
+    `product`: the layer's own parameter Jacobian, applied to weighted scores `[R, N]` and one copy's input.
+    """
     device = x.device
-    by_weight = torch.zeros(sizes.features, sizes.inputs, device=device)
+    by_weight = None if grad_weight is None else torch.zeros(grad_weight.shape, device=device)
     by_bias = torch.zeros(sizes.features, device=device)
     by_log_sigma = torch.zeros(sizes.features, device=device)
     weights = loss_weight.repeat_interleave(positions, dim=1)
@@ -147,14 +170,14 @@ def gradient_reference(
         weighted = weights[copy, :, None] * score / sigma
         if sizes.shared:
             reduced += weighted
-        else:
-            by_weight += weighted.T @ x[copy].float()
+        elif by_weight is not None:
+            by_weight += product(weighted, x[copy])
         by_bias += weighted.sum(0)
         by_log_sigma += (weights[copy, :, None] * (eps * score - 1)).sum(0)
-    if sizes.shared:
-        by_weight += reduced.T @ x.float()
+    if sizes.shared and by_weight is not None:
+        by_weight += product(reduced, x)
     for buffer, value in ((grad_weight, by_weight), (grad_bias, by_bias)):
-        if buffer is not None:
+        if buffer is not None and value is not None:
             buffer.copy_(buffer.float() + value)
     if grad_log_sigma is not None:
         grad_log_sigma.copy_(grad_log_sigma.float() + (by_log_sigma if grad_log_sigma.dim() else by_log_sigma.sum()))

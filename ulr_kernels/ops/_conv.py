@@ -1,0 +1,348 @@
+"""What the three noisy convolutions share: their window, their rules, and their reference in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulr_kernels.ops import _linear
+from ulr_kernels.ops._linear import Sizes
+from ulr_kernels.ops._op import FLOATS, Check
+
+# Of the ops' schemas: padding is (top, bottom, left, right).
+WINDOW_SCHEMA = "int[] stride, int[] padding, int[] dilation, int groups, bool transposed"
+
+
+class Window(NamedTuple):
+    """Which input pixels an output pixel sees: output row y and kernel row ky meet at input row
+
+    y * stride - top + ky * dilation, or, transposed, (y + top - ky * dilation) / stride where that is whole.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]  # top, bottom, left, right; transposed: what is cut off the output
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+    @staticmethod
+    def of(stride, padding, dilation, groups, transposed) -> Window:
+        return Window(tuple(stride), tuple(padding), tuple(dilation), groups, transposed)
+
+    def output_size(self, image: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the output for those of the input and of the kernel."""
+
+        def extent(axis: int) -> int:
+            reach = self.dilation[axis] * (kernel[axis] - 1) + 1
+            padding = self.padding[2 * axis] + self.padding[2 * axis + 1]
+            if self.transposed:
+                return (image[axis] - 1) * self.stride[axis] + reach - padding
+            return (image[axis] + padding - reach) // self.stride[axis] + 1
+
+        return extent(0), extent(1)
+
+    def channels(self, weight: Sequence[int]) -> tuple[int, int]:
+        """Channels of the input and of the output for a weight's shape."""
+        per_group = weight[1] * self.groups
+        return (weight[0], per_group) if self.transposed else (per_group, weight[0])
+
+    def _for_torch(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+        """The input, the padding and the output padding as torch's convolutions take them: the same on both sides."""
+        top, bottom, left, right = self.padding
+        if self.transposed:
+            return x, (top, left), (top - bottom, left - right)
+        if top == bottom and left == right:
+            return x, (top, left), (0, 0)
+        return F.pad(x, (left, right, top, bottom)), (0, 0), (0, 0)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`[B, O, H', W']` of `x [B, I, H, W]`, by torch."""
+        x, padding, output_padding = self._for_torch(x)
+        if self.transposed:
+            return F.conv_transpose2d(x, weight, bias, self.stride, padding, output_padding, self.groups, self.dilation)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the weight from the output's, by torch; of `weight` only the shape counts for the
+        second."""
+        padded, padding, output_padding = self._for_torch(x)
+        by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+            grad,
+            padded,
+            weight,
+            None,
+            self.stride,
+            padding,
+            self.dilation,
+            self.transposed,
+            output_padding,
+            self.groups,
+            [*wanted, False],
+        )
+        if padded is not x and by_x is not None:
+            top, _, left, _ = self.padding
+            by_x = by_x[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+        return by_x, by_weight
+
+
+# --- what users give -------------------------------------------------------------------------------------------------
+
+Pair = int | Sequence[int]
+
+
+def _pair(check: Check, argument: str, value: Pair) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) == 1:
+        pair *= 2
+    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+        check.fail(argument, "be an integer or a pair of integers", repr(value))
+    return pair
+
+
+def check_images(check: Check, x: Tensor) -> None:
+    if x.dim() not in (4, 5):
+        check.fail("x", "be [B, I, H, W] or [C, B, I, H, W]", list(x.shape))
+
+
+def check_kernel(check: Check, argument: str, weight: Tensor, transposed: bool) -> None:
+    if weight.dim() != 4 or not weight.numel():
+        form = "[I, O / groups, kh, kw]" if transposed else "[O, I / groups, kh, kw]"
+        check.fail(argument, f"be {form}, none of them 0", list(weight.shape))
+
+
+def resolve_window(
+    op: str,
+    kernel: Sequence[int],
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    transposed: bool,
+    output_padding: Pair,
+) -> Window:
+    """The window of F.conv2d's arguments, or, transposed, of F.conv_transpose2d's."""
+    check = Check(op)
+    strides, dilations = _pair(check, "stride", stride), _pair(check, "dilation", dilation)
+    extra = _pair(check, "output_padding", output_padding)
+    if extra != (0, 0) and not transposed:
+        check.fail("output_padding", "be 0 where transposed is not set", repr(output_padding))
+    if isinstance(padding, str):
+        if padding not in ("same", "valid") or transposed:
+            rule = "be an integer or a pair" if transposed else "be an integer, a pair, 'same' or 'valid'"
+            check.fail("padding", rule, repr(padding))
+        if padding == "same" and strides != (1, 1):
+            check.fail("padding", "be no 'same' where stride is not 1", strides)
+        total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+        sides = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    else:
+        height, width = _pair(check, "padding", padding)
+        if min(height, width) < 0:
+            check.fail("padding", "be at least 0", repr(padding))
+        sides = (height, height - extra[0], width, width - extra[1])
+    return Window(strides, sides, dilations, groups, transposed)
+
+
+def kernel_of(op: str, grad_weight: Tensor | None, kernel_size: Pair | None, transposed: bool) -> tuple[int, int]:
+    """The kernel's height and width, which grad_weight gives where there is one."""
+    check = Check(op)
+    given = None if kernel_size is None else _pair(check, "kernel_size", kernel_size)
+    if grad_weight is None:
+        if given is None:
+            check.fail("kernel_size", "be given where grad_weight is None", None)
+        if min(given) < 1:
+            check.fail("kernel_size", "be at least 1", given)
+        return given
+    check_kernel(check, "grad_weight", grad_weight, transposed)
+    height, width = grad_weight.shape[2:]
+    if given not in (None, (height, width)):
+        check.fail("kernel_size", f"be {[height, width]} like grad_weight's", repr(kernel_size))
+    return height, width
+
+
+def resolve_positions(window: Window, x: Tensor, kernel: Sequence[int], positions: int | None) -> int:
+    """Rows per sample: where none are given, those of one image. (An output without rows is refused by the check.)"""
+    height, width = window.output_size(x.shape[-2:], kernel)
+    return max(height, 1) * max(width, 1) if positions is None else positions
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def check_window(check: Check, window: Window) -> None:
+    for argument, values, length in (
+        ("stride", window.stride, 2),
+        ("padding", window.padding, 4),
+        ("dilation", window.dilation, 2),
+    ):
+        if len(values) != length:
+            check.fail(argument, f"have {length} values", list(values))
+        least = 0 if argument == "padding" else 1
+        if min(values) < least and not (argument == "padding" and window.transposed):
+            check.fail(argument, f"be at least {least}", values)
+    if window.groups < 1:
+        check.fail("groups", "be at least 1", window.groups)
+    if window.transposed:
+        for axis in (0, 1):
+            extra = window.padding[2 * axis] - window.padding[2 * axis + 1]
+            if not 0 <= extra < max(window.stride[axis], window.dilation[axis]):
+                check.fail("output_padding", "be at least 0 and less than stride or dilation", extra)
+
+
+def sizes_of(x: Tensor, weight: Sequence[int], window: Window, copies: int) -> Sizes:
+    """The sizes of the product: rows are (image, y, x), inputs what an output sums over, features the channels."""
+    height, width = window.output_size(x.shape[-2:], weight[2:])
+    inputs, features = window.channels(weight)
+    taps = inputs // window.groups * weight[2] * weight[3]
+    return Sizes(copies, x.shape[-4] * height * width, taps, features, x.dim() == 4)
+
+
+def check_sizes(check: Check, x: Tensor, weight: Sequence[int], window: Window, copies: int, named: str) -> Sizes:
+    """`named` is the argument that gave the weight's shape."""
+    check.dtype("x", x, FLOATS)
+    if weight[0] % window.groups:
+        check.fail("groups", f"divide the {weight[0]} channels of {named}", window.groups)
+    inputs = window.channels(weight)[0]
+    if x.shape[-3] != inputs:
+        check.fail("x", f"have {inputs} channels ({named} is {list(weight)})", list(x.shape))
+    if x.dim() == 5 and x.shape[0] != copies:
+        check.fail("x", f"have {copies} copies on its first axis, or no copy axis", list(x.shape))
+    size = window.output_size(x.shape[-2:], weight[2:])
+    if min(*x.shape[-2:], *size) < 1:
+        check.fail("x", f"have images large enough for a kernel of {list(weight[2:])}", list(x.shape))
+    return sizes_of(x, weight, window, copies)
+
+
+def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> None:
+    check.dtype("weight", weight, (x.dtype,))
+    if bias is not None:
+        check.dtype("bias", bias, (x.dtype,))
+        check.shape("bias", bias, (sizes.features,), f"weight is {list(weight.shape)}")
+
+
+def weight_shape(
+    grad_weight: Tensor | None, grad_bias: Tensor | None, x: Tensor, kernel: Sequence[int], window: Window
+) -> tuple[int, ...]:
+    """The weight's shape, which grad_weight gives, or else grad_bias, x and the kernel's size together."""
+    if grad_weight is not None:
+        return tuple(grad_weight.shape)
+    assert grad_bias is not None  # the check has seen to it
+    inputs, features = x.shape[-3], grad_bias.shape[0]
+    first, second = (inputs, features) if window.transposed else (features, inputs)
+    return first, second // window.groups, *kernel
+
+
+def gradient_sizes(grad_weight, grad_bias, x: Tensor, loss_weight: Tensor, kernel, window: Window) -> Sizes:
+    return sizes_of(x, weight_shape(grad_weight, grad_bias, x, kernel, window), window, loss_weight.shape[0])
+
+
+def check_gradients(
+    check: Check,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    loss_weight: Tensor,
+    kernel: Sequence[int],
+    window: Window,
+    positions: int,
+    dist: str,
+) -> Sizes:
+    """The rules of buffers and loss weights, and the sizes that they give."""
+    check_images(check, x)
+    check_window(check, window)
+    if grad_weight is None and grad_bias is None:
+        check.fail("grad_weight", "be given where grad_bias is None", None)
+    if grad_weight is not None:
+        check_kernel(check, "grad_weight", grad_weight, window.transposed)
+        check.dtype("grad_weight", grad_weight, _linear.buffer_dtypes(x))
+        if tuple(grad_weight.shape[2:]) != tuple(kernel):
+            check.fail("grad_weight", f"have a kernel of {list(kernel)}", list(grad_weight.shape))
+    elif grad_bias is not None and grad_bias.dim() != 1:
+        check.fail("grad_bias", "be [O], one per channel", list(grad_bias.shape))
+    shape = weight_shape(grad_weight, grad_bias, x, kernel, window)
+    named = "a weight of grad_bias's channels" if grad_weight is None else "grad_weight"
+    if loss_weight.dim() != 2:
+        check.fail("loss_weight", "be [copies, samples]", list(loss_weight.shape))
+    sizes = check_sizes(check, x, shape, window, loss_weight.shape[0], named)
+    _linear.check_loss_weight(check, loss_weight, sizes.rows, positions)
+    _linear.check_feature_gradients(check, sizes.features, grad_bias, grad_log_sigma, x, dist)
+    return sizes
+
+
+def new_output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Tensor:
+    """`[C, B, O, H', W']`, channels last where x or the weight is, as torch's convolution decides."""
+    last = any(
+        t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+        for t in (x if x.dim() == 4 else x[0], weight)
+    )
+    size = window.output_size(x.shape[-2:], weight.shape[2:])
+    flat = torch.empty(
+        (sizes.copies * x.shape[-4], sizes.features, *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    return flat.unflatten(0, (sizes.copies, x.shape[-4]))
+
+
+def products(window: Window, sizes: Sizes) -> int:
+    """Multiply-adds of the convolution of all copies; transposed, each output meets 1 / stride^2 of the kernel."""
+    skipped = window.stride[0] * window.stride[1] if window.transposed else 1
+    return (1 if sizes.shared else sizes.copies) * sizes.rows * sizes.features * sizes.inputs // skipped
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def forward_reference(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    sizes: Sizes,
+    window: Window,
+    key: Tensor,
+    *spec,
+) -> None:
+    """y[c] = conv(x[c], weight) + b + sigma * eps_c, with fp32 sums."""
+    channels_last = y.movedim(2, -1)
+
+    def product(images: Tensor) -> Tensor:
+        return window.convolve(images.float(), weight.float(), None if bias is None else bias.float()).movedim(1, -1)
+
+    shared = product(x) if sizes.shared else None
+    for copy, eps in _linear.copies_of_noise(key, sizes, *spec):
+        clean = shared if shared is not None else product(x[copy])
+        channels_last[copy].copy_(clean + (sigma * eps).view(clean.shape))
+
+
+def gradient_reference(
+    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    loss_weight: Tensor,
+    sigma: Tensor,
+    sizes: Sizes,
+    window: Window,
+    kernel: Sequence[int],
+    *spec,
+) -> None:
+    """The linear layer's, with the convolution's weight gradient in place of the outer product."""
+    grad_weight = buffers[0]
+    size = window.output_size(x.shape[-2:], kernel)
+
+    def product(scores: Tensor, images: Tensor) -> Tensor:
+        assert grad_weight is not None
+        by_output = scores.view(images.shape[0], *size, sizes.features).movedim(-1, 1)
+        like = images.new_empty(grad_weight.shape, dtype=torch.float32)
+        by_weight = window.backward(by_output, images.float(), like, (False, True))[1]
+        assert by_weight is not None
+        return by_weight
+
+    _linear.gradient_reference(*buffers, x, loss_weight, sigma, sizes, *spec, product=product)

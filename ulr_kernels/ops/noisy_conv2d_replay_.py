@@ -1,0 +1,211 @@
+"""noisy_conv2d_replay_: a second pass with known losses: one noise evaluation gives the output and the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.ops import _conv, _linear
+from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops.noisy_conv2d_grad_ import cost as gradient_cost
+from ulr_kernels.ops.noisy_conv2d_grad_ import samples as gradient_samples
+
+
+def noisy_conv2d_replay_(
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss_weight: Tensor,
+    sigma: float | Tensor,
+    key: int | Tensor,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: Pair = 0,
+    antithetic: bool = False,
+    dist: str = "normal",
+    sampler: str = "iid",
+    positions: int | None = None,
+    draw: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    grad_log_sigma: Tensor | None = None,
+) -> Tensor:
+    """`noisy_conv2d` and `noisy_conv2d_grad_` in one pass over the noise.
+
+    For training at inference memory: a first pass gives the losses and keeps nothing, a second one goes through the
+    layers again, and each layer adds to its gradients and hands on its noised output.
+
+    Args:
+        grad_weight, grad_bias, loss_weight, positions, grad_log_sigma: as in `noisy_conv2d_grad_`.
+        x, weight, bias: as in `noisy_conv2d`; the number of copies is loss_weight's.
+        sigma: noise scale, > 0: a float, or fp32 `[]` or `[O]`.
+        stride, padding, dilation, groups, transposed, output_padding: the convolution, as in `noisy_conv2d`.
+        key, antithetic, dist, sampler, draw, row_offset, col_offset: as in both.
+
+    Returns:
+        `[C, B, O, H', W']` of x's dtype, channels last where x or the weight is.
+
+    Raises:
+        ValueError: as in both ops; nothing has been written.
+    """
+    op = "noisy_conv2d_replay_"
+    rules = Check(op)
+    _conv.check_images(rules, x)
+    _conv.check_kernel(rules, "weight", weight, transposed)
+    kernel = weight.shape[2:]
+    window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
+    key = key_tensor(op, key, x.device)
+    sigma = sigma_tensor(op, sigma, x.device, zero=False)
+    return torch.ops.ulr.noisy_conv2d_replay_(
+        grad_weight,
+        grad_bias,
+        grad_log_sigma,
+        x,
+        weight,
+        bias,
+        loss_weight,
+        sigma,
+        key,
+        *window,
+        antithetic,
+        dist,
+        sampler,
+        _conv.resolve_positions(window, x, kernel, positions),
+        draw,
+        row_offset,
+        col_offset,
+    )
+
+
+def check(
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss_weight: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> Tensor:
+    rules = Check("noisy_conv2d_replay_")
+    _conv.check_kernel(rules, "weight", weight, transposed)
+    window = Window.of(stride, padding, dilation, groups, transposed)
+    sizes = _conv.check_gradients(
+        rules, grad_weight, grad_bias, grad_log_sigma, x, loss_weight, weight.shape[2:], window, positions, dist
+    )
+    draws = rules.copies(sizes.copies, antithetic)
+    _conv.check_sizes(rules, x, weight.shape, window, sizes.copies, "weight")
+    if window.channels(weight.shape)[1] != sizes.features:
+        named = "grad_bias" if grad_weight is None else "grad_weight"
+        rules.fail(named, f"have {window.channels(weight.shape)[1]} channels like weight", sizes.features)
+    _conv.check_weight(rules, x, weight, bias, sizes)
+    _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
+    rules.device(
+        "x",
+        x.device,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        grad_log_sigma=grad_log_sigma,
+        weight=weight,
+        bias=bias,
+        loss_weight=loss_weight,
+        sigma=sigma,
+        key=key,
+    )
+    rules.noise(key, sizes.rows, sizes.features, draws, dist, sampler, positions, draw, row_offset, col_offset)
+    return _conv.new_output(x, weight, sizes, window)
+
+
+def reference(
+    y,
+    grad_weight,
+    grad_bias,
+    grad_log_sigma,
+    x,
+    weight,
+    bias,
+    loss_weight,
+    sigma,
+    key,
+    stride,
+    padding,
+    dilation,
+    groups,
+    transposed,
+    *spec,
+) -> None:
+    window, kernel = Window.of(stride, padding, dilation, groups, transposed), weight.shape[2:]
+    sizes = _conv.sizes_of(x, weight.shape, window, loss_weight.shape[0])
+    _conv.forward_reference(y, x, weight, bias, sigma, sizes, window, key, *spec)
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    _conv.gradient_reference(buffers, x, loss_weight, sigma, sizes, window, kernel, key, *spec)
+
+
+def cost(grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *spec) -> Cost:
+    window = Window.of(*spec[:5])
+    gradient = gradient_cost(
+        grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, weight.shape[2:], *spec
+    )
+    sizes = _conv.sizes_of(x, weight.shape, window, loss_weight.shape[0])
+    out = sizes.copies * sizes.rows * sizes.features
+    return Cost(gradient.bytes + x.element_size() * (weight.numel() + out), 2 * gradient.flops, gradient.noise)
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """The gradient's, with a weight and a bias beside their buffers."""
+    for sample in gradient_samples(device, dtype):
+        grad_weight, grad_bias, x, *rest = sample.args
+        kwargs = {k: v for k, v in sample.kwargs.items() if k != "kernel_size"}
+        if sample.id in ("no-kernel", "kernel"):  # which are the weight's here
+            continue
+        if sample.id in ("bias-only", "no-buffer"):
+            shape = (5, 3, 3, 2)
+        elif sample.id == "weight-rank":
+            shape = (5, 3, 3, 3)
+        else:
+            shape = grad_weight.shape
+        weight = _linear.values(21, *shape, device=device, dtype=dtype)
+        if sample.id == "channels-last":
+            weight = weight.to(memory_format=torch.channels_last)
+        features = shape[1] * sample.kwargs.get("groups", 1) if sample.kwargs.get("transposed") else shape[0]
+        bias = None if sample.id == "padded" else _linear.values(22, features, device=device, dtype=dtype)
+        yield Sample(sample.id, (grad_weight, grad_bias, x, weight, bias, *rest), kwargs, sample.error)
+
+
+register(
+    Op(
+        name="noisy_conv2d_replay_",
+        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
+        f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, bool antithetic=False, "
+        f"{NOISE_SCHEMA}) -> Tensor",
+        function=noisy_conv2d_replay_,
+        check=check,
+        reference=reference,
+        samples=samples,
+        cost=cost,
+        mutates=(0, 1, 2),
+        autocast=(3, 4, 5),
+    )
+)
