@@ -68,9 +68,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def device(pair: str) -> Iterator[str]:
+def device(pair: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The pair's device, with the pair's back end chosen for the length of the test."""
     backend, name = pair.split("/")
+    op = request.node.callspec.params.get("op")
+    if op is not None and isinstance(reason := backends.find(backend, op, name), str):
+        pytest.skip(f"{pair}: {reason}")
     with ulr.use_backend(backend):
         yield name
 

@@ -145,7 +145,9 @@ def resolve_window(
         if min(height, width) < 0:
             check.fail("padding", "be at least 0", repr(padding))
         sides = (height, height - extra[0], width, width - extra[1])
-    return Window(strides, sides, dilations, groups, transposed)
+    window = Window(strides, sides, dilations, groups, transposed)
+    check_window(check, window)
+    return window
 
 
 def kernel_of(op: str, grad_weight: Tensor | None, kernel_size: Pair | None, transposed: bool) -> tuple[int, int]:
