@@ -1,6 +1,6 @@
 """Training without a backward pass: gradients from noise that kernels make in registers and never store."""
 
-from ulr_kernels import ops
+from ulr_kernels import ops, optim
 from ulr_kernels.backends import BackendError, use_backend
 from ulr_kernels.check import check
 from ulr_kernels.contract import fold_in
@@ -17,6 +17,7 @@ __all__ = [
     "noise",
     "noise_like",
     "ops",
+    "optim",
     "philox4x32",
     "use_backend",
 ]

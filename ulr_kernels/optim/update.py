@@ -1,0 +1,173 @@
+"""One step's change of the weights, made of a few numbers: what a log of a run holds, and all that replay needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract, ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The numbers of a parameter group in one step. They count as fp32: rounded once, to nearest.
+
+    Attributes:
+        lr: learning rate.
+        sigma: scale of the probes' noise (MeZO's eps), > 0.
+        weight_decay: the weights lose lr * weight_decay of themselves (decoupled, as in AdamW).
+    """
+
+    lr: float
+    sigma: float
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One step: the gradient estimate of group g is the sum over p of coefficients[p] / groups[g].sigma * eps(draw p).
+
+    Attributes:
+        step: its number, from 0.
+        key: `fold_in(seed, step)`, of which every parameter's key is made.
+        coefficients: fp32 `[draws]`, on the device of the losses; reading them is what synchronises.
+        groups: one for each parameter group of the rule.
+    """
+
+    step: int
+    key: int
+    coefficients: Tensor
+    groups: tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What the updates of a run share: the parameters that they change, the noise, and how a gradient becomes a step.
+
+    Attributes:
+        names: of the parameters of each group, as `ulr_kernels.nn.names.parameter_names` has them.
+        dist: of the noise.
+        rank: of the noise of matrices; None for full rank. Vectors have a noise value of their own per element.
+        momentum: b = momentum * b + g replaces g; 0 for none.
+        betas: of Adam; None for none.
+        adam_eps: what Adam adds to the square root.
+        stochastic: weights in bf16 are rounded at random, without bias, so that steps below their last place count.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    dist: str = "normal"
+    rank: int | None = None
+    momentum: float = 0.0
+    betas: tuple[float, float] | None = None
+    adam_eps: float = 1e-8
+    stochastic: bool = False
+
+    def __post_init__(self) -> None:
+        def fail(argument: str, rule: str) -> NoReturn:
+            raise ValueError(f"ulr.optim: '{argument}' must {rule}, got {getattr(self, argument)!r}")
+
+        if self.dist not in contract.DISTRIBUTIONS:
+            fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            fail("rank", "be an integer above 0, or None")
+        if not 0 <= self.momentum < 1:
+            fail("momentum", "be in [0, 1)")
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            fail("betas", "be two numbers in [0, 1), or None")
+        if self.betas is not None and self.momentum:
+            fail("momentum", "be 0 where betas are given")
+        if not 0 <= self.adam_eps < math.inf:
+            fail("adam_eps", "be finite and at least 0")
+
+    def state_names(self) -> tuple[str, ...]:
+        """The fp32 tensors that each parameter has beside it."""
+        if self.betas is not None:
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.momentum else ()
+
+    @torch.no_grad()
+    def apply(
+        self,
+        update: Update,
+        parameters: Mapping[str, Tensor],
+        state: MutableMapping[str, MutableMapping[str, Tensor]],
+    ) -> None:
+        """Change the weights by an update, in one pass over each: bitwise the same on every back end and thread count.
+
+        Args:
+            update: of this run; they must be applied in their order.
+            parameters: the model's, by name.
+            state: of each parameter, by name; filled by the first update, empty before it.
+
+        Raises:
+            ValueError: the groups or names do not match; nothing has been written.
+        """
+        if len(update.groups) != len(self.names):
+            raise ValueError(
+                f"ulr.optim: 'update' must have a group for each of {len(self.names)}, got {len(update.groups)}"
+            )
+        missing = [name for names in self.names for name in names if name not in parameters]
+        if missing:
+            raise ValueError(f"ulr.optim: 'parameters' must hold {missing[0]!r}, got {len(parameters)} others")
+        for names, group in zip(self.names, update.groups, strict=True):
+            for device, here in by_device({name: parameters[name] for name in names}):
+                self._apply(update, group, here, device, parameters, state)
+
+    def _apply(
+        self,
+        update: Update,
+        group: Group,
+        names: tuple[str, ...],
+        device: torch.device,
+        parameters: Mapping[str, Tensor],
+        state: MutableMapping[str, MutableMapping[str, Tensor]],
+    ) -> None:
+        """The parameters of one group on one device."""
+        states: dict[str, list[Tensor]] = {kind: [] for kind in self.state_names()}
+        for name in names:
+            own = state.setdefault(name, {})
+            for kind, tensors in states.items():
+                if kind not in own:
+                    own[kind] = torch.zeros_like(parameters[name], dtype=torch.float32, requires_grad=False)
+                tensors.append(own[kind])
+        # Where there is no state the coefficients hold -lr: the estimate is the change itself.
+        factor = 1 / group.sigma if states else -group.lr / group.sigma
+        ops.combine_(
+            [parameters[name] for name in names],
+            site_keys(update.key, names, device),
+            update.coefficients.to(device) * torch.full((), factor, dtype=torch.float32, device=device),
+            lr=group.lr,
+            weight_decay=group.weight_decay,
+            momentum=self.momentum,
+            momentum_buffers=states.get("momentum_buffer", ()),
+            betas=self.betas or (0.0, 0.0),
+            epsilon=self.adam_eps,
+            exp_avgs=states.get("exp_avg", ()),
+            exp_avg_sqs=states.get("exp_avg_sq", ()),
+            step=update.step + 1 if self.betas else None,
+            dist=self.dist,
+            rank=self.rank,
+            stochastic=self.stochastic,
+        )
+
+
+def by_device(parameters: Mapping[str, Tensor]) -> Iterator[tuple[torch.device, tuple[str, ...]]]:
+    """The names of parameters, by their device."""
+    for device in dict.fromkeys(parameter.device for parameter in parameters.values()):
+        yield device, tuple(name for name, parameter in parameters.items() if parameter.device == device)
+
+
+@functools.lru_cache(maxsize=64)
+def _sites(names: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
+
+
+def site_keys(step_key: int, names: tuple[str, ...], device: torch.device) -> Tensor:
+    """int64 `[len(names)]`: the keys of parameters in a step."""
+    return ops.fold_in(torch.full((), step_key, dtype=torch.int64, device=device), _sites(names, device))
