@@ -118,7 +118,7 @@ def test_fake_tensors_take_the_same_checks() -> None:
             ulr.ops.noisy_linear(torch.empty(6, 7), torch.empty(5, 8), None, 0.1, 1)
 
 
-@pytest.mark.parametrize("op", ["noisy_linear_grad_", "noisy_linear_replay_"])
+@pytest.mark.parametrize("op", ["noisy_linear_grad_", "noisy_linear_replay_", "noise_dot_"])
 def test_autograd_notices_what_was_written(op, device) -> None:
     args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in CALLS[op]()]
     leaf = torch.ones_like(args[0], requires_grad=True)

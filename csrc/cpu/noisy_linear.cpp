@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "pass.h"
 #include "tile.h"
 
 namespace ulr {
@@ -29,19 +30,6 @@ enum Argument {
 
 constexpr int64_t kScoreColumns = 128;     // narrower tiles have more rows, so fewer partial sums over rows are kept
 constexpr int64_t kWorthWaking = 1 << 14;  // values that a thread should make at a time
-
-template <typename T>
-T* at(const ulr_tensor& t, int64_t i, int64_t j, int64_t k) {
-    return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2];
-}
-
-// body(c, n): n lanes from column c on; n is a constant but for the last.
-template <typename Body>
-inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
-    int64_t c = 0;
-    for (; c + kLanes <= cols; c += kLanes) body(c, kLanes);
-    if (c < cols) body(c, cols - c);
-}
 
 class Pass {
   public:
@@ -96,14 +84,7 @@ class Pass {
 void Pass::load_sigma(Unit& unit, int64_t col) const {
     unit.col = col;
     unit.cols = std::min(width_, cols_ - col);
-    const float* from = at<float>(t_[kSigma], 0, 0, col);
-    const int64_t stride = t_[kSigma].stride[2];
-    if (stride == 0) {
-        std::fill_n(unit.sigma, pitch(), *from);
-    } else {
-        for (int64_t c = 0; c < unit.cols; ++c) unit.sigma[c] = from[c * stride];
-        std::fill(unit.sigma + unit.cols, unit.sigma + pitch(), 1.0f);
-    }
+    ulr::load_sigma(t_[kSigma], col, unit.cols, pitch(), unit.sigma);
 }
 
 // Asks for the base of a tile, so that it is near by the time the noise is made: the product left it in a far cache.
@@ -162,10 +143,7 @@ void Pass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
 
 void Pass::gradient(Unit& unit, int64_t draw, int64_t draws) const {
     const bool laplace = spec_.dist == ULR_LAPLACE, sums = summed_ || has(kBiasSums);
-    const U sign = set(0x80000000u), root2 = set(0x3fb504f3u);
-    const auto score = [&](F eps) __attribute__((always_inline)) {
-        return laplace ? as_float((bits(eps) & sign) | root2) : eps;
-    };
+    const auto score = [&](F eps) __attribute__((always_inline)) { return ulr::score(eps, laplace); };
     for (int64_t d = 0; d < draws; ++d) {
         for (int64_t r = 0; r < unit.rows; ++r) {
             const float* eps = unit.tile.row(d, r);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import linear
+from ulr_kernels.backends.cpp import elementwise, linear
 
 
 @functools.cache
@@ -99,6 +99,9 @@ _PROVIDERS: dict[str, Callable] = {
     "philox4x32": _philox4x32,
     "fold_in": _fold_in,
     "noise": _noise,
+    "noise_add": elementwise.noise_add,
+    "noise_score": elementwise.noise_score,
+    "noise_dot_": elementwise.noise_dot_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,

@@ -1,0 +1,44 @@
+// What passes over the noise share: lanes of a row, elements of a tensor, sigma by columns.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+#include "ulr/api.h"
+
+namespace ulr {
+inline namespace ULR_ISA {
+
+template <typename T>
+T* at(const ulr_tensor& t, int64_t i, int64_t j, int64_t k) {
+    return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2];
+}
+
+// body(c, n): n lanes from column c on; n is a constant but for the last.
+template <typename Body>
+inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes) body(c, kLanes);
+    if (c < cols) body(c, cols - c);
+}
+
+// Columns first ... first + cols - 1 of sigma, fp32 [1, 1, N] of any stride, to `to`, with ones up to `padded` columns.
+inline void load_sigma(const ulr_tensor& sigma, int64_t first, int64_t cols, int64_t padded, float* to) {
+    const float* from = at<float>(sigma, 0, 0, first);
+    const int64_t stride = sigma.stride[2];
+    if (stride == 0) {
+        std::fill_n(to, padded, *from);
+    } else {
+        for (int64_t c = 0; c < cols; ++c) to[c] = from[c * stride];
+        std::fill(to + cols, to + padded, 1.0f);
+    }
+}
+
+// -d/d eps ln f(eps): eps, or for Laplace noise sqrt(2) with the sign bit of eps.
+inline F score(F eps, bool laplace) {
+    const U sign = set(0x80000000u), root2 = set(0x3fb504f3u);
+    return laplace ? as_float((bits(eps) & sign) | root2) : eps;
+}
+
+}  // namespace ULR_ISA
+}  // namespace ulr
