@@ -258,17 +258,29 @@ def low_rank_grid(
     col_offset: int = 0,
 ) -> Tensor:
     """Noise of rank `rank`, E = A B^T / sqrt(rank): fp32 `[rows, cols]`, summed by fma from A's first column on."""
-    draws = torch.tensor([draw], device=key.device)
-    by_row, by_col = (
-        noise_grid(rank, size, draws, fold_in_tensor(key, torch.full_like(key, stream)), dist=dist, col_offset=offset)[
-            0
-        ]
-        for stream, size, offset in zip(LOW_RANK_STREAMS, (rows, cols), (row_offset, col_offset), strict=True)
-    )
-    total = torch.zeros(rows, cols, device=key.device)
+    row = torch.arange(row_offset, row_offset + rows, device=key.device)
+    col = torch.arange(col_offset, col_offset + cols, device=key.device)
+    return low_rank_at(row, col, rank, draw, key, dist=dist)
+
+
+def low_rank_at(rows: Tensor, cols: Tensor, rank: int, draw: int, key: Tensor, *, dist: str) -> Tensor:
+    """The same of any rows [R] and columns [C]: fp32 `[R, C]`."""
+    by_row, by_col = low_rank_factors(rows, cols, rank, draw, key, dist=dist)
+    total = torch.zeros(len(rows), len(cols), device=key.device)
     for a, b in zip(by_row, by_col, strict=True):
         total = fma(a[:, None], b[None, :], total)
     return total * low_rank_scale(rank)
+
+
+def low_rank_factors(
+    rows: Tensor, cols: Tensor, rank: int, draw: int, key: Tensor, *, dist: str
+) -> tuple[Tensor, Tensor]:
+    """A^T `[rank, R]` and B^T `[rank, C]`."""
+    ranks = torch.arange(rank, device=key.device)[:, None]
+    keys = (fold_in_tensor(key, torch.full_like(key, stream)) for stream in LOW_RANK_STREAMS)
+    spec = {"dist": dist, "sampler": "iid", "positions": 1, "width": 0}
+    by_row, by_col = (noise_at(ranks, at[None], draw, k, **spec) for at, k in zip((rows, cols), keys, strict=True))
+    return by_row, by_col
 
 
 def low_rank_scale(rank: int) -> float:

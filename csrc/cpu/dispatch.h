@@ -6,4 +6,5 @@
 #define ULR_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The launchers that exist once per instruction set, as ulr::<set>::<name>.
-#define ULR_CPU_LAUNCHERS(X, set) X(set, noise) X(set, noise_add) X(set, noise_score) X(set, noisy_linear)
+#define ULR_CPU_LAUNCHERS(X, set) \
+    X(set, noise) X(set, noise_add) X(set, noise_score) X(set, noisy_linear) X(set, perturbed_weight)

@@ -22,6 +22,18 @@ inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
     if (c < cols) body(c, cols - c);
 }
 
+// A row of any stride as fp32, of which `values` has room for whole vectors.
+template <typename T>
+void widen_row(const T* from, int64_t stride, int64_t cols, float* values) {
+    if (stride == 1) {
+        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+            store(values + c, load_part(from + c, n));
+        });
+    } else {
+        for (int64_t c = 0; c < cols; ++c) store_part(values + c, load_part(from + c * stride, 1), 1);
+    }
+}
+
 // Columns first ... first + cols - 1 of sigma, fp32 [1, 1, N] of any stride, to `to`, with ones up to `padded` columns.
 inline void load_sigma(const ulr_tensor& sigma, int64_t first, int64_t cols, int64_t padded, float* to) {
     const float* from = at<float>(sigma, 0, 0, first);

@@ -19,7 +19,7 @@ PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
 ERRORS = {1: "an argument that the kernel does not take", 2: "out of memory", 3: "the launch failed"}
 
 # The numbers of csrc/include/ulr/api.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3, torch.uint8: 4, torch.bool: 4}
 DISTRIBUTIONS = {"normal": 0, "laplace": 1, "rademacher": 2}
 
 TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]

@@ -12,6 +12,9 @@ from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
 from ulr_kernels.ops.perturb_ import perturb_
+from ulr_kernels.ops.perturbed_conv2d import perturbed_conv2d
+from ulr_kernels.ops.perturbed_embedding import perturbed_embedding
+from ulr_kernels.ops.perturbed_linear import perturbed_linear
 
 __all__ = [
     "combine_",
@@ -28,5 +31,8 @@ __all__ = [
     "noisy_linear_grad_",
     "noisy_linear_replay_",
     "perturb_",
+    "perturbed_conv2d",
+    "perturbed_embedding",
+    "perturbed_linear",
     "philox4x32",
 ]

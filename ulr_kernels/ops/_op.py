@@ -194,12 +194,12 @@ class Check:
             if draw + draws > contract.MAX_SOBOL_DRAWS:
                 self.fail("draw", f"leave room for {draws} below 2^30 where sampler is 'sobol'", draw)
 
-    def copies(self, copies: int, antithetic: bool) -> int:
+    def copies(self, copies: int, antithetic: bool, argument: str = "copies") -> int:
         """The number of draws that the copies use."""
         if copies < 1:
-            self.fail("copies", "be at least 1", copies)
+            self.fail(argument, "be at least 1", copies)
         if antithetic and copies % 2:
-            self.fail("copies", "be even where antithetic is set", copies)
+            self.fail(argument, "be even where antithetic is set", copies)
         return copies // 2 if antithetic else copies
 
 

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-enum { ULR_F32 = 0, ULR_BF16 = 1, ULR_F16 = 2, ULR_I64 = 3 };
+enum { ULR_F32 = 0, ULR_BF16 = 1, ULR_F16 = 2, ULR_I64 = 3, ULR_U8 = 4 };
 enum { ULR_NORMAL = 0, ULR_LAPLACE = 1, ULR_RADEMACHER = 2 };
 // Every launcher of both libraries has this one signature, so a new op needs no new binding:
 //     int ulr_cpu_<name>(const ulr_noise_spec*, const ulr_tensor*, const ulr_launch*)

@@ -1,0 +1,159 @@
+// W' = round(fma(sigma, eps, W)) of some draws: a panel of a weight's rows in order, or rows that an embedding gathers.
+#include "dispatch.h"
+#include "perturbed_noise.h"
+
+namespace ulr {
+inline namespace ULR_ISA {
+namespace {
+
+// With antithetic noise each draw has a second member, in tensors of its own (kMinus...).
+enum Argument {
+    kY,             // [D, R, K], columns of unit stride
+    kMinusY,        // likewise; absent: not antithetic
+    kWeight,        // [1, N, K]
+    kSigma,         // fp32 scalar
+    kMask,          // uint8 [1, N, K]: noise only where it is set; absent: everywhere
+    kIndices,       // int64 [1, 1 or D, R]: rows of the weight; absent: its first R in order
+    kMinusIndices,  // the second members'; absent: as the first ones'
+};
+enum { kRank };  // 0: full
+
+constexpr int64_t kWorthWaking = 1 << 14;  // values that a thread should make at a time
+
+class Weights {
+  public:
+    Weights(const ulr_noise_spec& spec, const ulr_tensor* tensors, int64_t rank)
+        : spec_(spec),
+          t_(tensors),
+          rank_(rank),
+          rows_(t_[kY].size[1]),
+          cols_(t_[kY].size[2]),
+          width_(std::clamp<int64_t>(cols_, 1, kTileColumns)),
+          height_(std::min(std::max<int64_t>(rows_, 1), Tile::capacity(spec, width_))) {}
+
+    int run(int threads);
+
+  private:
+    struct Unit {
+        Unit(const ulr_noise_spec& spec, int64_t rank, int64_t cols) : tile(spec), factors(spec, rank, cols) {}
+        Tile tile;
+        Factors factors;
+        alignas(64) float eps[kTileColumns + kLanes];
+        alignas(64) float weight[kTileColumns + kLanes];
+    };
+
+    bool has(Argument a) const { return t_[a].data != nullptr; }
+    int64_t source_row(Argument indices, int64_t draw, int64_t row) const {
+        return has(indices) ? *at<int64_t>(t_[indices], 0, t_[indices].size[1] == 1 ? 0 : draw, row) : row;
+    }
+
+    // Some rows of the members of a draw that read the rows `indices` of the weight; sign_bits: of the noise of y.
+    template <typename T>
+    void rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, Argument y, Argument minus) const;
+    template <typename T>
+    void row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols, Argument y,
+             bool negate) const;
+    template <typename T>
+    void block(Unit& unit, int64_t draw, int64_t first, int64_t last) const;
+
+    const ulr_noise_spec& spec_;
+    const ulr_tensor* t_;
+    const int64_t rank_, rows_, cols_, width_, height_;
+};
+
+template <typename T>
+void Weights::row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols,
+                  Argument y, bool negate) const {
+    const F sigma = set(negate ? -*static_cast<const float*>(t_[kSigma].data) : *static_cast<const float*>(t_[kSigma].data));
+    const T* weight = at<T>(t_[kWeight], 0, from, col);
+    const int64_t stride = t_[kWeight].stride[2];
+    T* to = at<T>(t_[y], draw, row, col);
+    if (stride == 1) {
+        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+            store_part(to + c, fma(sigma, load(eps + c), load_part(weight + c, n)), n);
+        });
+    } else {
+        widen_row(weight, stride, cols, unit.weight);
+        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+            store_part(to + c, fma(sigma, load(eps + c), load(unit.weight + c)), n);
+        });
+    }
+    if (has(kMask)) {
+        const uint8_t* mask = at<uint8_t>(t_[kMask], 0, from, col);
+        for (int64_t c = 0; c < cols; ++c)
+            if (!mask[c * t_[kMask].stride[2]]) to[c] = weight[c * stride];
+    }
+}
+
+template <typename T>
+void Weights::rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, Argument y,
+                   Argument minus) const {
+    const auto write = [&](const float* eps, int64_t r, int64_t from, int64_t col, int64_t cols) {
+        row<T>(unit, eps, draw, r, from, col, cols, y, y == kMinusY);
+        if (minus != y) row<T>(unit, eps, draw, r, from, col, cols, minus, true);
+    };
+    if (rank_) unit.factors.use_draw(spec_.draw + draw);
+    const int64_t step = rank_ || has(indices) ? 1 : last - first;  // rows of a tile
+    for (int64_t r = first; r < last; r += step) {
+        const int64_t from = source_row(indices, draw, r), row = spec_.row_offset + from;
+        const float* a = rank_ ? unit.factors.a(row) : nullptr;
+        for (int64_t col = 0; col < cols_; col += width_) {
+            const int64_t cols = std::min(width_, cols_ - col);
+            if (rank_) {
+                unit.factors.row(a, col, cols, unit.eps);
+                write(unit.eps, r, from, col, cols);
+            } else {
+                unit.tile.make({spec_.draw + draw, row, spec_.col_offset + col, 1, step, cols});
+                for (int64_t i = 0; i < step; ++i) write(unit.tile.row(0, i), r + i, from + i, col, cols);
+            }
+        }
+    }
+}
+
+template <typename T>
+void Weights::block(Unit& unit, int64_t draw, int64_t first, int64_t last) const {
+    if (has(kMinusIndices)) {  // other rows of the weight, so other noise
+        rows<T>(unit, draw, first, last, kIndices, kY, kY);
+        rows<T>(unit, draw, first, last, kMinusIndices, kMinusY, kMinusY);
+    } else {
+        rows<T>(unit, draw, first, last, kIndices, kY, has(kMinusY) ? kMinusY : kY);
+    }
+}
+
+int Weights::run(int threads) {
+    if (!rows_ || !cols_) return ULR_OK;
+    const int64_t down = (rows_ + height_ - 1) / height_;
+    int64_t grain = kWorthWaking / (width_ * height_) + 1;
+    if (rank_) grain *= 4;  // each turn of a thread makes B anew
+    bool failed = false;
+    parallel(threads, down * t_[kY].size[0], grain, [&](int64_t first, int64_t last) {
+        Unit unit(spec_, rank_, rank_ ? cols_ : 0);
+        if (rank_ && unit.factors.failed()) {
+            __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+            return;
+        }
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t row = i % down * height_, end = std::min(row + height_, rows_);
+            switch (t_[kY].dtype) {
+                case ULR_F32:
+                    block<float>(unit, i / down, row, end);
+                    break;
+                case ULR_BF16:
+                    block<Bf16>(unit, i / down, row, end);
+                    break;
+                default:
+                    block<Half>(unit, i / down, row, end);
+            }
+        }
+    });
+    return failed ? ULR_OUT_OF_MEMORY : ULR_OK;
+}
+
+}  // namespace
+
+int perturbed_weight(const ulr_noise_spec* spec, const ulr_tensor* tensors, const ulr_launch* where) {
+    return Weights(*spec, tensors, where->numbers[kRank]).run(where->threads);
+}
+
+}  // namespace ULR_ISA
+}  // namespace ulr

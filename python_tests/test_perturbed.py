@@ -1,0 +1,176 @@
+"""The ops with weight noise: each against its definition in fp64, W' to the bit, and the weight left as it was."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+import test_ops
+import torch
+import torch.nn.functional as F
+import truth
+from test_ops import poison  # noqa: F401
+from torch import Tensor
+
+import ulr_kernels as ulr
+from ulr_kernels.ops import perturbed_conv2d, perturbed_embedding, perturbed_linear
+from ulr_kernels.ops._linear import values
+from ulr_kernels.ops._op import FLOATS, OPS, Sample
+
+PERTURBED = ("perturbed_linear", "perturbed_conv2d", "perturbed_embedding")
+
+# --- truth: shared with no implementation but for the noise itself ----------------------------------------------------
+
+
+def weight_noise(
+    weight: Tensor, key, *, members=1, antithetic=False, rank=None, dist="normal", draw=0, row_offset=0, col_offset=0, mask=None
+) -> Tensor:  # fmt: skip
+    """fp64 `[P, N, K]`: the noise of each member's weight, of rank r: A B^T / sqrt(r)."""
+    rows, cols = weight.shape[0], math.prod(weight.shape[1:])
+    half = members // 2 if antithetic else members
+
+    def one(member: int) -> Tensor:
+        at = {"dist": dist, "draw": draw + member % half}
+        sign = 1 if member < half else -1
+        if rank is None:
+            return sign * truth.noise((rows, cols), key, row_offset=row_offset, col_offset=col_offset, **at).double()
+        a = truth.noise((rank, rows), ulr.fold_in(key, 1), col_offset=row_offset, **at).double()
+        b = truth.noise((rank, cols), ulr.fold_in(key, 2), col_offset=col_offset, **at).double()
+        return sign * a.T @ b / math.sqrt(rank)
+
+    eps = torch.stack([one(member) for member in range(members)])
+    return eps if mask is None else eps * mask.cpu().reshape(1, rows, cols)
+
+
+def linear(x, weight, bias, sigma, key, *, members=1, **how):
+    added = sigma * weight_noise(weight, key, members=members, **how)
+    weight = weight.cpu().double()
+    x = truth.per_copy(x, members)
+    bias = torch.zeros(1).double() if bias is None else bias.cpu().double().expand(members, -1)[:, None]
+    y = torch.einsum("prk,pnk->prn", x, weight + added) + bias
+    magnitude = torch.einsum("prk,pnk->prn", x.abs(), weight.abs() + added.abs() * math.sqrt(how.get("rank") or 1))
+    return y, magnitude + bias.abs()
+
+
+def conv2d(x, weight, bias, sigma, key, *, stride=1, padding=0, dilation=1, groups=1, members=1, **how):
+    added = (sigma * weight_noise(weight, key, members=members, **how)).view(members, *weight.shape)
+    weight = weight.cpu().double()
+    x = x.cpu().double() if x.dim() == 5 else x.cpu().double().expand(members, *x.shape)
+    args = (stride, padding, dilation, groups)
+    biases = [None] * members if bias is None else list(bias.cpu().double().expand(members, -1))
+    y = torch.stack([F.conv2d(i, weight + e, b, *args) for i, e, b in zip(x, added, biases, strict=True)])
+    magnitude = [
+        F.conv2d(i.abs(), weight.abs() + e.abs(), None if b is None else b.abs(), *args)
+        for i, e, b in zip(x, added, biases, strict=True)
+    ]
+    return y, torch.stack(magnitude)
+
+
+def embedding(indices, weight, sigma, key, *, members=1, **how):
+    added = sigma * weight_noise(weight, key, members=members, **how)
+    indices = indices.cpu().expand(members, -1)
+    weight = weight.cpu().double()
+    chosen = [(weight + e)[i] for e, i in zip(added, indices, strict=True)]
+    magnitude = [(weight.abs() + e.abs() * (how.get("rank") or 1))[i] for e, i in zip(added, indices, strict=True)]
+    return torch.stack(chosen), torch.stack(magnitude)
+
+
+TRUTH = {"perturbed_linear": linear, "perturbed_conv2d": conv2d, "perturbed_embedding": embedding}
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("op,sample_id", [(op, i) for op in PERTURBED for i in test_ops.samples(op, good=True)])
+def test_perturbed(op, sample_id, dtype, device) -> None:
+    compare(op, test_ops.pick(op, sample_id, device, dtype))
+
+
+def compare(op: str, sample: Sample) -> Tensor:
+    """Run a sample; its output, found to be within rounding of the definition, with its inputs as they were."""
+    before = [a.clone() if isinstance(a, Tensor) else a for a in sample.args]
+    y = OPS[op].function(*sample.args, **sample.kwargs)
+    for a, b in zip(sample.args, before, strict=True):
+        assert not isinstance(a, Tensor) or torch.equal(a, b)
+    value, magnitude = TRUTH[op](*sample.args, **sample.kwargs)
+    assert y.shape == value.shape
+    weight = sample.args[1]
+    terms = 1 if op == "perturbed_embedding" else math.prod(weight.shape[1:])
+    allowed = truth.tolerance(value, magnitude, weight.dtype, weight.dtype, terms + (sample.kwargs.get("rank") or 0))
+    error = (y.cpu().double() - value).abs()
+    assert not (error.isnan() | (error > allowed)).any(), f"worst {(error / allowed).max():.3g} of the tolerance"
+    return y
+
+
+def exact_weight(weight: Tensor, eps: Tensor, sigma: float) -> Tensor:
+    """round_to_dtype(fma(sigma, eps, W)) by 80-bit arithmetic: the product is exact, the sum's 64 bits are rounded to
+    fp32 as the exact sum's would but for one case in 2^40."""
+    sigma = numpy.float32(sigma)
+    total = eps.numpy().astype(numpy.longdouble) * sigma + weight.float().numpy().astype(numpy.longdouble)
+    return torch.from_numpy(total.astype(numpy.float32)).to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("rows", [1, 40], ids=["one-row", "many-rows"])
+def test_the_perturbed_weight_to_the_bit(rows, dist, dtype, device) -> None:
+    """A product with the identity shows W'; as many rows as columns, and one row at a time."""
+    weight = values(3, 21, 40, device=device, dtype=dtype)
+    x = torch.eye(40, dtype=dtype, device=device)
+    at = {"members": 2, "antithetic": True, "dist": dist, "draw": 7, "row_offset": 2, "col_offset": 6}
+    parts = [perturbed_linear(x[i : i + rows], weight, None, 0.37, 5, **at) for i in range(0, 40, rows)]
+    eps = truth.noise((21, 40), 5, dist=dist, draw=7, row_offset=2, col_offset=6)
+    gathered = perturbed_embedding(torch.arange(21, device=device), weight, 0.37, 5, **at).cpu()
+    filters = perturbed_conv2d(x[:, :, None, None], weight[:, :, None, None], None, 0.37, 5, **at)[..., 0, 0].cpu()
+    for member, sign in enumerate((1, -1)):
+        expected = exact_weight(weight.cpu(), sign * eps, 0.37)
+        assert torch.equal(torch.cat(parts, 1)[member].T.cpu(), expected)
+        assert torch.equal(gathered[member], expected)
+        assert torch.equal(filters[member].T, expected)
+
+
+@pytest.mark.parametrize("op", PERTURBED)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_minus_probe_is_the_second_of_a_pair(op, rank, device) -> None:
+    sample = test_ops.pick(op, "one", device, torch.float32)
+    *args, sigma, key = sample.args
+    pair = OPS[op].function(*args, sigma, key, members=2, antithetic=True, rank=rank)
+    for member, scale in enumerate((sigma, -sigma)):
+        torch.testing.assert_close(OPS[op].function(*args, scale, key, rank=rank)[0], pair[member], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rows", [3, 50])
+def test_slices_make_their_part_of_the_whole(rows, rank, device) -> None:
+    """Shards of a weight, and chunks of a population, see the noise of the undivided call."""
+    x, weight = (values(s, *shape, device=device, dtype=torch.float32) for s, shape in ((1, (rows, 40)), (2, (24, 40))))
+    whole = perturbed_linear(x, weight, None, 0.5, 5, members=4, rank=rank)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    features = perturbed_linear(x, weight[7:], None, 0.5, 5, members=4, rank=rank, row_offset=7)
+    torch.testing.assert_close(features, whole[..., 7:], **close)
+    left = perturbed_linear(x[:, :17], weight[:, :17], None, 0.5, 5, members=4, rank=rank)
+    right = perturbed_linear(x[:, 17:], weight[:, 17:], None, 0.5, 5, members=4, rank=rank, col_offset=17)
+    torch.testing.assert_close(left + right, whole, **close)
+    torch.testing.assert_close(perturbed_linear(x, weight, None, 0.5, 5, members=2, rank=rank, draw=2), whole[2:], **close)
+
+
+@pytest.mark.parametrize("op", PERTURBED)
+def test_pathwise_gradients(op, device) -> None:
+    """Against autograd of the noiseless layer at W + sigma * eps, with the noise as a constant."""
+    sample = test_ops.pick(op, "pairs", device, torch.float32)
+    *tensors, sigma, key = sample.args
+    kwargs = {k: v for k, v in sample.kwargs.items() if k in ("stride", "padding", "dilation", "groups")}
+    tensors = [t if t.dtype == torch.int64 else t.clone().requires_grad_() for t in tensors]
+    sigma = torch.tensor(sigma, device=device, requires_grad=True)
+    leaves = [t for t in (*tensors, sigma) if t.requires_grad]
+    ours = torch.autograd.grad(OPS[op].function(*tensors, sigma, key, **sample.kwargs).square().sum(), leaves)
+    x, weight, *bias = tensors
+    how = {k: v for k, v in sample.kwargs.items() if k not in kwargs}
+    eps = weight_noise(weight, key, **how).float().view(-1, *weight.shape).to(device)
+    layer = {"perturbed_linear": F.linear, "perturbed_conv2d": F.conv2d, "perturbed_embedding": F.embedding}[op]
+    members = (layer(x[p], weight + sigma * e, *(b[p] for b in bias), **kwargs) for p, e in enumerate(eps))
+    theirs = torch.autograd.grad(torch.stack(list(members)).square().sum(), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

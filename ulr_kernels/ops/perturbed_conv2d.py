@@ -1,0 +1,207 @@
+"""perturbed_conv2d: a convolution with weight noise, without writing the weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulr_kernels.ops import _perturbed
+from ulr_kernels.ops._linear import values
+from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Sample, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._parameters import grid
+from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
+
+Pair = int | Sequence[int]
+
+
+def perturbed_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: float | Tensor,
+    key: int | Tensor,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    members: int = 1,
+    antithetic: bool = False,
+    rank: int | None = None,
+    dist: str = "normal",
+    draw: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """y[p] = conv2d(x[p], W'_p) + b for each member p, W'_p = round_to_dtype(fma(sigma, eps_p, W)).
+
+    The weight's noise is that of its view [O, I / groups * kh * kw]; low rank: eps as in `perturbed_linear`, W' rounded.
+
+    Args:
+        x: `[B, I, H, W]`, shared by the members, or `[P, B, I, H, W]`; fp32, bf16 or fp16; any strides.
+        weight: `[O, I / groups, kh, kw]`, of x's dtype; any strides.
+        bias: `[O]`, or `[P, O]` with one for each member, of x's dtype, or None. The caller perturbs it.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding also "same" or "valid".
+        sigma, key, members, antithetic, rank, dist, draw, row_offset, col_offset: as in `perturbed_linear`.
+        mask: bool or uint8 of weight's shape: noise only where it is set; not with `rank`.
+
+    Returns:
+        `[P, B, O, H', W']` of x's dtype. Differentiable in x, weight, bias and sigma (pathwise).
+
+    Raises:
+        ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
+        NotImplementedError: an input carries a forward-mode tangent.
+    """
+    key = key_tensor("perturbed_conv2d", key, x.device)
+    scale = fp32_tensor("perturbed_conv2d", "sigma", sigma, x.device)
+    how = Members(members, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        x, padding = _pad_by_name(x, weight, padding, stride, dilation)
+    args = (stride, _pair("padding", padding), dilation, groups)
+    layer = functools.partial(_conv2d, args=args)
+    return _perturbed.call("perturbed_conv2d", layer, 4, (x, weight, bias, scale), key, args, how)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, args: tuple) -> Tensor:
+    return F.conv2d(x, weight, bias, *args)
+
+
+def _pair(argument: str, value: Pair) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else list(value)
+    if len(pair) != 2:
+        Check("perturbed_conv2d").fail(argument, "be an integer or two", value)
+    return pair
+
+
+def _pad_by_name(x: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]) -> tuple[Tensor, Pair]:
+    """x, and the padding on both sides of it; "same" may need one row or column more on the far side, put into x."""
+    rules = Check("perturbed_conv2d")
+    if padding not in ("same", "valid"):
+        rules.fail("padding", "be 'same', 'valid', an integer or two", repr(padding))
+    if padding == "valid":
+        return x, 0
+    if stride != [1, 1]:
+        rules.fail("stride", "be 1 where padding is 'same'", stride)
+    both = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(total % 2 for total in both):
+        x = F.pad(x, (0, both[1] % 2, 0, both[0] % 2))
+    return x, [total // 2 for total in both]
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    key: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    *rest,
+) -> Tensor:
+    rules, how = Check("perturbed_conv2d"), Members(*rest)
+    rules.dtype("x", x, FLOATS)
+    rules.dtype("weight", weight, (x.dtype,))
+    if weight.dim() != 4 or 0 in weight.shape:
+        rules.fail("weight", "be [O, I / groups, kh, kw], none of them 0", list(weight.shape))
+    _perturbed.check_members(rules, weight, sigma, key, how)
+    if groups < 1 or weight.shape[0] % groups:
+        rules.fail("groups", f"be at least 1 and divide {weight.shape[0]} output channels", groups)
+    for argument, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(pair) < least:
+            rules.fail(argument, f"be at least {least}", list(pair))
+    if x.dim() not in (4, 5):
+        rules.fail("x", "be [B, I, H, W] or [P, B, I, H, W]", list(x.shape))
+    if x.shape[-3] != weight.shape[1] * groups:
+        rules.fail("x", f"have {weight.shape[1] * groups} channels (weight is {list(weight.shape)})", list(x.shape))
+    if x.dim() == 5 and x.shape[0] != how.members:
+        rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[-2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    if min(size) < 1:
+        rules.fail("x", f"be as large as the kernel, padding {list(padding)} included", list(x.shape))
+    _perturbed.check_bias(rules, weight, bias, how.members)
+    rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
+    return torch.empty(how.members, x.shape[-4], weight.shape[0], *size, dtype=x.dtype, device=x.device)
+
+
+def reference(y, x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> None:
+    how = Members(*rest)
+    for member in range(how.members):
+        own = _perturbed.member_weight(weight, sigma, key, how, member).float()
+        own_bias = _perturbed.of_member(bias, member, 1)
+        own_bias = own_bias if own_bias is None else own_bias.float()
+        own_x = _perturbed.of_member(x, member, 4).float()
+        if y.numel():
+            y[member] = F.conv2d(own_x, own, own_bias, stride, padding, dilation, groups)
+
+
+def cost(x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> Cost:
+    how = Members(*rest)
+    out = check(x, weight, None, sigma, key, stride, padding, dilation, groups, *rest).numel()
+    rows, cols = grid(weight)
+    noise = how.draws * (rows * cols if how.rank is None else how.rank * (rows + cols))
+    return Cost(x.element_size() * (x.numel() + weight.numel() + out), 2 * out * math.prod(weight.shape[1:]), noise)
+
+
+def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    def v(seed: int, *shape: int) -> Tensor:
+        return values(seed, *shape, device=device, dtype=dtype)
+
+    x, w, b = v(1, 2, 3, 9, 8), v(2, 6, 3, 3, 3), v(3, 6)
+    own, pairs = v(4, 4, 2, 3, 9, 8), {"members": 4, "antithetic": True}
+    mask = v(5, 6, 3, 3, 3) > 0
+    at = {"draw": 9, "row_offset": 1000, "col_offset": 130}
+    yield Sample("one", (x, w, b, 0.3, 11))
+    yield Sample("minus", (x, w, None, -0.3, 11), {"padding": 1, "stride": (2, 1)})
+    yield Sample("pairs", (own, w, v(6, 4, 6), 0.3, -11), {**pairs, "padding": (2, 1), "dilation": 2})
+    yield Sample("signs", (x, w, b, 0.3, 11), {"dist": "rademacher", "members": 3, **at})
+    yield Sample("depthwise", (x, v(7, 6, 1, 3, 2), b, 0.3, 11), {"groups": 3, "padding": "same", "dist": "laplace"})
+    yield Sample("pointwise", (x, v(8, 6, 3, 1, 1), b, 0.3, 11), {"members": 2, "padding": "valid"})
+    yield Sample("mask", (x, w, b, 0.3, 11), {"mask": mask, **pairs})
+    channels_last = (x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last), b, 0.3, 11)
+    yield Sample("channels-last", channels_last, {"members": 2, "mask": mask.to(torch.uint8)})
+    yield Sample("strided", (v(9, 4, 3, 9, 16)[::2, :, :, ::2], v(10, 6, 6, 3, 3)[:, ::2], v(11, 12)[::2], 0.3, 11))
+    yield Sample("low-rank", (own, w, b, -0.3, 11), {"rank": 2, **pairs, **at})
+    yield Sample("no-images", (x[:0], w, b, 0.3, 11), {"members": 2})
+
+    yield Sample("x-channels", (x[:, :2], w, b, 0.3, 1), error="'x' must have 3 channels")
+    yield Sample("x-rank", (x[0], w, b, 0.3, 1), error=r"'x' must be \[B, I, H, W\] or \[P, B, I, H, W\]")
+    yield Sample("x-members", (own, w, b, 0.3, 1), {"members": 2}, error="'x' must have 2 members")
+    yield Sample("x-small", (x[..., :2], w, b, 0.3, 1), error="'x' must be as large as the kernel")
+    yield Sample("weight-rank", (x, w[0], b, 0.3, 1), error=r"'weight' must be \[O, I / groups, kh, kw\]")
+    yield Sample("no-filters", (x, w[:0], b[:0], 0.3, 1), error="'weight' must be .*, none of them 0")
+    yield Sample("bias-shape", (x, w, b[:5], 0.3, 1), error=r"'bias' must be \[6\], or \[1, 6\]")
+    yield Sample("groups", (x, w, b, 0.3, 1), {"groups": 4}, error="'groups' must be at least 1 and divide 6")
+    yield Sample("stride", (x, w, b, 0.3, 1), {"stride": 0}, error="'stride' must be at least 1")
+    yield Sample("padding", (x, w, b, 0.3, 1), {"padding": (1, -1)}, error="'padding' must be at least 0")
+    yield Sample("padding-name", (x, w, b, 0.3, 1), {"padding": "full"}, error="'padding' must be 'same', 'valid'")
+    same = {"padding": "same", "stride": 2}
+    yield Sample("same-stride", (x, w, b, 0.3, 1), same, error="'stride' must be 1 where padding is 'same'")
+    yield Sample("three", (x, w, b, 0.3, 1), {"dilation": (1, 1, 1)}, error="'dilation' must be an integer or two")
+    yield Sample("mask-shape", (x, w, b, 0.3, 1), {"mask": mask[:5]}, error=r"'mask' must be \[6, 3, 3, 3\]")
+
+
+register(
+    Op(
+        name="perturbed_conv2d",
+        schema="(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int[2] stride=1, int[2] padding=0, "
+        f"int[2] dilation=1, int groups=1, {MEMBERS_SCHEMA}) -> Tensor",
+        function=perturbed_conv2d,
+        check=check,
+        reference=reference,
+        samples=samples,
+        cost=cost,
+        autocast=(0, 1, 2),
+    )
+)
