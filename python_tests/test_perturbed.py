@@ -24,8 +24,8 @@ PERTURBED = ("perturbed_linear", "perturbed_conv2d", "perturbed_embedding")
 
 
 def weight_noise(
-    weight: Tensor, key, *, members=1, antithetic=False, rank=None, dist="normal", draw=0, row_offset=0, col_offset=0, mask=None
-) -> Tensor:  # fmt: skip
+    weight, key, members=1, antithetic=False, rank=None, dist="normal", draw=0, row_offset=0, col_offset=0, mask=None
+) -> Tensor:
     """fp64 `[P, N, K]`: the noise of each member's weight, of rank r: A B^T / sqrt(r)."""
     rows, cols = weight.shape[0], math.prod(weight.shape[1:])
     half = members // 2 if antithetic else members
@@ -82,6 +82,7 @@ TRUTH = {"perturbed_linear": linear, "perturbed_conv2d": conv2d, "perturbed_embe
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("op,sample_id", [(op, i) for op in PERTURBED for i in test_ops.samples(op, good=True)])
 def test_perturbed(op, sample_id, dtype, device) -> None:
@@ -138,7 +139,8 @@ def test_a_minus_probe_is_the_second_of_a_pair(op, rank, device) -> None:
     *args, sigma, key = sample.args
     pair = OPS[op].function(*args, sigma, key, members=2, antithetic=True, rank=rank)
     for member, scale in enumerate((sigma, -sigma)):
-        torch.testing.assert_close(OPS[op].function(*args, scale, key, rank=rank)[0], pair[member], rtol=1e-6, atol=1e-6)
+        alone = OPS[op].function(*args, scale, key, rank=rank)[0]
+        torch.testing.assert_close(alone, pair[member], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -153,7 +155,9 @@ def test_slices_make_their_part_of_the_whole(rows, rank, device) -> None:
     left = perturbed_linear(x[:, :17], weight[:, :17], None, 0.5, 5, members=4, rank=rank)
     right = perturbed_linear(x[:, 17:], weight[:, 17:], None, 0.5, 5, members=4, rank=rank, col_offset=17)
     torch.testing.assert_close(left + right, whole, **close)
-    torch.testing.assert_close(perturbed_linear(x, weight, None, 0.5, 5, members=2, rank=rank, draw=2), whole[2:], **close)
+    torch.testing.assert_close(
+        perturbed_linear(x, weight, None, 0.5, 5, members=2, rank=rank, draw=2), whole[2:], **close
+    )
 
 
 @pytest.mark.parametrize("op", PERTURBED)
@@ -170,6 +174,7 @@ def test_pathwise_gradients(op, device) -> None:
     how = {k: v for k, v in sample.kwargs.items() if k not in kwargs}
     eps = weight_noise(weight, key, **how).float().view(-1, *weight.shape).to(device)
     layer = {"perturbed_linear": F.linear, "perturbed_conv2d": F.conv2d, "perturbed_embedding": F.embedding}[op]
+    x = x.expand(4, *x.shape) if x.dim() == {"perturbed_linear": 2, "perturbed_conv2d": 4}.get(op, 1) else x
     members = (layer(x[p], weight + sigma * e, *(b[p] for b in bias), **kwargs) for p, e in enumerate(eps))
     theirs = torch.autograd.grad(torch.stack(list(members)).square().sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):

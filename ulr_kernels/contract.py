@@ -278,8 +278,10 @@ def low_rank_factors(
     """A^T `[rank, R]` and B^T `[rank, C]`."""
     ranks = torch.arange(rank, device=key.device)[:, None]
     keys = (fold_in_tensor(key, torch.full_like(key, stream)) for stream in LOW_RANK_STREAMS)
-    spec = {"dist": dist, "sampler": "iid", "positions": 1, "width": 0}
-    by_row, by_col = (noise_at(ranks, at[None], draw, k, **spec) for at, k in zip((rows, cols), keys, strict=True))
+    by_row, by_col = (
+        noise_at(ranks, at[None], draw, k, dist=dist, sampler="iid", positions=1, width=0)
+        for at, k in zip((rows, cols), keys, strict=True)
+    )
     return by_row, by_col
 
 

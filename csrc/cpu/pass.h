@@ -26,9 +26,8 @@ inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
 template <typename T>
 void widen_row(const T* from, int64_t stride, int64_t cols, float* values) {
     if (stride == 1) {
-        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-            store(values + c, load_part(from + c, n));
-        });
+        by_lanes(cols, [&](int64_t c, int64_t n)
+                           __attribute__((always_inline)) { store(values + c, load_part(from + c, n)); });
     } else {
         for (int64_t c = 0; c < cols; ++c) store_part(values + c, load_part(from + c * stride, 1), 1);
     }

@@ -49,10 +49,11 @@ class Weights {
 
     // Some rows of the members of a draw that read the rows `indices` of the weight; sign_bits: of the noise of y.
     template <typename T>
-    void rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, Argument y, Argument minus) const;
+    void rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, Argument y,
+              Argument minus) const;
     template <typename T>
-    void row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols, Argument y,
-             bool negate) const;
+    void row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols,
+             Argument y, bool negate) const;
     template <typename T>
     void block(Unit& unit, int64_t draw, int64_t first, int64_t last) const;
 
@@ -64,7 +65,8 @@ class Weights {
 template <typename T>
 void Weights::row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols,
                   Argument y, bool negate) const {
-    const F sigma = set(negate ? -*static_cast<const float*>(t_[kSigma].data) : *static_cast<const float*>(t_[kSigma].data));
+    const F sigma =
+        set(negate ? -*static_cast<const float*>(t_[kSigma].data) : *static_cast<const float*>(t_[kSigma].data));
     const T* weight = at<T>(t_[kWeight], 0, from, col);
     const int64_t stride = t_[kWeight].stride[2];
     T* to = at<T>(t_[y], draw, row, col);

@@ -7,7 +7,7 @@ draw + p, or of antithetic members, which come as two halves, draw + p mod P/2, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ REFERENCE_BLOCK = 2**18  # elements: the contract in torch holds about twenty in
 
 
 class Members(NamedTuple):
-    """The arguments of MEMBERS_SCHEMA. mask: bool or uint8 of the weight's shape, or None; noise only where it is set."""
+    """The arguments of MEMBERS_SCHEMA. mask: bool or uint8 of the weight's shape; noise only where it is set."""
 
     members: int = 1
     antithetic: bool = False
@@ -82,8 +82,8 @@ def member_noise(rows: Tensor, cols: int, key: Tensor, how: Members, member: int
     rows, columns = rows + how.row_offset, torch.arange(cols, device=rows.device) + how.col_offset
     if how.rank is not None:
         return contract.low_rank_at(rows, columns, how.rank, draw, key, dist=how.dist) * sign
-    spec = {"dist": how.dist, "sampler": "iid", "positions": 1, "width": 0}
-    return contract.noise_at(rows[:, None], columns[None], draw, key, **spec) * sign
+    at = (rows[:, None], columns[None], draw, key)
+    return contract.noise_at(*at, dist=how.dist, sampler="iid", positions=1, width=0) * sign
 
 
 def member_weight(weight: Tensor, sigma: Tensor, key: Tensor, how: Members, member: int) -> Tensor:
@@ -105,7 +105,7 @@ def perturbed(weight: Tensor, sigma: Tensor, eps: Tensor, mask: Tensor | None) -
     return result if mask is None else torch.where(mask.bool(), result, weight)
 
 
-def of_member(tensor: Tensor | None, member: int, shared_dims: int) -> Tensor | None:
+def of_member(tensor: Tensor | None, member: int, shared_dims: int) -> Any:
     """A member's part of an argument that has as many axes as `shared_dims` where the members share it."""
     return tensor if tensor is None or tensor.dim() == shared_dims else tensor[member]
 
@@ -140,9 +140,10 @@ class _Pathwise(torch.autograd.Function):
     def backward(ctx, grad):
         key, mask, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[-len(tensors) :]
-        x, weight, *bias, sigma = leaves = [
+        leaves: list[Any] = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)
         ]
+        x, weight, *bias, sigma = leaves
         asked = [t for t, need in zip(leaves, wanted, strict=True) if need]
         totals = [torch.zeros_like(t, dtype=torch.float32) for t in asked]
         rows, cols = grid(weight)

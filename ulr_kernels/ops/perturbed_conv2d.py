@@ -41,7 +41,7 @@ def perturbed_conv2d(
 ) -> Tensor:
     """y[p] = conv2d(x[p], W'_p) + b for each member p, W'_p = round_to_dtype(fma(sigma, eps_p, W)).
 
-    The weight's noise is that of its view [O, I / groups * kh * kw]; low rank: eps as in `perturbed_linear`, W' rounded.
+    The weight's noise is that of its view [O, I / groups * kh * kw]; low rank: as in `perturbed_linear`, W' rounded.
 
     Args:
         x: `[B, I, H, W]`, shared by the members, or `[P, B, I, H, W]`; fp32, bf16 or fp16; any strides.
@@ -80,7 +80,9 @@ def _pair(argument: str, value: Pair) -> list[int]:
     return pair
 
 
-def _pad_by_name(x: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]) -> tuple[Tensor, Pair]:
+def _pad_by_name(
+    x: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, Pair]:
     """x, and the padding on both sides of it; "same" may need one row or column more on the far side, put into x."""
     rules = Check("perturbed_conv2d")
     if padding not in ("same", "valid"):

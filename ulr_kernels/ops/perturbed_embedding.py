@@ -42,8 +42,8 @@ def perturbed_embedding(
         `[P, R, D]` of weight's dtype. Differentiable in weight and sigma (pathwise).
 
     Raises:
-        ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed. Indices on
-            a GPU are not read on the host: there a row of an index that is out of range holds NaN, or the device asserts.
+        ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed. Indices
+            on a GPU are not read on the host: there the row of one that is out of range is NaN, or the device asserts.
         NotImplementedError: an input carries a forward-mode tangent.
     """
     key = key_tensor("perturbed_embedding", key, weight.device)

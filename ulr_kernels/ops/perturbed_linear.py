@@ -106,7 +106,7 @@ def reference(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: 
 
 def cost(x, weight, bias, sigma, key, *rest) -> Cost:
     how = Members(*rest)
-    rows, features, inputs = x.shape[-2], *weight.shape
+    rows, (features, inputs) = x.shape[-2], weight.shape
     out = how.members * rows * features
     size = x.element_size() * (x.numel() + weight.numel() + out)
     if how.rank is None:

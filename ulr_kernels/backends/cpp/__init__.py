@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import elementwise, linear
+from ulr_kernels.backends.cpp import elementwise, linear, perturbed
 
 
 @functools.cache
@@ -105,6 +105,9 @@ _PROVIDERS: dict[str, Callable] = {
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
+    "perturbed_linear": perturbed.perturbed_linear,
+    "perturbed_conv2d": perturbed.perturbed_conv2d,
+    "perturbed_embedding": perturbed.perturbed_embedding,
 }
 
 

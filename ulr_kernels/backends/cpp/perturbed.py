@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import onednn
-from ulr_kernels.ops import perturbed_linear as linear_op
 from ulr_kernels.ops._parameters import grid
 from ulr_kernels.ops._perturbed import Members, of_member
 from ulr_kernels.ops.perturbed_embedding import check_range
@@ -62,7 +61,8 @@ def _panels(weight: Tensor, sigma: Tensor, key: Tensor, how: Members, draw: int,
     part = weight[rows]
     panels = part.new_empty(2 if how.antithetic else 1, *part.shape)
     mask = how.mask if how.mask is None else how.mask[rows]
-    _weights(panels[:1], panels[1:] if how.antithetic else None, part, sigma, mask, None, None, key, how, draw, rows.start)
+    minus = panels[1:] if how.antithetic else None
+    _weights(panels[:1], minus, part, sigma, mask, None, None, key, how, draw, rows.start)
     return panels
 
 
@@ -105,10 +105,12 @@ def perturbed_conv2d(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, 
 def perturbed_embedding(y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> None:
     check_range(indices, weight)
     how = Members(*rest)
-    halves = [y, None]
-    own = [indices if indices.dim() == 2 else indices[None], None]
-    if how.antithetic:
-        halves = [y[: how.draws], y[how.draws :]]
-        if indices.dim() == 2:
-            own = [indices[: how.draws], indices[how.draws :]]
-    _weights(*halves, weight, sigma, how.mask, *own, key, how)
+    indices = indices if indices.dim() == 2 else indices[None]
+    plus, minus = _halves(y, how)
+    own, minus_own = _halves(indices, how) if len(indices) > 1 else (indices, None)
+    _weights(plus, minus, weight, sigma, how.mask, own, minus_own, key, how)
+
+
+def _halves(tensor: Tensor, how: Members) -> tuple[Tensor, Tensor | None]:
+    """The members with the noise as it is, and those with the noise negated."""
+    return (tensor[: how.draws], tensor[how.draws :]) if how.antithetic else (tensor, None)
