@@ -158,7 +158,7 @@ class Dict(nn.Module):
     "make, cuts",
     [
         (mlp, {"0": True, "2": True}),
-        (Residual, {"stem": True, "branch": False, "head": True}),
+        (Residual, {"stem": True, "branch": True, "head": True}),
         (Twice, {"stem": True, "branch": True, "head": True}),
         (lambda: SizeReader(False), {"first": True, "second": True}),
         (lambda: SizeReader(True), {"first": False, "second": True}),

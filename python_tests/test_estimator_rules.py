@@ -16,6 +16,7 @@ from small_models import (
 from torch import nn
 
 import ulr_kernels as ulr
+from ulr_kernels.contract import site_id
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 
@@ -199,36 +200,52 @@ def test_batches_and_losses_are_checked(x, y, loss_fn, message):
 class Unreachable(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc, self.norm, self.unused = nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(2, 2)
-        self.table = nn.Embedding(3, 5)
+        self.fc, self.lstm, self.unused = nn.Linear(5, 4), nn.LSTM(4, 3, batch_first=True), nn.Linear(2, 2)
+        self.threshold, self.start = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
 
     def forward(self, x):
-        return self.norm(self.fc(x)) @ self.table.weight[:, :3] + self.fc.weight.norm()
+        h = self.lstm(self.fc(x)[:, None])[0][:, -1]
+        h[:, 0] = self.start[0]
+        return (h > self.threshold).float()
 
 
 def test_unreachable_parameters_are_named():
     with pytest.raises(ValueError) as error:
         gradients(Unreachable())
     for text in (
-        "fc.weight (used by norm)",
-        "norm.weight (used by layer_norm)",
-        "table.weight (used by __getitem__)",
+        "lstm.weight_ih_l0 (used by lstm)",
+        "threshold (used by lt)",
+        "start (used by __setitem__)",
         "unused.bias (met in no call)",
-        "requires_grad_(False)",
+        "frozen (requires_grad_(False))",
+        "noise on the weights",
+        "left out of the model",
     ):
         assert text in str(error.value)
-    assert "fc.bias" not in str(error.value)
+    assert "fc." not in str(error.value)
 
 
 @pytest.mark.parametrize("learn_sigma", [False, True])
-def test_parametrised_weights_are_named(learn_sigma):
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)))
-    with pytest.raises(ValueError, match=r"0.parametrizations.weight.original0 \(used by"):
-        gradients(model, learn_sigma=learn_sigma)
+def test_parametrised_weights(learn_sigma):
+    """A normalised weight is no parameter, but computed from two: both get what autograd takes back to them."""
+    model = filled(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
     _, found = gradients(model, learn_sigma=learn_sigma)
     assert set(found) == {"0.bias"}
+    model.requires_grad_(True)
+    _, found = gradients(model, learn_sigma=learn_sigma)
+    name = "0.parametrizations.weight.original1"  # the first in the call; the layer's name, and so its key's
+    weight = model[0].weight
+    x, y = batch()
+    eps = torch.stack([ulr.noise((3, 3), ulr.fold_in(ulr.fold_in(0, 0), site_id(name)), draw=c) for c in range(2)])
+    eps = torch.cat([eps, -eps])
+    losses = torch.stack([cross_entropy(F.linear(x, weight, model[0].bias) + 0.1 * e, y) for e in eps]).detach()
+    score = torch.einsum("cb,cbn->bn", losses / 12, eps) / 0.1
+    parameters = [p for n, p in model.named_parameters() if n != "0.bias"]
+    expected = torch.autograd.grad(weight, parameters, score.T @ x)
+    for name, want in zip(found.keys() - {"0.bias"}, expected, strict=True):
+        torch.testing.assert_close(found[name], want, rtol=1e-4, atol=1e-4)
 
 
 class TimeFirst(nn.Module):

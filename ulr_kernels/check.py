@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ulr_kernels import contract, ops
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
 from ulr_kernels.estimators.meeting import Meeting
 from ulr_kernels.estimators.ulr import ULR, evaluation
-from ulr_kernels.nn.linear import LinearCall
+from ulr_kernels.nn.call import Call
 
 # E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.
 MOMENTS = {"normal": (1.0, 3.0), "laplace": (2.0, 2.0), "rademacher": (1.0, 1.0)}
@@ -145,16 +145,16 @@ def _scaled(sigma: float | Mapping[str, float], factor: float) -> float | dict[s
 class _Watch(Meeting):
     """Keeps each call of a trained layer with its output, for autograd."""
 
-    def __init__(self, layers: Mapping[int, str]) -> None:
-        super().__init__(layers)
-        self.calls: list[tuple[str, LinearCall, Tensor]] = []
+    def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any) -> None:
+        super().__init__(layers, parameters, inputs)
+        self.calls: list[tuple[str, Call, Tensor]] = []
 
-    def met(self, call: LinearCall) -> Tensor:
+    def met(self, call: Call) -> tuple[Tensor, int]:
         output = call.clean()
         layer = self.trained_layer(call)
         if layer is not None:
             self.calls.append((layer, call, output))
-        return output
+        return output, 0
 
 
 class _Truth:
@@ -163,12 +163,13 @@ class _Truth:
     def __init__(self, estimator: ULR, x: Any, y: Any, loss_fn: LossFunction) -> None:
         self.samples = Batch(x, y).samples
         self.parameters: dict[str, list[Tensor]] = {}
-        self.calls: dict[str, list[tuple[LinearCall, Tensor]]] = {}
+        self.calls: dict[str, list[tuple[Call, Tensor]]] = {}
         self.gradients: dict[str, Tensor] = {}
-        watch = _Watch(estimator.layers)
+        inputs = repeat(x, 1)
+        watch = _Watch(estimator.layers, estimator.model.parameters(), inputs)
         with evaluation(estimator.model), torch.enable_grad():
             with watch:
-                outputs = apply(estimator.model, repeat(x, 1))
+                outputs = apply(estimator.model, inputs)
             losses = loss_fn(outputs, repeat(y, 1))
         self.losses = losses.detach().double()
         for name, call, _ in watch.calls:
@@ -190,7 +191,7 @@ class _Truth:
     def operands(self, name: str) -> tuple[Tensor, Tensor]:
         """Output gradients `[samples, positions of all calls, N]` and inputs `[samples, positions of all calls, K]`."""
         pairs = [
-            (t.detach().double().flatten(0, -2).unflatten(0, (self.samples, -1)) for t in (gradient, call.x))
+            (t.detach().double().flatten(0, -2).unflatten(0, (self.samples, -1)) for t in (gradient, call.inputs[0]))
             for call, gradient in self.calls[name]
         ]
         outputs, inputs = zip(*pairs, strict=True)

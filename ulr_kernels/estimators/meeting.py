@@ -1,166 +1,176 @@
-"""How the estimator meets a model's layers: modes that see each call of a layer as the model's forward makes it."""
+"""How the estimator meets a model's layers: a mode that sees each torch function as the model's forward calls it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
-from ulr_kernels import ops
 from ulr_kernels.estimators.batch import tensors
-from ulr_kernels.estimators.settings import fail
-from ulr_kernels.nn import READERS
-from ulr_kernels.nn.linear import LinearCall, Noise
+from ulr_kernels.nn import COMPOSITES, READERS
+from ulr_kernels.nn.call import Call, Owned
+from ulr_kernels.nn.local import ELEMENTWISE, EXPANDS, LIKES, LocalCall, RowsCall
+
+SAMPLE, NOISED = 1, 2  # what a tensor depends on: the batch, and some layer's noise
 
 
 class Meeting(TorchFunctionMode):
-    """Base of the modes: matches tensors with the model's parameters by identity and hands calls of layers to `met`.
+    """Base of the modes: sorts tensors by what they depend on, and hands calls of layers to `met`.
+
+    A tensor depends on samples (it comes from the batch), on parameters alone (`Owned`), or is a constant. A function
+    of parameters and constants runs with autograd's graph, which is what later takes a gradient back to the parameters.
+    One that brings samples and parameters together is a call of a layer.
 
     Args:
         layers: id(parameter) -> the name of its layer.
+        parameters: the model's.
+        inputs: the model's input.
     """
 
-    def __init__(self, layers: Mapping[int, str]) -> None:
+    def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any) -> None:
         super().__init__()
         self._layers = layers
-        self._transposes: dict[int, tuple[Tensor, Tensor]] = {}  # id(view) -> the view, kept alive, and its parameter
+        self._owned = {id(p): Owned(p, (p,)) for p in parameters}  # keeps what was computed from them alive
+        self._marks: dict[int, int] = {}  # by storage, so that views and writes in place are seen
+        self._mark(inputs, SAMPLE)
 
-    def origin(self, tensor: Tensor) -> tuple[Tensor, bool] | None:
-        """The parameter that a tensor is, and whether it is its transpose."""
-        if id(tensor) in self._layers:
-            return tensor, False
-        view = self._transposes.get(id(tensor))
-        return None if view is None else (view[1], True)
+    def origin(self, value: Any) -> Owned | None:
+        """What a tensor owes to parameters alone."""
+        return self._owned.get(id(value))
 
-    def trained_layer(self, call: LinearCall) -> str | None:
+    def marks(self, tensor: Tensor) -> int:
+        return self._marks.get(_storage(tensor), 0)
+
+    def trained_layer(self, call: Call) -> str | None:
         """The name of a call's layer, if any parameter of the call is trained."""
         if not any(p.requires_grad for p in call.parameters):
             return None
         return self._layers[id(call.parameters[0])]
 
-    def met(self, call: LinearCall) -> Tensor:
+    def met(self, call: Call) -> tuple[Any, int]:
+        """A call of a layer: its result, and the marks that this gets beside those of the arguments."""
         raise NotImplementedError
 
-    def other(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Any other call of a torch function."""
+    def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Any function, before it is called."""
+
+    def prepare(self, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]) -> tuple[tuple, dict]:
+        """The arguments that a function of samples is called with."""
+        return args, kwargs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        reader = READERS.get(func)
-        call = reader(args, kwargs, self.origin) if reader is not None else None
-        if call is not None:
-            return self.met(call)
-        result = func(*args, **kwargs)
-        if args and id(args[0]) in self._layers and _is_transpose(result, args[0]):
-            self._transposes[id(result)] = (result, args[0])
+        self.other(func, args, kwargs)
+        owned, marks, bits = self._sort(args, kwargs)
+        if owned and not bits & SAMPLE:
+            return self._of_parameters(func, args, kwargs, owned)
+        if owned and func in COMPOSITES:
+            with self:
+                result = COMPOSITES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if rowed := self._rowed(func, owned, marks):
+            return self._with_rows(func, types, args, kwargs, rowed)
+        if bits & NOISED:
+            args, kwargs = self.prepare(args, kwargs, marks)
+        call = self._read(func, args, kwargs, owned) if owned else None
+        if call is None:
+            result = func(*args, **kwargs)
         else:
-            self.other(func, args, kwargs, result)
+            result, more = self.met(call)
+            bits |= more
+        self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
         return result
 
+    def _sort(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Owned], list[tuple[Tensor, int]], int]:
+        """The tensors among the arguments: those owed to parameters alone; the others with their marks; all marks."""
+        owned, marks, bits = [], [], 0
+        for tensor in _flat(args) + _flat(kwargs.values()):
+            each = self._owned.get(id(tensor))
+            if each is not None:
+                owned.append(each)
+            elif of_tensor := self.marks(tensor):
+                marks.append((tensor, of_tensor))
+                bits |= of_tensor
+        return owned, marks, bits
 
-def _is_transpose(result: Any, parameter: Tensor) -> bool:
-    return (
-        isinstance(result, Tensor)
-        and parameter.dim() == 2
-        and result.data_ptr() == parameter.data_ptr()
-        and result.shape == parameter.shape[::-1]
-        and result.stride() == parameter.stride()[::-1]
-    )
+    def _of_parameters(self, func: Callable, args: tuple, kwargs: dict[str, Any], owned: list[Owned]) -> Any:
+        with torch.enable_grad():
+            result = func(*args, **kwargs)
+        parameters = tuple({id(p): p for each in owned for p in each.parameters}.values())
+        for tensor in _flat((result,)):
+            if tensor.requires_grad and id(tensor) not in self._owned:
+                rows = any(_has_rows(func, each, tensor) for each in owned)
+                self._owned[id(tensor)] = Owned(tensor, parameters, rows)
+        self._mark(result, 0)
+        return result
 
+    def _rowed(self, func: Callable, owned: list[Owned], marks: list[tuple[Tensor, int]]) -> list[Owned]:
+        """The arguments that are computed from parameters and have a row for each sample."""
+        found = []
+        for each in owned:
+            if each.tensor.is_leaf or not each.tensor.dim():
+                continue
+            like = next((t for t, _ in marks if t.dim() and t.shape[0] == each.tensor.shape[0] > 1), None)
+            aligned = func in ELEMENTWISE and each.tensor.dim() > 1
+            if like is not None and (aligned and like.dim() == each.tensor.dim() or each.rows and not aligned):
+                found.append(each)
+        return found
 
-class Recording(Meeting):
-    """Watches a clean forward of two copies of a batch: which layers it calls, and whether they can be trained.
+    def _with_rows(self, func: Callable, types: Any, args: tuple, kwargs: dict[str, Any], rowed: list[Owned]) -> Any:
+        """The function, of the rows that calls of their own have made."""
+        made = {}
+        for each in rowed:
+            rows, more = self.met(RowsCall(each))
+            self._mark(rows, SAMPLE | more)
+            made[id(each.tensor)] = rows
+        args, kwargs = _pytree.tree_map(lambda leaf: made.get(id(leaf), leaf), (args, kwargs))
+        return self.__torch_function__(func, types, args, kwargs)
 
-    Attributes:
-        calls: the trained layers in the order of their first call, and how often each is called.
-        met_calls: those calls.
-        reached: ids of the parameters whose gradient the calls give.
-        elsewhere: id(parameter) -> a function beside the layers' calls that uses it.
-    """
+    def _read(self, func: Callable, args: tuple, kwargs: dict[str, Any], owned: list[Owned]) -> Call | None:
+        reader = READERS.get(func)
+        call = reader(args, kwargs, self.origin) if reader is not None else None
+        if call is None and func not in LIKES and any(each.tensor.requires_grad for each in owned):
+            samples = {id(t): t for t in _flat(args) + _flat(kwargs.values()) if self.marks(t) & SAMPLE}
+            call = LocalCall(func, args, kwargs, list(samples.values()), owned)
+        return call
 
-    def __init__(self, layers: Mapping[int, str], samples: int) -> None:
-        super().__init__(layers)
-        self._samples = samples
-        self.calls: dict[str, int] = {}
-        self.met_calls: list[LinearCall] = []
-        self.reached: set[int] = set()
-        self.elsewhere: dict[int, str] = {}
-
-    def met(self, call: LinearCall) -> Tensor:
-        layer = self.trained_layer(call)
-        if layer is not None:
-            rows = call.x.shape[0]
-            if rows % (2 * self._samples):
-                fail(
-                    f"the input of layer {layer!r}",
-                    f"have samples on its first axis: a multiple of {2 * self._samples} for two copies of the batch",
-                    list(call.x.shape),
-                )
-            if not same(*call.x.unflatten(0, (2, rows // 2))):
-                fail_rows(f"the input of layer {layer!r}")
-            self.calls[layer] = self.calls.get(layer, 0) + 1
-            self.met_calls.append(call)
-            self.reached.update(map(id, call.parameters))
-        return call.clean()
-
-    def other(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        if func is F.batch_norm and kwargs["training"]:  # in eval mode: there are no running statistics
-            fail(
-                "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
-            )
-        if func is Tensor.detach or not tensors(result):  # cut off on purpose, or a shape, a dtype, a device
-            return
-        for tensor in tensors((args, kwargs)):
-            if id(tensor) in self._layers and tensor.requires_grad:
-                self.elsewhere[id(tensor)] = getattr(func, "__name__", str(func))
-
-
-def same(first: Tensor, second: Tensor, scale: Tensor | None = None) -> bool:
-    """Whether two copies are equal but for rounding, which may flip a threshold here and there."""
-    first, second = (torch.nan_to_num(t.to(torch.float32)) for t in (first, second))
-    limit = 0.05 * (first if scale is None else torch.nan_to_num(scale.to(torch.float32))).norm() + 1e-5 * first.norm()
-    return bool((first - second).norm() <= limit)
+    def _mark(self, value: Any, bits: int) -> None:
+        """Note what tensors depend on; memory that is used again gets the marks of what it now holds."""
+        for tensor in (value,) if isinstance(value, Tensor) else tensors(value):
+            if bits:
+                self._marks[_storage(tensor)] = bits
+            elif self._marks:
+                self._marks.pop(_storage(tensor), None)
 
 
-def fail_rows(what: str) -> None:
-    fail(
-        what,
-        "have the samples on its first axis, in order, each made from its own sample only and without random numbers",
-        "different values in two copies of the same batch",
-    )
+def _flat(values: Iterable) -> list[Tensor]:
+    """The tensors in arguments; quicker than a tree of any depth."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _flat(value)
+    return found
 
 
-class NoisedPass(Meeting):
-    """A forward in which some layers are noised.
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # tensors without one: inside vmap, sparse
+        return 0
 
-    Args:
-        layers: id(parameter) -> the name of its layer.
-        noises: the noise of each noised layer; all with the same number of copies.
-        samples: of one copy.
-        cut: the model is given one copy, and the first noised call makes the others.
-    """
 
-    def __init__(self, layers: Mapping[int, str], noises: Mapping[str, Noise], samples: int, *, cut: bool) -> None:
-        super().__init__(layers)
-        self._noises = noises
-        self._samples = samples
-        self._cut = cut
-        self._counts: dict[str, int] = {}
-        self.calls: list[tuple[str, LinearCall]] = []
-
-    def met(self, call: LinearCall) -> Tensor:
-        layer = self.trained_layer(call)
-        noise = self._noises.get(layer) if layer is not None else None
-        if layer is None or noise is None:
-            return call.clean()
-        count = self._counts.get(layer, 0)
-        self._counts[layer] = count + 1
-        key = ops.fold_in(noise.key, count) if count else noise.key
-        noise = noise._replace(key=key.to(call.x.device))
-        first = not self.calls  # nothing was noised before: all copies have the same input
-        self.calls.append((layer, call))
-        return call.noised(noise, self._samples, 1 if first and self._cut else noise.copies, shared=first)
+def _has_rows(func: Callable, owned: Owned, result: Tensor) -> bool:
+    """Whether a result has a row for each sample, as far as shapes can tell."""
+    given = owned.tensor
+    if not result.dim():
+        return False
+    if func in EXPANDS and (given.dim() < result.dim() or given.shape[0] == 1 < result.shape[0]):
+        return True
+    return owned.rows and given.shape[0] == result.shape[0]

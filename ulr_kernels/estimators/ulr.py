@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ulr_kernels import contract, ops
 from ulr_kernels.estimators.baselines import loss_weights
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
-from ulr_kernels.estimators.meeting import NoisedPass, Recording, fail_rows, same
+from ulr_kernels.estimators.noised import NoisedPass
+from ulr_kernels.estimators.recording import Recording, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
-from ulr_kernels.nn.linear import Noise
-from ulr_kernels.nn.names import layer_names, parameter_names, unwrap
+from ulr_kernels.nn.call import Noise
+from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrap
 
 MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
 
@@ -44,14 +45,15 @@ class ULR:
     smooth; `rademacher` noise (SPSA) only as sigma goes to 0.
 
     The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each from its
-    own inputs. Trained parameters must belong to linear calls (`nn.Linear`, `F.linear`, `x @ W`, addmm); freeze others
-    with `requires_grad_(False)`. A layer with no trained parameter gets no noise. Noised passes run in eval mode:
-    dropout is off and BatchNorm uses its running statistics.
+    own inputs. Any torch function that brings a trained parameter and samples together is a layer, whose output gets
+    the noise; tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A
+    layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its
+    running statistics.
 
     Args:
         model: any module; make a new estimator after replacing parts of it.
         sigma: noise scale in units of the layer's output, > 0; a number or a mapping from layer names (the qualified
-            names of nn.Linear modules; of the parameter for a bare product) to numbers.
+            name of the module whose own parameters are called weight and bias; else of the parameter) to numbers.
         copies: noised copies of each sample per pass; a number or (layer-wise) such a mapping.
         antithetic: copies come as pairs eps, -eps; the number of copies must be even.
         injection: "layerwise": one pass per layer, in which only that layer is noised; "joint": one pass for all.
@@ -61,7 +63,7 @@ class ULR:
         baseline: "mean": of the other copies or pairs of the sample; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
         learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
-            nn.Linear, one for a bare product, whose gradient is E[(L - b) * (eps * score - 1)].
+            nn.Linear, convolutions and normalisation layers, else one; its gradient is E[(L - b) * (eps * score - 1)].
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -94,15 +96,13 @@ class ULR:
         self._plans: dict[tuple, Plan] = {}
 
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
-        log_sigma = {}
-        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        per_feature = {id(parameter) for module in linears for parameter in module.parameters(recurse=False)}
+        log_sigma: dict[str, nn.Parameter] = {}
+        features = {id(p): n for module in self.model.modules() for p, n in per_feature(module)}
         for parameter in self._parameters:
             name = self.layers[id(parameter)]
-            if parameter.dim() == 2 and parameter.requires_grad:
-                shape = (parameter.shape[0],) if id(parameter) in per_feature else ()
-                start = torch.full(shape, self.settings.sigma_of(name), dtype=torch.float32, device=parameter.device)
-                log_sigma[name] = nn.Parameter(start.log())
+            if parameter.requires_grad and name not in log_sigma:
+                start = torch.full(features.get(id(parameter), ()), self.settings.sigma_of(name), dtype=torch.float32)
+                log_sigma[name] = nn.Parameter(start.log().to(parameter.device))
         return log_sigma
 
     def parameters(self) -> list[nn.Parameter]:
@@ -158,7 +158,7 @@ class ULR:
         for _, call in noised.calls:
             call.check_unchanged()
         for layer, call in noised.calls:
-            call.add_gradient(weights, self._log_sigma.get(layer))
+            call.add_gradient(weights, 0, self._log_sigma.get(layer))
         return losses.mean()
 
     def _noised(self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, copies: int) -> tuple[NoisedPass, Any]:
@@ -167,8 +167,8 @@ class ULR:
             layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler)
             for layer in item.layers
         }
-        noised = NoisedPass(self.layers, noises, batch.samples, cut=item.cut)
         inputs = repeat(batch.x, 1 if item.cut else copies)
+        noised = NoisedPass(self.layers, self._parameters, inputs, noises, batch.samples, cut=item.cut)
         with noised:
             return noised, apply(self.model, inputs)
 
@@ -192,9 +192,10 @@ class ULR:
 
     def _make_plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
         """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
-        recording = Recording(self.layers, batch.samples)
+        inputs = repeat(batch.x, 2)
+        recording = Recording(self.layers, self._parameters, inputs, batch.samples)
         with recording:
-            outputs = apply(self.model, repeat(batch.x, 2))
+            outputs = apply(self.model, inputs)
         for call in recording.met_calls:
             call.check_unchanged()
         losses = batch.losses(outputs, loss_fn, 2)
@@ -249,11 +250,13 @@ class ULR:
         if problems:
             fail(
                 "model",
-                "use its trained parameters in linear calls only (freeze others with requires_grad_(False))",
+                "bring each trained parameter together with the samples in a function with one output, samples first, "
+                "and a derivative in the parameter. Those that it does not can be frozen (requires_grad_(False)), or "
+                "trained by noise on the weights (ulr.optim.MeZO), or left out of the model",
                 ", ".join(problems),
             )
         if not recording.calls:
-            fail("model", "have a trained linear layer", "none")
+            fail("model", "have a trained parameter", "none")
 
     # --- state -------------------------------------------------------------------------------------------------------
 

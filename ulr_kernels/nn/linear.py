@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,113 +10,62 @@ from torch import Tensor
 
 from ulr_kernels import ops
 from ulr_kernels.backends.cpp import onednn
-
-Origin = Callable[[Tensor], tuple[Tensor, bool] | None]  # a tensor -> (its parameter, whether it is the transpose)
-
-
-class Noise(NamedTuple):
-    """What makes a call's noise: its scale, its key, and the settings that all layers share."""
-
-    sigma: float | Tensor
-    key: Tensor
-    copies: int
-    antithetic: bool
-    dist: str
-    sampler: str
+from ulr_kernels.nn.call import Call, Origin, gradient_buffer, gradient_buffers
 
 
-class LinearCall:
-    """One call of a linear layer, y = x W^T + b, with x `[samples (x positions), ..., K]`.
-
-    Attributes:
-        x: the input, as the model gave it.
-        parameters: the model's own parameters among weight and bias.
-    """
+class LinearCall(Call):
+    """y = x W^T + b, with x `[samples (x positions), ..., K]`."""
 
     def __init__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin, *, columns: bool = False
     ) -> None:
         """`columns`: the weight comes as `[K, N]`, as in `x @ W`, instead of `[N, K]`."""
-        self.x = x
-        self._version = x._version
         self._w = weight.T if columns else weight
         self._b = bias
-        found = origin(weight)
-        self._weight = None if found is None else found[0]
-        self._bias = bias if bias is not None and origin(bias) is not None else None
-        self._stored_as_columns = columns != (found is not None and found[1])
-        self.parameters = tuple(p for p in (self._weight, self._bias) if p is not None)
+        self._columns = columns
+        self._weight, self._bias = origin(weight), origin(bias)
+        super().__init__((x,), (self._weight, self._bias))
 
-    def clean(self) -> Tensor:
-        x, weight, bias = self.x, self._w, self._b
+    def forward(self, *inputs: Tensor) -> Tensor:
+        (x,), weight, bias = inputs, self._w, self._b
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
         fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
         if plain and fits and x.device.type == "cpu" and onednn.dense(weight):
             return onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
-    def noised(self, noise: Noise, samples: int, x_copies: int, *, shared: bool) -> Tensor:
-        """The layer's output with noise, copy-major: `[copies * samples (x positions), ..., N]`.
+    def _rows(self) -> Tensor:
+        """The input as the ops take it: `[R, K]`, shared by the copies, or `[C, R, K]`."""
+        (x,) = self._operands
+        return x.flatten(0, -2) if self._shared else x.unflatten(0, (self.noise.copies, -1)).flatten(1, -2)
 
-        Args:
-            noise: the noise to add.
-            samples: how many one copy has.
-            x_copies: how many copies x holds: 1, or all of them.
-            shared: x is the same in all copies.
-        """
-        flat = self.x.flatten(0, -2)
-        rows = flat.shape[0] // x_copies
-        self._operand = flat[:rows] if shared else flat.unflatten(0, (x_copies, rows))
-        self._noise = noise
-        self._spec: dict[str, Any] = {
-            "antithetic": noise.antithetic,
-            "dist": noise.dist,
-            "sampler": noise.sampler,
-            "positions": rows // samples,
-        }
-        y = ops.noisy_linear(self._operand, self._w, self._b, noise.sigma, noise.key, copies=noise.copies, **self._spec)
-        return y.view(self.x.shape[0] // x_copies * noise.copies, *self.x.shape[1:-1], y.shape[-1])
-
-    def check_unchanged(self) -> None:
-        """Raise if the input, which the gradient needs, was modified in place since."""
-        if self.x._version != self._version:
-            raise RuntimeError(
-                "ulr.ULR: the input of a linear layer must not be modified in place after the layer has read it "
-                f"(its gradient needs it), got an input {list(self.x.shape)} that was"
-            )
-
-    def add_gradient(self, loss_weight: Tensor, log_sigma: Tensor | None) -> None:
-        """Add the likelihood-ratio gradient of this call to `.grad` of its trainable parameters.
-
-        Args:
-            loss_weight: fp32 `[copies, samples]`.
-            log_sigma: the learnt ln sigma, which gets its gradient too, or None.
-        """
-        weight = gradient_buffer(self._weight)
-        ops.noisy_linear_grad_(
-            weight.T if weight is not None and self._stored_as_columns else weight,
-            gradient_buffer(self._bias),
-            self._operand,
-            loss_weight,
-            self._noise.sigma,
-            self._noise.key,
-            grad_log_sigma=gradient_buffer(log_sigma),
-            **self._spec,
+    def _noised(self) -> Tensor:
+        (x,), noise, rows = self._operands, self.noise, self._rows()
+        spec = self._spec(rows.shape[-2] // self._samples)
+        y = ops.noisy_linear(
+            rows, self._w, self._b, noise.sigma, noise.key, copies=noise.copies, draw=noise.draw, **spec
         )
+        return y.view(noise.copies, -1, *x.shape[1:-1], y.shape[-1])
 
-
-def gradient_buffer(parameter: Tensor | None) -> Tensor | None:
-    """`.grad`, made if there is none; None for a parameter that is not trained."""
-    if parameter is None or not parameter.requires_grad:
-        return None
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+    def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        rows, noise = self._rows(), self.noise
+        with gradient_buffers(self._weight, self._bias) as (weight, bias):
+            ops.noisy_linear_grad_(
+                weight.T if weight is not None and self._columns else weight,
+                bias,
+                rows,
+                loss_weight,
+                noise.sigma,
+                noise.key,
+                draw=draw,
+                grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
+                **self._spec(rows.shape[-2] // self._samples),
+            )
 
 
 def _linear(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall | None:
-        if input.dim() < 2 or weight.dim() != 2 or not _per_feature(bias, weight.shape[0]):
+        if origin(input) or input.dim() < 2 or weight.dim() != 2 or not _per_feature(bias, weight.shape[0]):
             return None
         return LinearCall(input, weight, bias, origin)
 
@@ -129,7 +77,9 @@ def _product(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall 
         return None
     x, weight = args[-2:]
     bias = args[0] if len(args) == 3 else None  # addmm(bias, x, weight)
-    if origin(weight) is None or weight.dim() != 2 or x.dim() < 2 or not _per_feature(bias, weight.shape[1]):
+    if origin(x) or origin(weight) is None or weight.dim() != 2 or x.dim() < 2:
+        return None
+    if not _per_feature(bias, weight.shape[1]):
         return None
     return LinearCall(x, weight, bias, origin, columns=True)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -24,14 +28,27 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 
 
 def layer_names(model: nn.Module) -> dict[int, str]:
-    """id(parameter) -> the name of its layer: that of its module for nn.Linear, else the parameter's own."""
+    """id(parameter) -> the name of its layer.
+
+    A module with no other parameters of its own than `weight` and `bias` is a layer, known by its name; any other
+    parameter is known by its own.
+    """
     names = parameter_names(model)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            for name, parameter in module.named_parameters(recurse=False):
+        own = dict(module.named_parameters(recurse=False))
+        if own.keys() <= {"weight", "bias"}:
+            for name, parameter in own.items():
                 if names[id(parameter)] == _strip(f"{path}.{name}" if path else name):
                     names[id(parameter)] = _strip(path)
     return names
+
+
+def per_feature(module: nn.Module) -> Iterator[tuple[nn.Parameter, torch.Size]]:
+    """The parameters of a layer whose noise may have a scale for each feature of its output, and how many those are."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _BatchNorm):
+        for parameter in module.parameters(recurse=False):
+            if not (isinstance(module, nn.LayerNorm | nn.RMSNorm) and parameter.dim() > 1):
+                yield parameter, parameter.shape[:1]
 
 
 def _strip(name: str) -> str:

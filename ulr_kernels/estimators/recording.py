@@ -1,0 +1,82 @@
+"""What a model does with its parameters: a clean forward of two copies of a batch, watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulr_kernels.estimators.meeting import Meeting
+from ulr_kernels.estimators.settings import fail
+from ulr_kernels.nn.call import Call
+from ulr_kernels.nn.local import LocalCall
+
+
+class Recording(Meeting):
+    """Watches a clean forward of two copies of a batch: which layers it calls, and whether they can be trained.
+
+    Attributes:
+        calls: the trained layers in the order of their first call, and how often each is called.
+        met_calls: those calls.
+        reached: ids of the parameters whose gradient the calls give.
+        elsewhere: id(parameter) -> a function beside the layers' calls that uses it.
+    """
+
+    def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any, samples: int) -> None:
+        super().__init__(layers, parameters, inputs)
+        self._samples = samples
+        self.calls: dict[str, int] = {}
+        self.met_calls: list[Call] = []
+        self.reached: set[int] = set()
+        self.elsewhere: dict[int, str] = {}
+
+    def met(self, call: Call) -> tuple[Any, int]:
+        layer = self.trained_layer(call)
+        if layer is None:
+            return call.clean(), 0
+        if isinstance(call, LocalCall):
+            result = call.differentiable()
+            if result is None:
+                self.elsewhere.update((id(p), call.name) for p in call.parameters if p.requires_grad)
+                return call.clean(), 0
+            self._check_rows(result, f"the output of {call.name} in layer {layer!r}")
+        for x in call.inputs:
+            self._check_rows(x, f"the input of layer {layer!r}")
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+        self.met_calls.append(call)
+        self.reached.update(map(id, call.parameters))
+        return call.clean(), 0
+
+    def _check_rows(self, x: Tensor, what: str) -> None:
+        if not x.dim() or x.shape[0] % (2 * self._samples):
+            fail(
+                what,
+                f"have samples on its first axis: a multiple of {2 * self._samples} for two copies of the batch",
+                list(x.shape),
+            )
+        if not same(*x.unflatten(0, (2, -1))):
+            fail_rows(what)
+
+    def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        if func is F.batch_norm and kwargs["training"]:  # in eval mode: there are no running statistics
+            fail(
+                "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
+            )
+
+
+def same(first: Tensor, second: Tensor, scale: Tensor | None = None) -> bool:
+    """Whether two copies are equal but for rounding, which may flip a threshold here and there."""
+    first, second = (torch.nan_to_num(t.to(torch.float32)) for t in (first, second))
+    limit = 0.05 * (first if scale is None else torch.nan_to_num(scale.to(torch.float32))).norm() + 1e-5 * first.norm()
+    return bool((first - second).norm() <= limit)
+
+
+def fail_rows(what: str) -> None:
+    fail(
+        what,
+        "have the samples on its first axis, in order, each made from its own sample only and without random numbers",
+        "different values in two copies of the same batch",
+    )

@@ -1,0 +1,216 @@
+"""What calls of all layer types share: the tensors they read, the noise on their output, the buffers of gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import ops
+
+
+class Noise(NamedTuple):
+    """What makes a call's noise: its scale, its key, and the settings that all layers share. Copy c uses draw + c."""
+
+    sigma: float | Tensor
+    key: Tensor
+    copies: int
+    antithetic: bool
+    dist: str
+    sampler: str
+    draw: int = 0
+
+
+class Owned(NamedTuple):
+    """A parameter, or a tensor that is computed from parameters and constants alone: a transpose, a slice, a lookup
+    of positions, a normalised weight. Autograd knows how it depends on them.
+
+    Attributes:
+        tensor: it.
+        parameters: the model's parameters in it.
+        rows: it was expanded to one row for each sample.
+    """
+
+    tensor: Tensor
+    parameters: tuple[Tensor, ...]
+    rows: bool = False
+
+
+Origin = Callable[[Any], Owned | None]  # what a tensor owes to parameters alone
+
+
+class Call:
+    """One call of a layer v = phi(x; theta), as a reader found it in the model's forward.
+
+    A layer type says what phi is (`forward`) and how a score becomes gradients (`add_gradient`); it may also make the
+    noised output in a way of its own (`_noised`). Inputs and outputs have their samples on the first axis.
+
+    Attributes:
+        inputs: the tensors that depend on the samples, as the model gave them.
+        parameters: the model's own parameters in the call, the one that names it first; empty if it has none.
+        feature_dim: the axis of the output that counts the noise's columns; all others, in order, are its rows.
+        additive: the first input goes into the output as it is: v = x + phi(theta).
+    """
+
+    feature_dim = -1
+    additive = False
+
+    def __init__(self, inputs: tuple[Tensor, ...], owned: tuple[Owned | None, ...]) -> None:
+        self.inputs = inputs
+        self._versions = tuple(x._version for x in inputs)
+        known = {id(p): p for each in owned if each is not None for p in each.parameters}
+        self.parameters = tuple(known.values())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The layer's output for inputs of the same kind, of any number of samples."""
+        raise NotImplementedError
+
+    def clean(self) -> Tensor:
+        """The layer's output."""
+        return self.forward(*self.inputs)
+
+    def noised(self, noise: Noise, samples: int, x_copies: int, *, shared: bool, rides: bool = False) -> Tensor:
+        """The layer's output with noise, copy-major: `[copies * samples, ...]`.
+
+        Args:
+            noise: the noise to add.
+            samples: how many one copy has.
+            x_copies: how many copies the inputs hold: 1, or all of them.
+            shared: the inputs are the same in all copies.
+            rides: another term of the sum that the output goes into has this very noise: add none, but remember it.
+
+        Returns:
+            All copies; of a call that rides, as many as the inputs hold.
+        """
+        self.noise, self._samples, self._shared = noise, samples, shared
+        self._operands = tuple(x[: x.shape[0] // x_copies] for x in self.inputs) if shared else self.inputs
+        if rides:
+            y = self.clean()
+            self._shape = torch.Size((y.shape[0] // x_copies, *y.shape[1:]))
+            return y
+        y = self._noised()
+        self._shape = y.shape[1:]
+        return y.flatten(0, 1)
+
+    def _noised(self) -> Tensor:
+        """`[copies, samples of one copy, ...]`."""
+        noise, y = self.noise, self.forward(*self._operands)
+        if not self._shared:
+            y = y.unflatten(0, (noise.copies, -1))
+        self._shape = y.shape if self._shared else y.shape[1:]
+        return ops.noise_add(
+            y,
+            noise.sigma,
+            noise.key,
+            feature_dim=self.feature_dim,
+            copies=noise.copies,
+            shared=self._shared,
+            draw=noise.draw,
+            **self._spec(self._positions),
+        )
+
+    def _spec(self, positions: int) -> dict[str, Any]:
+        """The arguments that say which noise, in a forward as in its gradient."""
+        noise = self.noise
+        return {
+            "antithetic": noise.antithetic,
+            "dist": noise.dist,
+            "sampler": noise.sampler,
+            "positions": positions,
+        }
+
+    @property
+    def _positions(self) -> int:
+        """Rows of noise for each sample of the output."""
+        return self._shape.numel() // self._shape[self.feature_dim] // self._samples
+
+    def check_unchanged(self) -> None:
+        """Raise if an input, which the gradient needs, was modified in place since."""
+        for x, version in zip(self.inputs, self._versions, strict=True):
+            if x._version != version:
+                raise RuntimeError(
+                    "ulr.ULR: the input of a layer must not be modified in place after the layer has read it "
+                    f"(its gradient needs it), got an input {list(x.shape)} that was"
+                )
+
+    @property
+    def shared(self) -> bool:
+        """Whether the inputs were the same in all copies: one copy is kept, and serves for any number of them."""
+        return self._shared
+
+    def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        """Add the likelihood-ratio gradient of this call to `.grad` of its trained parameters.
+
+        Args:
+            loss_weight: fp32 `[copies, samples]`.
+            draw: of the first copy.
+            log_sigma: the learnt ln sigma, which gets its gradient too, or None.
+        """
+        raise NotImplementedError
+
+    def _scores(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+        """What takes the place of the output's gradient, fp32, followed by the inputs that it belongs to.
+
+        One for all copies, summed, where they share the inputs; else one for each copy.
+        """
+        noise, spec = self.noise, self._spec(self._positions) | {"feature_dim": self.feature_dim}
+        if log_sigma is not None:
+            like = loss_weight.new_empty(()).expand(self._shape)
+            buffer = gradient_buffer(log_sigma)
+            ops.noise_dot_(
+                None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec
+            )
+        if self._shared:
+            score = ops.noise_score(self._shape, loss_weight, noise.sigma, noise.key, draw=draw, **spec)
+            yield score, *self._operands
+            return
+        copies = loss_weight.shape[0]
+        by_copy = [x.unflatten(0, (copies, -1)) for x in self._operands]
+        draws = copies // 2 if noise.antithetic else copies
+        spec["antithetic"] = False
+        for c in range(copies):
+            weight = loss_weight[c : c + 1]
+            score = ops.noise_score(
+                self._shape, -weight if c >= draws else weight, noise.sigma, noise.key, draw=draw + c % draws, **spec
+            )
+            yield score, *(x[c] for x in by_copy)
+
+
+def gradient_buffer(parameter: Tensor) -> Tensor:
+    """`.grad`, made if there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+@contextlib.contextmanager
+def gradient_buffers(*owned: Owned | None) -> Iterator[list[Tensor | None]]:
+    """Buffers to add gradients to; None where nothing is trained.
+
+    A parameter's buffer is its `.grad`. What is added to that of a tensor computed from parameters goes on to them at
+    the end, by autograd through that computation, which no sample has part in.
+    """
+    buffers: list[Tensor | None] = []
+    for each in owned:
+        if each is None or not each.tensor.requires_grad:
+            buffers.append(None)
+        elif each.tensor.is_leaf:
+            buffers.append(gradient_buffer(each.tensor))
+        else:
+            buffers.append(torch.zeros_like(each.tensor))
+    yield buffers
+    for each, buffer in zip(owned, buffers, strict=True):
+        if each is not None and buffer is not None and not each.tensor.is_leaf:
+            pass_on(each.tensor, each.parameters, buffer)
+
+
+def pass_on(tensor: Tensor, parameters: tuple[Tensor, ...], gradient: Tensor) -> None:
+    """Add to `.grad` of the parameters what a gradient of a tensor computed from them gives."""
+    trained = [p for p in parameters if p.requires_grad]
+    found = torch.autograd.grad(tensor, trained, gradient.to(tensor.dtype), retain_graph=True, allow_unused=True)
+    for parameter, part in zip(trained, found, strict=True):
+        if part is not None:
+            gradient_buffer(parameter).add_(part)

@@ -1,0 +1,102 @@
+"""Convolutions: nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, and their functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulr_kernels import ops
+from ulr_kernels.nn.call import Call, Origin, gradient_buffer, gradient_buffers
+
+
+class ConvCall(Call):
+    """y = conv(x, weight) + b, with x `[samples (x images of each), I, H, W]`, or without H."""
+
+    feature_dim = 1
+
+    def __init__(
+        self,
+        func: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        window: dict[str, Any],
+        origin: Origin,
+    ) -> None:
+        """`window`: stride, padding, dilation, groups and, of a transposed convolution, output_padding."""
+        self._func, self._w, self._b, self._window = func, weight, bias, window
+        self._weight, self._bias = origin(weight), origin(bias)
+        super().__init__((x,), (self._weight, self._bias))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._func(*inputs, self._w, self._b, **self._window)
+
+    def _arguments(self) -> tuple[Tensor, dict[str, Any]]:
+        """The images and the window as the ops take them: one dimension is a height of 1."""
+        (x,), window = self._operands, dict(self._window)
+        if not self._shared:
+            x = x.unflatten(0, (self.noise.copies, -1))
+        if self._w.dim() == 3:
+            x = x.unsqueeze(-2)
+            for name, of_height in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0)):
+                value = window.get(name, of_height)
+                if not isinstance(value, str):
+                    window[name] = (of_height, value if isinstance(value, int) else value[0])
+        return x, window | {"transposed": self._func in TRANSPOSED}
+
+    def _noised(self) -> Tensor:
+        noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
+        weight = self._w if two else self._w.unsqueeze(2)
+        spec = self._spec(0) | {"positions": None}  # those of one image
+        if (images := x.shape[-4] // self._samples) > 1:
+            spec["positions"] = images * self.forward(self._operands[0][:1])[0, 0].numel()
+        y = ops.noisy_conv2d(
+            x, weight, self._b, noise.sigma, noise.key, copies=noise.copies, draw=noise.draw, **window, **spec
+        )
+        return y if two else y.squeeze(-2)
+
+    def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
+        with gradient_buffers(self._weight, self._bias) as (weight, bias):
+            ops.noisy_conv2d_grad_(
+                weight if two or weight is None else weight.unsqueeze(2),
+                bias,
+                x,
+                loss_weight,
+                noise.sigma,
+                noise.key,
+                kernel_size=tuple(self._w.shape[2:]) if two else (1, self._w.shape[2]),
+                draw=draw,
+                grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
+                **window,
+                **self._spec(self._positions),
+            )
+
+
+TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d}
+
+
+def _reader(func: Callable[..., Tensor], names: tuple[str, ...]) -> Callable:
+    """`names`: the function's arguments behind the bias."""
+
+    def read(args: tuple, kwargs: dict[str, Any], origin: Origin) -> ConvCall | None:
+        given = dict(zip(("input", "weight", "bias", *names), args, strict=False)) | kwargs
+        x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        if x.dim() != weight.dim() or origin(x):  # without a batch: torch would take it too
+            return None
+        return ConvCall(func, x, weight, bias, given, origin)
+
+    return read
+
+
+WINDOW = ("stride", "padding", "dilation", "groups")
+TRANSPOSED_WINDOW = ("stride", "padding", "output_padding", "groups", "dilation")
+READERS = {
+    F.conv1d: _reader(F.conv1d, WINDOW),
+    F.conv2d: _reader(F.conv2d, WINDOW),
+    F.conv_transpose1d: _reader(F.conv_transpose1d, TRANSPOSED_WINDOW),
+    F.conv_transpose2d: _reader(F.conv_transpose2d, TRANSPOSED_WINDOW),
+}

@@ -1,0 +1,120 @@
+"""Any other torch function that brings samples and parameters together: noise on its output, and its own derivative.
+
+`x + position_embeddings`, `gain * x`, `conv_transpose2d`, `prelu`, `bilinear`, `einsum` and many more need no file of
+their own: the score takes the place of the output's gradient; torch's derivative of this one function does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree
+
+from ulr_kernels.nn.call import Call, Owned, gradient_buffers, pass_on
+
+CHANNELS_FIRST = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
+                  F.batch_norm, F.group_norm, F.instance_norm, F.prelu, torch.prelu}  # fmt: skip
+SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+ELEMENTWISE = SUMS | {torch.sub, torch.mul, torch.div, torch.where, torch.cat, torch.concat, torch.stack, torch.lerp,
+                      Tensor.sub, Tensor.mul, Tensor.div, Tensor.sub_, Tensor.mul_, Tensor.div_, Tensor.where,
+                      Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__, Tensor.__mul__, Tensor.__rmul__,
+                      Tensor.__imul__, Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__rdiv__,
+                      Tensor.__itruediv__}  # fmt: skip
+"""Functions that join a parameter that has a row for each sample, if there is one, with the samples row by row."""
+EXPANDS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.tile, torch.broadcast_to,
+           Tensor.broadcast_to}  # fmt: skip
+
+LIKES = {Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.to}
+"""Functions that take no more from an argument than its shape, its dtype or its device."""
+
+
+class LocalCall(Call):
+    """v = func(samples, parameters), whatever func is.
+
+    Attributes:
+        name: of the function.
+    """
+
+    def __init__(self, func: Callable, args: tuple, kwargs: dict[str, Any], samples: list[Tensor], owned: list[Owned]):
+        """`samples`, `owned`: those of the arguments that depend on samples, and on parameters alone."""
+        self.name = getattr(func, "__name__", str(func))
+        self._func, self._in_place = _out_of_place(func)
+        if self._in_place:  # the gradient needs what was there before
+            self._target, before = args[0], args[0].clone()
+            args, samples = (before, *args[1:]), [before if s is args[0] else s for s in samples]
+        self._leaves, self._structure = _pytree.tree_flatten((args, kwargs))
+        self._places = [next(i for i, leaf in enumerate(self._leaves) if leaf is s) for s in samples]
+        self._owned = owned
+        self.feature_dim = 1 if func in CHANNELS_FIRST else -1
+        self.additive = func in SUMS and not kwargs and len(samples) == 1
+        super().__init__(tuple(samples), tuple(owned))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        leaves = list(self._leaves)
+        for place, x in zip(self._places, inputs, strict=True):
+            leaves = [x if leaf is self._leaves[place] else leaf for leaf in leaves]
+        args, kwargs = _pytree.tree_unflatten(leaves, self._structure)
+        return self._func(*args, **kwargs)
+
+    def differentiable(self) -> Tensor | None:
+        """The output, if it is one tensor with a derivative in the parameters."""
+        if self._func is Tensor.__setitem__:  # its output is what it writes
+            return None
+        with torch.enable_grad():
+            y = self.forward(*self.inputs)
+        fits = isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad
+        return y.detach() if fits else None
+
+    def clean(self) -> Tensor:
+        return self._written(super().clean())
+
+    def noised(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._written(super().noised(*args, **kwargs))
+
+    def _written(self, y: Tensor) -> Tensor:
+        """What an operation in place leaves behind; with more copies than its target has, a new tensor."""
+        return self._target.copy_(y) if self._in_place and y.shape == self._target.shape else y
+
+    def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        trained = [each.tensor for each in self._owned if each.tensor.requires_grad]
+        with gradient_buffers(*self._owned) as given:
+            buffers = [buffer for buffer in given if buffer is not None]
+            for score, *inputs in self._scores(loss_weight, draw, log_sigma):
+                with torch.enable_grad():
+                    y = self.forward(*inputs)
+                found = torch.autograd.grad(y, trained, score.to(y.dtype), allow_unused=True)
+                for buffer, part in zip(buffers, found, strict=True):
+                    if part is not None:
+                        buffer.add_(part)
+
+
+class RowsCall(Call):
+    """A parameter that is expanded to a row for each sample, as a class token is: v = theta."""
+
+    def __init__(self, owned: Owned) -> None:
+        self._owned = owned
+        super().__init__((owned.tensor.detach(),), (owned,))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        total = torch.zeros_like(self._owned.tensor)
+        rows = self._shape[0]
+        for score, _ in self._scores(loss_weight, draw, log_sigma):
+            total[:rows].add_(score)
+        pass_on(self._owned.tensor, self._owned.parameters, total)
+
+
+def _out_of_place(func: Callable) -> tuple[Callable, bool]:
+    """The function that returns what a function in place writes, and whether it is one."""
+    name = getattr(func, "__name__", "")
+    if name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"):
+        return getattr(Tensor, f"__{name[3:]}"), True
+    if name.endswith("_") and not name.endswith("__") and hasattr(Tensor, name[:-1]):
+        return getattr(Tensor, name[:-1]), True
+    return func, False

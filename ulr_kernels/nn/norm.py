@@ -1,0 +1,81 @@
+"""Normalisation layers: v = gain * normalised(x) + shift, batch normalisation by its running statistics."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulr_kernels import ops
+from ulr_kernels.nn.call import Call, Origin, gradient_buffer, gradient_buffers
+
+
+class NormCall(Call):
+    """One call of a normalisation with a gain and a shift for each feature."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        normalise: Callable[..., Tensor],
+        gain: Tensor | None,
+        shift: Tensor | None,
+        origin: Origin,
+        feature_dim: int,
+    ) -> None:
+        """`normalise(x, gain, shift)` -> the output; gain, shift: `[features]`, or None."""
+        self._normalise, self._w, self._b = normalise, gain, shift
+        self._gain, self._shift = origin(gain), origin(shift)
+        self.feature_dim = feature_dim
+        super().__init__((x,), (self._gain, self._shift))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self._normalise(*inputs, self._w, self._b)
+
+    def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        noise = self.noise
+        normalised = self._normalise(*self._operands, None, None)
+        if not self._shared:
+            normalised = normalised.unflatten(0, (noise.copies, -1))
+        with gradient_buffers(self._gain, self._shift) as (gain, shift):
+            ops.noise_dot_(
+                gain,
+                shift,
+                normalised,
+                loss_weight,
+                noise.sigma,
+                noise.key,
+                feature_dim=self.feature_dim,
+                shared=self._shared,
+                draw=draw,
+                grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
+                **self._spec(self._positions),
+            )
+
+
+def _reader(func: Callable[..., Tensor], feature_dim: int) -> Callable:
+    signature = inspect.signature(func)
+
+    def read(args: tuple, kwargs: dict[str, Any], origin: Origin) -> NormCall | None:
+        given = signature.bind(*args, **kwargs).arguments
+        x, gain, shift = given.pop("input"), given.pop("weight", None), given.pop("bias", None)
+        if any(t is not None and t.dim() != 1 for t in (gain, shift)):  # several axes normalised at once
+            return None
+
+        def normalise(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+            return func(x, weight=gain, **({"bias": shift} if "bias" in signature.parameters else {}), **given)
+
+        return NormCall(x, normalise, gain, shift, origin, feature_dim)
+
+    return read
+
+
+READERS = {
+    F.layer_norm: _reader(F.layer_norm, -1),
+    F.rms_norm: _reader(F.rms_norm, -1),
+    F.batch_norm: _reader(F.batch_norm, 1),
+    F.group_norm: _reader(F.group_norm, 1),
+    F.instance_norm: _reader(F.instance_norm, 1),
+}
