@@ -7,4 +7,9 @@
 
 // The launchers that exist once per instruction set, as ulr::<set>::<name>.
 #define ULR_CPU_LAUNCHERS(X, set) \
-    X(set, noise) X(set, noise_add) X(set, noise_score) X(set, noisy_linear) X(set, perturbed_weight)
+    X(set, noise)                 \
+    X(set, noise_add)             \
+    X(set, noise_score)           \
+    X(set, noisy_channels)        \
+    X(set, noisy_linear)          \
+    X(set, perturbed_weight)

@@ -1,9 +1,10 @@
 // noisy_linear, noisy_linear_grad_ and noisy_linear_replay_: what they do beside the matrix product, in one pass over
 // the noise. Forward: y = base + sigma * eps. Gradient: scores, weighted by the losses, and their sums over rows.
-// Whichever tensors are absent is not computed.
+// noisy.h says what it takes; rows of y, base and scores have unit stride.
 #include <algorithm>
 
 #include "dispatch.h"
+#include "noisy.h"
 #include "parallel.h"
 #include "pass.h"
 #include "tile.h"
@@ -12,24 +13,7 @@ namespace ulr {
 inline namespace ULR_ISA {
 namespace {
 
-// Copies are given as draws: [D, R, N]. With antithetic noise each draw has a second copy, with the noise negated, in
-// tensors of its own (kMinus...). Rows of y, base and scores have unit stride.
-enum Argument {
-    kY,
-    kMinusY,
-    kBase,  // the clean product and bias, in y's dtype or fp32; [1, R, N] where the draws share it; may be y itself
-    kMinusBase,        // absent: the draws' second copies share kBase
-    kSigma,            // [N], fp32
-    kLossWeight,       // [D, R / positions], fp32
-    kMinusLossWeight,  // likewise
-    kScores,           // fp32 loss_weight * score / sigma; [1, R, N]: summed over all copies, else [D, R, N]
-    kMinusScores,      // the second copies', where they are not summed
-    kBiasSums,         // fp32 [N] += loss_weight * score / sigma, summed over copies and rows
-    kLogSigmaSums,     // fp32 [N] += loss_weight * (eps * score - 1), likewise
-};
-
-constexpr int64_t kScoreColumns = 128;     // narrower tiles have more rows, so fewer partial sums over rows are kept
-constexpr int64_t kWorthWaking = 1 << 14;  // values that a thread should make at a time
+constexpr int64_t kScoreColumns = 128;  // narrower tiles have more rows, so fewer partial sums over rows are kept
 
 class Pass {
   public:
@@ -50,10 +34,10 @@ class Pass {
     int run(int threads);
 
   private:
-    bool has(Argument a) const { return t_[a].data != nullptr; }
+    bool has(NoisyArgument a) const { return t_[a].data != nullptr; }
     // For the widest lanes there are, so that the split into units, hence each sum's order, is the same for all.
     int64_t pitch() const { return (width_ + 15) / 16 * 16; }
-    float weight(Argument a, int64_t draw, int64_t row) const {
+    float weight(NoisyArgument a, int64_t draw, int64_t row) const {
         return *at<float>(t_[a], 0, draw, row / spec_.positions);
     }
 
@@ -164,7 +148,7 @@ void Pass::gradient(Unit& unit, int64_t draw, int64_t draws) const {
                 }
             }
             if (summed_) continue;
-            const auto write = [&](Argument scores, float loss_weight) {
+            const auto write = [&](NoisyArgument scores, float loss_weight) {
                 float* to = at<float>(t_[scores], draw + d, unit.row + r, unit.col);
                 const F w = set(loss_weight);
                 by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
@@ -227,7 +211,7 @@ int Pass::run(int threads) {
                             has(kLogSigmaSums) ? sums_of_piece + cols_ : nullptr);
         }
     });
-    const Argument which[] = {kBiasSums, kLogSigmaSums};
+    const NoisyArgument which[] = {kBiasSums, kLogSigmaSums};
     for (int kind = 0; kind < 2; ++kind)
         for (int64_t piece = 0; has(which[kind]) && piece < down; ++piece)
             for (int64_t c = 0; c < cols_; ++c)

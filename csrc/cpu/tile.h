@@ -21,43 +21,67 @@ struct Extent {
     int64_t draws, rows, cols;
 };
 
-// Each lane's place in the sequence of calls: (draw, row, block) relative to the tile's first.
+// Each lane's place in the sequence of calls: (draw, middle, fastest) relative to the tile's first, the fastest
+// counting to its end before the middle goes on.
 class Calls {
   public:
-    Calls(int64_t rows, int64_t blocks)
-        : blocks_(set(static_cast<uint32_t>(blocks))),
-          rows_(set(static_cast<uint32_t>(rows))),
-          step_block_(set(static_cast<uint32_t>(kLanes % blocks))),
-          step_row_(set(static_cast<uint32_t>(kLanes / blocks % rows))),
-          step_draw_(set(static_cast<uint32_t>(kLanes / blocks / rows))) {
+    // order[i]: which call of a vector is in lane i.
+    Calls(int64_t middles, int64_t fastests, const uint32_t (&order)[kLanes])
+        : fastests_(set(static_cast<uint32_t>(fastests))),
+          middles_(set(static_cast<uint32_t>(middles))),
+          step_fastest_(set(static_cast<uint32_t>(kLanes % fastests))),
+          step_middle_(set(static_cast<uint32_t>(kLanes / fastests % middles))),
+          step_draw_(set(static_cast<uint32_t>(kLanes / fastests / middles))) {
         alignas(64) uint32_t place[3][kLanes];
-        uint32_t call[kLanes];
-        store(call, call_of_lane());
         for (int lane = 0; lane < kLanes; ++lane) {
-            place[0][lane] = static_cast<uint32_t>(call[lane] % blocks);
-            place[1][lane] = static_cast<uint32_t>(call[lane] / blocks % rows);
-            place[2][lane] = static_cast<uint32_t>(call[lane] / blocks / rows);
+            place[0][lane] = static_cast<uint32_t>(order[lane] % fastests);
+            place[1][lane] = static_cast<uint32_t>(order[lane] / fastests % middles);
+            place[2][lane] = static_cast<uint32_t>(order[lane] / fastests / middles);
         }
-        block = load(place[0]);
-        row = load(place[1]);
+        fastest = load(place[0]);
+        middle = load(place[1]);
         draw = load(place[2]);
     }
 
     void advance() {
         const U one = set(1u), none = set(0u);
-        block = block + step_block_;
-        const M row_ends = not_less(block, blocks_);
-        block = subtract_where(row_ends, block, blocks_);
-        row = subtract_where(row_ends, row + step_row_, none - one);
-        const M draw_ends = not_less(row, rows_);
-        row = subtract_where(draw_ends, row, rows_);
-        draw = subtract_where(draw_ends, draw + step_draw_, none - one);
+        fastest = fastest + step_fastest_;
+        const M fastest_ends = not_less(fastest, fastests_);
+        fastest = subtract_where(fastest_ends, fastest, fastests_);
+        middle = subtract_where(fastest_ends, middle + step_middle_, none - one);
+        const M middle_ends = not_less(middle, middles_);
+        middle = subtract_where(middle_ends, middle, middles_);
+        draw = subtract_where(middle_ends, draw + step_draw_, none - one);
     }
 
-    U block, row, draw;
+    U fastest, middle, draw;
 
   private:
-    U blocks_, rows_, step_block_, step_row_, step_draw_;
+    U fastests_, middles_, step_fastest_, step_middle_, step_draw_;
+};
+
+// What a vector of calls leaves: the words of each call side by side, neighbouring columns of a row. Blocks of
+// columns are the fastest in the sequence.
+struct ByCall {
+    static void order(uint32_t (&lanes)[kLanes]) { store(lanes, call_of_lane()); }
+    static U block(const Calls& calls) { return calls.fastest; }
+    static U row(const Calls& calls) { return calls.middle; }
+    static void store_words(uint32_t* words, int64_t call, int64_t, U (&w)[4]) {
+        transpose(w);
+        for (int vector = 0; vector < 4; ++vector) store(words + 4 * call + vector * kLanes, w[vector]);
+    }
+};
+
+// Each word of the calls in a plane of its own: a column's rows side by side. Rows are the fastest.
+struct ByWord {
+    static void order(uint32_t (&lanes)[kLanes]) {
+        for (uint32_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+    }
+    static U block(const Calls& calls) { return calls.middle; }
+    static U row(const Calls& calls) { return calls.fastest; }
+    static void store_words(uint32_t* words, int64_t call, int64_t plane, U (&w)[4]) {
+        for (int word = 0; word < 4; ++word) store(words + word * plane + call, w[word]);
+    }
 };
 
 // The two tables, made once.
@@ -66,14 +90,15 @@ inline const Octaves& octaves_of(int32_t dist) {
     return dist == ULR_LAPLACE ? laplace : normal;
 }
 
-// The words of the next `streams` x kLanes calls in sequence.
-template <int streams>
-inline void philox_step(const KeySchedule& key, U block0, U row0, U draw0, Calls& calls, uint32_t* words) {
+// The words of the next `streams` x kLanes calls in sequence, the first of them number `call`.
+template <typename Order, int streams>
+inline void philox_step(const KeySchedule& key, U block0, U row0, U draw0, Calls& calls, uint32_t* words, int64_t call,
+                        int64_t plane) {
     const U m0 = set(kPhiloxM0), m1 = set(kPhiloxM1);
     W c[streams][4];
     for (int s = 0; s < streams; ++s) {
-        c[s][0] = widen(block0 + calls.block);
-        c[s][1] = widen(row0 + calls.row);
+        c[s][0] = widen(block0 + Order::block(calls));
+        c[s][1] = widen(row0 + Order::row(calls));
         c[s][2] = widen(draw0 + calls.draw);
         c[s][3] = widen(set(0u));
         calls.advance();
@@ -91,20 +116,41 @@ inline void philox_step(const KeySchedule& key, U block0, U row0, U draw0, Calls
     for (int s = 0; s < streams; ++s) {
         U w[4];
         for (int word = 0; word < 4; ++word) w[word] = narrow(c[s][word]);
-        transpose(w);
-        for (int vector = 0; vector < 4; ++vector) store(words + (4 * s + vector) * kLanes, w[vector]);
+        Order::store_words(words, call + s * kLanes, plane, w);
     }
 }
 
-// The words of `count` calls in sequence, to `words`, which has room for 2 kLanes calls more.
-inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls, int64_t count,
-                         uint32_t* words) {
+// The words of `count` calls in sequence, to `words`, which has room for 2 kLanes calls more (`plane`: from one plane
+// of words to the next, where there are any).
+template <typename Order>
+inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls, int64_t count, uint32_t* words,
+                         int64_t plane = 0) {
     int64_t done = 0;
     for (; done + kStreams * kLanes <= count; done += kStreams * kLanes)
-        philox_step<kStreams>(key, block0, row0, draw0, calls, words + 4 * done);
-    for (; done + kLanes < count; done += 2 * kLanes) philox_step<2>(key, block0, row0, draw0, calls, words + 4 * done);
-    for (; done < count; done += kLanes) philox_step<1>(key, block0, row0, draw0, calls, words + 4 * done);
+        philox_step<Order, kStreams>(key, block0, row0, draw0, calls, words, done, plane);
+    for (; done + kLanes < count; done += 2 * kLanes)
+        philox_step<Order, 2>(key, block0, row0, draw0, calls, words, done, plane);
+    for (; done < count; done += kLanes) philox_step<Order, 1>(key, block0, row0, draw0, calls, words, done, plane);
 }
+
+// The places of a tile's calls, kept from one tile to the next: neighbours share their layout.
+template <typename Order>
+class Layout {
+  public:
+    const Calls& calls(int64_t middles, int64_t fastests) {
+        if (middles != middles_ || fastests != fastests_) calls_ = made(middles_ = middles, fastests_ = fastests);
+        return calls_;
+    }
+
+  private:
+    static Calls made(int64_t middles, int64_t fastests) {
+        uint32_t order[kLanes];
+        Order::order(order);
+        return Calls(middles, fastests, order);
+    }
+    int64_t middles_ = 1, fastests_ = 1;
+    Calls calls_ = made(1, 1);
+};
 
 // Words to noise by the octaves of a distribution (distributions.h: quantile); `count` is rounded up to whole vectors.
 inline void quantiles(const Octaves& table, const uint32_t* words, int64_t count, float* values) {
@@ -150,11 +196,9 @@ class Tile {
     int64_t make_words(const Extent& at, int64_t draw, int64_t draws, int64_t columns_of_call) {
         const int64_t block = at.col / columns_of_call;
         const int64_t blocks = (at.col + at.cols - 1) / columns_of_call - block + 1;
-        if (at.rows != calls_rows_ || blocks != calls_blocks_) {  // neighbouring tiles share their layout
-            calls_ = Calls(calls_rows_ = at.rows, calls_blocks_ = blocks);
-        }
-        philox_words(key_, set(static_cast<uint32_t>(block)), set(static_cast<uint32_t>(at.row)),
-                     set(static_cast<uint32_t>(draw)), calls_, draws * at.rows * blocks, words_);
+        philox_words<ByCall>(key_, set(static_cast<uint32_t>(block)), set(static_cast<uint32_t>(at.row)),
+                             set(static_cast<uint32_t>(draw)), layout_.calls(at.rows, blocks), draws * at.rows * blocks,
+                             words_);
         return blocks;
     }
 
@@ -201,8 +245,8 @@ class Tile {
     const ulr_noise_spec& spec_;
     KeySchedule key_;
     const Octaves& octaves_;
-    Calls calls_{1, 1};
-    int64_t calls_rows_ = 1, calls_blocks_ = 1, rows_ = 0, pitch_ = 0, lead_ = 0;
+    Layout<ByCall> layout_;
+    int64_t rows_ = 0, pitch_ = 0, lead_ = 0;
     alignas(64) uint32_t words_[kTileFloats + 8 * kLanes];
     alignas(64) float values_[kTileFloats + 8 * kLanes];
 };

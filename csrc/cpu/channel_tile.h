@@ -1,0 +1,108 @@
+// A tile of noise in which a column's rows lie side by side: for tensors whose channels lie one behind another, each
+// with its pixels in a row (NCHW). Lanes take rows, so no word changes places on its way to memory.
+#pragma once
+
+#include <algorithm>
+
+#include "tile.h"
+
+namespace ulr {
+inline namespace ULR_ISA {
+
+constexpr int64_t kMostRows = kTileFloats / 4;  // of a tile: a call of Philox makes four values
+
+// Makes tiles of one noise. Element (d, r, c) of the last tile is at channel(d, c)[r]; up to 16 finite values more may
+// be read there.
+class ChannelTile {
+  public:
+    explicit ChannelTile(const ulr_noise_spec& spec) : spec_(spec), key_(*spec.key), octaves_(octaves_of(spec.dist)) {}
+
+    // The most columns of a tile, and how many rows, a multiple of 16, then fit. Tiles start at multiples of their
+    // width from the noise's first column on.
+    static int64_t width(const ulr_noise_spec& spec, int64_t cols) {
+        return std::min(cols, spec.dist == ULR_RADEMACHER ? kSignColumns : kChannels);
+    }
+    static int64_t height(const ulr_noise_spec& spec, int64_t width) {
+        const int64_t columns = spec.dist == ULR_RADEMACHER ? kSignColumns : kValueColumns;
+        const int64_t blocks = (spec.col_offset % columns + width + columns - 1) / columns;
+        return std::min(kMostRows / blocks, spec.dist == ULR_RADEMACHER ? kTileFloats / width : kMostRows) / 16 * 16;
+    }
+
+    const float* channel(int64_t draw, int64_t col) const {
+        if (spec_.dist == ULR_RADEMACHER) return values_ + (draw * cols_ + col) * pitch_;
+        const int64_t place = lead_ + col;
+        return values_ + place % kValueColumns * plane_ + (draw * blocks_ + place / kValueColumns) * rows_;
+    }
+
+    void make(const Extent& at) {
+        rows_ = at.rows;
+        cols_ = at.cols;
+        if (spec_.dist == ULR_RADEMACHER)
+            make_signs(at);
+        else
+            make_values(at);
+    }
+
+  private:
+    static constexpr int64_t kChannels = 16;
+
+    // The words of every call that the columns touch: word w of call (draw, block, row) in plane w.
+    void make_words(const Extent& at, int64_t draw, int64_t draws, int64_t columns_of_call) {
+        const int64_t block = at.col / columns_of_call;
+        lead_ = at.col % columns_of_call;
+        blocks_ = (lead_ + at.cols - 1) / columns_of_call + 1;
+        calls_ = draws * blocks_ * at.rows;
+        plane_ = calls_ + 2 * kLanes;
+        philox_words<ByWord>(key_, set(static_cast<uint32_t>(block)), set(static_cast<uint32_t>(at.row)),
+                             set(static_cast<uint32_t>(draw)), layout_.calls(blocks_, at.rows), calls_, words_, plane_);
+    }
+
+    void make_values(const Extent& at) {
+        if (spec_.sobol) {
+            make_words(at, 0, 1, kValueColumns);
+            shift_by_sobol(at, static_cast<uint32_t>(at.draw));
+        } else {
+            make_words(at, at.draw, at.draws, kValueColumns);
+        }
+        for (int word = 0; word < 4; ++word)
+            quantiles(octaves_, words_ + word * plane_, calls_, values_ + word * plane_);
+    }
+
+    void shift_by_sobol(const Extent& at, uint32_t draw) {
+        for (int64_t c = 0; c < at.cols; ++c) {
+            const int64_t place = lead_ + c;
+            uint32_t* words = words_ + place % kValueColumns * plane_ + place / kValueColumns * at.rows;
+            for (int64_t r = 0; r < at.rows; ++r) {
+                const int64_t dimension = (at.row + r) % spec_.positions * spec_.width + at.col + c;
+                words[r] ^= sobol(spec_.sobol + dimension * 30, draw);
+            }
+        }
+    }
+
+    void make_signs(const Extent& at) {
+        make_words(at, at.draw, at.draws, kSignColumns);
+        pitch_ = (at.rows + kLanes - 1) / kLanes * kLanes;
+        const U one = set(0x3f800000u), sign = set(0x80000000u);
+        for (int64_t d = 0; d < at.draws; ++d) {
+            for (int64_t c = 0; c < at.cols; ++c) {
+                const int64_t place = lead_ + c, word = place % kSignColumns / 32;
+                const uint32_t* from = words_ + word * plane_ + (d * blocks_ + place / kSignColumns) * at.rows;
+                const U bit = set(1u << place % 32);
+                float* to = values_ + (d * at.cols + c) * pitch_;
+                for (int64_t r = 0; r < at.rows; r += kLanes)
+                    store(to + r, as_float(subtract_where(not_less(load(from + r) & bit, bit), one, sign)));
+            }
+        }
+    }
+
+    const ulr_noise_spec& spec_;
+    KeySchedule key_;
+    const Octaves& octaves_;
+    Layout<ByWord> layout_;
+    int64_t rows_ = 0, cols_ = 0, lead_ = 0, blocks_ = 0, calls_ = 0, plane_ = 0, pitch_ = 0;
+    alignas(64) uint32_t words_[kTileFloats + 16 * kLanes];
+    alignas(64) float values_[kTileFloats + 16 * kLanes] = {};  // zeros: what is read beyond a tile's end is finite
+};
+
+}  // namespace ULR_ISA
+}  // namespace ulr
