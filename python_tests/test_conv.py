@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import conv_truth
 import pytest
 import test_ops
@@ -19,12 +17,6 @@ from ulr_kernels.ops._op import FLOATS, Sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 CONV = ("noisy_conv2d", "noisy_conv2d_grad_", "noisy_conv2d_replay_")
-
-
-@pytest.fixture
-def device() -> Iterator[str]:
-    with ulr.use_backend("torch"):
-        yield "cpu"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))

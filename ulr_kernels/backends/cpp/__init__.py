@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import elementwise, linear, perturbed
+from ulr_kernels.backends.cpp import conv, elementwise, linear, perturbed
 
 
 @functools.cache
@@ -102,6 +102,9 @@ _PROVIDERS: dict[str, Callable] = {
     "noise_add": elementwise.noise_add,
     "noise_score": elementwise.noise_score,
     "noise_dot_": elementwise.noise_dot_,
+    "noisy_conv2d": conv.noisy_conv2d,
+    "noisy_conv2d_grad_": conv.noisy_conv2d_grad_,
+    "noisy_conv2d_replay_": conv.noisy_conv2d_replay_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,

@@ -7,7 +7,6 @@ tile, and nothing is allocated beside the outputs but a few tiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import onednn
+from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
 # scores and one of the product come on top of the buffers.
@@ -77,9 +77,9 @@ def _linear(
     own_x = x.dim() == 3 and copies > 1  # each copy has its own; a single copy is the shared case
     x = x if x.dim() == 3 else x[None]
     sizes = _tile_sizes(x, weight, grad_weight, loss_weight is not None, features)
-    xs = _halves(x, antithetic and own_x)
-    ys = _halves(y, antithetic)
-    loss_weights = _halves(loss_weight, antithetic)
+    xs = halves(x, antithetic and own_x)
+    ys = halves(y, antithetic)
+    loss_weights = halves(loss_weight, antithetic)
     sigma = sigma.expand(features)
     # fp32, over all tiles, so that a bf16 buffer is rounded once; a scalar's sum has stride 0.
     bias_sums = None if grad_bias is None else torch.zeros(features)
@@ -89,13 +89,13 @@ def _linear(
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
     for n in range(0, features, sizes.features):
         cols = slice(n, min(n + sizes.features, features))
-        operands = None if weight is None else _operands(_narrow(weight, cols), _part(bias, cols))
-        gradient = None if grad_weight is None else _Gradient(_narrow(grad_weight, cols), sizes)
-        for copy, row in _row_tiles(draws if own_x else 1, x.shape[1], sizes.rows, positions):
+        operands = None if weight is None else _operands(narrow(weight, cols), part(bias, cols))
+        gradient = None if grad_weight is None else _Gradient(narrow(grad_weight, cols), sizes)
+        for copy, row in row_tiles(draws if own_x else 1, x.shape[1], sizes.rows, positions):
             use = copy if own_x else slice(0, draws)
             sample = slice(row.start // positions, -(-row.stop // positions))
-            y_tiles = [_part(half, use, row, cols) for half in ys]
-            x_tiles = [_part(half, copy, row) for half in xs]
+            y_tiles = [part(half, use, row, cols) for half in ys]
+            x_tiles = [part(half, copy, row) for half in xs]
             bases: list[Tensor | None] = [None, None]
             if operands is not None:
                 bases = [None if tile is None else _product(tile, *operands) for tile in x_tiles]
@@ -105,11 +105,11 @@ def _linear(
             tensors = (
                 *y_tiles,
                 *bases,
-                _narrow(sigma, cols),
-                *(_part(half, use, sample) for half in loss_weights),
+                narrow(sigma, cols),
+                *(part(half, use, sample) for half in loss_weights),
                 *scores,
-                _part(bias_sums, cols),
-                _part(log_sigma_sums, cols),
+                part(bias_sums, cols),
+                part(log_sigma_sums, cols),
             )
             at = (draw + use.start, row_offset + row.start, col_offset + n)
             width = col_offset + features
@@ -159,26 +159,6 @@ def _add_noise(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) 
 # Any op, tile by tile.
 
 
-def _halves(tensor: Tensor | None, antithetic: bool) -> tuple[Tensor | None, Tensor | None]:
-    """The copies with the noise as it is, and those with the noise negated."""
-    if tensor is None or not antithetic:
-        return tensor, None
-    half = tensor.shape[0] // 2
-    return tensor[:half], tensor[half:]
-
-
-def _narrow(tensor: Tensor, *index: slice) -> Tensor:
-    """tensor[index], faster where, as mostly, an index takes the whole axis."""
-    for axis, part in enumerate(index):
-        if (size := part.stop - part.start) < tensor.shape[axis]:
-            tensor = tensor.narrow(axis, part.start, size)
-    return tensor
-
-
-def _part(tensor: Tensor | None, *index: slice) -> Tensor | None:
-    return None if tensor is None else _narrow(tensor, *index)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tiles.
 
@@ -208,23 +188,6 @@ def _even(extent: int, limit: int) -> int:
         return extent
     parts = -(-extent // limit)
     return -(-extent // parts // 16) * 16
-
-
-def _row_tiles(copies: int, rows: int, limit: int, positions: int) -> Iterator[tuple[slice, slice]]:
-    """Copies and rows of each tile: whole copies, or rows of one copy that are whole samples or within one sample."""
-    if rows <= limit:
-        step = max(1, limit // rows)
-        for copy in range(0, copies, step):
-            yield slice(copy, min(copy + step, copies)), slice(0, rows)
-        return
-    step = limit // positions * positions or limit
-    for copy in range(copies):
-        start = 0
-        while start < rows:
-            sample_end = rows if positions <= limit else start // positions * positions + positions
-            stop = min(start + step, sample_end)
-            yield slice(copy, copy + 1), slice(start, stop)
-            start = stop
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,180 @@
+"""The three convolutions of the cpp back end: oneDNN's products, through torch, and the library's pass over the noise,
+some images at a time.
+
+The pass is csrc/cpu/noisy_linear.cpp where channels are neighbours in memory (channels last: rows of channels), and
+csrc/cpu/noisy_channels.cpp where pixels are. It makes a chunk's noise once for output and gradient. Beside the outputs
+only a chunk of clean outputs, of scores, and of inputs whose dtype or layout torch must change is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.backends import _native
+from ulr_kernels.backends.cpp import onednn
+from ulr_kernels.backends.cpp.tiles import halves, part, row_tiles
+from ulr_kernels.ops._conv import Window
+
+CHUNK = 2**19  # elements of a chunk's inputs or outputs, whichever are more
+_FP32 = torch.float32
+
+
+def noisy_conv2d(
+    y, x, weight, bias, sigma, key, stride, padding, dilation, groups, transposed, copies, antithetic, *noise
+) -> None:
+    window = Window.of(stride, padding, dilation, groups, transposed)
+    _conv(y, None, None, None, x, weight, bias, None, sigma, key, weight.shape[2:], window, copies, antithetic, *noise)
+
+
+def noisy_conv2d_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, kernel, *rest) -> None:
+    window, buffers = Window.of(*rest[:5]), (grad_weight, grad_bias, grad_log_sigma)
+    copies = loss_weight.shape[0]
+    _conv(None, *buffers, x, None, None, loss_weight, sigma, key, kernel, window, copies, *rest[5:])
+
+
+def noisy_conv2d_replay_(
+    y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *rest
+) -> None:
+    window, buffers = Window.of(*rest[:5]), (grad_weight, grad_bias, grad_log_sigma)
+    copies = loss_weight.shape[0]
+    _conv(y, *buffers, x, weight, bias, loss_weight, sigma, key, weight.shape[2:], window, copies, *rest[5:])
+
+
+def _conv(
+    y: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    loss_weight: Tensor | None,
+    sigma: Tensor,
+    key: Tensor,
+    kernel: list[int],
+    window: Window,
+    copies: int,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> None:
+    """The forward where there is y, the gradient where there is loss_weight."""
+    if not x.shape[-4]:
+        return
+    draws = copies // 2 if antithetic else copies
+    own_x = x.dim() == 5 and copies > 1  # each copy has its own; a single copy is the shared case
+    x = x if x.dim() == 5 else x[None]
+    height, width = window.output_size(x.shape[-2:], kernel)
+    features = _features(y, grad_weight, grad_bias, window)
+    last = (x[0] if y is None else y[0]).is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    xs, ys, loss_weights = halves(x, antithetic and own_x), halves(y, antithetic), halves(loss_weight, antithetic)
+    # fp32, over all chunks, so that a bf16 buffer is rounded once; a scalar's sum has stride 0.
+    bias_sums = None if grad_bias is None else torch.zeros(features)
+    log_sigma = None if grad_log_sigma is None else torch.zeros(grad_log_sigma.shape)
+    gradient = None if grad_weight is None else _Gradient(grad_weight, window)
+
+    launch = _native.launcher("cpp", "noisy_linear" if last else "noisy_channels")
+    pixels, threads = height * width, torch.get_num_threads()
+    for copy, image in _chunks(x, draws if own_x else 1, features * pixels, pixels, positions):
+        use = copy if own_x else slice(0, draws)
+        sample = slice(image.start * pixels // positions, -(-image.stop * pixels // positions))
+        x_chunks = [part(half, copy, image) for half in xs]
+        bases: list[Tensor | None] = [None, None]
+        if weight is not None:
+            bases = [None if t is None else _product(t, weight, bias, window, memory_format) for t in x_chunks]
+        scores: list[Tensor | None] = [None, None]
+        if loss_weight is not None:
+            size = (features, height, width)
+            scores = [None if t is None else _images(t.shape[:2], size, memory_format) for t in x_chunks]
+        pass_tensors = (
+            *(_laid_out(part(half, use, image), last) for half in ys),
+            *(_laid_out(base, last) for base in bases),
+            sigma.expand(features),
+            *(part(half, use, sample) for half in loss_weights),
+            *(_laid_out(score, last) for score in scores),
+            bias_sums,
+            None if log_sigma is None else log_sigma.expand(features),
+        )
+        at = (draw + use.start, row_offset + image.start * pixels, col_offset)
+        which = (key, dist, sampler, positions, *at)
+        spec = _native.noise_spec(*which, width=col_offset + features, antithetic=antithetic)
+        launch(spec, tuple(None if t is None else _native.view(t) for t in pass_tensors), threads=threads)
+        if gradient is not None:
+            for score, chunk in zip(scores, x_chunks, strict=True):
+                if score is not None and chunk is not None:
+                    gradient.add(score, chunk)
+        del bases, scores, pass_tensors  # before the next chunk's are allocated
+    if gradient is not None:
+        gradient.store()
+    if grad_bias is not None and bias_sums is not None:
+        grad_bias.add_(bias_sums)
+    if grad_log_sigma is not None and log_sigma is not None:
+        grad_log_sigma.add_(log_sigma)
+
+
+def _features(y: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, window: Window) -> int:
+    if y is not None:
+        return y.shape[2]
+    return window.channels(grad_weight.shape)[1] if grad_weight is not None else grad_bias.shape[0]  # type: ignore
+
+
+def _chunks(x: Tensor, copies: int, outputs: int, pixels: int, positions: int):
+    """Copies and images of each chunk: whole copies, or images of one copy that are whole samples or of one sample."""
+    limit = max(1, CHUNK // max(outputs, x[0, 0].numel()))
+    images_of_sample = math.lcm(pixels, positions) // pixels
+    if images_of_sample * pixels != positions:  # samples end within images
+        limit = max(limit, images_of_sample)
+    return row_tiles(copies, x.shape[1], limit, images_of_sample)
+
+
+def _images(lead: torch.Size, size: tuple[int, int, int], memory_format: torch.memory_format) -> Tensor:
+    """fp32 `[copies, images, O, H', W']`."""
+    return torch.empty((lead.numel(), *size), memory_format=memory_format).unflatten(0, lead)
+
+
+def _laid_out(images: Tensor | None, last: bool) -> Tensor | None:
+    """`[C, B, O, H', W']` as a pass takes it: `[C, rows, O]`, or `[C, B, O, 1, H' W']`."""
+    if images is None:
+        return None
+    copies, count, features = images.shape[:3]
+    if last:
+        return images.movedim(2, -1).view(copies, -1, features)
+    return images.view(copies, count, features, 1, -1)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, memory_format: torch.memory_format
+) -> Tensor:
+    """The clean convolution of a chunk of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the
+    noise is added (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
+    dtype = x.dtype if onednn.supports(x.dtype) else _FP32
+    made = window.convolve(x.flatten(0, 1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return made.contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
+
+
+class _Gradient:
+    """grad_weight, to which the weight gradients of chunks are added; summed in fp32, rounded once."""
+
+    def __init__(self, buffer: Tensor, window: Window) -> None:
+        self.buffer = buffer
+        self.window = window
+        self.sums = buffer if buffer.dtype == _FP32 else torch.zeros_like(buffer, dtype=_FP32)
+        self.like = torch.empty(buffer.shape)
+
+    def add(self, scores: Tensor, x: Tensor) -> None:
+        images = x.flatten(0, 1).float()
+        by_weight = self.window.backward(scores.flatten(0, 1), images, self.like, (False, True))[1]
+        assert by_weight is not None
+        self.sums.add_(by_weight)
+
+    def store(self) -> None:
+        if self.sums is not self.buffer:
+            self.buffer.add_(self.sums)
