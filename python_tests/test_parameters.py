@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fractions
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import truth
 from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison applies itself
 
 import ulr_kernels as ulr
+from ulr_kernels.backends import cpp
 from ulr_kernels.ops import combine_, perturb_
 from ulr_kernels.ops._linear import values
 from ulr_kernels.ops._op import FLOATS, OPS, Sample
@@ -21,12 +21,6 @@ PARAMETERS = ("perturb_", "combine_")
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs")
 CALLS = [(op, dtype, i) for op in PARAMETERS for dtype in FLOATS for i in samples(op, True) if dtype != torch.float16]
 CALLS += [(op, torch.float16, i) for op, dtype, i in CALLS if dtype == torch.bfloat16 and i in ("normal", "momentum")]
-
-
-@pytest.fixture
-def device() -> Iterator[str]:
-    with ulr.use_backend("torch"):
-        yield "cpu"
 
 
 def run(op: str, sample: Sample) -> dict[str, list[torch.Tensor]]:
@@ -53,6 +47,20 @@ def compare_bitwise(op: str, sample_id: str, device: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("op,dtype,sample_id", CALLS)
 def test_bitwise_the_reference(op, dtype, sample_id, device) -> None:
     compare_bitwise(op, sample_id, device, dtype)
+
+
+@pytest.mark.pair("cpp/cpu")
+def test_instruction_sets_give_the_same_bits() -> None:
+    chosen = {"perturb_": ("laplace", "rank-signs", "stochastic"), "combine_": ("rademacher", "adam-stochastic")}
+    try:
+        for isa in cpp.available_isas():
+            cpp.set_isa(isa)
+            for op, sample_ids in chosen.items():
+                for sample_id in sample_ids:
+                    with ulr.use_backend("cpp"):
+                        compare_bitwise(op, sample_id, "cpu", torch.bfloat16)
+    finally:
+        cpp.set_isa(None)
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------

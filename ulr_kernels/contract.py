@@ -145,6 +145,11 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (bits + torch.where(even_and_inexact, towards, 0)).view(torch.float64).float()
 
 
+def square_root(a: Tensor) -> Tensor:
+    """fp32 square root, correctly rounded, which torch's own is not: in fp64, which is more than twice as long."""
+    return a.double().sqrt().float()
+
+
 @functools.cache
 def _coefficients(dist: str, device: torch.device) -> Tensor:
     rows = torch.tensor(getattr(tables, dist.upper()), dtype=torch.int64)

@@ -5,7 +5,7 @@
 //                not_less, subtract_where
 //     products   W: the lanes of a U in 64 bits each, of which the upper 32 are ignored, so that a product is itself
 //                the vector of its lower halves: widen, narrow, multiply, high_xor (upper half ^ a ^ k)
-//     floats     set, load, store, fma, operators + - * /, to_float (of int32), bits, as_float
+//     floats     set, load, store, fma, operators + - * /, square_root, to_float (of int32), bits, as_float
 //     Octaves    the table of a distribution, held where an octave's coefficients can be looked up by lane: `exponent`
 //                is the biased exponent of 2^octave
 //     transpose  four vectors, one word of each of kLanes calls of Philox, into the order of columns

@@ -55,6 +55,7 @@ inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F square_root(F a) { return {_mm256_sqrt_ps(a.v)}; }
 inline F to_float(U a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline U bits(F a) { return {_mm256_castps_si256(a.v)}; }
 inline F as_float(U a) { return {_mm256_castsi256_ps(a.v)}; }
@@ -121,13 +122,17 @@ inline void store_words(void* p, __m128i a, int64_t n) {
     memcpy(p, part, static_cast<size_t>(n) * sizeof(uint16_t));
 }
 
-inline F load_part(const float* p, int64_t n) { return {_mm256_maskload_ps(p, first(n))}; }
+inline F load_part(const float* p, int64_t n) { return n >= kLanes ? load(p) : F{_mm256_maskload_ps(p, first(n))}; }
 inline F load_part(const Bf16* p, int64_t n) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_words(p, n)), 16))};
 }
 inline F load_part(const Half* p, int64_t n) { return {_mm256_cvtph_ps(load_words(p, n))}; }
 
-inline void store_part(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, first(n), a.v); }
+// Whole vectors go without a mask: a masked store holds up the loads behind it until its line has come from memory.
+inline void store_part(float* p, F a, int64_t n) {
+    if (n >= kLanes) return store(p, a);
+    _mm256_maskstore_ps(p, first(n), a.v);
+}
 inline void store_part(Bf16* p, F a, int64_t n) {
     const U word = bits(a);
     const U nearest = shift_right<16>(word + (shift_right<16>(word) & set(1u)) + set(0x7fffu));

@@ -53,6 +53,7 @@ inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F square_root(F a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F to_float(U a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline U bits(F a) { return {_mm512_castps_si512(a.v)}; }
 inline F as_float(U a) { return {_mm512_castsi512_ps(a.v)}; }
@@ -96,24 +97,36 @@ inline F signs(uint32_t bit) {
 
 inline M first(int64_t n) { return static_cast<M>(n >= kLanes ? 0xffff : (1 << n) - 1); }
 
-inline F load_part(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-inline F load_part(const Bf16* p, int64_t n) {
-    const __m256i half = _mm256_maskz_loadu_epi16(first(n), p);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+// Whole vectors go without a mask: a masked store holds up the loads behind it until its line has come from memory.
+// Sixteen 16-bit values:
+inline __m256i load_words(const void* p, int64_t n) {
+    return n >= kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first(n), p);
 }
-inline F load_part(const Half* p, int64_t n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
+inline void store_words(void* p, __m256i a, int64_t n) {
+    if (n >= kLanes) return _mm256_storeu_si256(static_cast<__m256i*>(p), a);
+    _mm256_mask_storeu_epi16(p, first(n), a);
+}
 
-inline void store_part(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline F load_part(const float* p, int64_t n) { return n >= kLanes ? load(p) : F{_mm512_maskz_loadu_ps(first(n), p)}; }
+inline F load_part(const Bf16* p, int64_t n) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_words(p, n)), 16))};
+}
+inline F load_part(const Half* p, int64_t n) { return {_mm512_cvtph_ps(load_words(p, n))}; }
+
+inline void store_part(float* p, F a, int64_t n) {
+    if (n >= kLanes) return store(p, a);
+    _mm512_mask_storeu_ps(p, first(n), a.v);
+}
 inline void store_part(Bf16* p, F a, int64_t n) {
     const __m512i word = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
     const __m512i nearest = _mm512_add_epi32(word, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     const __m512i result = _mm512_mask_mov_epi32(_mm512_srli_epi32(nearest, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(result));
+    store_words(p, _mm512_cvtepi32_epi16(result), n);
 }
 inline void store_part(Half* p, F a, int64_t n) {
-    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    store_words(p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n);
 }
 
 }  // namespace ULR_ISA

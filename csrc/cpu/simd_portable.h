@@ -93,6 +93,9 @@ inline F operator*(F a, F b) {
 inline F operator/(F a, F b) {
     return each<float>([&](int i) { return a.v[i] / b.v[i]; });
 }
+inline F square_root(F a) {
+    return each<float>([&](int i) { return sqrtf(a.v[i]); });
+}
 inline F to_float(U a) {
     return each<float>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });
 }

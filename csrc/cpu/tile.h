@@ -191,6 +191,13 @@ class Tile {
             make_values(at);
     }
 
+    // Only the words, one a column: those of the last tile so made are at words(r)[c]. Not for signs.
+    void make_words(const Extent& at) {
+        lead_ = at.col % kValueColumns;
+        pitch_ = kValueColumns * make_words(at, at.draw, at.draws, kValueColumns);
+    }
+    const uint32_t* words(int64_t row) const { return words_ + row * pitch_ + lead_; }
+
   private:
     // The words of every call that the columns touch. A row of the tile starts at its first call's first column.
     int64_t make_words(const Extent& at, int64_t draw, int64_t draws, int64_t columns_of_call) {

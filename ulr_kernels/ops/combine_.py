@@ -208,7 +208,7 @@ def reference(
     momentum, beta1, beta2, epsilon = (fp32(value) for value in (momentum, beta1, beta2, epsilon))
     if exp_avgs:
         adam_rate = rate / (1 - power(beta1, step))
-        root = (1 - power(beta2, step)).sqrt()
+        root = contract.square_root(1 - power(beta2, step))
     for i, tensor in enumerate(tensors):
         states = [_parameters.flat_view(s[i]) for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
         flat = _parameters.flat_view(tensor)
@@ -229,7 +229,7 @@ def reference(
                 v = contract.fma(beta2, here[1], ((1 - beta2) * g) * g)
                 here[0].copy_(m)
                 here[1].copy_(v)
-                new = contract.fma(-adam_rate, m / (v.sqrt() / root + epsilon), kept)
+                new = contract.fma(-adam_rate, m / (contract.square_root(v) / root + epsilon), kept)
             else:
                 new = kept + g
             block.store(flat, new, stochastic, draw)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _native
+from ulr_kernels.backends import _native, _parameters
 from ulr_kernels.backends.cpp import conv, elementwise, linear, perturbed
 
 
@@ -92,6 +92,11 @@ def _noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, 
         _native.launcher("cpp", "noise")(spec, (_native.view(out.view(-1, cols)),), threads=torch.get_num_threads())
 
 
+def _on_list(op: str, *args) -> None:
+    call = getattr(_parameters, op)(*args)
+    _native.launcher("cpp", op)(call.noise, call.views(), call.numbers, threads=torch.get_num_threads())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +116,8 @@ _PROVIDERS: dict[str, Callable] = {
     "perturbed_linear": perturbed.perturbed_linear,
     "perturbed_conv2d": perturbed.perturbed_conv2d,
     "perturbed_embedding": perturbed.perturbed_embedding,
+    "perturb_": functools.partial(_on_list, "perturb_"),
+    "combine_": functools.partial(_on_list, "combine_"),
 }
 
 
