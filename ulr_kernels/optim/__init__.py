@@ -1,5 +1,10 @@
 """Optimisers that need forward passes only: they probe weights with noise, and step along the noise."""
 
+from ulr_kernels.optim.eggroll import EGGROLL
+from ulr_kernels.optim.es import ES
+from ulr_kernels.optim.fzoo import FZOO
+from ulr_kernels.optim.mezo import MeZO
 from ulr_kernels.optim.update import Group, Rule, Update
+from ulr_kernels.optim.workers import WorkerError, Workers
 
-__all__ = ["Group", "Rule", "Update"]
+__all__ = ["EGGROLL", "ES", "FZOO", "Group", "MeZO", "Rule", "Update", "WorkerError", "Workers"]

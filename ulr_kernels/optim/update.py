@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import contract, ops
+from ulr_kernels.optim.shards import shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +130,18 @@ class Rule:
         state: MutableMapping[str, MutableMapping[str, Tensor]],
     ) -> None:
         """The parameters of one group on one device."""
+        shards = [shard(parameters[name]) for name in names]
         states: dict[str, list[Tensor]] = {kind: [] for kind in self.state_names()}
         for name in names:
             own = state.setdefault(name, {})
             for kind, tensors in states.items():
                 if kind not in own:
                     own[kind] = torch.zeros_like(parameters[name], dtype=torch.float32, requires_grad=False)
-                tensors.append(own[kind])
+                tensors.append(shard(own[kind]).tensor)
         # Where there is no state the coefficients hold -lr: the estimate is the change itself.
         factor = 1 / group.sigma if states else -group.lr / group.sigma
         ops.combine_(
-            [parameters[name] for name in names],
+            [part.tensor for part in shards],
             site_keys(update.key, names, device),
             update.coefficients.to(device) * torch.full((), factor, dtype=torch.float32, device=device),
             lr=group.lr,
@@ -154,6 +156,8 @@ class Rule:
             dist=self.dist,
             rank=self.rank,
             stochastic=self.stochastic,
+            row_offset=[part.row_offset for part in shards],
+            col_offset=[part.col_offset for part in shards],
         )
 
 

@@ -1,0 +1,70 @@
+"""Evolution strategies: a population around the weights, and a step along its noise, weighted by shaped losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ulr_kernels.optim.optimizer import Common, ForwardOptimizer, Probe, Probed
+from ulr_kernels.optim.shaping import SHAPINGS
+
+
+class ES(ForwardOptimizer):
+    """Evolution strategies (Salimans et al., arXiv 1703.03864, algorithm 2).
+
+        W <- W - lr * (g + weight_decay * W),   g = 1 / (population * sigma) * sum over members of w_i eps_i
+
+    with w the shaped losses of the members W + sigma * eps_i. Losses need not be differentiable or even continuous: an
+    error count, a reward (with `maximize`). `step_batch` evaluates many members in one forward.
+
+    Args:
+        model, lr, seed, common: as in `MeZO`.
+        sigma: scale of the members' noise, > 0.
+        population: members.
+        antithetic: members come as pairs eps, -eps; their number must be even.
+        shaping: of losses to weights: "rank", centred ranks; "zscore"; "group", z-scores on each sample, averaged (for
+            `step_batch`); "none", the losses less their mean.
+        maximize: the closure or loss_fn gives a fitness, which should grow.
+        dist: of the noise.
+
+    Raises:
+        ValueError: an argument breaks these rules.
+    """
+
+    SETTINGS = ("population", "antithetic", "shaping", "maximize")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        sigma: float = 1e-2,
+        population: int = 64,
+        seed: int = 0,
+        *,
+        antithetic: bool = True,
+        shaping: str = "rank",
+        maximize: bool = False,
+        dist: str = "normal",
+        **common: Unpack[Common],
+    ) -> None:
+        self.population = self._count("population", population, 2)
+        if antithetic and population % 2:
+            self._fail("population", "be even where antithetic is set", population)
+        if shaping not in SHAPINGS:
+            self._fail("shaping", f"be {' or '.join(map(repr, SHAPINGS))}", repr(shaping))
+        self.antithetic, self.shaping, self.maximize = antithetic, shaping, maximize
+        super().__init__(model, lr, sigma, dist, seed, common)
+
+    def _probes(self) -> Sequence[Probe]:
+        if not self.antithetic:
+            return [Probe(draw, 1) for draw in range(self.population)]
+        return [Probe(draw, sign) for sign in (1, -1) for draw in range(self.population // 2)]
+
+    def _probed(self, losses: Tensor) -> Probed:
+        weights = SHAPINGS[self.shaping](-losses if self.maximize else losses) / self.population
+        if self.antithetic:
+            plus, minus = weights.unflatten(0, (2, -1))
+            weights = plus - minus
+        return Probed(losses.mean(), weights)

@@ -1,0 +1,360 @@
+"""What the optimisers share: probes of a model, the losses they collect, and the update that these make."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, NoReturn, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ulr_kernels import contract
+from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.estimators.meeting import same
+from ulr_kernels.nn.names import parameter_names, unwrap
+from ulr_kernels.optim.probing import Draws, Probing, Site
+from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
+from ulr_kernels.optim.workers import Workers
+
+Closure = Callable[[], Any]  # one forward: the batch's loss, a scalar tensor or a number
+
+
+class Common(TypedDict, total=False):
+    """What all optimisers here take beside their own arguments.
+
+    params: parameters of the model or groups of them, as torch's optimisers take them, each with its own lr,
+        weight_decay and noise scale; by default all that the model trains now (`requires_grad`).
+    weight_decay: decoupled, W <- W - lr * weight_decay * W; >= 0.
+    rank: of the noise of matrices, E = A B^T / sqrt(rank); None for full rank, which vectors always have.
+    momentum: b = momentum * b + g replaces the estimate g; 0 for none.
+    betas: Adam's decays, which make Adam of g; None for none.
+    adam_eps: what Adam adds to the square root; 1e-8.
+    stochastic: weights in bf16 are rounded at random, without bias, so that steps below their last place count.
+    workers: the ranks that share the probes and micro-batches; None for one process.
+    """
+
+    params: Iterable[Any] | None
+    weight_decay: float
+    rank: int | None
+    momentum: float
+    betas: tuple[float, float] | None
+    adam_eps: float
+    stochastic: bool
+    workers: Workers | None
+
+
+class Probe(NamedTuple):
+    """One evaluation of the loss: at W + sign * sigma * eps(draw); at W itself where sign is 0."""
+
+    draw: int
+    sign: int
+
+
+class Probed(NamedTuple):
+    """What the losses of a step's probes say: the loss to report, and the coefficients of `Update`."""
+
+    loss: Tensor
+    coefficients: Tensor
+
+
+class Together(NamedTuple):
+    """Probes that one forward evaluates, and their places among those of the step."""
+
+    draws: Draws
+    sign: int
+    places: list[int]
+
+
+def together(probes: Sequence[Probe], most: int) -> Iterator[Together]:
+    """The forwards of a step's probes, with at most so many in each.
+
+    Probes that come as all plus ones, then all minus ones, are taken in pairs: a pair's noise is made once.
+    """
+    half = len(probes) // 2
+    if most > 1 and half and list(probes[half:]) == [Probe(probe.draw, -probe.sign) for probe in probes[:half]]:
+        for start in range(0, half, most // 2):
+            places = [*range(start, min(start + most // 2, half))]
+            draws = Draws(probes[start].draw, 2 * len(places), antithetic=True)
+            yield Together(draws, 1, places + [half + place for place in places])
+        return
+    start = 0
+    while start < len(probes):
+        first, count = probes[start], 1
+        while count < most and probes[start + count : start + count + 1] == [Probe(first.draw + count, first.sign)]:
+            count += 1
+        yield Together(Draws(first.draw, count), first.sign, [*range(start, start + count)])
+        start += count
+
+
+class ForwardOptimizer(torch.optim.Optimizer):
+    """Base of the optimisers that probe weights with forward passes.
+
+    A subclass gives `_probes`, `_probed` and SETTINGS. Each parameter group has its noise scale, under the name SCALE.
+    """
+
+    SCALE = "sigma"
+    SETTINGS: tuple[str, ...] = ()  # attributes beside the rule that a run goes on with
+
+    def __init__(
+        self, model: nn.Module, lr: float, scale: float, dist: str, seed: int, common: Mapping[str, Any]
+    ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            self._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
+        self.model = unwrap(model)
+        self.seed = seed
+        self.steps = 0
+        self.last_update: Update | None = None
+        settings = dict(common)
+        params, self.workers = settings.pop("params", None), settings.pop("workers", None)
+        defaults = {"lr": lr, self.SCALE: scale, "weight_decay": settings.pop("weight_decay", 0.0)}
+        self._rule = Rule(names=(), dist=dist, **settings)
+        self._names = parameter_names(self.model)
+        self._losses: list[Tensor] = []
+        self._checked = False
+        self._checked_batches: set[tuple] = set()
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        super().__init__(trained if params is None else params, defaults)
+
+    @classmethod
+    def _fail(cls, argument: str, rule: str, value: object) -> NoReturn:
+        raise ValueError(f"ulr.optim.{cls.__name__}: '{argument}' must {rule}, got {value}")
+
+    @classmethod
+    def _count(cls, argument: str, value: int, least: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            cls._fail(argument, f"be an integer of at least {least}", repr(value))
+        return value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            if id(parameter) not in self._names:
+                self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
+            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                self._fail(self._names[id(parameter)], "be float32, bfloat16 or float16", parameter.dtype)
+        for argument, rule, good in (
+            ("lr", "be finite and at least 0", lambda value: 0 <= value < math.inf),
+            (self.SCALE, "be finite and above 0", lambda value: 0 < value < math.inf),
+            ("weight_decay", "be finite and at least 0", lambda value: 0 <= value < math.inf),
+        ):
+            if not good(group[argument]):
+                self._fail(argument, rule, group[argument])
+        self._checked = False
+
+    # --- what a subclass gives ---------------------------------------------------------------------------------------
+
+    def _probes(self) -> Sequence[Probe]:
+        """The evaluations of a step; where there is one at W itself, it comes first."""
+        raise NotImplementedError
+
+    def _probed(self, losses: Tensor) -> Probed:
+        """Of fp32 losses `[probes, samples]` (one column where a probe gave one number)."""
+        raise NotImplementedError
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    @property
+    def rule(self) -> Rule:
+        """What the updates of this run share; with them and the base weights it rebuilds the run."""
+        names = tuple(tuple(self._names[id(p)] for p in group["params"]) for group in self.param_groups)
+        return dataclasses.replace(self._rule, names=names)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+        """Evaluate the probes by `closure`, then update the weights.
+
+        Args:
+            closure: runs the model's forward and returns its loss: a scalar tensor or a number, differentiable or not.
+                It is called once for each probe, and must give the same loss whenever the weights are the same (no
+                dropout, no new batch). Without it the step uses what `accumulate` has collected.
+
+        Returns:
+            The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
+            else the mean over the probes.
+        """
+        if closure is not None:
+            self.accumulate(closure)
+        if not self._losses:
+            self._fail("closure", "be given where nothing was accumulated", None)
+        if self.workers is None:
+            collected = torch.stack(self._losses)
+        else:
+            collected = self.workers.exchange(self._losses, self.steps)
+        losses = collected.mean(0)
+        loss, coefficients = self._probed(losses)
+        # A probe that overflowed says nothing about the others; the weights stay whole, and the caller sees the loss.
+        coefficients = torch.where(coefficients.isfinite().all(), coefficients, 0)
+        groups = tuple(Group(float(g["lr"]), float(g[self.SCALE]), float(g["weight_decay"])) for g in self.param_groups)
+        update = Update(self.steps, contract.fold_in(self.seed, self.steps), coefficients, groups)
+        self.apply(update)
+        return loss
+
+    @torch.no_grad()
+    def accumulate(self, closure: Closure) -> Tensor:
+        """Evaluate the probes of the coming step on one more micro-batch; the step uses the mean of their losses.
+
+        Returns:
+            The mean over the probes that this process evaluates, a scalar.
+        """
+        probes = self._probes()
+        losses = torch.zeros(len(probes), 1, device=self._device())
+        for place in self._own(probes):
+            probe = probes[place]
+            with self._probing(Draws(probe.draw), probe.sign) as probing:
+                loss = closure()
+            self._check_met(probing)
+            loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
+            if loss.numel() != 1:
+                self._fail("closure", "return one loss", list(loss.shape))
+            losses[place] = loss
+        return self._collect(losses)
+
+    @torch.no_grad()
+    def accumulate_batch(self, x: Any, y: Any, loss_fn: LossFunction, chunk: int | None = None) -> Tensor:
+        """`accumulate`, with many probes in one forward: their rows follow one another, each sees its own weights.
+
+        Args:
+            x: the model's input: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of tensors with
+                samples first.
+            y: targets: a tensor, tuple or dict of tensors with samples first, or None.
+            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`; need not be differentiable.
+            chunk: probes in one forward; all of them if None.
+
+        Returns:
+            The mean over the probes, a scalar.
+
+        Raises:
+            ValueError: a batch that breaks these rules, or a model in which rows cannot be told apart (it must keep
+                samples first wherever it uses a trained parameter); use `step(closure)` for such.
+        """
+        batch = Batch(x, y)
+        probes = self._probes()
+        own = self._own(probes)
+        losses = torch.zeros(len(probes), batch.samples, device=self._device())
+        for forward in together([probes[place] for place in own], chunk or len(probes)):
+            forward = forward._replace(places=[own[place] for place in forward.places])
+            losses[forward.places] = self._evaluate(forward, batch, loss_fn).to(losses.device)
+            if len(forward.places) > 1 and batch.signature not in self._checked_batches:
+                self._check_apart(forward, batch, loss_fn, losses[forward.places[0]])
+        return self._collect(losses)
+
+    def _evaluate(self, forward: Together, batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """fp32 `[members, samples]`: the losses of probes that one forward evaluates."""
+        members = len(forward.places)
+        with self._probing(forward.draws, forward.sign, batch.samples * members) as probing:
+            outputs = apply(self.model, repeat(batch.x, members))
+        self._check_met(probing)
+        return batch.losses(outputs, loss_fn, members)
+
+    def _check_apart(self, forward: Together, batch: Batch, loss_fn: LossFunction, losses: Tensor) -> None:
+        """With the first batch of each shape: whether the first member loses by itself what it loses among others."""
+        alone = self._evaluate(Together(Draws(forward.draws.draw), forward.sign, [0]), batch, loss_fn)[0]
+        if not same(alone, losses.to(alone.device)):
+            self._fail(
+                "model",
+                "compute each row from its own inputs and keep samples on the first axis (step(closure) evaluates one "
+                "member at a time)",
+                "other losses of a member by itself than among others",
+            )
+        self._checked_batches.add(batch.signature)
+
+    def step_batch(self, x: Any, y: Any, loss_fn: LossFunction, chunk: int | None = None) -> Tensor:
+        """`step` with many probes in one forward; the arguments are those of `accumulate_batch`."""
+        self.accumulate_batch(x, y, loss_fn, chunk)
+        return self.step()
+
+    def _collect(self, losses: Tensor) -> Tensor:
+        if self._losses and self._losses[0].shape != losses.shape:
+            self._fail("closure", f"give losses {list(self._losses[0].shape)} as before", list(losses.shape))
+        self._losses.append(losses)
+        return losses[self._own(losses)].mean()
+
+    def _own(self, probes: Sized) -> range:
+        """The places of the probes that this process evaluates."""
+        return range(len(probes)) if self.workers is None else self.workers.own(len(probes))
+
+    @torch.no_grad()
+    def apply(self, update: Update) -> None:
+        """Change the weights by an update, this optimiser's own or one of a log, and go on with the step after it."""
+        parameters = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        state = {name: self.state[parameter] for name, parameter in parameters.items()}
+        self.rule.apply(update, parameters, state)
+        self.last_update = update
+        self.steps = update.step + 1
+        self._losses.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what was accumulated."""
+        self._losses.clear()
+        super().zero_grad(set_to_none)
+
+    # --- probing -----------------------------------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        return self.param_groups[0]["params"][0].device
+
+    def _probing(self, draws: Draws, sign: int, rows: int = 0) -> Probing:
+        """The mode for a probe of the coming step; without noise (and without cost) where sign is 0."""
+        sites = []
+        step_key = contract.fold_in(self.seed, self.steps)
+        for group in self.param_groups if sign else ():
+            named = {self._names[id(p)]: p for p in group["params"]}
+            for device, names in by_device(named):
+                sigma = torch.full((), sign * group[self.SCALE], dtype=torch.float32, device=device)
+                for name, key in zip(names, site_keys(step_key, names, device).unbind(), strict=True):
+                    rank = self._rule.rank if named[name].dim() > 1 else None
+                    sites.append(Site(name, named[name], key, sigma, rank))
+        return Probing(self.model, sites, draws._replace(dist=self._rule.dist), rows)
+
+    def _check_met(self, probing: Probing) -> None:
+        """In the first noised pass: a trained parameter that no call meets would only walk at random."""
+        if self._checked or not probing.sites:
+            return
+        unmet = [site.name for site in probing.sites.values() if site.name not in probing.met]
+        if unmet:
+            self._fail(
+                "model",
+                "use each trained parameter in its forward, through torch functions (freeze others with "
+                "requires_grad_(False))",
+                f"none of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}",
+            )
+        self._checked = True
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's `state` and `param_groups`; under `ulr` what else a run goes on with: seed, steps, settings."""
+        settings = {name: getattr(self, name) for name in self.SETTINGS}
+        own = {"seed": self.seed, "steps": self.steps, "rule": dataclasses.asdict(self.rule), "settings": settings}
+        return super().state_dict() | {"ulr": own}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state, its settings included: the run goes on bitwise from its last step.
+
+        Raises:
+            ValueError: the state is one of other parameters or of another optimiser; nothing has been changed.
+        """
+        own = state_dict["ulr"]
+        rule = Rule(**own["rule"])
+        if rule.names != self.rule.names:
+            self._fail("state_dict", f"be of the parameters {_some(self.rule.names)}", _some(rule.names))
+        if own["settings"].keys() != set(self.SETTINGS):
+            self._fail("state_dict", f"hold the settings {', '.join(self.SETTINGS)}", ", ".join(own["settings"]))
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "ulr"})
+        # torch gives floating states the parameters' dtype; those of half-precision weights are fp32 here.
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, values in state_dict["state"].items():
+            own_state = self.state[parameters[index]]
+            own_state.update({name: value.to(parameters[index].device, copy=True) for name, value in values.items()})
+        self.seed, self.steps, self._rule = own["seed"], own["steps"], rule
+        for name, value in own["settings"].items():
+            setattr(self, name, value)
+        self._losses.clear()
+
+
+def _some(names: tuple[tuple[str, ...], ...]) -> str:
+    flat = [name for group in names for name in group]
+    return ", ".join(flat[:4]) + (f", ... ({len(flat)})" if len(flat) > 4 else "")

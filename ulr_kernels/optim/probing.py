@@ -1,0 +1,289 @@
+"""A forward pass of perturbed weights: the model runs as it is, and sees W + sigma * eps, which is never written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from ulr_kernels import ops
+from ulr_kernels.nn.names import parameter_names
+from ulr_kernels.optim.shards import is_sharded, like, shard
+
+
+class Site(NamedTuple):
+    """A trained parameter and its noise in this step.
+
+    Attributes:
+        name: of the parameter.
+        parameter: as the model holds it.
+        key: int64 `[]`, its site key.
+        sigma: fp32 `[]`, the scale of its noise; negative in a minus probe.
+        rank: of a matrix's noise; None for full rank, which vectors always have.
+    """
+
+    name: str
+    parameter: Tensor
+    key: Tensor
+    sigma: Tensor
+    rank: int | None
+
+
+class Draws(NamedTuple):
+    """Which noise a pass uses: member m of `members` uses draw + m, or comes as antithetic halves."""
+
+    draw: int = 0
+    members: int = 1
+    antithetic: bool = False
+    dist: str = "normal"
+
+
+class Probing(TorchFunctionMode):
+    """While active, torch functions that are given a trained parameter see it perturbed.
+
+    Linear layers, embeddings and convolutions make the noise on the weight's way into the product. Any other function
+    gets a perturbed copy: of vectors (biases, weights of norms) made once in a pass, of anything else for that call.
+
+    With several members the batch holds their rows member-major, and every call is split by member.
+
+    Args:
+        model: whose forward it is.
+        sites: of its trained parameters.
+        draws: which noise.
+        rows: samples of all members together; needed where there are several members.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], draws: Draws, rows: int = 0) -> None:
+        super().__init__()
+        self.sites = {id(site.parameter): site for site in sites}
+        self._shards = {site.name: site for site in sites if is_sharded(site.parameter)}
+        self._others: dict[int, nn.Parameter] = {}  # seen, and not trained
+        self._model = model
+        self._draws = draws
+        self._rows = rows
+        self._vectors: dict[int, Tensor] = {}
+        self.met: set[str] = set()  # names of the parameters that the pass has used
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self._shards:
+            self._find_gathered(args, kwargs)
+        used = [site for leaf in _leaves(args, kwargs) if (site := self.sites.get(id(leaf))) is not None]
+        if not used or _asks_only(func):
+            return func(*args, **kwargs)
+        if _writes(func) and id(args[0]) in self.sites:
+            raise RuntimeError(
+                f"ulr.optim: a forward must not write a trained parameter, got {func.__name__} on one of shape "
+                f"{list(args[0].shape)}"
+            )
+        self.met.update(site.name for site in used)
+        fused = None if any(is_sharded(site.parameter) for site in used) else _FUSED.get(func)
+        result = NotImplemented if fused is None else fused(self, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        if self._draws.members == 1:
+            return func(*self._replaced(args, 0), **self._replaced(kwargs, 0))
+        return self._by_member(func, args, kwargs)
+
+    def _find_gathered(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """FSDP2 shows a module's whole parameters only while it runs, as other objects of the same names."""
+        for leaf in _leaves(args, kwargs):
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in self.sites and id(leaf) not in self._others:
+                site = self._shards.get(parameter_names(self._model).get(id(leaf), ""))
+                if site is None:
+                    self._others[id(leaf)] = leaf
+                else:
+                    self.sites[id(leaf)] = site._replace(parameter=leaf)
+
+    # --- the fused ways: NotImplemented where the call is none of theirs ----------------------------------------------
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        site = self.sites.get(id(weight))
+        if site is None or input.dim() == 0 or weight.dim() != 2:
+            return NotImplemented
+        x = self._split(input, "linear").flatten(-input.dim(), -2) if input.dim() > 1 else input.unsqueeze(0)
+        y = ops.perturbed_linear(x, weight, self._bias(bias), site.sigma, site.key, rank=site.rank, **self._spec())
+        return y.view(*input.shape[:-1], weight.shape[0])
+
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        site = self.sites.get(id(weight))
+        if site is None or input.dim() != 4:
+            return NotImplemented
+        x = self._split(input, "conv2d")
+        shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        y = ops.perturbed_conv2d(
+            x, weight, self._bias(bias), site.sigma, site.key, rank=site.rank, **shape, **self._spec()
+        )
+        return y.flatten(0, 1)
+
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Any:
+        site = self.sites.get(id(weight))
+        if site is None or max_norm is not None:
+            return NotImplemented
+        members = self._draws.members
+        if members > 1 and input.dim() > 1 and input.shape[0] == 1:  # position numbers that all samples share
+            input = input.expand(self._rows, *input.shape[1:])
+        ids = self._split(input, "embedding") if members > 1 else input.unsqueeze(0)
+        y = ops.perturbed_embedding(
+            ids.reshape(members, -1), weight, site.sigma, site.key, rank=site.rank, **self._spec()
+        )
+        return y.view(*input.shape, weight.shape[1])
+
+    def _split(self, x: Tensor, what: str) -> Tensor:
+        """`[P, rows of a member, ...]` where there are several members, else as it is."""
+        members = self._draws.members
+        if members == 1:
+            return x
+        if x.dim() == 0 or x.shape[0] % self._rows:
+            raise ValueError(
+                f"ulr.optim: the input of a {what} call must have the {self._rows} samples of {members} members on its "
+                f"first axis (step(closure) evaluates one member at a time), got {list(x.shape)}"
+            )
+        return x.unflatten(0, (members, -1))
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        """`[P, N]` where the bias is trained."""
+        site = self.sites.get(id(bias))
+        return bias if site is None else self._copies(site)
+
+    # --- perturbed copies --------------------------------------------------------------------------------------------
+
+    def _spec(self) -> dict[str, Any]:
+        return self._draws._asdict()
+
+    def _copies(self, site: Site) -> Tensor:
+        """`[P, *shape]`: the parameter as each member sees it."""
+        parameter = site.parameter
+        if parameter.dim() > 1:
+            return self._make_copies(site)
+        copies = self._vectors.get(id(parameter))
+        if copies is None:
+            copies = self._vectors[id(parameter)] = self._make_copies(site)
+        return copies
+
+    def _make_copies(self, site: Site) -> Tensor:
+        """A lookup of every row: the perturbed embedding leaves the weight as it is, and makes all members at once."""
+        parameter = site.parameter
+        if is_sharded(parameter):
+            return self._sharded_copy(site).unsqueeze(0)
+        table = parameter.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.reshape(1, -1)
+        ids = torch.arange(table.shape[0], device=table.device).expand(self._draws.members, -1)
+        copies = ops.perturbed_embedding(ids, table, site.sigma, site.key, rank=site.rank, **self._spec())
+        return copies.view(-1, *parameter.shape)
+
+    def _sharded_copy(self, site: Site) -> Tensor:
+        """A DTensor like the parameter, whose local part has its part of the noise."""
+        if self._draws.members > 1:
+            raise ValueError("ulr.optim: sharded parameters must be probed by one member at a time: step(closure)")
+        part = shard(site.parameter)
+        local = part.tensor.clone()
+        ops.perturb_(
+            [local],
+            site.key[None],
+            site.sigma,
+            draw=self._draws.draw,
+            dist=self._draws.dist,
+            rank=site.rank,
+            row_offset=[part.row_offset],
+            col_offset=[part.col_offset],
+        )
+        return like(site.parameter, local)
+
+    def _replaced(self, arguments: Any, member: int) -> Any:
+        def replace(leaf: Any) -> Any:
+            site = self.sites.get(id(leaf))
+            return leaf if site is None else self._copies(site)[member]
+
+        return _pytree.tree_map(replace, arguments)
+
+    def _by_member(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One call per member, with its rows of every tensor that holds all samples, put together again."""
+        members, axis = self._draws.members, _SAMPLE_AXIS.get(func, 0)
+
+        def holds_samples(leaf: Any) -> bool:
+            if not isinstance(leaf, Tensor) or id(leaf) in self.sites or leaf.dim() <= axis:
+                return False
+            return leaf.shape[axis] > 0 and leaf.shape[axis] % self._rows == 0
+
+        if not any(map(holds_samples, _leaves(args, kwargs))):
+            raise ValueError(
+                f"ulr.optim: {getattr(func, '__name__', func)} with a trained parameter must have an input with the "
+                f"{self._rows} samples of {members} members on its first axis (step(closure) evaluates one member at "
+                "a time), got none"
+            )
+
+        def part(leaf: Any, member: int) -> Any:
+            return leaf.unflatten(axis, (members, -1)).select(axis, member) if holds_samples(leaf) else leaf
+
+        results = []
+        for member in range(members):
+            own = _pytree.tree_map(lambda leaf, member=member: part(leaf, member), (args, kwargs))
+            own_args, own_kwargs = self._replaced(own, member)
+            results.append(func(*own_args, **own_kwargs))
+        return _pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts, axis), *results)
+
+
+_SAMPLE_AXIS = {F.multi_head_attention_forward: 1}  # of a function's inputs and outputs; 0 for all others
+
+_FUSED: dict[Callable, Callable] = {
+    F.linear: Probing._linear,
+    F.conv2d: Probing._conv2d,
+    F.embedding: Probing._embedding,
+}
+
+# Attributes whose value holds the parameter's values; all others ask only what kind of tensor it is.
+_VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+_QUESTIONS = {
+    getattr(Tensor, name)
+    for name in (
+        "__hash__ __len__ data_ptr dim element_size get_device is_contiguous is_floating_point ndimension nelement "
+        "numel size storage_offset stride"
+    ).split()
+} | {torch.is_floating_point, torch.is_tensor, torch.numel}
+
+
+def _asks_only(func: Callable) -> bool:
+    """Whether a torch function reads no value of the tensor that it is given."""
+    if getattr(func, "__name__", "") == "__get__":
+        return getattr(func.__self__, "__name__", "") not in _VALUES  # type: ignore[attr-defined]
+    return func in _QUESTIONS
+
+
+_IN_PLACE = {f"__{name}__" for name in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()}
+
+
+def _writes(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _leaves(args: Sequence, kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments, and what lists among them hold (recurrent layers pass their weights in one)."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value

@@ -1,0 +1,74 @@
+"""Sharded parameters: what a rank holds of one, and where that part stands in the noise of the whole."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Shard(NamedTuple):
+    """The part of a parameter that this process holds, and its first row and column in the whole one's noise."""
+
+    tensor: Tensor
+    row_offset: int = 0
+    col_offset: int = 0
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism hold theirs."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def shard(parameter: Tensor) -> Shard:
+    """The local part of a DTensor; any other tensor is whole.
+
+    Raises:
+        ValueError: a part that is no range of rows or of columns of the parameter's noise.
+    """
+    if not is_sharded(parameter):
+        return Shard(parameter)
+    sizes, starts = list(parameter.shape), [0] * parameter.dim()
+    coordinate = parameter.device_mesh.get_coordinate()
+    for axis, placement in enumerate(parameter.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard":
+            _refuse(parameter)
+        # As torch.chunk deals: all parts of one size but for the last ones.
+        size = -(-sizes[placement.dim] // parameter.device_mesh.size(axis))
+        start = min(coordinate[axis] * size, sizes[placement.dim])
+        starts[placement.dim] += start
+        sizes[placement.dim] = min(size, sizes[placement.dim] - start)
+    if parameter.dim() < 2:
+        return Shard(parameter.to_local(), 0, sum(starts))
+    if any(size != whole for size, whole in zip(sizes[2:], parameter.shape[2:], strict=True)):
+        _refuse(parameter)
+    return Shard(parameter.to_local(), starts[0], starts[1] * math.prod(parameter.shape[2:]))
+
+
+def _refuse(parameter: Tensor) -> None:
+    raise ValueError(
+        "ulr.optim: a sharded parameter must be split along its first two axes only, evenly as torch.chunk does, got "
+        f"{list(parameter.shape)} with {parameter.placements}"
+    )
+
+
+def like(parameter: Tensor, local: Tensor) -> Tensor:
+    """A DTensor of other values, laid out as `parameter`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
