@@ -44,5 +44,6 @@ class EGGROLL(ES):
             shaping=shaping,
             maximize=maximize,
             dist=dist,
-            **{**common, "rank": rank},  # type: ignore[typeddict-item]
+            rank=rank,
+            **common,
         )

@@ -20,7 +20,7 @@ class ES(ForwardOptimizer):
     error count, a reward (with `maximize`). `step_batch` evaluates many members in one forward.
 
     Args:
-        model, lr, seed, common: as in `MeZO`.
+        model, lr, seed, rank, common: as in `MeZO`.
         sigma: scale of the members' noise, > 0.
         population: members.
         antithetic: members come as pairs eps, -eps; their number must be even.
@@ -47,6 +47,7 @@ class ES(ForwardOptimizer):
         shaping: str = "rank",
         maximize: bool = False,
         dist: str = "normal",
+        rank: int | None = None,
         **common: Unpack[Common],
     ) -> None:
         self.population = self._count("population", population, 2)
@@ -55,7 +56,7 @@ class ES(ForwardOptimizer):
         if shaping not in SHAPINGS:
             self._fail("shaping", f"be {' or '.join(map(repr, SHAPINGS))}", repr(shaping))
         self.antithetic, self.shaping, self.maximize = antithetic, shaping, maximize
-        super().__init__(model, lr, sigma, dist, seed, common)
+        super().__init__(model, lr, sigma, dist, rank, seed, common)
 
     def _probes(self) -> Sequence[Probe]:
         if not self.antithetic:

@@ -21,7 +21,7 @@ class FZOO(ForwardOptimizer):
     `step_batch` evaluates the directions together, which is where its speed comes from; `step` one after the other.
 
     Args:
-        model, lr, seed, common: as in `MeZO`.
+        model, lr, seed, rank, common: as in `MeZO`.
         eps: scale of the probes' noise, > 0.
         probes: directions u_i of a step, n >= 2.
         dist: of u; the paper's is "rademacher".
@@ -41,10 +41,12 @@ class FZOO(ForwardOptimizer):
         probes: int = 8,
         dist: str = "rademacher",
         seed: int = 0,
+        *,
+        rank: int | None = None,
         **common: Unpack[Common],
     ) -> None:
         self.probes = self._count("probes", probes, 2)
-        super().__init__(model, lr, eps, dist, seed, common)
+        super().__init__(model, lr, eps, dist, rank, seed, common)
 
     def _probes(self) -> Sequence[Probe]:
         return [Probe(0, 0), *(Probe(draw, 1) for draw in range(self.probes))]

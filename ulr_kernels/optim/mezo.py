@@ -28,6 +28,7 @@ class MeZO(ForwardOptimizer):
         dist: of z: "normal", "rademacher" or "laplace".
         seed: integer in [-2^63, 2^64). Seed, step and parameter name are all that enters the noise.
         two_sided: two forwards a direction; or one, and one for all at the unperturbed weights.
+        rank: of the noise of matrices, E = A B^T / sqrt(rank); None for full rank, which vectors always have.
         common: what all optimisers here take, see `Common`.
 
     Raises:
@@ -47,11 +48,12 @@ class MeZO(ForwardOptimizer):
         seed: int = 0,
         *,
         two_sided: bool = True,
+        rank: int | None = None,
         **common: Unpack[Common],
     ) -> None:
         self.probes = self._count("probes", probes, 1)
         self.two_sided = two_sided
-        super().__init__(model, lr, eps, dist, seed, common)
+        super().__init__(model, lr, eps, dist, rank, seed, common)
 
     def _probes(self) -> Sequence[Probe]:
         plus = [Probe(draw, 1) for draw in range(self.probes)]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
-from ulr_kernels.estimators.meeting import same
+from ulr_kernels.estimators.recording import same
+from ulr_kernels.estimators.ulr import evaluation
 from ulr_kernels.nn.names import parameter_names, unwrap
 from ulr_kernels.optim.probing import Draws, Probing, Site
 from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
@@ -27,7 +28,6 @@ class Common(TypedDict, total=False):
     params: parameters of the model or groups of them, as torch's optimisers take them, each with its own lr,
         weight_decay and noise scale; by default all that the model trains now (`requires_grad`).
     weight_decay: decoupled, W <- W - lr * weight_decay * W; >= 0.
-    rank: of the noise of matrices, E = A B^T / sqrt(rank); None for full rank, which vectors always have.
     momentum: b = momentum * b + g replaces the estimate g; 0 for none.
     betas: Adam's decays, which make Adam of g; None for none.
     adam_eps: what Adam adds to the square root; 1e-8.
@@ -37,7 +37,6 @@ class Common(TypedDict, total=False):
 
     params: Iterable[Any] | None
     weight_decay: float
-    rank: int | None
     momentum: float
     betas: tuple[float, float] | None
     adam_eps: float
@@ -98,7 +97,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
     SETTINGS: tuple[str, ...] = ()  # attributes beside the rule that a run goes on with
 
     def __init__(
-        self, model: nn.Module, lr: float, scale: float, dist: str, seed: int, common: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        lr: float,
+        scale: float,
+        dist: str,
+        rank: int | None,
+        seed: int,
+        common: Mapping[str, Any],
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             self._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
@@ -109,7 +115,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         settings = dict(common)
         params, self.workers = settings.pop("params", None), settings.pop("workers", None)
         defaults = {"lr": lr, self.SCALE: scale, "weight_decay": settings.pop("weight_decay", 0.0)}
-        self._rule = Rule(names=(), dist=dist, **settings)
+        self._rule = Rule(names=(), dist=dist, rank=rank, **settings)
         self._names = parameter_names(self.model)
         self._losses: list[Tensor] = []
         self._checked = False
@@ -168,8 +174,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: runs the model's forward and returns its loss: a scalar tensor or a number, differentiable or not.
-                It is called once for each probe, and must give the same loss whenever the weights are the same (no
-                dropout, no new batch). Without it the step uses what `accumulate` has collected.
+                It is called once for each probe, with the model in eval mode (dropout off, BatchNorm's statistics
+                left alone), on the same batch. Without it the step uses what `accumulate` has collected.
 
         Returns:
             The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
@@ -203,7 +209,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         losses = torch.zeros(len(probes), 1, device=self._device())
         for place in self._own(probes):
             probe = probes[place]
-            with self._probing(Draws(probe.draw), probe.sign) as probing:
+            with evaluation(self.model), self._probing(Draws(probe.draw), probe.sign) as probing:
                 loss = closure()
             self._check_met(probing)
             loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
@@ -238,20 +244,21 @@ class ForwardOptimizer(torch.optim.Optimizer):
             forward = forward._replace(places=[own[place] for place in forward.places])
             losses[forward.places] = self._evaluate(forward, batch, loss_fn).to(losses.device)
             if len(forward.places) > 1 and batch.signature not in self._checked_batches:
-                self._check_apart(forward, batch, loss_fn, losses[forward.places[0]])
+                self._check_apart(probes[forward.places[-1]], batch, loss_fn, losses[forward.places[-1]])
         return self._collect(losses)
 
     def _evaluate(self, forward: Together, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """fp32 `[members, samples]`: the losses of probes that one forward evaluates."""
         members = len(forward.places)
-        with self._probing(forward.draws, forward.sign, batch.samples * members) as probing:
+        rows = batch.samples * members
+        with evaluation(self.model), self._probing(forward.draws, forward.sign, rows) as probing:
             outputs = apply(self.model, repeat(batch.x, members))
         self._check_met(probing)
         return batch.losses(outputs, loss_fn, members)
 
-    def _check_apart(self, forward: Together, batch: Batch, loss_fn: LossFunction, losses: Tensor) -> None:
-        """With the first batch of each shape: whether the first member loses by itself what it loses among others."""
-        alone = self._evaluate(Together(Draws(forward.draws.draw), forward.sign, [0]), batch, loss_fn)[0]
+    def _check_apart(self, probe: Probe, batch: Batch, loss_fn: LossFunction, losses: Tensor) -> None:
+        """With the first batch of each shape: whether the last member loses by itself what it loses among others."""
+        alone = self._evaluate(Together(Draws(probe.draw), probe.sign, [0]), batch, loss_fn)[0]
         if not same(alone, losses.to(alone.device)):
             self._fail(
                 "model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch.utils import _pytree
 from ulr_kernels import ops
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.optim.shards import is_sharded, like, shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Site(NamedTuple):
@@ -188,17 +191,17 @@ class Probing(TorchFunctionMode):
         """A lookup of every row: the perturbed embedding leaves the weight as it is, and makes all members at once."""
         parameter = site.parameter
         if is_sharded(parameter):
-            return self._sharded_copy(site).unsqueeze(0)
+            return self._sharded_copy(site, parameter).unsqueeze(0)
         table = parameter.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.reshape(1, -1)
         ids = torch.arange(table.shape[0], device=table.device).expand(self._draws.members, -1)
         copies = ops.perturbed_embedding(ids, table, site.sigma, site.key, rank=site.rank, **self._spec())
         return copies.view(-1, *parameter.shape)
 
-    def _sharded_copy(self, site: Site) -> Tensor:
+    def _sharded_copy(self, site: Site, parameter: DTensor) -> Tensor:
         """A DTensor like the parameter, whose local part has its part of the noise."""
         if self._draws.members > 1:
             raise ValueError("ulr.optim: sharded parameters must be probed by one member at a time: step(closure)")
-        part = shard(site.parameter)
+        part = shard(parameter)
         local = part.tensor.clone()
         ops.perturb_(
             [local],
@@ -210,7 +213,7 @@ class Probing(TorchFunctionMode):
             row_offset=[part.row_offset],
             col_offset=[part.col_offset],
         )
-        return like(site.parameter, local)
+        return like(parameter, local)
 
     def _replaced(self, arguments: Any, member: int) -> Any:
         def replace(leaf: Any) -> Any:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Shard(NamedTuple):
@@ -17,13 +21,10 @@ class Shard(NamedTuple):
     col_offset: int = 0
 
 
-def is_sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> TypeIs[DTensor]:
     """Whether a parameter is a DTensor, as FSDP2 and tensor parallelism hold theirs."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: there is none
+    return module is not None and isinstance(parameter, module.DTensor)
 
 
 def shard(parameter: Tensor) -> Shard:
@@ -34,12 +35,14 @@ def shard(parameter: Tensor) -> Shard:
     """
     if not is_sharded(parameter):
         return Shard(parameter)
+    from torch.distributed.tensor import Shard as Split
+
     sizes, starts = list(parameter.shape), [0] * parameter.dim()
-    coordinate = parameter.device_mesh.get_coordinate()
+    coordinate = parameter.device_mesh.get_coordinate() or ()
     for axis, placement in enumerate(parameter.placements):
         if placement.is_replicate():
             continue
-        if type(placement).__name__ != "Shard":
+        if type(placement) is not Split:
             _refuse(parameter)
         # As torch.chunk deals: all parts of one size but for the last ones.
         size = -(-sizes[placement.dim] // parameter.device_mesh.size(axis))
@@ -53,14 +56,14 @@ def shard(parameter: Tensor) -> Shard:
     return Shard(parameter.to_local(), starts[0], starts[1] * math.prod(parameter.shape[2:]))
 
 
-def _refuse(parameter: Tensor) -> None:
+def _refuse(parameter: DTensor) -> NoReturn:
     raise ValueError(
         "ulr.optim: a sharded parameter must be split along its first two axes only, evenly as torch.chunk does, got "
         f"{list(parameter.shape)} with {parameter.placements}"
     )
 
 
-def like(parameter: Tensor, local: Tensor) -> Tensor:
+def like(parameter: DTensor, local: Tensor) -> Tensor:
     """A DTensor of other values, laid out as `parameter`."""
     from torch.distributed.tensor import DTensor
 
