@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("safetensors", reason="the recipes need safetensors")
 Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
 
-from ulr_kernels.recipes import RecipeError, checkpoint, data, demo, jobs, models, report  # noqa: E402
+from ulr_kernels.recipes import RecipeError, checkpoint, data, demo, folders, jobs, models, report  # noqa: E402
 from ulr_kernels.recipes.settings import Settings  # noqa: E402
-from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, prepare_folder, restore  # noqa: E402
+from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, restore  # noqa: E402
 
 SMALL = {"batch": 8, "copies": 4, "threads": 1}
 
@@ -244,7 +244,7 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options
         raise KeyboardInterrupt
 
     stopped = tmp_path / "stopped"
-    prepare_folder(stopped)
+    folders.prepare(stopped, CHECKPOINT)
     with pytest.raises(KeyboardInterrupt):  # after the checkpoint of epoch 1
         fit(Trainer(settings), stopped, say=interrupt)
     assert restore(stopped).epoch == 1
@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, images: Path):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, images: Path, monkeypatch):
     settings = Settings(data=str(images), epochs=3, **SMALL)
-    prepare_folder(tmp_path)
+    folders.prepare(tmp_path, CHECKPOINT)
     trainer = Trainer(settings)
     written = checkpoint.write_atomically
 

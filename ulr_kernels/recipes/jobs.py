@@ -11,8 +11,8 @@ from ulr_kernels.recipes.settings import Settings
 try:
     import matplotlib  # noqa: F401  (needed at the very end: better refused at the start)
 
-    from ulr_kernels.recipes import memory, report
-    from ulr_kernels.recipes.train import Trainer, fit, prepare_folder, restore
+    from ulr_kernels.recipes import folders, memory, report
+    from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, restore
 except ImportError as error:
     raise RecipeError(f"training needs the package {error.name}: pip install 'ulr-kernels[train]'") from error
 
@@ -31,7 +31,7 @@ def train(settings: Settings, out: Path, command: str, overwrite: bool = False) 
         OSError: a file could not be written; finished epochs are in the last checkpoint.
     """
     trainer = Trainer(settings)
-    prepare_folder(out, overwrite)
+    folders.prepare(out, CHECKPOINT, overwrite)
     _finish(trainer, out, command)
 
 

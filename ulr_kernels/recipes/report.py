@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import platform
@@ -14,10 +13,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ulr_kernels.recipes import checkpoint
+from ulr_kernels.recipes import checkpoint, plots
 
 REPORT, CURVES, COSINES, WEIGHTS = "report.json", "curves.png", "cosines.png", "model.safetensors"
-_COLOURS = ("#1f5fa8", "#d1662b", "#3b8f5a", "#8a4fa3", "#9b7d1f")
 _MAX_COLUMNS = 4  # of small pictures in a row
 
 
@@ -50,7 +48,7 @@ def figures(settings: dict[str, Any], history: list[dict[str, Any]], commands: l
     return {
         "commands": commands,
         "settings": settings,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()},
+        "versions": versions(),
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "train_accuracy": last["train_accuracy"],
@@ -63,6 +61,11 @@ def figures(settings: dict[str, Any], history: list[dict[str, Any]], commands: l
     }
 
 
+def versions() -> dict[str, str]:
+    """What a figure may depend on beside the settings."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()}
+
+
 def title(report: dict[str, Any]) -> str:
     """The method in words."""
     return {"ulr": "likelihood ratio", "bp": "backpropagation"}[report["settings"]["method"]]
@@ -72,8 +75,8 @@ def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
     """Loss and accuracy over the epochs, train dashed and test solid, one colour per run."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axes = _figure(1, 2, width=5.2, height=3.8)
-    for report, colour in zip(reports, _COLOURS, strict=False):
+    figure, axes = plots.figure(1, 2, width=5.2, height=3.8)
+    for report, colour in zip(reports, plots.COLOURS, strict=False):
         epochs = [record["epoch"] for record in report["history"]]
         marker = "o" if len(epochs) < 3 else None
         for axis, name, factor in ((axes[0], "loss", 1), (axes[1], "accuracy", 100)):
@@ -91,7 +94,7 @@ def draw_curves(path: Path, reports: Sequence[dict[str, Any]]) -> None:
     axes[1].legend(frameon=False, loc="lower right")
     settings = reports[0]["settings"]
     figure.suptitle(f"{settings['model']} on {Path(settings['data']).name}")
-    _save(figure, path)
+    plots.save(figure, path)
 
 
 def draw_cosines(path: Path, report: dict[str, Any]) -> None:
@@ -99,14 +102,14 @@ def draw_cosines(path: Path, report: dict[str, Any]) -> None:
     history, copies = report["history"], report["settings"]["copies"]
     layers = list(history[0]["cosines"])
     columns = min(len(layers), _MAX_COLUMNS)
-    figure, axes = _figure(math.ceil(len(layers) / columns), columns, width=3.6, height=3.3, sharey=True)
+    figure, axes = plots.figure(math.ceil(len(layers) / columns), columns, width=3.6, height=3.3, sharey=True)
     epochs = [record["epoch"] for record in history]
     marker = "o" if len(epochs) < 3 else None
     for index, (layer, axis) in enumerate(zip(layers, axes, strict=False)):
         values = [record["cosines"][layer] for record in history]
         measured, error, law = ([value[name] for value in values] for name in ("cosine", "cosine_error", "law"))
-        axis.errorbar(epochs, measured, error, fmt="o", markersize=4, color=_COLOURS[0], label="measured")
-        axis.plot(epochs, law, "-", marker=marker, color=_COLOURS[1], label="expected from copies and coordinates")
+        axis.errorbar(epochs, measured, error, fmt="o", markersize=4, color=plots.COLOURS[0], label="measured")
+        axis.plot(epochs, law, "-", marker=marker, color=plots.COLOURS[1], label="expected from copies and coordinates")
         axis.set_title(f"layer {layer}, {copies[layer] if isinstance(copies, dict) else copies} copies")
         axis.set(xlim=(0.5, len(epochs) + 0.5), ylim=(0, 1.02))
         if index >= len(layers) - columns:
@@ -116,27 +119,4 @@ def draw_cosines(path: Path, report: dict[str, Any]) -> None:
     for axis in axes[len(layers) :]:
         axis.set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=3)
-    _save(figure, path)
-
-
-def _figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure that needs no display and leaves matplotlib's global state alone, and its axes in a flat list."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#dddddd", linewidth=0.7)
-        axis.set_axisbelow(True)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.title.set_fontsize("medium")
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=140)
-    checkpoint.write_atomically(path, picture.getvalue())
+    plots.save(figure, path)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.recipes import rules
 from ulr_kernels.recipes.models import MODELS
 
 METHODS = ("ulr", "bp")
@@ -55,25 +54,17 @@ class Settings:
     baseline: str = "mean"
 
     def __post_init__(self) -> None:
-        for option, choices in (
-            ("model", tuple(MODELS)),
-            ("method", METHODS),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, option) not in choices:
-                raise RecipeError(f"{option} must be one of {', '.join(choices)}, got '{getattr(self, option)}'")
-        for option, least in (("epochs", 1), ("batch", 1), ("threads", 0)):
-            if getattr(self, option) < least:
-                raise RecipeError(f"{option} must be at least {least}, got {getattr(self, option)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise RecipeError(f"lr must be positive, got {self.lr}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise RecipeError(f"weight-decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.label_smoothing < 1:
-            raise RecipeError(f"label-smoothing must be in [0, 1), got {self.label_smoothing}")
-        if not -(2**63) <= self.seed < 2**64:
-            raise RecipeError(f"seed must be in [-2^63, 2^64), got {self.seed}")
+        rules.one_of(self, "model", tuple(MODELS))
+        rules.one_of(self, "method", METHODS)
+        rules.one_of(self, "optimizer", OPTIMIZERS)
+        rules.one_of(self, "schedule", SCHEDULES)
+        rules.at_least(self, "epochs", 1)
+        rules.at_least(self, "batch", 1)
+        rules.at_least(self, "threads", 0)
+        rules.positive(self, "lr")
+        rules.not_negative(self, "weight_decay")
+        rules.below_one(self, "label_smoothing")
+        rules.key(self, "seed")
 
     @property
     def estimator(self) -> dict:

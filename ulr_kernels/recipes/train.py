@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,12 @@ from tqdm import tqdm
 from ulr_kernels import contract
 from ulr_kernels.check import check
 from ulr_kernels.estimators import ULR
-from ulr_kernels.recipes import RecipeError, checkpoint, data, memory, models
+from ulr_kernels.recipes import RecipeError, checkpoint, data, memory, models, rules
+from ulr_kernels.recipes.order import permutation
 from ulr_kernels.recipes.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
-# Names of streams: they keep the keys of the shuffles and of the measured cosines apart from those of the training.
-_ORDER, _COSINES = (contract.site_id(f"ulr_kernels.recipes.{name}") for name in ("order", "cosines"))
+_COSINES = contract.site_id("ulr_kernels.recipes.cosines")  # keeps their keys apart from those of the training
 _COSINE_STEPS = 4  # estimates per measurement
 _EVALUATION_BATCH = 1000
 
@@ -44,7 +43,7 @@ class Trainer:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.device = _device(settings.device)
+        self.device = rules.device(settings.device)
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         self.settings = dataclasses.replace(settings, threads=torch.get_num_threads())
         self.dataset = data.load(settings.data)
@@ -101,8 +100,7 @@ class Trainer:
 
     def run_epoch(self, bar: tqdm) -> None:
         """Train on every image once, evaluate, and add the figures to the history."""
-        generator = torch.Generator().manual_seed(_seed_of_order(self.settings.seed, self.epoch))
-        order = torch.randperm(len(self.train), generator=generator).to(self.device)
+        order = permutation(self.settings.seed, self.epoch, len(self.train)).to(self.device)
         total = torch.zeros((), device=self.device)
         self.model.train()
         memory.reset_peak(self.device)
@@ -227,38 +225,9 @@ def restore(folder: Path) -> Trainer:
     return trainer
 
 
-def prepare_folder(out: Path, overwrite: bool = False) -> None:
-    """Make the folder of a new run.
-
-    Raises:
-        RecipeError: it holds a run already and `overwrite` is not set, or it cannot be made.
-    """
-    if (out / CHECKPOINT).exists() and not overwrite:
-        raise RecipeError(f"{out} holds a run already: continue it with --resume {out}, or give --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CHECKPOINT).unlink(missing_ok=True)
-    except OSError as error:
-        raise RecipeError(f"out '{out}' cannot be used: {error}") from error
-    if not os.access(out, os.W_OK):
-        raise RecipeError(f"out '{out}' cannot be written")
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("cpu", "cuda"):
-        raise RecipeError(f"device must be cpu or cuda, got '{name}'")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("device 'cuda' is absent: this torch sees no CUDA device")
-    return torch.device(name)
-
-
 def _optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
     common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), momentum=0.9, **common)
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return kind(model.parameters(), **common)
-
-
-def _seed_of_order(seed: int, epoch: int) -> int:
-    return contract.fold_in(contract.fold_in(seed, _ORDER), epoch)

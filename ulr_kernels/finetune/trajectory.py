@@ -1,0 +1,234 @@
+"""The trajectory of a run: a log of each step's key and coefficients, from which base weights become tuned ones again.
+
+A file is a header and one record for each step, all little-endian:
+
+    magic     the text `ulr-trajectory-1` and a line feed
+    header    uint32 size, uint32 CRC-32, then that many bytes of JSON (`Header`)
+    record    uint32 step, int64 key, float32 coefficients[draws], float64 (lr, sigma, weight decay)[groups],
+              float32 loss, uint32 CRC-32 of the record, continued from the CRC of what precedes it
+
+A file that was cut holds the steps before the cut. A changed byte is an error; the chain of CRCs also tells records
+that were removed, repeated or exchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import contract, tables
+from ulr_kernels.optim import Group, Rule, Update
+from ulr_kernels.recipes import RecipeError
+from ulr_kernels.recipes.checkpoint import write_atomically
+
+MAGIC = b"ulr-trajectory-1\n"
+_SIZES = struct.Struct("<II")
+_CRC = struct.Struct("<I")
+State = MutableMapping[str, MutableMapping[str, Tensor]]
+
+
+def noise_digest() -> str:
+    """Hash of the tables that noise is made with: logs of one digest and one contract mean the same noise."""
+    content = repr((tables.DEGREE, tables.NORMAL, tables.LAPLACE))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    """Hash of parameters: their names, dtypes, shapes and bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(parameters):
+        tensor = parameters[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What all steps share.
+
+    Attributes:
+        rule: how updates change the weights.
+        draws: coefficients in a step.
+        weights: `weights_digest` of the model that the run began with.
+        settings: of the run, as JSON can hold them; the trajectory itself does not read them.
+        contract: version of the noise contract.
+        noise: `noise_digest` of the program that wrote the log.
+    """
+
+    rule: Rule
+    draws: int
+    weights: str
+    settings: dict[str, Any]
+    contract: int = contract.CONTRACT_VERSION
+    noise: str = dataclasses.field(default_factory=noise_digest)
+
+    def encode(self) -> bytes:
+        content = json.dumps(dataclasses.asdict(self)).encode()
+        return MAGIC + _SIZES.pack(len(content), zlib.crc32(content)) + content
+
+    @property
+    def record(self) -> struct.Struct:
+        """The form of a record, less its CRC."""
+        return struct.Struct(f"<Iq{self.draws}f{3 * len(self.rule.names)}df")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """The steps of a log.
+
+    Attributes:
+        header: what they share.
+        updates: one for each step, coefficients on the CPU.
+        losses: what the run saw in each step.
+        size: bytes of the file up to the end of the last whole record.
+        rest: bytes after it, of a step that was being written when the file was cut.
+        crc: what the CRC of the next record continues from.
+    """
+
+    header: Header
+    updates: list[Update]
+    losses: list[float]
+    size: int
+    rest: int
+    crc: int
+
+    def replay(self, parameters: Mapping[str, Tensor], state: State | None = None, until: int | None = None) -> None:
+        """Change base weights into those after `until` steps, by default all: bitwise on every back end and device.
+
+        Args:
+            parameters: of the model, by name, as at the start of the run; a model whose digest differs gives garbage.
+            state: of the rule, filled as the run would have: a run can go on from there.
+            until: number of steps.
+
+        Raises:
+            ValueError: `parameters` lack one that the run changes; nothing has been written.
+        """
+        state = {} if state is None else state
+        for update in self.updates[:until]:
+            self.header.rule.apply(update, parameters, state)
+
+
+def read(path: Path, until: int | None = None, torn: bool = False) -> Trajectory:
+    """Read a log.
+
+    Args:
+        path: the file.
+        until: steps to read; by default all. Damage after them is not looked for.
+        torn: forget a damaged last record too: a power cut can leave one of full length, and its step can be run again.
+
+    Raises:
+        RecipeError: no such file, another form or contract, a cut within the header, a damaged record, or a log of less
+            than `until` steps.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    header, start, crc = _read_header(path, content)
+    form = header.record
+    size = form.size + _CRC.size
+    whole, rest = divmod(len(content) - start, size)
+    if until is not None and not 0 <= until <= whole:
+        raise RecipeError(f"{path}: until must be between 0 and {whole}, the steps in the log, got {until}")
+    updates: list[Update] = []
+    losses: list[float] = []
+    for step in range(whole if until is None else until):
+        offset = start + step * size
+        body = content[offset : offset + form.size]
+        expected = zlib.crc32(body, crc)
+        number, key, *values = form.unpack(body)
+        if (expected,) != _CRC.unpack_from(content, offset + form.size) or number != step:
+            if torn and step == whole - 1:
+                return Trajectory(header, updates, losses, offset, len(content) - offset, crc)
+            kept = f": --until {step} rebuilds what precedes it" if step else ""
+            raise RecipeError(f"{path}: damaged at byte {offset}, in the record of step {step}{kept}")
+        crc = expected
+        numbers = iter(values[header.draws : -1])
+        groups = tuple(Group(*group) for group in zip(numbers, numbers, numbers, strict=True))
+        updates.append(Update(step, key, torch.tensor(values[: header.draws]), groups))
+        losses.append(values[-1])
+    return Trajectory(header, updates, losses, start + len(updates) * size, rest, crc)
+
+
+def _read_header(path: Path, content: bytes) -> tuple[Header, int, int]:
+    """The header, where the records start, and the CRC that theirs continue from."""
+    if not content.startswith(MAGIC):
+        if MAGIC.startswith(content):
+            raise RecipeError(f"{path}: cut within its header: no step can be read")
+        raise RecipeError(f"{path}: not a trajectory: it does not begin with {MAGIC.decode().strip()}")
+    start = len(MAGIC) + _SIZES.size
+    length, crc = _SIZES.unpack_from(content, len(MAGIC)) if len(content) >= start else (len(content), 0)
+    text = content[start : start + length]
+    if zlib.crc32(text) != crc or len(text) < length:
+        cut = len(content) < start + length
+        raise RecipeError(f"{path}: {'cut within' if cut else 'damaged in'} its header: no step can be read")
+    fields = json.loads(text)
+    for name, mine in (("contract", contract.CONTRACT_VERSION), ("noise", noise_digest())):
+        if fields[name] != mine:
+            raise RecipeError(f"{path}: its noise is another one: {name} must be {mine}, got {fields[name]}")
+    rule = fields["rule"]
+    rule["names"] = tuple(map(tuple, rule["names"]))
+    rule["betas"] = rule["betas"] and tuple(rule["betas"])
+    return Header(**(fields | {"rule": Rule(**rule)})), start + length, crc
+
+
+class Writer:
+    """A log that grows, open for one process at a time. Each step is on the disk when `append` returns.
+
+    Args:
+        path: a log.
+        trajectory: what `read` said of it; the file is cut to its whole records.
+
+    Raises:
+        RecipeError: another process writes to it.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, trajectory: Trajectory) -> None:
+        self._header, self._form, self._crc = trajectory.header, trajectory.header.record, trajectory.crc
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file).st_size != trajectory.size + trajectory.rest:
+                raise BlockingIOError  # it has grown since it was read
+        except BlockingIOError:
+            self.close()
+            raise RecipeError(f"{path}: another process writes to it") from None
+        if trajectory.rest:
+            os.ftruncate(self._file, trajectory.size)
+            os.fsync(self._file)
+
+    @classmethod
+    def create(cls, path: Path, header: Header) -> Writer:
+        """A new log, in the place of one that may be there."""
+        write_atomically(path, header.encode())
+        return cls(path, read(path))
+
+    def append(self, update: Update, loss: float) -> None:
+        """Add a step.
+
+        Raises:
+            OSError: it could not be written whole; those before it are.
+        """
+        numbers = [number for group in update.groups for number in (group.lr, group.sigma, group.weight_decay)]
+        body = self._form.pack(update.step, update.key, *update.coefficients.tolist(), *numbers, loss)
+        self._crc = zlib.crc32(body, self._crc)
+        record = body + _CRC.pack(self._crc)
+        while record:
+            record = record[os.write(self._file, record) :]
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -1,0 +1,47 @@
+"""Tuned weights in a safetensors file: only those that the run has changed, with what they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ulr_kernels.finetune.trajectory import weights_digest
+from ulr_kernels.recipes import RecipeError, checkpoint
+
+
+def save(path: Path, parameters: Mapping[str, Tensor], base: str, steps: int) -> None:
+    """Write tuned parameters, whole or not at all.
+
+    Args:
+        path: the file.
+        parameters: by name.
+        base: `weights_digest` of the model before the first step.
+        steps: updates that led here.
+
+    Raises:
+        OSError: it cannot be written; a file of that name from before is intact.
+    """
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+    metadata = {"format": "pt", "base": base, "steps": str(steps), "digest": weights_digest(tensors)}
+    checkpoint.write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """Read what `save` wrote.
+
+    Raises:
+        RecipeError: no such file, or damaged, or something else.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RecipeError(f"{path}: cannot be read as weights: {error}") from error
+    if metadata.get("digest") != weights_digest(tensors):
+        raise RecipeError(f"{path}: damaged: its content does not match its digest")
+    return tensors
