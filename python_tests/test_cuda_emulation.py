@@ -18,6 +18,15 @@ from test_contract import (  # noqa: F401 -- collected here, with this module's 
     test_quantile_noise_by_exact_arithmetic,
     test_signs_by_integers,
 )
+from test_noise_add import (
+    FAMILY,
+    everything,
+    run_samples,
+    test_memory_format_changes_no_bit_and_is_kept,  # noqa: F401
+)
+from test_noise_add import (  # noqa: F401
+    test_a_slice_makes_its_part_of_the_whole as test_a_slice_of_any_tensor,
+)
 from test_ops import (  # noqa: F401
     poison,
     test_a_slice_makes_its_part_of_the_whole,
@@ -55,6 +64,21 @@ def device(library: emulation.Library, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_linear(op, dtype, device) -> None:
     for sample_id in test_ops.samples(op, good=True):
         test_ops.test_linear(op, sample_id, dtype, device)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_any_tensor(op, device) -> None:
+    run_samples(op, "cpu", torch.float32)
+    for dtype in (torch.bfloat16, torch.float16) if op != "noise_score" else ():
+        run_samples(op, "cpu", dtype)
+
+
+def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) -> None:
+    expected = everything(torch.bfloat16, "normal", (3, 41, 9, 11), 1)
+    for seed in range(2, 5):
+        library.seed(seed)
+        for result, first in zip(everything(torch.bfloat16, "normal", (3, 41, 9, 11), 1), expected, strict=True):
+            assert torch.equal(result, first)
 
 
 def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:

@@ -17,6 +17,13 @@ from test_contract import (  # noqa: F401 -- collected here, with this module's 
     test_quantile_noise_by_exact_arithmetic,
     test_signs_by_integers,
 )
+from test_noise_add import (
+    FAMILY,
+    everything,
+    run_samples,
+    test_memory_format_changes_no_bit_and_is_kept,  # noqa: F401
+)
+from test_noise_add import test_a_slice_makes_its_part_of_the_whole as test_a_slice_of_any_tensor  # noqa: F401
 from test_ops import (  # noqa: F401
     poison,
     test_a_slice_makes_its_part_of_the_whole,
@@ -45,6 +52,18 @@ def test_linear(op, dtype, device) -> None:
     for sample_id in test_ops.samples(op, good=True):
         if dtype == torch.float32 or sample_id in HALF:
             test_ops.test_linear(op, sample_id, dtype, device)
+
+
+@pytest.mark.parametrize("op", FAMILY)
+def test_any_tensor(op, device) -> None:
+    run_samples(op, "cpu", torch.float32)
+    if op != "noise_score":
+        run_samples(op, "cpu", torch.bfloat16)
+
+
+def test_sums_over_rows_repeat_bitwise(device) -> None:
+    first, second = (everything(torch.float32, "normal", (2, 70, 5, 7), 1) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_tile_does_not_enter_the_noise(device, monkeypatch) -> None:

@@ -65,6 +65,22 @@ __device__ __forceinline__ void store4(__half* out, const float (&v)[4]) {
         make_uint2(word_of(__floats2half2_rn(v[0], v[1])), word_of(__floats2half2_rn(v[2], v[3])));
 }
 
+__device__ __forceinline__ void load4(float (&v)[4], const float* from) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+}
+
+// Of a 16-bit type.
+template <typename T>
+__device__ __forceinline__ void load4(float (&v)[4], const T* from) {
+    struct alignas(8) Four {
+        T values[4];
+    };
+    const Four four = *reinterpret_cast<const Four*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = to_float(four.values[i]);
+}
+
 inline int element_size(int dtype) { return dtype == ULR_F32 ? 4 : dtype == ULR_I64 ? 8 : 2; }
 
 // Whether `elements` neighbours along the columns can be moved as one aligned access, wherever a multiple of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-FAMILIES = ("linear",)
+FAMILIES = ("elementwise", "linear")
 
 
 def launches(family: str) -> dict[str, Callable]:

@@ -47,9 +47,22 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 template <typename T>
+T __ldcg(const T* from) {
+    return *from;
+}
+
+template <typename T>
 void __stcs(T* to, T value) {
     *to = value;
 }
+
+// Blocks run one after another, and threads change only at barriers: any addition is atomic, any store seen.
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+    const unsigned before = *to;
+    *to += value;
+    return before;
+}
+inline void __threadfence() {}
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulate::barrier(line); }
 

@@ -8,7 +8,7 @@ import torch
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import linear, noise
+from ulr_kernels.backends.cuda import elementwise, linear, noise
 
 NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
 
@@ -16,6 +16,9 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "philox4x32": noise.philox4x32,
     "fold_in": noise.fold_in,
     "noise": noise.noise,
+    "noise_add": elementwise.noise_add,
+    "noise_score": elementwise.noise_score,
+    "noise_dot_": elementwise.noise_dot_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,

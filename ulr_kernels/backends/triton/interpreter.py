@@ -16,6 +16,7 @@ def compute_as_a_gpu_does() -> None:
         InterpreterBuilder.create_fma = _fma
         interpreter._patch_lang_tensor = _patch_tensor
     InterpreterBuilder.create_dot = _dot
+    InterpreterBuilder.cast_impl = _cast
 
 
 def _fma(self, x, y, z):
@@ -45,3 +46,14 @@ def _widened(value: TensorHandle) -> TensorHandle:
     if value.dtype.scalar != tl.bfloat16:
         return value
     return TensorHandle((value.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+
+_cast_of_numbers = InterpreterBuilder.cast_impl
+
+
+def _cast(self, source, dtype):
+    """It would cut an fp32 number off to make bf16 of it; a GPU rounds to nearest."""
+    if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+        return _cast_of_numbers(self, source, dtype)
+    rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16)
+    return TensorHandle(rounded.numpy().view("uint16"), tl.bfloat16)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ulr_kernels.backends.ticket import ticket
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.contract import (
     RADEMACHER,
@@ -18,49 +19,16 @@ from ulr_kernels.backends.triton.contract import (
 )
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
+from ulr_kernels.backends.triton.scores import add, log_weighted, no_parts, weighted
 
 
 @triton.jit
-def _add(buffer, value, inside):
-    """buffer += value, rounded once to the buffer's dtype."""
-    total = tl.load(buffer, mask=inside, other=0).to(tl.float32) + value
-    tl.store(buffer, total.to(buffer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _transposed_product(weighted, x_tile, total):
-    """total + weighted^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
+def _transposed_product(scores, x_tile, total):
+    """total + scores^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
     if x_tile.dtype == tl.float16:
-        return tl.dot(tl.trans(weighted), x_tile.to(tl.float32), total, input_precision="tf32")
+        return tl.dot(tl.trans(scores), x_tile.to(tl.float32), total, input_precision="tf32")
     else:
-        return tl.dot(tl.trans(weighted.to(x_tile.dtype)), x_tile, total, input_precision="ieee")
-
-
-@triton.jit
-def _no_parts(P: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Zeros of the form of `noise_parts`."""
-    zeros = ()
-    for _ in tl.static_range(P):
-        zeros = zeros + (tl.zeros([BR, BC // P], tl.float32),)
-    return zeros
-
-
-@triton.jit
-def _weighted(total, factor, parts, DIST: tl.constexpr):
-    """total + factor * score, part by part."""
-    result = ()
-    for p in tl.static_range(len(parts)):
-        result = result + (tl.fma(factor, score(parts[p], DIST), total[p]),)
-    return result
-
-
-@triton.jit
-def _log_weighted(total, factor, parts, DIST: tl.constexpr):
-    """total + factor * (eps * score - 1), part by part."""
-    result = ()
-    for p in tl.static_range(len(parts)):
-        result = result + (tl.fma(factor, parts[p] * score(parts[p], DIST) - 1, total[p]),)
-    return result
+        return tl.dot(tl.trans(scores.to(x_tile.dtype)), x_tile, total, input_precision="ieee")
 
 
 @triton.jit
@@ -157,8 +125,8 @@ def gradient_kernel(
         x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
         x_inside = row_inside[:, None] & k_inside[None, :]
         losses = loss_weight + row // positions * stride_loss_sample
-        reduced = _no_parts(P, BR, BC)
-        reduced_log = _no_parts(P, BR, BC)
+        reduced = no_parts(P, BR, BC)
+        reduced_log = no_parts(P, BR, BC)
         if y is not None:
             mine = row_tile % input_tiles == input_tile
             inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
@@ -181,9 +149,9 @@ def gradient_kernel(
             minus = tl.zeros_like(plus)
             if ANTITHETIC:
                 minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-            reduced = _weighted(reduced, plus - minus, parts, DIST)  # the score is odd
+            reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
             if grad_log_sigma is not None:
-                reduced_log = _log_weighted(reduced_log, plus + minus, parts, DIST)
+                reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
             if not SHARED and grad_weight is not None:
                 x_copy = x_tile + copy * stride_x_copy
                 slope = score(noise_tile(raw, source, DIST), DIST)
@@ -219,13 +187,13 @@ def gradient_kernel(
 
     if grad_weight is not None:
         grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input
-        _add(grad_tile, total / scale[:, None], col_inside[:, None] & k_inside[None, :])
+        add(grad_tile, total / scale[:, None], col_inside[:, None] & k_inside[None, :])
     if input_tile == 0:
         if grad_bias is not None:
-            _add(grad_bias + col * stride_grad_bias, by_bias / scale, col_inside)
+            add(grad_bias + col * stride_grad_bias, by_bias / scale, col_inside)
         if grad_log_sigma is not None:
             if partials is None:
-                _add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
+                add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
             else:
                 value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
                 _add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
@@ -307,19 +275,4 @@ def _scalar_workspace(grad_log_sigma: Tensor | None, tile_count: int) -> dict[st
         return {"partials": None, "ticket": None}
     device = grad_log_sigma.device
     partials = torch.empty(max(tile_count, 1), dtype=torch.float32, device=device)
-    return {"partials": partials, "ticket": _ticket(device)}
-
-
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _ticket(device: torch.device) -> Tensor:
-    """A counter that is 0 between launches: one for each stream, so that launches that share it follow one another."""
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():  # its memory belongs to the graph, which must set it to 0 itself
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _tickets:
-        _tickets[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _tickets[device, stream]
+    return {"partials": partials, "ticket": ticket(device)}

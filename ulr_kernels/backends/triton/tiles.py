@@ -49,6 +49,9 @@ GRADIENT_PER_DRAW = {
     ("rademacher", 4): Tile(32, 128, 32, 8, 1),
 }
 
+# Where scores are summed over draws and rows, with no product.
+SUMS = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(32, 128, 0, 8, 1)}
+
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 

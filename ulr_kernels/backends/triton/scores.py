@@ -1,0 +1,41 @@
+# mypy: disable-error-code="assignment"
+"""Scores on tiles, weighted by the losses and added up part by part (`contract.noise_parts`); sums into buffers."""
+
+import triton
+import triton.language as tl
+
+from ulr_kernels.backends.triton.contract import score
+
+
+@triton.jit
+def add(buffer, value, inside):
+    """buffer += value, rounded once to the buffer's dtype."""
+    total = tl.load(buffer, mask=inside, other=0).to(tl.float32) + value
+    tl.store(buffer, total.to(buffer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def no_parts(P: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Zeros of the form of `noise_parts`."""
+    zeros = ()
+    for _ in tl.static_range(P):
+        zeros = zeros + (tl.zeros([BR, BC // P], tl.float32),)
+    return zeros
+
+
+@triton.jit
+def weighted(total, factor, parts, DIST: tl.constexpr):
+    """total + factor * score, part by part."""
+    result = ()
+    for p in tl.static_range(len(parts)):
+        result = result + (tl.fma(factor, score(parts[p], DIST), total[p]),)
+    return result
+
+
+@triton.jit
+def log_weighted(total, factor, parts, DIST: tl.constexpr):
+    """total + factor * (eps * score - 1), part by part."""
+    result = ()
+    for p in tl.static_range(len(parts)):
+        result = result + (tl.fma(factor, parts[p] * score(parts[p], DIST) - 1, total[p]),)
+    return result
