@@ -189,13 +189,15 @@ def test_table_reads_do_not_conflict() -> None:
     assert count(body, r"LDS\.64") == 3 * 8 and count(body, r"\bLDS") == 3 * 8
 
 
-@pytest.mark.parametrize("source", ["noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_"])
+@pytest.mark.parametrize("source", ["noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_", "noisy_mlp_step"])
 def test_products_run_on_tensor_cores_and_nothing_is_atomic(source) -> None:
     for kernel, code in disassemble(source).items():
         tensor_cores, is_half = "HMMA.16816.F32" in code, "fp16" in kernel or "bf16" in kernel
         assert tensor_cores == (is_half and "partials" not in kernel), kernel
         assert (".BF16" in code) == ("bf16" in kernel), kernel
-        assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED)\b", code), kernel
+        # A barrier of the grid counts blocks by integers; sums in an order of their own would not repeat.
+        kinds = r"\S*\.F(16|32|64)" if kernel.startswith("mlp_step") else ""
+        assert not re.search(rf"\b(ATOM|ATOMG|ATOMS|RED)\b{kinds}", code), kernel
 
 
 def write_budgets(sources: list[str]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import test_mlp_step
 import test_ops
 import torch
 from cuda_emulation import emulation
@@ -81,6 +82,37 @@ def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) 
             assert torch.equal(result, first)
 
 
+@pytest.mark.parametrize("dtype", test_mlp_step.DTYPES, ids=str)
+def test_mlp_step_in_one_launch(dtype, device) -> None:
+    for sample_id in test_ops.samples("noisy_mlp_step", good=True):
+        test_mlp_step.compare(test_ops.pick("noisy_mlp_step", sample_id, device, dtype))
+
+
+@pytest.mark.parametrize("dtype", test_mlp_step.DTYPES, ids=str)
+def test_mlp_step_by_tiles_of_samples(dtype, device, monkeypatch) -> None:
+    """Activations that do not fit at once, several panels of inputs, parts of gradients and copies."""
+    monkeypatch.setattr(cuda.mlp, "ACTIVATION_BYTES", 2**14 * dtype.itemsize)
+    monkeypatch.setattr(cuda.mlp, "processors", lambda device: 24)  # more parts than there are blocks
+    cuda.mlp.plan.cache_clear()
+    whole, plans = cuda.mlp.plan, []
+    monkeypatch.setattr(cuda.mlp, "plan", lambda shape: plans.append((shape, whole(shape)[0])) or whole(shape))
+    for sample in test_mlp_step.large(dtype):
+        test_mlp_step.compare(sample)
+    whole.cache_clear()
+    assert any(numbers[2] < shape.rows for shape, numbers in plans)  # samples of a tile
+    splits, fans = (max(numbers[at] for _, numbers in plans) for at in (6, 8))  # of the first layer
+    assert splits > 1 and fans > 1
+
+
+def test_mlp_step_repeats_bitwise_in_any_order_of_threads(device, library) -> None:
+    sample = test_ops.pick("noisy_mlp_step", "layerwise", "cpu", torch.bfloat16)
+    expected = test_mlp_step.compare(sample)
+    for seed in (2, 3):
+        library.seed(seed)
+        for result, first in zip(test_mlp_step.compare(sample), expected, strict=True):
+            assert torch.equal(result, first)
+
+
 def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
     """Calls of several tiles along every axis, which the ops' own samples are too small for."""
 
@@ -147,7 +179,10 @@ PLANTED = (
     "static_overrun",
     "missing_wait",
     "wrong_fragment",
+    "missing_grid_barrier",
+    "divergent_grid_barrier",
 )
+REVERSING = ("missing_barrier", "missing_grid_barrier")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +199,7 @@ def run_planted(library: str, kernel: str, mistaken: bool, seed: int) -> subproc
 
 @pytest.mark.parametrize("kernel", PLANTED)
 def test_the_emulator_sees_a_planted_mistake(kernel, planted) -> None:
-    expected = " ".join(str(i) for i in (range(64, 0, -1) if kernel == "missing_barrier" else range(1, 65)))
+    expected = " ".join(str(i) for i in (range(64, 0, -1) if kernel in REVERSING else range(1, 65)))
     for seed in (1, 2):
         correct = run_planted(planted, kernel, False, seed)
         assert correct.returncode == 0 and correct.stdout.strip() == expected, correct.stderr
@@ -174,7 +209,7 @@ def test_the_emulator_sees_a_planted_mistake(kernel, planted) -> None:
         assert "heap-buffer-overflow" in mistaken.stderr or "out of bounds" in mistaken.stderr
     else:
         assert mistaken.returncode == 0 and mistaken.stdout.strip() != expected
-    assert kernel != "divergent_barrier" or mistaken.stdout.strip() == "failed"
+    assert "divergent" not in kernel or mistaken.stdout.strip() == "failed"
 
 
 def test_kernels_under_sanitizers() -> None:

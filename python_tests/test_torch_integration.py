@@ -49,6 +49,10 @@ CALLS = {
         *([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), v(6, 3), [], [v(7, 5, 8), v(8, 5)]),
         *([v(9, 5, 8).abs(), v(10, 5).abs()], SCALE, torch.tensor(3), 0.1),
     ),
+    "noisy_mlp_step": lambda: (
+        *([v(4, 5, 8), v(5, 3, 5)], [v(6, 5), v(7, 3)], v(1, 6, 8), torch.arange(6) % 3),
+        *([v(2, 5, 8), v(8, 3, 5)], [v(3, 5), v(9, 3)], SCALE.expand(2), torch.tensor([1, 2]), 4),
+    ),
     "perturbed_linear": lambda: (v(1, 6, 8), v(2, 5, 8), v(3, 5), SCALE, KEY, 4, True),
     "perturbed_conv2d": lambda: (v(1, 2, 3, 5, 4), v(2, 6, 3, 3, 3), v(3, 6), SCALE, KEY, [1, 2], [1, 1]),
     "perturbed_embedding": lambda: (torch.tensor([3, 0, 3]), v(2, 5, 8), SCALE, KEY, 4, True),

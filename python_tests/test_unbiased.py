@@ -24,8 +24,8 @@ from small_models import (
 from torch import nn
 
 import ulr_kernels as ulr
+from ulr_kernels.baselines import loss_weights
 from ulr_kernels.contract import score
-from ulr_kernels.estimators.baselines import loss_weights
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 

@@ -97,6 +97,7 @@ struct PerFeature {
     T* data;
     int64_t stride;
 
+    PerFeature() = default;
     explicit PerFeature(const ulr_tensor& t)
         : data(static_cast<T*>(t.data)), stride(t.size[2] == 1 ? 0 : t.stride[2]) {}
     __device__ __forceinline__ float operator[](int64_t feature) const { return to_float(data[feature * stride]); }
@@ -109,6 +110,7 @@ struct Buffer {
     bool wide;  // fp32
     int64_t row_stride, col_stride;
 
+    Buffer() = default;
     explicit Buffer(const ulr_tensor& t)
         : data(t.data),
           wide(t.dtype == ULR_F32),
@@ -152,6 +154,7 @@ struct Output {
     int64_t copy_stride, row_stride, col_stride;
     bool whole;  // each octet of columns of the whole noise lies inside or outside, and can be stored at once
 
+    Output() = default;
     Output(const ulr_tensor& t, int64_t col_offset)
         : data(static_cast<T*>(t.data)),
           rows(t.size[1]),

@@ -79,8 +79,22 @@ __device__ __forceinline__ float score_scale(const Gradient<T>& p, float* scratc
     }
 }
 
+// What a block does of a problem: some features and, of a gradient, a panel of inputs; over some blocks of rows,
+// counted through the copies that have an x of their own.
+struct GradientPart {
+    int64_t feature_tile;
+    int panel;
+    int unit_rows;  // of a block of rows: a multiple of 16, at most kGradRows
+    int64_t first_unit, last_unit;
+};
+
+template <typename T>
+__host__ __device__ inline int64_t gradient_units(const Gradient<T>& p, int unit_rows) {
+    return (p.shared ? 1 : p.draws) * ((p.x.rows + unit_rows - 1) / unit_rows);
+}
+
 template <typename T, Kind kind, bool replay>
-__global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<T> p) {
+__device__ __forceinline__ void gradient_block(const Gradient<T>& p, const GradientPart& work) {
     using Memory = GradientMemory<T, replay>;
     constexpr int kDepth = Memory::kDepth, kStages = Memory::kStages;
     auto& memory = *dynamic_shared<typename Memory::Layout>();
@@ -89,7 +103,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
     alignas(16) __shared__ float sigma[kGradFeatures], inverse_sigma[kGradFeatures], bias[kGradFeatures];
     __shared__ float reduced[2][kWarps][kGradFeatures];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t feature_tile = blockIdx.x % p.feature_tiles;
+    const int64_t feature_tile = work.feature_tile;
     const int64_t aligned = p.noise.col_offset / kGradFeatures * kGradFeatures;
     const int64_t first_feature = feature_tile * kGradFeatures - (p.noise.col_offset - aligned);
     const auto exists = [&](int64_t feature) { return feature >= 0 && feature < p.features; };
@@ -109,10 +123,10 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
     const bool in_one_go = replay && p.grad_weight.wide;
     const int passes = replay && weighted && !in_one_go ? static_cast<int>(p.panels) : 1;
     const int panels = !weighted ? 0 : in_one_go ? static_cast<int>(p.panels) : 1;
-    const int own_panel = replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles);
+    const int own_panel = work.panel;
     const bool first_block = own_panel == 0;  // it adds up what has no inputs: bias and ln sigma
 
-    const int groups = p.shared ? 1 : p.draws, draws = p.shared ? p.draws : 1;
+    const int draws = p.shared ? p.draws : 1;
     const int sides = !p.shared && p.noise.antithetic ? 2 : 1;
     const int octet_col = threadIdx.x % (kGradFeatures / 8) * 8;
 
@@ -138,155 +152,157 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
 
     for (int pass = 0; pass < passes; ++pass) {
         const int first_panel = own_panel + pass;
-        for (int group = 0; group < groups; ++group) {
-            for (int64_t first_row = 0; first_row < p.x.rows; first_row += kGradRows) {
-                if constexpr (replay) {
-                    for (int side = 0; side < sides && pass == 0; ++side) {
-                        float clean[1][4][4];
+        const int64_t row_blocks = (p.x.rows + work.unit_rows - 1) / work.unit_rows;
+        int group = static_cast<int>(work.first_unit / row_blocks);
+        int64_t row_block = work.first_unit % row_blocks;
+        for (int64_t unit = work.first_unit; unit < work.last_unit; ++unit) {
+            const int64_t first_row = row_block * work.unit_rows;
+            const int64_t rows_end = min(first_row + work.unit_rows, p.x.rows);
+            if constexpr (replay) {
+                for (int side = 0; side < sides && pass == 0; ++side) {
+                    float clean[1][4][4];
 #pragma unroll
-                        for (int i = 0; i < 16; ++i)
-                            clean[0][i / 4][i % 4] = bias[i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2];
-                        Matrix<T> x = p.x;
-                        x.data += (group + side * p.draws) * p.x_copy_stride;
-                        tiled_product<kGradRows, kGradFeatures, kStages, kGradThreads>(
-                            clean, memory.stages[0], x, first_row, p.weight, first_feature, 16 * warp, 0);
-                        store_sums<kGradFeatures>(clean_tiles[side], clean, 16 * warp, 0);
-                    }
-                    __syncthreads();
+                    for (int i = 0; i < 16; ++i)
+                        clean[0][i / 4][i % 4] = bias[i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2];
+                    Matrix<T> x = p.x;
+                    x.data += (group + side * p.draws) * p.x_copy_stride;
+                    tiled_product<kGradRows, kGradFeatures, kStages, kGradThreads>(
+                        clean, memory.stages[0], x, first_row, p.weight, first_feature, 16 * warp, 0);
+                    store_sums<kGradFeatures>(clean_tiles[side], clean, 16 * warp, 0);
                 }
-
-                // The rows of x, panel after panel of side after side; the first ones come while the noise is made.
-                const int rows_here = static_cast<int>(min(p.x.rows - first_row, int64_t{kGradRows}));
-                const int steps_of_panel = (rows_here + kDepth - 1) / kDepth, steps = sides * panels * steps_of_panel;
-                const auto load = [&](int step) {
-                    if (step < steps) {
-                        const int part = step / steps_of_panel;
-                        Matrix<T> x = p.x;
-                        x.data += (group + part / panels * p.draws) * p.x_copy_stride;
-                        load_tile<kDepth, kPanel * sizeof(T), kGradThreads>(
-                            memory.stages[step % kStages], x, first_row + step % steps_of_panel * kDepth,
-                            int64_t{first_panel + part % panels} * kPanel, in_order);
-                    }
-                    cp_async_commit();  // an empty group too: the wait counts groups
-                };
-#pragma unroll 1
-                for (int step = 0; step < kStages - 1; ++step) load(step);
-
-#pragma unroll 1
-                for (int index = threadIdx.x; index < kGradRows * kGradFeatures / 8; index += kGradThreads) {
-                    const int tile_row = index / (kGradFeatures / 8);
-                    const int64_t row = first_row + tile_row;
-                    float sums[2][8] = {};
-                    if (first_row + tile_row / 8 * 8 < p.x.rows) {  // for a warp as a whole: it covers eight rows
-                        const bool counts = row < p.x.rows;
-                        const float* loss =
-                            p.loss_weight +
-                            (counts ? static_cast<uint32_t>(row) / static_cast<uint32_t>(p.noise.positions) : 0) *
-                                p.loss_sample_stride +
-                            group * p.loss_copy_stride;
-                        const int64_t pair_stride = p.draws * p.loss_copy_stride;
-                        Octet<kind> octet(noise, static_cast<uint32_t>(p.noise.row_offset + row),
-                                          aligned + feature_tile * kGradFeatures + octet_col);
-                        const uint32_t first_draw = static_cast<uint32_t>(p.noise.draw + group);
-                        // Plain: the score is eps, nothing is wanted for ln sigma, and a pair of copies shares x.
-                        const auto add_draws = [&](auto plain, auto paired, auto writes, auto whole) {
-                            const OutputOctet<T> y(p.y, row, first_feature + octet_col);
-                            T *to = y.of(group), *to_second = y.of(group + p.draws);
-#pragma unroll 1
-                            for (int draw = 0; draw < draws; ++draw) {
-                                float eps[8];
-                                octet.make(eps, first_draw, draw);
-                                // The score is odd and eps * score even: an antithetic pair counts the difference of
-                                // its weights, and their sum.
-                                const float first = *loss, second = paired ? loss[pair_stride] : 0.0f;
-                                loss += p.loss_copy_stride;
-                                if (plain) {
-                                    const float difference = first - second;
-#pragma unroll
-                                    for (int i = 0; i < 8; ++i) sums[0][i] = fmaf(difference, eps[i], sums[0][i]);
-                                } else {
-#pragma unroll
-                                    for (int i = 0; i < 8; ++i) {
-                                        const float s = score(eps[i], p.noise.dist);
-                                        sums[0][i] = fmaf(sides == 2 ? first : first - second, s, sums[0][i]);
-                                        if (sides == 2) sums[1][i] = -second * s;
-                                        if (counts && p.grad_log_sigma.data != nullptr && pass == 0)
-                                            by_log_sigma[i] =
-                                                fmaf(first + second, fmaf(eps[i], s, -1.0f), by_log_sigma[i]);
-                                    }
-                                }
-                                if constexpr (replay) {
-                                    if (!writes) continue;
-                                    const auto store = [&](T* at, const float* clean, float sign) {
-                                        float value[8];
-#pragma unroll
-                                        for (int i = 0; i < 8; ++i)
-                                            value[i] = fmaf(sign * sigma[octet_col + i], eps[i], clean[i]);
-                                        y.store(at, value, whole);
-                                    };
-                                    const int at = tile_row * kGradFeatures + octet_col;
-                                    store(to, clean_tiles[0] + at, 1.0f);
-                                    if (paired) store(to_second, clean_tiles[sides - 1] + at, -1.0f);
-                                    to += p.y.copy_stride;
-                                    to_second += p.y.copy_stride;
-                                }
-                            }
-                        };
-                        // A loop for each of the common cases, so that it holds nothing but its own instructions.
-                        const bool writes = replay && pass == 0, paired = p.noise.antithetic;
-                        const bool plain = kind != Kind::kSobol && p.noise.dist != ULR_LAPLACE && sides == 1 &&
-                                           p.grad_log_sigma.data == nullptr && (!replay || (writes && p.y.whole));
-                        if (!plain) {
-                            add_draws(Known<false>{}, paired, writes, p.y.whole);
-                        } else if (paired) {
-                            add_draws(Known<true>{}, Known<true>{}, Known<replay>{}, Known<true>{});
-                        } else {
-                            add_draws(Known<true>{}, Known<false>{}, Known<replay>{}, Known<true>{});
-                        }
-#pragma unroll
-                        for (int i = 0; i < 16; ++i) sums[i / 8][i % 8] = counts ? sums[i / 8][i % 8] : 0.0f;
-                    }
-#pragma unroll
-                    for (int side = 0; side < 2; ++side) {
-                        if (side >= sides) break;
-                        float scaled[8];
-#pragma unroll
-                        for (int i = 0; i < 8; ++i) {
-                            if (pass == 0) by_bias[i] += sums[side][i];
-                            scaled[i] = sums[side][i] * scale;
-                        }
-                        constexpr int kElements = 16 / sizeof(T);
-                        T* low = reinterpret_cast<T*>(
-                            memory.score[side] + chunk_offset<Memory::kScoreBytes>(tile_row, octet_col / kElements));
-                        store4(low, {scaled[0], scaled[1], scaled[2], scaled[3]});
-                        T* high =
-                            sizeof(T) == 2
-                                ? low + 4
-                                : reinterpret_cast<T*>(memory.score[side] + chunk_offset<Memory::kScoreBytes>(
-                                                                                tile_row, octet_col / kElements + 1));
-                        store4(high, {scaled[4], scaled[5], scaled[6], scaled[7]});
-                    }
-                }
-
-#pragma unroll 1
-                for (int step = 0; step < steps; ++step) {
-                    cp_async_wait<kStages - 2>();
-                    __syncthreads();  // this step's rows (and S) are there for all; all are done with what is loaded
-                                      // next
-                    load(step + kStages - 1);
-                    const int part = step / steps_of_panel, panel = first_panel + part % panels;
-                    if (int64_t{panel} * kPanel + 64 * warp < p.x.cols)
-                        multiply_transposed<Memory::kScoreBytes, kPanel * sizeof(T), kDepth>(
-                            acc, memory.score[part / panels], step % steps_of_panel * kDepth, 0,
-                            memory.stages[step % kStages], 64 * warp, T{});
-                    if constexpr (replay) {
-                        const bool last = group == groups - 1 && first_row + kGradRows >= p.x.rows && step == steps - 1;
-                        if (last || (panels > 1 && (step + 1) % steps_of_panel == 0)) add_sums(panel);
-                    }
-                }
-                cp_async_wait<0>();
                 __syncthreads();
             }
+
+            // The rows of x, panel after panel of side after side; the first ones come while the noise is made.
+            const int rows_here = static_cast<int>(rows_end - first_row);
+            const int steps_of_panel = (rows_here + kDepth - 1) / kDepth, steps = sides * panels * steps_of_panel;
+            const auto load = [&](int step) {
+                if (step < steps) {
+                    const int part = step / steps_of_panel;
+                    Matrix<T> x = p.x;
+                    x.data += (group + part / panels * p.draws) * p.x_copy_stride;
+                    load_tile<kDepth, kPanel * sizeof(T), kGradThreads>(
+                        memory.stages[step % kStages], x, first_row + step % steps_of_panel * kDepth,
+                        int64_t{first_panel + part % panels} * kPanel, in_order);
+                }
+                cp_async_commit();  // an empty group too: the wait counts groups
+            };
+#pragma unroll 1
+            for (int step = 0; step < kStages - 1; ++step) load(step);
+
+#pragma unroll 1
+            for (int index = threadIdx.x; index < kGradRows * kGradFeatures / 8; index += kGradThreads) {
+                const int tile_row = index / (kGradFeatures / 8);
+                const int64_t row = first_row + tile_row;
+                float sums[2][8] = {};
+                if (first_row + tile_row / 8 * 8 < rows_end) {  // for a warp as a whole: it covers eight rows
+                    const bool counts = row < rows_end;
+                    const float* loss =
+                        p.loss_weight +
+                        (counts ? static_cast<uint32_t>(row) / static_cast<uint32_t>(p.noise.positions) : 0) *
+                            p.loss_sample_stride +
+                        group * p.loss_copy_stride;
+                    const int64_t pair_stride = p.draws * p.loss_copy_stride;
+                    Octet<kind> octet(noise, static_cast<uint32_t>(p.noise.row_offset + row),
+                                      aligned + feature_tile * kGradFeatures + octet_col);
+                    const uint32_t first_draw = static_cast<uint32_t>(p.noise.draw + group);
+                    // Plain: the score is eps, nothing is wanted for ln sigma, and a pair of copies shares x.
+                    const auto add_draws = [&](auto plain, auto paired, auto writes, auto whole) {
+                        const OutputOctet<T> y(p.y, row, first_feature + octet_col);
+                        T *to = y.of(group), *to_second = y.of(group + p.draws);
+#pragma unroll 1
+                        for (int draw = 0; draw < draws; ++draw) {
+                            float eps[8];
+                            octet.make(eps, first_draw, draw);
+                            // The score is odd and eps * score even: an antithetic pair counts the difference of
+                            // its weights, and their sum.
+                            const float first = *loss, second = paired ? loss[pair_stride] : 0.0f;
+                            loss += p.loss_copy_stride;
+                            if (plain) {
+                                const float difference = first - second;
+#pragma unroll
+                                for (int i = 0; i < 8; ++i) sums[0][i] = fmaf(difference, eps[i], sums[0][i]);
+                            } else {
+#pragma unroll
+                                for (int i = 0; i < 8; ++i) {
+                                    const float s = score(eps[i], p.noise.dist);
+                                    sums[0][i] = fmaf(sides == 2 ? first : first - second, s, sums[0][i]);
+                                    if (sides == 2) sums[1][i] = -second * s;
+                                    if (counts && p.grad_log_sigma.data != nullptr && pass == 0)
+                                        by_log_sigma[i] = fmaf(first + second, fmaf(eps[i], s, -1.0f), by_log_sigma[i]);
+                                }
+                            }
+                            if constexpr (replay) {
+                                if (!writes) continue;
+                                const auto store = [&](T* at, const float* clean, float sign) {
+                                    float value[8];
+#pragma unroll
+                                    for (int i = 0; i < 8; ++i)
+                                        value[i] = fmaf(sign * sigma[octet_col + i], eps[i], clean[i]);
+                                    y.store(at, value, whole);
+                                };
+                                const int at = tile_row * kGradFeatures + octet_col;
+                                store(to, clean_tiles[0] + at, 1.0f);
+                                if (paired) store(to_second, clean_tiles[sides - 1] + at, -1.0f);
+                                to += p.y.copy_stride;
+                                to_second += p.y.copy_stride;
+                            }
+                        }
+                    };
+                    // A loop for each of the common cases, so that it holds nothing but its own instructions.
+                    const bool writes = replay && pass == 0, paired = p.noise.antithetic;
+                    const bool plain = kind != Kind::kSobol && p.noise.dist != ULR_LAPLACE && sides == 1 &&
+                                       p.grad_log_sigma.data == nullptr && (!replay || (writes && p.y.whole));
+                    if (!plain) {
+                        add_draws(Known<false>{}, paired, writes, p.y.whole);
+                    } else if (paired) {
+                        add_draws(Known<true>{}, Known<true>{}, Known<replay>{}, Known<true>{});
+                    } else {
+                        add_draws(Known<true>{}, Known<false>{}, Known<replay>{}, Known<true>{});
+                    }
+#pragma unroll
+                    for (int i = 0; i < 16; ++i) sums[i / 8][i % 8] = counts ? sums[i / 8][i % 8] : 0.0f;
+                }
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    if (side >= sides) break;
+                    float scaled[8];
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        if (pass == 0) by_bias[i] += sums[side][i];
+                        scaled[i] = sums[side][i] * scale;
+                    }
+                    constexpr int kElements = 16 / sizeof(T);
+                    T* low = reinterpret_cast<T*>(memory.score[side] +
+                                                  chunk_offset<Memory::kScoreBytes>(tile_row, octet_col / kElements));
+                    store4(low, {scaled[0], scaled[1], scaled[2], scaled[3]});
+                    T* high = sizeof(T) == 2
+                                  ? low + 4
+                                  : reinterpret_cast<T*>(memory.score[side] + chunk_offset<Memory::kScoreBytes>(
+                                                                                  tile_row, octet_col / kElements + 1));
+                    store4(high, {scaled[4], scaled[5], scaled[6], scaled[7]});
+                }
+            }
+
+#pragma unroll 1
+            for (int step = 0; step < steps; ++step) {
+                cp_async_wait<kStages - 2>();
+                __syncthreads();  // this step's rows (and S) are there for all; all are done with what is loaded
+                                  // next
+                load(step + kStages - 1);
+                const int part = step / steps_of_panel, panel = first_panel + part % panels;
+                if (int64_t{panel} * kPanel + 64 * warp < p.x.cols)
+                    multiply_transposed<Memory::kScoreBytes, kPanel * sizeof(T), kDepth>(
+                        acc, memory.score[part / panels], step % steps_of_panel * kDepth, 0,
+                        memory.stages[step % kStages], 64 * warp, T{});
+                if constexpr (replay) {
+                    const bool last = unit == work.last_unit - 1 && step == steps - 1;
+                    if (last || (panels > 1 && (step + 1) % steps_of_panel == 0)) add_sums(panel);
+                }
+            }
+            cp_async_wait<0>();
+            __syncthreads();
+            if (++row_block == row_blocks) row_block = 0, ++group;
         }
     }
 
@@ -328,6 +344,14 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
             p.partials[feature_tile] = log_sigma_sum;
         }
     }
+}
+
+// All of one problem, a block for each of its parts.
+template <typename T, Kind kind, bool replay>
+__global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<T> p) {
+    const GradientPart part{blockIdx.x % p.feature_tiles, replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles),
+                            kGradRows, 0, gradient_units(p, kGradRows)};
+    gradient_block<T, kind, replay>(p, part);
 }
 
 // grad_log_sigma as one number: the sum over blocks of features, in their order.

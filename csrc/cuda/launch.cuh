@@ -41,6 +41,14 @@ constexpr int kStaticSharedLimit = 48 * 1024;  // what a kernel may use without 
 
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid
 
+// Raises the limit of dynamic shared memory where a kernel needs more than it may use without asking.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, int shared_bytes) {
+    if (shared_bytes <= kStaticSharedLimit) return cudaSuccess;
+    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                shared_bytes);
+}
+
 // One launch, without synchronising.
 template <typename Params>
 int launch_kernel(void (*kernel)(Params), int64_t blocks, dim3 threads, int shared_bytes, const ulr_launch& launch,
@@ -49,11 +57,7 @@ int launch_kernel(void (*kernel)(Params), int64_t blocks, dim3 threads, int shar
     if (blocks > kMostBlocks) return ULR_BAD_ARGUMENT;
     const DeviceGuard guard(launch.device);
     if (guard.status() != cudaSuccess) return report(guard.status());
-    if (shared_bytes > kStaticSharedLimit) {
-        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-        if (error != cudaSuccess) return report(error);
-    }
+    if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return report(error);
     const dim3 grid(static_cast<unsigned>(blocks));
 #ifdef __CUDACC__
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(params);
@@ -61,6 +65,32 @@ int launch_kernel(void (*kernel)(Params), int64_t blocks, dim3 threads, int shar
     emulate::launch(kernel, grid, threads, shared_bytes, params);
 #endif
     return report(cudaGetLastError());
+}
+
+// One launch of as many blocks as the device holds at once, which may then wait for each other (grid_sync).
+template <typename Params>
+int launch_together(void (*kernel)(Params), dim3 threads, int shared_bytes, const ulr_launch& launch,
+                    const Params& params) {
+    const DeviceGuard guard(launch.device);
+    if (guard.status() != cudaSuccess) return report(guard.status());
+    cudaError_t error = allow_shared(kernel, shared_bytes);
+    int processors = 0, blocks = 0;
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, launch.device);
+    if (error == cudaSuccess)
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads.x),
+                                                              static_cast<size_t>(shared_bytes));
+    if (error != cudaSuccess) return report(error);
+    const dim3 grid(static_cast<unsigned>(processors * blocks));
+#ifdef __CUDACC__
+    void* arguments[] = {const_cast<Params*>(&params)};
+    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, threads, arguments,
+                                        static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(launch.stream));
+    return report(error);
+#else
+    emulate::launch(kernel, grid, threads, shared_bytes, params, true);
+    return report(cudaGetLastError());
+#endif
 }
 
 }  // namespace ulr

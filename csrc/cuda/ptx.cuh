@@ -10,8 +10,12 @@
 #ifndef __CUDACC__
 #include <emulated_ptx.h>
 #else
+#include <cooperative_groups.h>
 
 namespace ulr {
+
+// A barrier of all blocks of a cooperative launch: what any of them wrote before, all see after it.
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 // The block's dynamic shared memory.
 template <typename T>

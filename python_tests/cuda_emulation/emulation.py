@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 
 from ulr_kernels.backends import _native, cuda
+from ulr_kernels.backends.cuda import mlp
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -18,6 +19,7 @@ FLAGS = (
     "-std=c++17 -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas "
     f"-I{ROOT}/csrc/include -I{HERE}/include"
 ).split()
+PROCESSORS = 3  # of the emulated device, as include/cuda_runtime.h says
 PLAIN = ("-O2",)
 SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -74,6 +76,7 @@ class Library:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.library = ctypes.CDLL(str(path))
+        mlp.processors = lambda device: PROCESSORS
         self.library.ulr_cuda_error.restype = ctypes.c_char_p
 
     def seed(self, seed: int) -> None:

@@ -27,7 +27,7 @@ struct Copy {
     int bytes;
 };
 
-enum class State { kReady, kAtBarrier, kInWarp, kDone };
+enum class State { kReady, kAtBarrier, kAtGridBarrier, kInWarp, kDone };
 
 struct Fiber {
     ucontext_t context;
@@ -45,15 +45,22 @@ struct Warp {
     int arrived = 0;
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch for their stacks
-std::vector<Warp> warps;
-std::vector<Fiber*> ready;
+// A block that has started: its threads, and its dynamic shared memory.
+struct Block {
+    Index at;
+    std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block for their stacks
+    std::vector<Warp> warps;
+    std::vector<Fiber*> ready;
+    std::unique_ptr<void, decltype(&free)> shared{nullptr, &free};
+};
+
+std::vector<std::unique_ptr<Block>> resident;  // one, or all of a grid whose blocks wait for each other
+Block* block = nullptr;                        // the one that runs
 ucontext_t scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 Geometry shape;
-Index block;
-void* shared = nullptr;
+bool together = false;  // all blocks of the grid are there at once
 std::string message;
 std::mt19937 order;
 #if defined(__SANITIZE_ADDRESS__)
@@ -97,7 +104,7 @@ void fiber_main() {
 
 void wake(Fiber* fiber) {
     fiber->state = State::kReady;
-    ready.push_back(fiber);
+    block->ready.push_back(fiber);
 }
 
 void prepare(Fiber& fiber) {
@@ -110,53 +117,96 @@ void prepare(Fiber& fiber) {
     fiber.groups.clear();
 }
 
-void release_barrier(int threads) {
+// Of threads that wait, all at one line of the block's or the grid's barrier: that line. Else it is an error.
+int line_of(const Block& of, int threads, State barrier) {
     int waiting = 0, line = 0;
     for (int i = 0; i < threads; ++i)
-        if (fibers[i]->state == State::kAtBarrier) {
-            if (waiting++ > 0 && fibers[i]->line != line) {
+        if (of.fibers[i]->state == barrier) {
+            if (waiting++ > 0 && of.fibers[i]->line != line)
                 message = "threads wait at different barriers, lines " + std::to_string(line) + " and " +
-                          std::to_string(fibers[i]->line);
-                return;
-            }
-            line = fibers[i]->line;
+                          std::to_string(of.fibers[i]->line);
+            line = of.fibers[i]->line;
         }
-    if (waiting != threads) {
+    if (waiting != threads && message.empty())
         message = std::to_string(waiting) + " of " + std::to_string(threads) + " threads wait at the barrier of line " +
                   std::to_string(line) + ", the others never come";
-        return;
-    }
-    for (int i = 0; i < threads; ++i) wake(fibers[i].get());
+    return line;
 }
 
-void run_block(int threads, size_t shared_bytes) {
-    std::unique_ptr<void, decltype(&free)> memory(aligned_alloc(128, (shared_bytes + 127) / 128 * 128), &free);
-    shared = memory.get();
-    if (shared_bytes > 0) memset(shared, kPoison, shared_bytes);
-    warps.assign((threads + kWarp - 1) / kWarp, Warp());
-    ready.clear();
+bool any(const Block& of, int threads, State state) {
+    for (int i = 0; i < threads; ++i)
+        if (of.fibers[i]->state == state) return true;
+    return false;
+}
+
+void start_block(Block& next, Index at, int threads, size_t shared_bytes) {
+    block = &next;
+    next.at = at;
+    next.shared.reset(aligned_alloc(128, (shared_bytes + 127) / 128 * 128));
+    if (shared_bytes > 0) memset(next.shared.get(), kPoison, shared_bytes);
+    next.warps.assign((threads + kWarp - 1) / kWarp, Warp());
+    next.ready.clear();
     for (int i = 0; i < threads; ++i) {
-        if (static_cast<int>(fibers.size()) == i) fibers.push_back(std::make_unique<Fiber>());
-        Fiber& fiber = *fibers[i];
+        if (static_cast<int>(next.fibers.size()) == i) next.fibers.push_back(std::make_unique<Fiber>());
+        Fiber& fiber = *next.fibers[i];
         prepare(fiber);
         fiber.number = i;
         fiber.index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
         wake(&fiber);
     }
+}
+
+// Runs a block until all its threads are done, or wait for the grid.
+void run_block(Block& next, int threads) {
+    block = &next;
     while (message.empty()) {
-        if (ready.empty()) {
-            bool all_done = true;
-            for (int i = 0; i < threads; ++i) all_done = all_done && fibers[i]->state == State::kDone;
-            if (all_done) return;
-            for (const Warp& warp : warps)
+        if (next.ready.empty()) {
+            for (const Warp& warp : next.warps)
                 if (warp.arrived > 0) message = std::string(warp.operation) + ": some lanes of the warp never come";
-            if (message.empty()) release_barrier(threads);
+            if (!message.empty()) return;
+            if (!any(next, threads, State::kAtBarrier)) return;
+            line_of(next, threads, State::kAtBarrier);
+            if (!message.empty()) return;
+            for (int i = 0; i < threads; ++i) wake(next.fibers[i].get());
             continue;
         }
-        std::swap(ready[order() % ready.size()], ready.back());
-        Fiber* next = ready.back();
-        ready.pop_back();
-        enter(next);
+        std::swap(next.ready[order() % next.ready.size()], next.ready.back());
+        Fiber* fiber = next.ready.back();
+        next.ready.pop_back();
+        enter(fiber);
+    }
+}
+
+// Blocks that wait for each other: all start, and from one barrier of the grid to the next they run one after another.
+void run_together(std::vector<Index>& places, int threads, size_t shared_bytes) {
+    while (resident.size() < places.size()) resident.push_back(std::make_unique<Block>());
+    for (size_t i = 0; i < places.size(); ++i) start_block(*resident[i], places[i], threads, shared_bytes);
+    std::vector<Block*> turn;
+    for (size_t i = 0; i < places.size(); ++i) turn.push_back(resident[i].get());
+    while (message.empty()) {
+        std::shuffle(turn.begin(), turn.end(), order);
+        for (Block* next : turn) {
+            run_block(*next, threads);
+            if (!message.empty()) return;
+        }
+        size_t waiting = 0;
+        int line = 0;
+        for (Block* next : turn) {
+            if (!any(*next, threads, State::kAtGridBarrier)) continue;
+            const int here = line_of(*next, threads, State::kAtGridBarrier);
+            if (waiting++ > 0 && here != line) message = "blocks wait at different barriers of the grid";
+            line = here;
+        }
+        if (waiting == 0 || !message.empty()) return;
+        if (waiting != turn.size()) {
+            message = std::to_string(waiting) + " of " + std::to_string(turn.size()) +
+                      " blocks wait at the grid's barrier of line " + std::to_string(line) + ", the others never come";
+            return;
+        }
+        for (Block* next : turn) {
+            block = next;
+            for (int i = 0; i < threads; ++i) wake(next->fibers[i].get());
+        }
     }
 }
 
@@ -170,10 +220,10 @@ void finish(const std::vector<Copy>& group) {
 }  // namespace
 
 Index thread_index() { return running->index; }
-Index block_index() { return block; }
+Index block_index() { return block->at; }
 Geometry geometry() { return shape; }
 int lane() { return running->number % kWarp; }
-void* dynamic_shared() { return shared; }
+void* dynamic_shared() { return block->shared.get(); }
 
 void barrier(int line) {
     running->state = State::kAtBarrier;
@@ -181,9 +231,16 @@ void barrier(int line) {
     leave(running);
 }
 
+void grid_barrier(int line) {
+    if (!together) fail("a grid's barrier needs a cooperative launch");
+    running->state = State::kAtGridBarrier;
+    running->line = line;
+    leave(running);
+}
+
 void warp_wide(const char* operation, void* argument, const std::function<void(void* const*)>& all) {
     Fiber* self = running;
-    Warp& warp = warps[self->number / kWarp];
+    Warp& warp = block->warps[self->number / kWarp];
     if (warp.arrived > 0 && strcmp(warp.operation, operation) != 0)
         fail(std::string("lanes of a warp are at different instructions: ") + warp.operation + " and " + operation);
     warp.operation = operation;
@@ -196,7 +253,7 @@ void warp_wide(const char* operation, void* argument, const std::function<void(v
     warp.arrived = 0;
     all(warp.arguments);
     for (int i = 0; i < kWarp; ++i) {
-        Fiber* fiber = fibers[self->number / kWarp * kWarp + i].get();
+        Fiber* fiber = block->fibers[self->number / kWarp * kWarp + i].get();
         if (fiber != self) wake(fiber);
     }
 }
@@ -227,18 +284,25 @@ void fail(const std::string& text) {
     abort();  // a fiber of a failed block is never entered again
 }
 
-int run(const std::function<void()>& kernel, Index grid, Index block_size, size_t shared_bytes) {
+int run(const std::function<void()>& kernel, Index grid, Index block_size, size_t shared_bytes, bool cooperative) {
     message.clear();
     body = &kernel;
     shape = {grid, block_size};
-    std::vector<Index> blocks;
+    together = cooperative;
+    std::vector<Index> places;
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
-            for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
-    std::shuffle(blocks.begin(), blocks.end(), order);
-    for (const Index& at : blocks) {
-        block = at;
-        run_block(block_size.x * block_size.y * block_size.z, shared_bytes);
+            for (unsigned x = 0; x < grid.x; ++x) places.push_back({x, y, z});
+    std::shuffle(places.begin(), places.end(), order);
+    const int threads = block_size.x * block_size.y * block_size.z;
+    if (together) {
+        run_together(places, threads, shared_bytes);
+        return !message.empty();
+    }
+    if (resident.empty()) resident.push_back(std::make_unique<Block>());
+    for (const Index& at : places) {
+        start_block(*resident[0], at, threads, shared_bytes);
+        run_block(*resident[0], threads);
         if (!message.empty()) return 1;
     }
     return 0;

@@ -3,7 +3,8 @@
 // Blocks run one after another, threads of a block as fibers that change only where CUDA orders them: at a barrier or
 // at an instruction of the whole warp. In between they run in an order drawn from a seed, so a missing barrier shows as
 // a result that is wrong or changes with the seed. Shared memory starts as NaN. cp.async writes NaN when it is issued
-// and the data as late as it may: when its thread waits for it.
+// and the data as late as it may: when its thread waits for it. Blocks of a cooperative launch are there together and
+// change at the grid's barrier; static shared memory exists once, so what a block keeps there is lost at that barrier.
 #pragma once
 
 #include <stddef.h>
@@ -32,6 +33,9 @@ void* dynamic_shared();
 // All threads of the block at the same line.
 void barrier(int line);
 
+// All threads of all blocks of a cooperative launch at the same line.
+void grid_barrier(int line);
+
 // All lanes of the warp at the same operation: `all` gets each lane's argument, by lane, once.
 void warp_wide(const char* operation, void* argument, const std::function<void(void* const*)>& all);
 
@@ -43,13 +47,13 @@ void async_wait(int pending);
 [[noreturn]] void fail(const std::string& message);
 
 // 0, or 1 where the kernel broke a rule; the text is then `failure()`.
-int run(const std::function<void()>& kernel, Index grid, Index block, size_t shared_bytes);
+int run(const std::function<void()>& kernel, Index grid, Index block, size_t shared_bytes, bool cooperative);
 const char* failure();
 
 template <typename Kernel, typename Dim, typename Params>
-int launch(Kernel kernel, Dim grid, Dim block, int shared_bytes, const Params& params) {
+int launch(Kernel kernel, Dim grid, Dim block, int shared_bytes, const Params& params, bool cooperative = false) {
     return run([&] { kernel(params); }, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-               static_cast<size_t>(shared_bytes));
+               static_cast<size_t>(shared_bytes), cooperative);
 }
 
 }  // namespace emulate

@@ -12,6 +12,7 @@ struct Params {
     float* out;
     const float* in;
     bool mistaken;
+    float* scratch;
 };
 
 // Reverses the block's elements through shared memory. The mistake: no barrier between writing and reading.
@@ -69,14 +70,35 @@ __global__ void wrong_fragment(const Params p) {
         if (col < 4) p.out[4 * (row + 8 * (i / 2)) + col + i % 2] = d[i];
 }
 
+// Reverses the elements through global memory, each block writing its share of them. The mistake: no barrier of the
+// grid between writing and reading.
+__global__ void missing_grid_barrier(const Params p) {
+    const int share = (kThreads + gridDim.x - 1) / gridDim.x, first = blockIdx.x * share;
+    const int element = first + static_cast<int>(threadIdx.x);
+    const bool own = static_cast<int>(threadIdx.x) < share && element < kThreads;
+    if (own) p.scratch[element] = p.in[element];
+    if (!p.mistaken) ulr::grid_sync();
+    if (own) p.out[element] = p.scratch[kThreads - 1 - element];
+}
+
+// The mistake: the first block does not come to the grid's barrier.
+__global__ void divergent_grid_barrier(const Params p) {
+    if (!p.mistaken || blockIdx.x > 0) ulr::grid_sync();
+    if (blockIdx.x == 0) p.out[threadIdx.x] = p.in[threadIdx.x];
+}
+
 }  // namespace
 
 void ulr::remember_error(cudaError_t) {}
 
 // Runs one kernel by its number on 64 elements.
 extern "C" int ulr_planted(int kernel, int mistaken, float* out, const float* in) {
-    void (*const kernels[])(Params) = {missing_barrier, divergent_barrier, dynamic_overrun,
-                                       static_overrun,  missing_wait,      wrong_fragment};
-    return ulr::launch_kernel(kernels[kernel], 1, dim3(kThreads), kThreads * sizeof(float), ulr_launch{},
-                              Params{out, in, mistaken != 0});
+    void (*const kernels[])(Params) = {missing_barrier,      divergent_barrier,     dynamic_overrun,
+                                       static_overrun,       missing_wait,          wrong_fragment,
+                                       missing_grid_barrier, divergent_grid_barrier};
+    float scratch[kThreads] = {};
+    const Params params{out, in, mistaken != 0, scratch};
+    const bool together = kernels[kernel] == missing_grid_barrier || kernels[kernel] == divergent_grid_barrier;
+    if (together) return ulr::launch_together(kernels[kernel], dim3(kThreads), 0, ulr_launch{}, params);
+    return ulr::launch_kernel(kernels[kernel], 1, dim3(kThreads), kThreads * sizeof(float), ulr_launch{}, params);
 }

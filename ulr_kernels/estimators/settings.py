@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ulr_kernels import contract
-from ulr_kernels.estimators.baselines import BASELINES
+from ulr_kernels.baselines import BASELINES
 
 INJECTIONS = ("layerwise", "joint")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_kernels import contract, ops
-from ulr_kernels.estimators.baselines import loss_weights
+from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
 from ulr_kernels.estimators.noised import NoisedPass
 from ulr_kernels.estimators.recording import Recording, fail_rows, same

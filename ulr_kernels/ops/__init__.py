@@ -11,6 +11,7 @@ from ulr_kernels.ops.noisy_conv2d_replay_ import noisy_conv2d_replay_
 from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
+from ulr_kernels.ops.noisy_mlp_step import noisy_mlp_step
 from ulr_kernels.ops.perturb_ import perturb_
 from ulr_kernels.ops.perturbed_conv2d import perturbed_conv2d
 from ulr_kernels.ops.perturbed_embedding import perturbed_embedding
@@ -30,6 +31,7 @@ __all__ = [
     "noisy_linear",
     "noisy_linear_grad_",
     "noisy_linear_replay_",
+    "noisy_mlp_step",
     "perturb_",
     "perturbed_conv2d",
     "perturbed_embedding",

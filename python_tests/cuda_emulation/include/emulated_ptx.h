@@ -29,6 +29,8 @@ inline int not_before_here(int value) { return value; }
 inline int64_t not_before_here(int64_t value) { return value; }
 inline uint32_t exponent(uint32_t bits) { return bits >> 23; }
 
+inline void grid_sync(int line = __builtin_LINE()) { emulate::grid_barrier(line); }
+
 inline void cp_async16(void* shared, const void* global, int bytes) { emulate::async_copy(shared, global, bytes); }
 inline void cp_async_commit() { emulate::async_commit(); }
 template <int pending>

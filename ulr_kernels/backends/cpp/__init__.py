@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.backends import _native, _parameters
-from ulr_kernels.backends.cpp import conv, elementwise, linear, perturbed
+from ulr_kernels.backends.cpp import conv, elementwise, linear, mlp, perturbed
 
 
 @functools.cache
@@ -113,6 +113,7 @@ _PROVIDERS: dict[str, Callable] = {
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
+    "noisy_mlp_step": mlp.noisy_mlp_step,
     "perturbed_linear": perturbed.perturbed_linear,
     "perturbed_conv2d": perturbed.perturbed_conv2d,
     "perturbed_embedding": perturbed.perturbed_embedding,

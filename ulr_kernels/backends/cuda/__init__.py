@@ -8,7 +8,7 @@ import torch
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import elementwise, linear, noise
+from ulr_kernels.backends.cuda import elementwise, linear, mlp, noise
 
 NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
 
@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
+    "noisy_mlp_step": mlp.noisy_mlp_step,
 }
 
 

@@ -1,0 +1,165 @@
+"""What the launcher of noisy_mlp_step (csrc/cuda/noisy_mlp_step.cu) is handed: how a step is cut into parts, and where
+in its workspace each part leaves what the next phase reads."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.backends import _native
+from ulr_kernels.backends._native import Arguments
+from ulr_kernels.baselines import BASELINES
+from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES
+
+ACTIVATION_BYTES = 24 * 2**20  # of all copies of a tile of samples: half of an H100's L2
+FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient: kGradFeatures, kPanel, kGradRows in gradient.cuh
+# Clocks of one SM, to share the processors out between layers: a noise value, and a multiply-add by operand size.
+CLOCKS_OF_NOISE, CLOCKS_OF_PRODUCT = 0.2, {2: 1 / 1024, 4: 1 / 128}
+
+
+class Shape(NamedTuple):
+    """Of a call, all that its plan depends on."""
+
+    rows: int
+    widths: tuple[int, ...]  # of x and of each layer's output
+    copies: int
+    draws: int
+    joint: bool
+    clean: bool  # the samples go through all layers without noise too
+    element_size: int
+    wide: tuple[bool, ...]  # of each layer: its gradients are fp32
+    processors: int
+
+
+def _up(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+class _Workspace:
+    """Places in one buffer, by bytes from its start."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def place(self, count: int) -> int:
+        """-1 for nothing."""
+        if not count:
+            return -1
+        start = self.bytes
+        self.bytes += _up(count, 256)
+        return start
+
+
+@functools.lru_cache(maxsize=256)
+def plan(shape: Shape) -> tuple[tuple[int, ...], int]:
+    """The launcher's numbers but for the activation, the loss and the baseline, which come third to fifth; and the
+    bytes of the workspace."""
+    layers = range(len(shape.widths) - 1)
+    pitches = [_up(width, 8) for width in shape.widths[1:]]
+    # Rows of each layer's output per sample: without noise, and of the passes that have been noised by then.
+    clean = int(shape.clean)
+    noised = [shape.copies * (1 if shape.joint else layer + 1) for layer in layers]
+    per_sample = shape.element_size * sum((clean + n) * p for n, p in zip(noised, pitches, strict=True))
+    tiles = min(shape.rows, -(-shape.rows * per_sample // ACTIVATION_BYTES))
+    samples = -(-shape.rows // tiles)
+    workspace = _Workspace()
+    loss_weights = workspace.place(4 * (1 if shape.joint else len(layers)) * shape.copies * samples)
+    gradients = [_gradient(shape, layer, samples) for layer in layers]
+    partials, sums = [], 0
+    for layer, (splits, _) in zip(layers, gradients, strict=True):
+        direct = splits == 1 and (shape.wide[layer] or samples == shape.rows)
+        count = 0 if direct else splits * shape.widths[layer + 1] * (shape.widths[layer] + 1)
+        partials.append(-1 if direct else 4 * sums)
+        sums += count
+    start = workspace.place(4 * sums)
+    numbers = [shape.joint, shape.clean, samples, loss_weights, start, sums]
+    for layer in layers:
+        splits, unit_rows = gradients[layer]
+        fan, tile = _forward(shape, layer, samples)
+        row_bytes = samples * pitches[layer] * shape.element_size
+        places = workspace.place(clean * row_bytes), workspace.place(noised[layer] * row_bytes)
+        own = -1 if partials[layer] < 0 else start + partials[layer]
+        numbers += [splits, unit_rows, fan, tile, own, *places, pitches[layer]]
+    return tuple(map(int, numbers)), workspace.bytes
+
+
+def _forward(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
+    """How many blocks share the copies that a tile makes, and its rows and features."""
+    makes = not shape.joint or layer == 0
+    rows = samples * (1 if layer == 0 else int(shape.clean) + shape.copies * (1 if shape.joint else layer))
+    features = shape.widths[layer + 1]
+
+    def items(rows: int, tile: int) -> int:
+        return -(-rows // tile) * -(-features // tile)
+
+    tile = 128 if items(rows, 128) >= shape.processors else 64
+    fan = min(shape.draws, max(1, shape.processors // items(rows, tile))) if makes else 1
+    return fan, tile
+
+
+def _gradient(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
+    """Parts of the rows of a layer's gradient, and the rows of a block of them: so that the processors get even shares
+    of the work of all layers."""
+    clocks, panels = [], [-(-width // PANEL) for width in shape.widths]
+    for at in range(len(shape.widths) - 1):
+        inputs, features = shape.widths[at : at + 2]
+        product_rows = samples * (shape.copies if shape.joint and at else 1)
+        product = product_rows * inputs * CLOCKS_OF_PRODUCT[shape.element_size]
+        clocks.append(features * (samples * shape.draws * panels[at] * CLOCKS_OF_NOISE + product))
+    tiles = -(-shape.widths[layer + 1] // FEATURES) * panels[layer]
+    wanted = max(1, round(shape.processors * clocks[layer] / sum(clocks) / tiles))
+    groups = shape.draws if shape.joint and layer else 1
+    unit_rows = min(ROWS, max(16, _up(-(-samples * groups // wanted), 16)))
+    return min(wanted, groups * -(-samples // unit_rows)), unit_rows
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def noisy_mlp_step(
+    losses: Tensor,
+    grad_weights: list[Tensor],
+    grad_biases: list[Tensor],
+    x: Tensor,
+    target: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    sigma: Tensor,
+    keys: Tensor,
+    copies: int,
+    antithetic: bool,
+    injection: str,
+    activation: str,
+    loss: str,
+    baseline: str,
+    dist: str,
+    draw: int,
+    row_offset: int,
+) -> Arguments:
+    joint = injection == "joint"
+    numbers, size = plan(
+        Shape(
+            x.shape[0],
+            (x.shape[1], *(weight.shape[0] for weight in weights)),
+            copies,
+            copies // 2 if antithetic else copies,
+            joint,
+            not joint or baseline == "clean",
+            x.element_size(),
+            tuple(g.dtype == torch.float32 for g in grad_weights),
+            processors(x.device),
+        )
+    )
+    names = ACTIVATIONS.index(activation), LOSSES.index(loss), BASELINES.index(baseline)
+    workspace = torch.empty(-(-size // 4), dtype=torch.float32, device=x.device)
+    keys, sigma = keys.contiguous(), sigma.contiguous()
+    spec = _native.noise_spec(keys, dist, "iid", 1, draw, row_offset, 0, width=0, antithetic=antithetic)
+    none: list[Tensor | None] = [None] * len(weights)
+    layers = zip(weights, biases or none, grad_weights, grad_biases or none, strict=True)
+    tensors = (losses, x, target, sigma, workspace, *(tensor for layer in layers for tensor in layer), keys)
+    return Arguments(spec, tensors, (*numbers[:2], *names, *numbers[2:]))
