@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("safetensors", reason="the recipes need safetensors")
 Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
 
-from ulr_kernels.recipes import RecipeError, checkpoint, data, demo, folders, jobs, models, report  # noqa: E402
+from ulr_kernels.recipes import RecipeError, checkpoint, data, demo, folders, jobs, models, report, train  # noqa: E402
 from ulr_kernels.recipes.settings import Settings  # noqa: E402
 from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, restore  # noqa: E402
 
@@ -88,6 +88,34 @@ def test_idx_folder(tmp_path: Path, packed: bool):
     assert found.shape == (1, 3, 4)
     assert found.train.images.flatten()[:5].tolist() == [0, 1, 2, 3, 4]
     assert found.test.labels.tolist() == [0, 1, 2, 3, 4] * 2
+
+
+def cifar_folder(folder: Path) -> Path:
+    """Two training files and one for testing, as CIFAR-10's binary form has them."""
+    for name, count in (("data_batch_1", 4), ("data_batch_2", 3), ("test_batch", 2)):
+        records = np.arange(count * 3073, dtype=np.uint32).astype(np.uint8).reshape(count, 3073)
+        records[:, 0] = np.arange(count)
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("plane\ncar\nbird\ncat\n\n")
+    return folder
+
+
+def test_cifar_binary_folder(tmp_path: Path):
+    found = data.load(str(cifar_folder(tmp_path)))
+    assert (found.shape, found.classes) == ((3, 32, 32), ("plane", "car", "bird", "cat"))
+    assert found.train.labels.tolist() == [0, 1, 2, 3, 0, 1, 2] and found.test.labels.tolist() == [0, 1]
+    assert found.train.images[1, 0, 0, :3].tolist() == [2, 3, 4]  # after 3073 bytes and the label
+    assert found.train.first(5).labels.tolist() == [0, 1, 2, 3, 0]
+
+
+def test_damaged_cifar_files_are_refused(tmp_path: Path):
+    truncate(cifar_folder(tmp_path) / "data_batch_2.bin")
+    with pytest.raises(RecipeError, match="must hold whole records of 3073 bytes"):
+        data.load(str(tmp_path))
+    (tmp_path / "data_batch_2.bin").unlink()
+    (tmp_path / "test_batch.bin").unlink()
+    with pytest.raises(RecipeError, match=r"test_batch\.bin: cannot be read"):
+        data.load(str(tmp_path))
 
 
 def test_scale_is_that_of_the_training_pixels(images: Path):
@@ -254,6 +282,63 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options
     figures = json.loads((stopped / report.REPORT).read_text())
     assert [record["epoch"] for record in figures["history"]] == [1, 2, 3]
     assert figures["commands"] == ["rest"]
+
+
+def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatch):
+    settings = Settings(data=str(images), epochs=2, **SMALL)
+    jobs.train(settings, tmp_path / "whole", "whole")
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    save = checkpoint.save
+    stopped = tmp_path / "stopped"
+    folders.prepare(stopped, CHECKPOINT)
+
+    def interrupt_in_epoch_2(path: Path, state: dict) -> None:
+        save(path, state)
+        if state["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", interrupt_in_epoch_2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Trainer(settings), stopped)
+    monkeypatch.setattr(checkpoint, "save", save)
+    resumed = restore(stopped)
+    assert (resumed.epoch, resumed.step, resumed.steps_per_epoch) == (1, 5, 3)
+    seconds = resumed.partial["seconds"]
+    jobs.resume(stopped, "rest")
+    assert weights_of(stopped) == weights_of(tmp_path / "whole")
+    histories = [json.loads((tmp_path / run / report.REPORT).read_text())["history"] for run in ("whole", "stopped")]
+    assert [record["noised_loss"] for record in histories[0]] == [record["noised_loss"] for record in histories[1]]
+    assert histories[1][1]["seconds"] > seconds > 0
+
+
+@pytest.mark.parametrize("model", ["resnet5", "resnet5-plain", "vgg8"])
+def test_convolutional_models_train(tmp_path: Path, model: str):
+    copies = {"copies": 4} if model == "vgg8" else {"copies": {"conv1": 4, "conv2": 4, "conv3": 6, "conv4": 4, "fc": 2}}
+    settings = Settings(data="digits", subset=40, model=model, epochs=1, batch=20, threads=1, **copies)
+    trainer = Trainer(settings)
+    assert len(trainer.train) == 40 and torch.bincount(trainer.train.labels).tolist() == [4] * 10
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    fit(trainer, tmp_path)
+    for name, parameter in trainer.model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_the_junction_is_what_the_plain_model_lacks():
+    x = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    with_junction, plain = (
+        models.build(n, (3, 16, 16), 10, 1, torch.device("cpu")) for n in ("resnet5", "resnet5-plain")
+    )
+    assert not torch.equal(with_junction(x), plain(x))
+    with torch.no_grad():
+        for model in (with_junction, plain):
+            model.conv4.weight.zero_()
+    assert with_junction(x).std() > 0
+    assert torch.equal(plain(x), plain.fc.bias.expand(2, 10))
+
+
+def test_a_model_refuses_images_that_its_pooling_makes_nothing_of():
+    with pytest.raises(RecipeError, match=r"this one needs 8 x 8, got \(5, 6\)"):
+        models.build("vgg8", (1, 5, 6), 2, 1, torch.device("cpu"))
 
 
 def test_a_killed_process_can_go_on(tmp_path: Path, images: Path):

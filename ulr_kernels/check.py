@@ -33,7 +33,8 @@ class LayerCheck:
         slope_error: the standard error of that mean.
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
-        law: the cosine that the number of copies and noise coordinates predict for small sigma.
+        law: the cosine that the number of copies and noise coordinates predict for small sigma; NaN for a layer that is
+            no product of its input and a weight.
         agreement: mean cosine of the estimates of two steps; needs no gradient.
 
     Numbers that need a gradient are NaN where autograd has none.
@@ -188,14 +189,22 @@ class _Truth:
             if all(g is not None and torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients):
                 self.gradients[name] = torch.cat([g.flatten().double() for g in gradients])
 
-    def operands(self, name: str) -> tuple[Tensor, Tensor]:
-        """Output gradients `[samples, positions of all calls, N]` and inputs `[samples, positions of all calls, K]`."""
-        pairs = [
-            (t.detach().double().flatten(0, -2).unflatten(0, (self.samples, -1)) for t in (gradient, call.inputs[0]))
-            for call, gradient in self.calls[name]
-        ]
+    def operands(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Output gradients `[samples, positions of all calls, N]` and inputs `[samples, positions of all calls, K]`;
+        None where a call is no product of inputs and weight."""
+        pairs = []
+        for call, gradient in self.calls[name]:
+            rows = call.as_product(gradient)
+            if rows is None:
+                return None
+            pairs.append([t.detach().double().unflatten(0, (self.samples, -1)) for t in rows])
         outputs, inputs = zip(*pairs, strict=True)
         return torch.cat(outputs, 1), torch.cat(inputs, 1)
+
+    def loss_change(self, name: str) -> Tensor:
+        """|g|^2 of each sample, over all calls."""
+        found = [gradient.detach().double().unflatten(0, (self.samples, -1)) for _, gradient in self.calls[name]]
+        return torch.stack([g.flatten(1).square().sum(1) for g in found]).sum(0)
 
 
 def _compare(estimator: ULR, name: str, estimates: Tensor, truth: _Truth) -> LayerCheck:
@@ -225,18 +234,23 @@ def _law(estimator: ULR, name: str, truth: _Truth) -> float:
     """
     settings = estimator.settings
     s, m = MOMENTS[settings.dist]
-    g, inputs = truth.operands(name)
-    weight, bias = (float(any(p.dim() == d for p in truth.parameters[name])) for d in (2, 1))
+    operands = truth.operands(name)
+    if operands is None:
+        return math.nan
+    g, inputs = operands
+    weight, bias = (
+        float(any((p.dim() > 1) == is_weight for p in truth.parameters[name])) for is_weight in (True, False)
+    )
     jacobian = weight * inputs.square().sum(-1) + bias  # |J_j|^2 of each position
     of_layer = g.shape[-1] * jacobian.sum(1)
-    loss_change = g.square().sum((1, 2))
+    loss_change = truth.loss_change(name)
     if settings.injection == "joint":
         here = _mean_square(estimator.sigma(name))
         for other in truth.calls:
             if other != name:
                 ratio = _mean_square(estimator.sigma(other)) / here
-                loss_change = loss_change + ratio * truth.operands(other)[0].square().sum((1, 2))
-    projected = ((g @ g.mT) * (weight * inputs @ inputs.mT + bias)).sum((1, 2))
+                loss_change = loss_change + ratio * truth.loss_change(other)
+    projected = weight * (g.mT @ inputs).square().sum((1, 2)) + bias * g.sum(1).square().sum(1)  # |J^T g|^2
     variance = s * loss_change * of_layer + projected + (m - s - 2) * (g.square().sum(2) * jacobian).sum(1)
     copies = settings.copies_of(name)
     directions = copies / 2 if settings.antithetic else float(copies)
@@ -287,7 +301,7 @@ def _is_noisy(layer: LayerCheck) -> bool:
 
 def _distance(layer: LayerCheck) -> float:
     """From what an unbiased estimator without rounding would show."""
-    return abs(layer.slope - 1) + max(layer.law - layer.cosine, 0)
+    return abs(layer.slope - 1) + max(0.0, layer.law - layer.cosine)  # 0 where there is no law
 
 
 def _names(layers: list[LayerCheck]) -> str:

@@ -17,7 +17,8 @@ HELP = "train a model on images, with checkpoints and a report"
 def add_options(parser: argparse.ArgumentParser) -> None:
     options = SettingsOptions(parser, Settings)
     _, add = options.group("what to train")
-    add("data", "digits, mnist5k, fashion, or a folder: train/CLASS/*.png or idx files", metavar="DATA")
+    add("data", "digits, mnist5k, fashion, or a folder: train/CLASS/*.png, idx or CIFAR-10 files", metavar="DATA")
+    add("subset", "training images to use, as many of each class; 0: all")
     add("model", "the model", choices=list(MODELS))
     add("method", "likelihood ratio, or backpropagation to compare", choices=METHODS)
     _, add = options.group("how")

@@ -127,6 +127,13 @@ class Call:
         """Rows of noise for each sample of the output."""
         return self._shape.numel() // self._shape[self.feature_dim] // self._samples
 
+    def as_product(self, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The output's gradient as rows `[R, N]`, and the rows `[R, K]` whose product with the weight the output is.
+
+        None where the layer is no product of that kind, or none that this says of itself.
+        """
+        return None
+
     def check_unchanged(self) -> None:
         """Raise if an input, which the gradient needs, was modified in place since."""
         for x, version in zip(self.inputs, self._versions, strict=True):

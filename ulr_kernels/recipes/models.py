@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ulr_kernels import contract
 from ulr_kernels.ops import noise_like
+from ulr_kernels.recipes import RecipeError
 
 _INITIAL_VALUES = contract.site_id("ulr_kernels.recipes.models")  # keeps their noise apart from that of every step
 
@@ -26,7 +28,65 @@ def mlp(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"mlp": mlp}
+class ResNet5(nn.Module):
+    """Four 3 x 3 convolutions of 8, 16, 32 and 32 channels and a linear layer, without normalisation: the network of
+    the ULR paper's experiments (arXiv 2305.08960).
+
+    Args:
+        shape: channels, height, width of an image; at least 8 x 8.
+        classes: the number of outputs.
+        junction: add the last convolution's input to its output.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, junction: bool = True) -> None:
+        super().__init__()
+        self.junction = junction
+        self.conv1 = nn.Conv2d(shape[0], 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+        self.conv3 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv4 = nn.Conv2d(32, 32, 3, padding=1)
+        self.fc = nn.Linear(32 * _pooled(shape, 2, 4), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv3(x))
+        y = self.conv4(x)
+        x = F.max_pool2d(F.relu(y + x if self.junction else y), 4)
+        return self.fc(x.flatten(1))
+
+
+def vgg8(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Six 3 x 3 convolutions in pairs of 16, 32 and 64 channels, each pair pooled, and two linear layers, without
+    normalisation: the other network of the ULR paper's experiments."""
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for width in (16, 32, 64):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    hidden = [nn.Flatten(), nn.Linear(64 * _pooled(shape, 2, 2, 2), 256), nn.ReLU(), nn.Linear(256, classes)]
+    return nn.Sequential(*layers, *hidden)
+
+
+def _pooled(shape: tuple[int, int, int], *windows: int) -> int:
+    """Pixels that are left of an image."""
+    height, width = shape[1:]
+    for window in windows:
+        height, width = height // window, width // window
+    if not height * width:
+        least = math.prod(windows)
+        raise RecipeError(f"model must be one for small images: this one needs {least} x {least}, got {shape[1:]}")
+    return height * width
+
+
+MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+    "mlp": mlp,
+    "resnet5": ResNet5,
+    "resnet5-plain": lambda shape, classes: ResNet5(shape, classes, junction=False),
+    "vgg8": vgg8,
+}
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int, seed: int, device: torch.device) -> nn.Module:

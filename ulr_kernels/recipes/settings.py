@@ -18,6 +18,7 @@ class Settings:
 
     Attributes:
         data: what `data.load` takes.
+        subset: training images to use, as many of each class; 0: all. Tests use all test images.
         model: a key of `models.MODELS`.
         method: `ulr`, or `bp` (backpropagation) to compare.
         epochs: passes over the training images.
@@ -33,6 +34,7 @@ class Settings:
     """
 
     data: str
+    subset: int = 0
     model: str = "mlp"
     method: str = "ulr"
     epochs: int = 20
@@ -58,6 +60,7 @@ class Settings:
         rules.one_of(self, "method", METHODS)
         rules.one_of(self, "optimizer", OPTIMIZERS)
         rules.one_of(self, "schedule", SCHEDULES)
+        rules.at_least(self, "subset", 0)
         rules.at_least(self, "epochs", 1)
         rules.at_least(self, "batch", 1)
         rules.at_least(self, "threads", 0)

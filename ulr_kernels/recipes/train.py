@@ -23,6 +23,7 @@ from ulr_kernels.recipes.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
 _COSINES = contract.site_id("ulr_kernels.recipes.cosines")  # keeps their keys apart from those of the training
+SAVE_SECONDS = 120.0  # within an epoch: what a run that is stopped loses at most
 _COSINE_STEPS = 4  # estimates per measurement
 _EVALUATION_BATCH = 1000
 
@@ -37,6 +38,7 @@ class Trainer:
         history: one dict of figures per finished epoch.
         commands: what the user typed to start and to resume the run.
         step: optimiser steps done.
+        partial: of the epoch under way, what its figures need: its `loss` summed over steps, `seconds` and `memory`.
 
     Raises:
         RecipeError: a setting is out of range, a device is absent, or the data cannot be had.
@@ -47,7 +49,8 @@ class Trainer:
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         self.settings = dataclasses.replace(settings, threads=torch.get_num_threads())
         self.dataset = data.load(settings.data)
-        self.train, self.test = self.dataset.train.to(self.device), self.dataset.test.to(self.device)
+        train = self.dataset.train.first(settings.subset) if settings.subset else self.dataset.train
+        self.train, self.test = train.to(self.device), self.dataset.test.to(self.device)
         self.mean, self.deviation = self.dataset.scale()
         self.model = models.build(
             settings.model, self.dataset.shape, len(self.dataset.classes), settings.seed, self.device
@@ -62,6 +65,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(self.train) / settings.batch)
         self.memory_at_start = memory.current(self.device)
         self.step = 0
+        self.partial: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.commands: list[str] = []
 
@@ -77,6 +81,7 @@ class Trainer:
         return {
             "settings": dataclasses.asdict(self.settings),
             "step": self.step,
+            "partial": self.partial,
             "history": self.history,
             "commands": self.commands,
             "model": self.model.state_dict(),
@@ -87,6 +92,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken, from a trainer of the same settings."""
         self.step, self.history, self.commands = state["step"], state["history"], state["commands"]
+        self.partial = state["partial"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.estimator:
@@ -98,29 +104,49 @@ class Trainer:
         """Pixels, uint8, as the model takes them: fp32 with the training set's mean 0 and variance 1."""
         return (images.float() - self.mean) / self.deviation
 
-    def run_epoch(self, bar: tqdm) -> None:
-        """Train on every image once, evaluate, and add the figures to the history."""
-        order = permutation(self.settings.seed, self.epoch, len(self.train)).to(self.device)
-        total = torch.zeros((), device=self.device)
+    def run_epoch(self, bar: tqdm, save: Callable[[], None]) -> None:
+        """Train on every image once, evaluate, and add the figures to the history; `save` now and then on the way.
+
+        An epoch that was stopped goes on where it was last saved.
+        """
+        batches = permutation(self.settings.seed, self.epoch, len(self.train)).split(self.settings.batch)
+        first = self.step - self.epoch * self.steps_per_epoch
+        total = self.partial.get("loss", torch.zeros(())).to(self.device)
         self.model.train()
         memory.reset_peak(self.device)
-        started = time.perf_counter()
-        for done, rows in enumerate(order.split(self.settings.batch), 1):
+        started = saved = time.perf_counter()
+        before = self.partial
+        bar.update(sum(map(len, batches[:first])))
+        for done, rows in enumerate(batches[first:], first + 1):
+            rows = rows.to(self.device)
             total += self._train_step(self.inputs(self.train.images[rows]), self.train.labels[rows])
             if bar.update(len(rows)):  # true only where the bar has been drawn, so that a GPU is seldom waited for
                 bar.set_postfix(self._figures(total.item() / done), refresh=False)
-        noised_loss = total.item() / self.steps_per_epoch  # waits for the device
-        seconds = time.perf_counter() - started
-        record: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": seconds}
-        record["noised_loss"] = noised_loss
-        record["samples_per_second"] = len(self.train) / seconds
-        record["peak_memory_mib"] = memory.peak(self.device)
+            if time.perf_counter() - saved >= SAVE_SECONDS:
+                self.partial = self._so_far(before, total, started)
+                save()
+                saved = time.perf_counter()
+        so_far = self._so_far(before, total, started)
+        record: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": so_far["seconds"]}
+        record["noised_loss"] = so_far["loss"].item() / self.steps_per_epoch
+        record["samples_per_second"] = len(self.train) / so_far["seconds"]
+        record["peak_memory_mib"] = so_far["memory"]
         record["training_memory_mib"] = record["peak_memory_mib"] - self.memory_at_start
         for name, split in (("train", self.train), ("test", self.test)):
             record[f"{name}_loss"], record[f"{name}_accuracy"] = self.evaluate(split)
         if self.estimator:
             record["cosines"] = self._cosines()
         self.history.append(record)
+        self.partial = {}
+
+    def _so_far(self, before: dict[str, Any], loss: Tensor, started: float) -> dict[str, Any]:
+        """The figures of an epoch from its beginning until now; `before`: until it was last resumed."""
+        loss = loss.cpu()  # waits for the device
+        return {
+            "loss": loss,
+            "seconds": before.get("seconds", 0.0) + time.perf_counter() - started,
+            "memory": max(before.get("memory", 0.0), memory.peak(self.device)),
+        }
 
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -185,7 +211,7 @@ class Trainer:
 
 
 def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
-    """Run the epochs that are left, with a checkpoint after each.
+    """Run the epochs that are left, with a checkpoint after each, and every two minutes within one.
 
     Args:
         trainer: new, or from `restore`.
@@ -196,11 +222,15 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
         OSError: the checkpoint cannot be written; the last one is intact.
     """
     epochs = trainer.settings.epochs
+
+    def save() -> None:
+        checkpoint.save(out / CHECKPOINT, trainer.state_dict())
+
     while trainer.epoch < epochs:
         title = f"epoch {trainer.epoch + 1}/{epochs}"
         with tqdm(total=len(trainer.train), desc=title, unit=" samples", leave=False, disable=None) as bar:
-            trainer.run_epoch(bar)
-        checkpoint.save(out / CHECKPOINT, trainer.state_dict())
+            trainer.run_epoch(bar, save)
+        save()
         last = trainer.history[-1]
         say(
             f"epoch {last['epoch']:{len(str(epochs))}d}/{epochs}  loss {last['train_loss']:.4f}  "
