@@ -86,6 +86,8 @@ def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) 
 def test_mlp_step_in_one_launch(dtype, device) -> None:
     for sample_id in test_ops.samples("noisy_mlp_step", good=True):
         test_mlp_step.compare(test_ops.pick("noisy_mlp_step", sample_id, device, dtype))
+    for sample_id in test_ops.samples("noisy_linear_cross_entropy_", good=True):
+        test_mlp_step.compare_head(sample_id, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", test_mlp_step.DTYPES, ids=str)

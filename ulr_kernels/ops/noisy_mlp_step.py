@@ -16,6 +16,7 @@ from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, ROW_BITS, Check, Cost, Op, 
 INJECTIONS = ("layerwise", "joint")
 MOST_LAYERS = 64  # what a kernel is told of a layer travels with its launch
 DTYPES = (torch.float32, torch.bfloat16)
+RULES = Check("noisy_mlp_step")
 
 
 def noisy_mlp_step(
@@ -98,8 +99,8 @@ def check(
     dist: str,
     draw: int,
     row_offset: int,
+    rules: Check = RULES,
 ) -> Tensor:
-    rules = Check("noisy_mlp_step")
     draws = rules.copies(copies, antithetic)
     for argument, value, allowed in (
         ("injection", injection, INJECTIONS),

@@ -15,6 +15,7 @@ from torch import Tensor
 from ulr_kernels.backends.cpp import linear, onednn
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.ops._losses import activate_, losses_of
+from ulr_kernels.ops.noisy_linear_cross_entropy_ import as_mlp
 
 TILE = 2**18  # elements of a tile's widest activation, all copies: they stay in the second-level caches
 
@@ -118,6 +119,10 @@ def noisy_mlp_step(
     for gradient, sums in zip((*grad_weights, *grad_biases), (*weight_sums, *bias_sums), strict=True):
         if sums is not gradient:
             gradient.add_(sums)
+
+
+def noisy_linear_cross_entropy_(losses: Tensor, *args) -> None:
+    noisy_mlp_step(losses[None], *as_mlp(*args))
 
 
 def _fp32(buffer: Tensor) -> Tensor:

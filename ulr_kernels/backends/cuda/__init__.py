@@ -23,6 +23,7 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
+    "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,
 }
 
 
