@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels.ops._op import Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, example
-from ulr_kernels.ops.noisy_mlp_step import check as check_mlp
+from ulr_kernels.ops.noisy_mlp_step import check_step as check_mlp
 from ulr_kernels.ops.noisy_mlp_step import cost as mlp_cost
 from ulr_kernels.ops.noisy_mlp_step import reference as mlp_reference
 
@@ -95,7 +95,7 @@ def check(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how) -> 
             rules.fail(
                 argument, f"be a {str(dtype).removeprefix('torch.')} scalar", f"{scalar.dtype} {[*scalar.shape]}"
             )
-    return check_mlp(*as_mlp(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how), rules=rules)[0]
+    return check_mlp(rules, *as_mlp(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how))[0]
 
 
 def reference(losses, *args) -> None:

@@ -16,7 +16,6 @@ from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, ROW_BITS, Check, Cost, Op, 
 INJECTIONS = ("layerwise", "joint")
 MOST_LAYERS = 64  # what a kernel is told of a layer travels with its launch
 DTYPES = (torch.float32, torch.bfloat16)
-RULES = Check("noisy_mlp_step")
 
 
 def noisy_mlp_step(
@@ -81,7 +80,12 @@ def noisy_mlp_step(
     return torch.ops.ulr.noisy_mlp_step(*lists, scale, keys, *numbers)
 
 
-def check(
+def check(*args) -> Tensor:
+    return check_step(Check("noisy_mlp_step"), *args)
+
+
+def check_step(
+    rules: Check,
     grad_weights: list[Tensor],
     grad_biases: list[Tensor],
     x: Tensor,
@@ -99,7 +103,6 @@ def check(
     dist: str,
     draw: int,
     row_offset: int,
-    rules: Check = RULES,
 ) -> Tensor:
     draws = rules.copies(copies, antithetic)
     for argument, value, allowed in (
