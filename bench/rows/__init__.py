@@ -61,4 +61,5 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
                 function, rows, wide // 4, wide // 2, copies, dtype, device, names
             )
     makers["step"] = lambda: step_row(100, copies, device, names=names)
+    makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
     return makers

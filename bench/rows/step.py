@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import ulr_kernels as ulr
 from bench import rivals
@@ -30,6 +32,16 @@ def layerwise_cost(sizes: tuple[int, ...], batch: int, copies: int) -> Cost:
     return Cost(size, flops, noise)
 
 
+def one_call(model: torch.nn.Sequential, copies: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same step as one op, which is handed the model's layers."""
+    layers = [module for module in model if isinstance(module, torch.nn.Linear)]
+    weights, biases = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
+    buffers = [torch.zeros_like(w) for w in weights], [torch.zeros_like(b) for b in biases]
+    keys = torch.arange(len(layers), device=weights[0].device)
+    settings = {"copies": copies, "antithetic": True, "injection": "layerwise", "baseline": "clean"}
+    return lambda x, y: ulr.ops.noisy_mlp_step(*buffers, x, y, weights, biases, SIGMA, keys, **settings)
+
+
 def step_row(batch: int, copies: int, device: str = "cpu", names=(None,)) -> Row:
     """Gradients of all layers of the MLP by layer-wise noise, antithetic, relative to the clean loss."""
     source = rivals.generator(device)
@@ -50,6 +62,11 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,)) -> Row
         inputs=make,
         contestants={
             **ours(lambda x, y: estimator().backward(x, y, loss_fn), names),
+            **{
+                f"{name}, one call": contestant
+                for name, contestant in ours(one_call(model, copies), names).items()
+                if contestant.backend != "triton"
+            },
             "authors' way": Contestant(lambda x, y: rivals.authors_step(theirs, x, y, loss_fn, SIGMA, copies, source)),
             "backpropagation": Contestant(lambda x, y: rivals.backprop_step(model, x, y, loss_fn)),
         },
