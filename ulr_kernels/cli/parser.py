@@ -39,7 +39,7 @@ class SettingsOptions:
 
         def add(name: str, text: str, **options) -> None:
             default = self._defaults[name]
-            shown = "" if default is dataclasses.MISSING or default is None else f" (default {default})"
+            shown = "" if default is dataclasses.MISSING or default == "" else f" (default {default})"
             if isinstance(default, bool):
                 options["action"] = argparse.BooleanOptionalAction
             elif "type" not in options and "choices" not in options and isinstance(default, int | float):

