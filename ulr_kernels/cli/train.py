@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ulr_kernels.cli.parser import SettingsOptions, add_run_folder, given_settings, kept_in
 from ulr_kernels.recipes import RecipeError
-from ulr_kernels.recipes.models import MODELS
+from ulr_kernels.recipes.models import MODELS, PRETRAINED
 from ulr_kernels.recipes.settings import METHODS, OPTIMIZERS, SCHEDULES, Settings
 
 HELP = "train a model on images, with checkpoints and a report"
@@ -19,7 +19,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _, add = options.group("what to train")
     add("data", "digits, mnist5k, fashion, or a folder: train/CLASS/*.png, idx or CIFAR-10 files", metavar="DATA")
     add("subset", "training images to use, as many of each class; 0: all")
-    add("model", "the model", choices=list(MODELS))
+    add("test_subset", "test images to use, likewise")
+    add("model", "the model; efficientnet-lite0 is pre-trained", choices=[*MODELS, *PRETRAINED])
+    add("blocks", "of a pre-trained model, the last blocks to train, besides the head")
     add("method", "likelihood ratio, or backpropagation to compare", choices=METHODS)
     _, add = options.group("how")
     add("epochs", "passes over the training images")

@@ -33,7 +33,9 @@ class Split:
         return len(self.labels)
 
     def first(self, count: int) -> Split:
-        """`count` images: the first of each class, then the second ...; all, where there are no more."""
+        """`count` images: the first of each class, then the second ...; all, where there are no more or it is 0."""
+        if not 0 < count < len(self):
+            return self
         position = torch.empty_like(self.labels)
         for label in self.labels.unique():
             mine = self.labels == label

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ulr_kernels import contract
 from ulr_kernels.ops import noise_like
 from ulr_kernels.recipes import RecipeError
+from ulr_kernels.recipes.efficientnet import EfficientNetLite0
 
 _INITIAL_VALUES = contract.site_id("ulr_kernels.recipes.models")  # keeps their noise apart from that of every step
 
@@ -87,22 +88,35 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "resnet5-plain": lambda shape, classes: ResNet5(shape, classes, junction=False),
     "vgg8": vgg8,
 }
+# These begin with weights that a package brings, and train their last blocks alone.
+PRETRAINED: dict[str, Callable[[tuple[int, int, int], int, int], EfficientNetLite0]] = {
+    "efficientnet-lite0": EfficientNetLite0
+}
 
 
-def build(name: str, shape: tuple[int, int, int], classes: int, seed: int, device: torch.device) -> nn.Module:
+def build(
+    name: str, shape: tuple[int, int, int], classes: int, seed: int, device: torch.device, blocks: int = 1
+) -> nn.Module:
     """A model with initial values that depend on `seed` alone: not on torch's generators, the device or the back end.
 
     Weights are normal with variance 2 / fan-in (He et al., *Delving deep into rectifiers*, 2015); biases are zero.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS` or `PRETRAINED`.
         shape: channels, height, width of an image.
         classes: the number of outputs.
         seed: any integer that is a key.
+        blocks: of a pre-trained model, the last blocks to train, besides the head.
+
+    Raises:
+        RecipeError: the model does not take such images, or its weights cannot be had.
     """
     with torch.device("meta"):  # torch's own initial values would come from, and advance, its global generator
-        model = MODELS[name](shape, classes)
+        model = MODELS[name](shape, classes) if name in MODELS else PRETRAINED[name](shape, classes, blocks)
     model.to_empty(device=device)
+    if isinstance(model, EfficientNetLite0):
+        model.load_pretrained()
+        return model
     with torch.no_grad():
         for site, parameter in model.named_parameters():
             if parameter.dim() > 1:

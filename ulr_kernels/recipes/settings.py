@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ulr_kernels.recipes import rules
-from ulr_kernels.recipes.models import MODELS
+from ulr_kernels.recipes.models import MODELS, PRETRAINED
 
 METHODS = ("ulr", "bp")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -18,8 +18,9 @@ class Settings:
 
     Attributes:
         data: what `data.load` takes.
-        subset: training images to use, as many of each class; 0: all. Tests use all test images.
-        model: a key of `models.MODELS`.
+        subset, test_subset: images to use, as many of each class; 0: all.
+        model: a key of `models.MODELS` or `models.PRETRAINED`.
+        blocks: of a pre-trained model, the last blocks to train, besides the head; others train whole.
         method: `ulr`, or `bp` (backpropagation) to compare.
         epochs: passes over the training images.
         batch: images per step; the last step of an epoch takes what is left.
@@ -35,7 +36,9 @@ class Settings:
 
     data: str
     subset: int = 0
+    test_subset: int = 0
     model: str = "mlp"
+    blocks: int = 1
     method: str = "ulr"
     epochs: int = 20
     batch: int = 100
@@ -56,11 +59,12 @@ class Settings:
     baseline: str = "mean"
 
     def __post_init__(self) -> None:
-        rules.one_of(self, "model", tuple(MODELS))
+        rules.one_of(self, "model", (*MODELS, *PRETRAINED))
         rules.one_of(self, "method", METHODS)
         rules.one_of(self, "optimizer", OPTIMIZERS)
         rules.one_of(self, "schedule", SCHEDULES)
-        rules.at_least(self, "subset", 0)
+        for count in ("subset", "test_subset", "blocks"):
+            rules.at_least(self, count, 0)
         rules.at_least(self, "epochs", 1)
         rules.at_least(self, "batch", 1)
         rules.at_least(self, "threads", 0)

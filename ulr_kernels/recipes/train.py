@@ -18,6 +18,7 @@ from ulr_kernels import contract
 from ulr_kernels.check import check
 from ulr_kernels.estimators import ULR
 from ulr_kernels.recipes import RecipeError, checkpoint, data, memory, models, rules
+from ulr_kernels.recipes.efficientnet import EfficientNetLite0
 from ulr_kernels.recipes.order import permutation
 from ulr_kernels.recipes.settings import Settings
 
@@ -25,7 +26,6 @@ CHECKPOINT = "checkpoint.safetensors"
 _COSINES = contract.site_id("ulr_kernels.recipes.cosines")  # keeps their keys apart from those of the training
 SAVE_SECONDS = 120.0  # within an epoch: what a run that is stopped loses at most
 _COSINE_STEPS = 4  # estimates per measurement
-_EVALUATION_BATCH = 1000
 
 Report = Callable[[str], None]
 
@@ -49,12 +49,12 @@ class Trainer:
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         self.settings = dataclasses.replace(settings, threads=torch.get_num_threads())
         self.dataset = data.load(settings.data)
-        train = self.dataset.train.first(settings.subset) if settings.subset else self.dataset.train
-        self.train, self.test = train.to(self.device), self.dataset.test.to(self.device)
-        self.mean, self.deviation = self.dataset.scale()
-        self.model = models.build(
-            settings.model, self.dataset.shape, len(self.dataset.classes), settings.seed, self.device
-        )
+        self.train = self.dataset.train.first(settings.subset).to(self.device)
+        self.test = self.dataset.test.first(settings.test_subset).to(self.device)
+        shape, classes = self.dataset.shape, len(self.dataset.classes)
+        self.model = models.build(settings.model, shape, classes, settings.seed, self.device, settings.blocks)
+        pretrained = isinstance(self.model, EfficientNetLite0)
+        self.mean, self.deviation = EfficientNetLite0.pixel_scale if pretrained else self.dataset.scale()
         self.optimizer = _optimizer(settings, self.model)
         self.estimator = None
         if settings.method == "ulr":
@@ -101,7 +101,8 @@ class Trainer:
     # --- work --------------------------------------------------------------------------------------------------------
 
     def inputs(self, images: Tensor) -> Tensor:
-        """Pixels, uint8, as the model takes them: fp32 with the training set's mean 0 and variance 1."""
+        """Pixels, uint8, as the model takes them: fp32 with the training set's mean 0 and variance 1, or as a
+        pre-trained model was used to."""
         return (images.float() - self.mean) / self.deviation
 
     def run_epoch(self, bar: tqdm, save: Callable[[], None]) -> None:
@@ -177,9 +178,8 @@ class Trainer:
         self.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        for images, labels in zip(
-            split.images.split(_EVALUATION_BATCH), split.labels.split(_EVALUATION_BATCH), strict=True
-        ):
+        batch = self.settings.batch  # no more memory than training needs
+        for images, labels in zip(split.images.split(batch), split.labels.split(batch), strict=True):
             outputs = self.model(self.inputs(images))
             loss += F.cross_entropy(outputs, labels, reduction="sum").double()
             right += (outputs.argmax(1) == labels).sum()
