@@ -36,7 +36,7 @@ class ForwardTrainer(Trainer):
     ) -> Tensor:
         """Evaluate the probes of the coming step on one micro-batch; its part of the step's loss, for the log."""
 
-        def closure() -> Tensor:
+        def closure() -> Any:
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, inputs)
 
