@@ -78,6 +78,15 @@ def device(pair: str, request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of small tensors, where waiting for other threads would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def untouched_global_generator() -> Iterator[None]:
     """No code of the library may touch torch's global generator."""

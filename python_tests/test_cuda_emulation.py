@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import test_linear_grads
 import test_mlp_step
 import test_ops
 import torch
@@ -80,6 +81,13 @@ def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) 
         library.seed(seed)
         for result, first in zip(everything(torch.bfloat16, "normal", (3, 41, 9, 11), 1), expected, strict=True):
             assert torch.equal(result, first)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_of_many_layers_in_one_launch(dtype, device) -> None:
+    for sample_id in test_ops.samples("noisy_linear_grads_", good=True):
+        test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", sample_id, device, dtype))
+    test_linear_grads.compare(test_linear_grads.many(dtype))
 
 
 @pytest.mark.parametrize("dtype", test_mlp_step.DTYPES, ids=str)

@@ -17,16 +17,7 @@ from ulr_kernels.ops._losses import losses_of
 from ulr_kernels.ops._op import Sample
 from ulr_kernels.ops.noisy_mlp_step import example
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are small: waiting for other threads would take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {
     "relu": lambda y: y.clamp(min=0),

@@ -41,6 +41,10 @@ CALLS = {
     ),
     "noisy_linear": lambda: (v(1, 6, 8), v(2, 5, 8), v(3, 5), SCALE, KEY, 4, True),
     "noisy_linear_grad_": lambda: (v(4, 5, 8), v(5, 5), v(6, 5), v(1, 6, 8), v(7, 4, 6), SCALE, KEY, True),
+    "noisy_linear_grads_": lambda: (
+        *([v(4, 5, 8), v(5, 3, 4)], [v(6, 5), v(7, 3)], [v(1, 6, 8), v(2, 2, 3, 4)], [v(3, 2, 6), v(8, 2, 3)]),
+        *([SCALE, SCALE], [KEY, torch.tensor(12)], True),
+    ),
     "noisy_linear_replay_": lambda: (
         *(v(4, 5, 8), v(5, 5), None, v(1, 6, 8), v(2, 5, 8), v(3, 5), v(7, 4, 6), SCALE, KEY, True),
     ),

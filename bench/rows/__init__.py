@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.noise import noise_row, randn_row
 from bench.rows.row import Contestant, Row, kind_of
@@ -60,6 +61,7 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
             makers[f"{prefix}-{kind}"] = functools.partial(
                 function, rows, wide // 4, wide // 2, copies, dtype, device, names
             )
+    makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)
     makers["step"] = lambda: step_row(100, copies, device, names=names)
     makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
     return makers

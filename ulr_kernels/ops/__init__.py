@@ -11,6 +11,7 @@ from ulr_kernels.ops.noisy_conv2d_replay_ import noisy_conv2d_replay_
 from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_cross_entropy_ import noisy_linear_cross_entropy_
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
+from ulr_kernels.ops.noisy_linear_grads_ import noisy_linear_grads_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
 from ulr_kernels.ops.noisy_mlp_step import noisy_mlp_step
 from ulr_kernels.ops.perturb_ import perturb_
@@ -32,6 +33,7 @@ __all__ = [
     "noisy_linear",
     "noisy_linear_cross_entropy_",
     "noisy_linear_grad_",
+    "noisy_linear_grads_",
     "noisy_linear_replay_",
     "noisy_mlp_step",
     "perturb_",

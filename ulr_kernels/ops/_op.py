@@ -95,7 +95,7 @@ def register(op: Op) -> None:
             refuse_overlap(op, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
-        provider = backends.lookup(op.name, next(a for a in args if isinstance(a, Tensor)).device.type)
+        provider = backends.lookup(op.name, next(t for a in args for t in _tensors(a)).device.type)
         with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
             if not returns:
                 return provider(*args)
@@ -104,10 +104,13 @@ def register(op: Op) -> None:
 
     def cast(device: str, *args):
         dtype = torch.get_autocast_dtype(device)
-        args = tuple(
-            a.to(dtype) if i in op.autocast and isinstance(a, Tensor) and a.is_floating_point() else a
-            for i, a in enumerate(args)
-        )
+
+        def cast_one(value):
+            if isinstance(value, list):
+                return [cast_one(t) for t in value]
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        args = tuple(cast_one(a) if i in op.autocast else a for i, a in enumerate(args))
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # an op's own arithmetic is never cast
             return getattr(torch.ops.ulr, op.name)(*args)
 

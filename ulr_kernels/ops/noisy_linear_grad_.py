@@ -74,7 +74,12 @@ def noisy_linear_grad_(
     )
 
 
-def check(
+def check(*args) -> None:
+    check_gradient(Check("noisy_linear_grad_"), *args)
+
+
+def check_gradient(
+    rules: Check,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     grad_log_sigma: Tensor | None,
@@ -90,7 +95,6 @@ def check(
     row_offset: int,
     col_offset: int,
 ) -> None:
-    rules = Check("noisy_linear_grad_")
     if x.dim() not in (2, 3):
         rules.fail("x", "be [R, K] or [C, R, K]", list(x.shape))
     _linear.check_loss_weight(rules, loss_weight, x.shape[-2], positions)

@@ -112,6 +112,7 @@ _PROVIDERS: dict[str, Callable] = {
     "noisy_conv2d_replay_": conv.noisy_conv2d_replay_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
+    "noisy_linear_grads_": linear.noisy_linear_grads_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
     "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles
+from ulr_kernels.ops.noisy_linear_grads_ import calls
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
 # scores and one of the product come on top of the buffers.
@@ -40,6 +41,11 @@ def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> 
 def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *noise) -> None:
     buffers = (grad_weight, grad_bias, grad_log_sigma)
     _linear(None, *buffers, x, None, None, loss_weight, sigma, key, loss_weight.shape[0], *noise)
+
+
+def noisy_linear_grads_(*args) -> None:
+    for call in calls(*args):
+        noisy_linear_grad_(*call)
 
 
 def noisy_linear_replay_(

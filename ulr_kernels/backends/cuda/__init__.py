@@ -21,6 +21,7 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noise_dot_": elementwise.noise_dot_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
+    "noisy_linear_grads_": linear.noisy_linear_grads_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
     "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
+from ulr_kernels.ops.noisy_linear_grads_ import calls
 
 FEATURES_OF_A_BLOCK = 32  # kGradFeatures in csrc/cuda/gradient.cuh
 
@@ -58,6 +59,18 @@ def noisy_linear_grad_(
     spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + features, antithetic=antithetic)
     partials = _partials(grad_log_sigma, features)
     return Arguments(spec, (grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, partials))
+
+
+def noisy_linear_grads_(*args) -> Arguments:
+    tensors: list[Tensor | None] = []
+    numbers: list[int] = []
+    for weight, bias, _, x, loss_weight, sigma, key, *_, positions, _, row, col in calls(*args):
+        tensors += [weight, bias, x, loss_weight, sigma, key]
+        numbers += [positions, row, col]
+    antithetic, dist, sampler, _, draw = args[6:11]
+    # The key, the positions and the offsets of each layer take the place of these.
+    spec = _native.noise_spec(args[5][0], dist, sampler, 1, draw, 0, 0, width=0, antithetic=antithetic)
+    return Arguments(spec, tuple(tensors), tuple(numbers))
 
 
 def noisy_linear_replay_(
