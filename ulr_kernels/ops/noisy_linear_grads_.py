@@ -51,7 +51,9 @@ def noisy_linear_grads_(
         ValueError: a shape, dtype, device or index breaks the rules above, or a buffer overlaps another argument;
             nothing has been written.
     """
-    biases = [x.new_empty(0) if bias is None else bias for bias, x in zip(grad_biases, xs, strict=True)]
+    if not xs:
+        Check("noisy_linear_grads_").fail("xs", "hold at least one layer's input", "none")
+    biases = [xs[0].new_empty(0) if bias is None else bias for bias in grad_biases]
     lists = (list(grad_weights), biases, list(xs), list(loss_weights), list(sigmas), list(keys))
     places = (list(positions), draw, list(row_offset), list(col_offset))
     torch.ops.ulr.noisy_linear_grads_(*lists, antithetic, dist, sampler, *places)
@@ -82,11 +84,15 @@ def calls(
 def check(grad_weights, grad_biases, xs, loss_weights, sigmas, keys, antithetic, dist, sampler, *places) -> None:
     rules = Check("noisy_linear_grads_")
     positions, draw, row_offset, col_offset = places
-    lists = {"grad_biases": grad_biases, "xs": xs, "loss_weights": loss_weights, "sigmas": sigmas, "keys": keys}
+    lists = {
+        "grad_weights": grad_weights,
+        "grad_biases": grad_biases,
+        "loss_weights": loss_weights,
+        "sigmas": sigmas,
+        "keys": keys,
+    }
     offsets = {"positions": positions, "row_offset": row_offset, "col_offset": col_offset}
-    count = len(grad_weights)
-    if not count:
-        rules.fail("grad_weights", "hold at least one layer's buffer", "none")
+    count = len(xs)
     for argument, given in (*lists.items(), *((name, numbers) for name, numbers in offsets.items() if numbers)):
         if len(given) != count:
             rules.fail(argument, f"have {count} entries, one per layer", len(given))
@@ -138,7 +144,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("same-dtype", (halves, [biases[0], None, biases[2].to(dtype)], *all_[2:]), by_position)
     yield Sample("alone", tuple(part[:1] for part in all_))
 
-    yield Sample("none", ([], [], [], [], [], []), error="'grad_weights' must hold at least one layer's buffer")
+    yield Sample("none", ([], [], [], [], [], []), error="'xs' must hold at least one layer's input, got none")
     yield Sample("short", (*all_[:5], keys[:2]), by_position, error="'keys' must have 3 entries, one per layer, got 2")
     yield Sample("few-positions", all_, {"positions": [1]}, error="'positions' must have 3 entries")
     mixed = [xs[0].double(), *xs[1:]]
