@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import torch
 
 pytest.importorskip("safetensors", reason="the recipes need safetensors")
 Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
+
+from small_language_models import write_encoder, write_sentences  # noqa: E402
 
 from ulr_kernels.recipes import RecipeError, checkpoint, data, demo, folders, jobs, models, report, train  # noqa: E402
 from ulr_kernels.recipes.settings import Settings  # noqa: E402
@@ -446,6 +449,10 @@ def test_the_demonstration_compares_both_methods(tmp_path: Path, images: Path, m
     small = f"--data {images} --epochs 2 --batch 8 --threads 1"
     monkeypatch.setattr(demo, "SHARED", small)
     monkeypatch.setattr(demo, "OWN", {"ulr": "--method ulr --copies 4", "bp": "--method bp"})
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("fine-tuning needs transformers")
+    encoder, sentences = write_encoder(tmp_path / "encoder"), write_sentences(tmp_path / "set")
+    monkeypatch.setattr(demo, "TUNED", f"--model {encoder} --data {sentences} --max-tokens 32 --steps 4 --threads 1")
     demo.run(tmp_path / "out")
     printed = capsys.readouterr().out
     lines = printed.splitlines()
@@ -453,7 +460,9 @@ def test_the_demonstration_compares_both_methods(tmp_path: Path, images: Path, m
     assert lines[start + 2].startswith("likelihood ratio")
     assert lines[start + 3].startswith("backpropagation")
     assert len({len(line) for line in lines[start : start + 4]}) == 1  # aligned
-    for path in (tmp_path / "out" / report.CURVES, tmp_path / "out" / "ulr-seed0" / report.COSINES):
+    assert "test accuracy 50.00 % before and " in printed
+    curves, cosines = tmp_path / "out" / report.CURVES, tmp_path / "out" / "ulr-seed0" / report.COSINES
+    for path in (curves, cosines, tmp_path / "out" / "finetuned" / report.CURVES):
         assert str(path) in printed
         assert path.exists()
 

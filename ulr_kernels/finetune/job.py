@@ -127,8 +127,16 @@ class Job:
         return features
 
     def warm_up(self) -> None:
-        """Run the batch of the next step once without noise, and note how much memory that takes."""
-        x, _, _ = self.batch(self.step)
+        """Classify the sentences of the next step without noise, and note how much memory that takes.
+
+        Where the features are made already, no step does that; then it is as many of the longest sentences as they were
+        made of at a time.
+        """
+        ids = self.splits["train"].ids
+        if self.settings.tune == "head":
+            x = self.encoder.batch(sorted(ids, key=len)[-_FEATURE_BATCH:], self.device)
+        else:
+            x, _, _ = self.batch(self.step)
         memory.reset_peak(self.device)
         with torch.inference_mode():
             self.model(**x)

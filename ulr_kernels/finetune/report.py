@@ -106,11 +106,12 @@ def draw_memory(path: Path, report: dict[str, Any]) -> None:
         "weights": found["weights_mib"],
         "inference, measured": found["inference_mib"],
         "tuning, measured": found["tuning_mib"],
-        "inference + gradient\nand moments of Adam": found["inference_mib"] + found["adam_states_mib"],
     }
+    if report["settings"]["tune"] != "head":
+        bars["inference + gradient\nand moments of Adam"] = found["inference_mib"] + found["adam_states_mib"]
     figure, axes = plots.figure(1, 1, width=7.2, height=2.8)
     colours = ("#b8b8b8", plots.COLOURS[0], plots.COLOURS[0], plots.COLOURS[1])
-    drawn = axes[0].barh(list(bars), list(bars.values()), color=colours, height=0.6)
+    drawn = axes[0].barh(list(bars), list(bars.values()), color=colours[: len(bars)], height=0.6)
     axes[0].bar_label(drawn, fmt="{:,.0f} MiB", padding=4)
     axes[0].invert_yaxis()
     axes[0].grid(False, axis="y")

@@ -97,9 +97,9 @@ class _Run:
 
     def finish(self) -> None:
         job = self.job
-        memory.keep_freed()
         if job.settings.tune == "head":
             self._make_features()
+        memory.keep_freed()
         job.warm_up()
         title = f"{job.settings.model} {job.settings.tune}"
         with tqdm(total=job.settings.steps, initial=job.step, desc=title, unit="step", disable=None) as bar:
