@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.rows.elementwise import add_row, dot_row
 from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.noise import noise_row, randn_row
@@ -35,6 +36,10 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "linear-copies": lambda: linear_row(128, 784, 512, 64, f32),
         "gradient": lambda: gradient_row(128, 784, 512, 64, f32),
         "replay": lambda: replay_row(128, 784, 512, 64, f32),
+        "add-tokens": lambda: add_row((32, 64, 768), -1, 16, f32),
+        "add-image": lambda: add_row((32, 32, 32, 32), 1, 16, f32),
+        "dot-tokens": lambda: dot_row((32, 64, 768), -1, 64, f32),
+        "dot-image": lambda: dot_row((32, 32, 32, 32), 1, 64, f32),
         "step": lambda: step_row(100, 64),
     }
     if len(os.sched_getaffinity(0)) > 1:
@@ -61,6 +66,10 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
             makers[f"{prefix}-{kind}"] = functools.partial(
                 function, rows, wide // 4, wide // 2, copies, dtype, device, names
             )
+    tokens, image = (rows // 8, 16, wide // 4), (rows // 8, wide // 64, 16, 16)
+    for name, row in (("add", add_row), ("dot", dot_row)):
+        makers[f"{name}-tokens"] = functools.partial(row, tokens, -1, copies, bf16, device, names)
+        makers[f"{name}-image"] = functools.partial(row, image, 1, copies, bf16, device, names)
     makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)
     makers["step"] = lambda: step_row(100, copies, device, names=names)
     makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
