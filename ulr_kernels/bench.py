@@ -250,6 +250,25 @@ def write(out: Path, name: str, found: list[Line], machine: dict[str, Any]) -> N
     (out / f"{name}.txt").write_text(f"{headline(machine['ulr'])}\n\n{table(found)}\n\n{LEGEND}\n")
 
 
+def predictions(device: str) -> str:
+    """What the model of bench/model.py says of a device, as a table.
+
+    Raises:
+        RecipeError: this is no source checkout.
+    """
+    _need_sources()
+    from bench import model
+
+    return model.table(device)
+
+
+def _need_sources() -> None:
+    if not (ROOT / "bench" / "test_rows.py").exists():
+        raise RecipeError(f"bench needs the project's source folder; {ROOT} has no bench/")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+
+
 def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
     """Measure, print the table, and write it to `out` as bench.{txt,csv,json,png}.
 
@@ -262,8 +281,7 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         RecipeError: this is no source checkout, pytest-benchmark or matplotlib is missing, or `only` matches no row.
         ChildProcessError: a benchmark failed.
     """
-    if not (ROOT / "bench" / "test_rows.py").exists():
-        raise RecipeError(f"bench needs the project's source folder; {ROOT} has no bench/")
+    _need_sources()
     try:
         import matplotlib  # noqa: F401
         import pytest
