@@ -16,6 +16,7 @@ from ulr_kernels.estimators.recording import same
 from ulr_kernels.estimators.ulr import evaluation
 from ulr_kernels.nn.names import parameter_names, unwrap
 from ulr_kernels.optim.probing import Draws, Probing, Site
+from ulr_kernels.optim.shards import drop_gathered
 from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
 from ulr_kernels.optim.workers import Workers
 
@@ -294,6 +295,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         parameters = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
         state = {name: self.state[parameter] for name, parameter in parameters.items()}
         self.rule.apply(update, parameters, state)
+        drop_gathered(self.model)
         self.last_update = update
         self.steps = update.step + 1
         self._losses.clear()

@@ -74,10 +74,12 @@ class Probing(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _asks_only(func):
+            return func(*args, **kwargs)
         if self._shards:
             self._find_gathered(args, kwargs)
         used = [site for leaf in _leaves(args, kwargs) if (site := self.sites.get(id(leaf))) is not None]
-        if not used or _asks_only(func):
+        if not used:
             return func(*args, **kwargs)
         if _writes(func) and id(args[0]) in self.sites:
             raise RuntimeError(

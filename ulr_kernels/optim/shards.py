@@ -6,7 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
@@ -75,3 +75,12 @@ def like(parameter: DTensor, local: Tensor) -> Tensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Let FSDP2 forget the whole parameters that it kept for a backward pass: they are those before an update."""
+    module = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded by it
+    if module is not None:
+        for part in model.modules():
+            if isinstance(part, module.FSDPModule):
+                part.reshard()

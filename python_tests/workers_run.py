@@ -1,0 +1,191 @@
+"""What the ranks of test_workers.py do: python workers_run.py FOLDER JOB..., under torchrun's variables."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from small_models import filled
+from torch import nn
+
+import ulr_kernels as ulr
+from ulr_kernels.optim import EGGROLL, MeZO, Workers
+
+SECONDS = 8  # of the group's time-out
+X = ulr.noise((8, 6), 5)
+Y = torch.arange(8) % 3
+PARTS = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+
+
+def network() -> nn.Module:
+    return filled(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4)))
+
+
+def loss_on(model: nn.Module, part: slice):
+    return lambda: F.cross_entropy(model(X[part]), Y[part])
+
+
+def mezo(model: nn.Module, **more) -> MeZO:
+    return MeZO(model, lr=0.05, eps=1e-2, probes=3, momentum=0.5, **more)
+
+
+def accumulate(optimizer, model, parts) -> None:
+    for part in parts:
+        optimizer.accumulate(loss_on(model, part))
+
+
+def whole(optimizer, model: nn.Module, steps: int) -> list:
+    """The same run in one process."""
+    updates = []
+    for _ in range(steps):
+        accumulate(optimizer, model, PARTS)
+        optimizer.step()
+        updates.append(optimizer.last_update)
+    return updates
+
+
+def save(folder: Path, model: nn.Module, **more) -> None:
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.save({"weights": weights, **more}, folder / f"rank{dist.get_rank()}.pt")
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------
+
+
+def split(folder: Path, probe_ranks: int) -> None:
+    """Five steps; the probes of a micro-batch shared by so many ranks."""
+    model = network()
+    workers = Workers(probe_ranks=probe_ranks)
+    optimizer = mezo(model, workers=workers)
+    block = workers.rank // probe_ranks
+    for _ in range(5):
+        accumulate(optimizer, model, PARTS[block :: workers.blocks])
+        optimizer.step()
+    save(folder, model, sent=workers.bytes_sent)
+
+
+def population(folder: Path) -> None:
+    """Members of one forward, shared by ranks."""
+    model = network()
+    optimizer = EGGROLL(model, 0.1, 0.05, population=10, workers=Workers(probe_ranks=dist.get_world_size()))
+    for _ in range(3):
+        optimizer.step_batch(X, Y, lambda out, y: F.cross_entropy(out, y, reduction="none"), chunk=3)
+    save(folder, model)
+
+
+def dies(folder: Path) -> None:
+    """Rank 1 is gone before the third step; the other one must say so, with the weights of the second."""
+    model = network()
+    optimizer = mezo(model, workers=Workers())
+    error = ""
+    for step in range(3):
+        if dist.get_rank() == 1 and step == 2:
+            os._exit(0)
+        accumulate(optimizer, model, PARTS[dist.get_rank() :: 2])
+        try:
+            optimizer.step()
+        except ulr.optim.WorkerError as failure:
+            error = str(failure)
+    save(folder, model, error=error, steps=optimizer.steps)
+    os._exit(0)  # the group cannot be left in order
+
+
+def late(folder: Path) -> None:
+    """Rank 1 joins with the base weights at step 3, and catches up from the updates of the others."""
+    model = network()
+    optimizer = mezo(model, workers=Workers())
+    alone = network()
+    updates = whole(mezo(alone), alone, 3)
+    if dist.get_rank() == 0:
+        for update in updates:
+            optimizer.apply(update)
+    error = ""
+    accumulate(optimizer, model, PARTS[dist.get_rank() :: 2])
+    try:
+        optimizer.step()
+    except ulr.optim.WorkerError as failure:
+        error = str(failure)
+    if dist.get_rank() == 1:
+        for update in updates:
+            optimizer.apply(update)
+    optimizer.zero_grad()
+    accumulate(optimizer, model, PARTS[dist.get_rank() :: 2])
+    optimizer.step()
+    save(folder, model, error=error)
+
+
+class Trunk(nn.Module):
+    """With an axis that two ranks cannot halve, a convolution, and a vector that is sharded too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.norm = nn.LayerNorm(8)
+        self.table = nn.Embedding(7, 6)
+
+    def forward(self, ids):
+        return self.down(torch.tanh(self.norm(self.up(self.table(ids)))))
+
+
+def sharded(folder: Path, kind: str) -> None:
+    """FSDP2 or tensor parallelism: the losses of probes, and the weights after a known update."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = filled(Trunk())
+    if kind == "fsdp":
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        plan = {
+            "up": ColwiseParallel(output_layouts=_replicated()),
+            "down": RowwiseParallel(input_layouts=_replicated()),
+        }
+        parallelize_module(model, mesh, plan)
+    results = {}
+    for rank in (None, 2):
+        optimizer = MeZO(model, lr=0.5, eps=1e-1, probes=2, rank=rank, momentum=0.5)
+        optimizer.accumulate(lambda: F.cross_entropy(model(torch.arange(7)), torch.arange(7) % 5))
+        results[f"losses{rank}"] = optimizer._losses[0].clone()
+        optimizer.apply(known(rank))
+    full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save({"weights": {n: p.detach().clone() for n, p in full.items()}, **results}, folder / "rank0.pt")
+
+
+def known(rank: int | None) -> ulr.optim.Update:
+    coefficients = torch.tensor([0.01, -0.02])
+    return ulr.optim.Update(0, ulr.fold_in(0, 7 + (rank or 0)), coefficients, (ulr.optim.Group(0.5, 0.1, 0.01),))
+
+
+def _replicated():
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+JOBS = {
+    "batches": lambda folder: split(folder, 1),
+    "probes": lambda folder: split(folder, 2),
+    "population": population,
+    "dies": dies,
+    "late": late,
+    "fsdp": lambda folder: sharded(folder, "fsdp"),
+    "tensor": lambda folder: sharded(folder, "tensor"),
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SECONDS))
+    for job in sys.argv[2:]:
+        folder = Path(sys.argv[1]) / job
+        folder.mkdir(exist_ok=True)
+        JOBS[job](folder)
+    dist.destroy_process_group()
