@@ -9,7 +9,9 @@ import torch
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
-    from ulr_kernels.backends.triton import elementwise
+    from ulr_kernels.backends.triton.noise_add import noise_add_launch
+    from ulr_kernels.backends.triton.noise_dot_ import noise_dot_launch
+    from ulr_kernels.backends.triton.noise_score import noise_score_launch
 
     key, sigma, copies = torch.tensor(1), torch.tensor(0.1), 16
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -24,9 +26,7 @@ def launches() -> dict[str, Callable]:
         def launch():
             x, axis, positions = where(form, dtype, shared)
             y = torch.empty(copies, *shapes[form], dtype=x.dtype)
-            return elementwise.noise_add_launch(
-                y, x, sigma, key, axis, copies, shared, True, dist, sampler, positions, 0, 0, 0
-            )
+            return noise_add_launch(y, x, sigma, key, axis, copies, shared, True, dist, sampler, positions, 0, 0, 0)
 
         return launch
 
@@ -34,9 +34,7 @@ def launches() -> dict[str, Callable]:
         def launch():
             x, axis, positions = where(form, "fp32")
             loss = torch.empty(copies, 8)
-            return elementwise.noise_score_launch(
-                x, loss, sigma, key, list(x.shape), axis, True, dist, "iid", positions, 0, 0, 0
-            )
+            return noise_score_launch(x, loss, sigma, key, list(x.shape), axis, True, dist, "iid", positions, 0, 0, 0)
 
         return launch
 
@@ -45,7 +43,7 @@ def launches() -> dict[str, Callable]:
             x, axis, positions = where(form, dtype, shared)
             cols = shapes[form][axis]
             buffers = torch.empty(cols), torch.empty(cols), torch.empty(()) if log_sigma else None
-            return elementwise.noise_dot_launch(
+            return noise_dot_launch(
                 *buffers, x, torch.empty(copies, 8), sigma, key, axis, shared, True, dist, "iid", positions, 0, 0, 0
             )
 
