@@ -86,7 +86,8 @@ class ULR:
         self.settings = Settings(sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma)
         self.model = unwrap(model)
         self.seed = seed
-        self.step = 0
+        with torch.inference_mode(False):  # a tensor that may be written to later
+            self._step = torch.zeros((), dtype=torch.int64)  # on the model's device: a CUDA graph can advance it
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
         self._parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
@@ -104,6 +105,16 @@ class ULR:
                 start = torch.full(features.get(id(parameter), ()), self.settings.sigma_of(name), dtype=torch.float32)
                 log_sigma[name] = nn.Parameter(start.log().to(parameter.device))
         return log_sigma
+
+    @property
+    def step(self) -> int:
+        """The number of the next step, from 0. It is counted on the model's device: reading it synchronises."""
+        return int(self._step)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        contract.fold_in(self.seed, value)  # its rules
+        self._step.fill_(contract.signed64(value))
 
     def parameters(self) -> list[nn.Parameter]:
         """The learnt ln sigma, for an optimiser; empty unless learn_sigma."""
@@ -144,7 +155,7 @@ class ULR:
                 _, outputs = self._noised(Pass((), cut=False), keys, batch, 1)
                 clean = batch.losses(outputs, loss_fn, 1)[0]
             losses = [self._accumulate(item, keys, batch, clean, loss_fn) for item in plan.passes]
-        self.step += 1
+        self._step.add_(1)
         return torch.stack(losses).mean()
 
     def _accumulate(
@@ -173,9 +184,11 @@ class ULR:
             return noised, apply(self.model, inputs)
 
     def _keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
-        """The site keys of this step, made by one operation on the device."""
-        step_key = torch.full((), contract.fold_in(self.seed, self.step), dtype=torch.int64, device=sites.device)
-        return dict(zip(layers, ops.fold_in(step_key, sites).unbind(), strict=True))
+        """The site keys of this step, made on the device from the step that is counted there."""
+        if self._step.device != sites.device:  # the model has been moved
+            self._step = self._step.to(sites.device)
+        seed = torch.full((), contract.signed64(self.seed), dtype=torch.int64, device=sites.device)
+        return dict(zip(layers, ops.fold_in(ops.fold_in(seed, self._step), sites).unbind(), strict=True))
 
     # --- what a batch of these shapes does in this model -------------------------------------------------------------
 

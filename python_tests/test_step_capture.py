@@ -1,0 +1,119 @@
+"""A training step as a CUDA graph would take it: the same operations on the same memory, again and again.
+
+A graph can be captured on a GPU alone; what may go wrong with one is looked for here. A recording runs a step once and
+then repeats its operations without the Python that made them, so that a key which the host had put in would come again,
+and a value that the host had read would be a synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import ulr_kernels as ulr
+from ulr_kernels import contract
+
+READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")
+
+
+class Recording(TorchDispatchMode):
+    """The operations of a block, in order; `replay()` runs them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict[str, Any], list[Tensor]]] = []
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name.split("::")[1] in READS:
+            self.reads.append(str(func))
+        result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, _tensors(result)))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        made: dict[int, Tensor] = {}  # by the recorded result, which is kept alive
+        for func, args, kwargs, results in self.calls:
+            now = tree_map_only(Tensor, lambda t: made.get(id(t), t), (args, kwargs))
+            again = _tensors(func(*now[0], **now[1]))
+            made.update((id(old), new) for old, new in zip(results, again, strict=True))
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    leaves = result if isinstance(result, list | tuple) else [result]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def filled(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(ulr.noise_like(parameter, number) / inputs**0.5)
+        layers += [layer, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def training(**settings) -> tuple[nn.Sequential, ulr.ULR, Callable[[], None]]:
+    """A model, its estimator, and a step of training that keeps to the same memory."""
+    model = filled(8, 6, 3)
+    estimator = ulr.ULR(model, copies=4, seed=7, **settings)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = ulr.noise((5, 8), 3), torch.arange(5) % 3
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+
+    def step() -> None:
+        estimator.backward(x, y, loss_fn)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=False)
+
+    return model, estimator, step
+
+
+def bits(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).view(torch.int32)
+
+
+@pytest.mark.parametrize("settings", [{}, {"injection": "joint"}, {"baseline": "clean"}], ids=str)
+def test_a_recorded_step_goes_on_with_fresh_noise_and_reads_nothing(settings) -> None:
+    model, estimator, step = training(**settings)
+    step()  # the first batch of a shape is looked at more closely
+    with Recording() as recording:
+        step()
+    assert recording.reads == []
+    recording.replay()
+    recording.replay()
+    expected, reference, run = training(**settings)
+    for _ in range(4):
+        run()
+    assert estimator.step == reference.step == 4
+    assert torch.equal(bits(model), bits(expected))
+
+
+def test_a_key_from_the_host_is_seen(monkeypatch) -> None:
+    """The same with the planted mistake: a step number that Python has put in."""
+
+    def from_host(self, layers, sites):
+        key = contract.fold_in(self.seed, self.step)
+        return dict(zip(layers, ulr.ops.fold_in(torch.tensor(key), sites).unbind(), strict=True))
+
+    expected, _, run = training()
+    for _ in range(3):
+        run()
+    monkeypatch.setattr(ulr.ULR, "_keys", from_host)
+    model, _, step = training()
+    step()
+    with Recording() as recording:
+        step()
+    recording.replay()
+    assert recording.reads
+    assert not torch.equal(bits(model), bits(expected))
