@@ -8,10 +8,12 @@
 // The launchers that exist once per instruction set, as ulr::<set>::<name>.
 #define ULR_CPU_LAUNCHERS(X, set) \
     X(set, combine_)              \
+    X(set, low_rank_linear)       \
     X(set, noise)                 \
     X(set, noise_add)             \
     X(set, noise_score)           \
     X(set, noisy_channels)        \
     X(set, noisy_linear)          \
     X(set, perturb_)              \
+    X(set, perturbed_linear)      \
     X(set, perturbed_weight)

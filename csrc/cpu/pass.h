@@ -33,6 +33,15 @@ void widen_row(const T* from, int64_t stride, int64_t cols, float* values) {
     }
 }
 
+// Halves are added up, so that the order is the same whatever compiled it.
+inline float sum_of_lanes(F a) {
+    alignas(64) float lane[kLanes];
+    store(lane, a);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] += lane[half + i];
+    return lane[0];
+}
+
 // Columns first ... first + cols - 1 of sigma, fp32 [1, 1, N] of any stride, to `to`, with ones up to `padded` columns.
 inline void load_sigma(const ulr_tensor& sigma, int64_t first, int64_t cols, int64_t padded, float* to) {
     const float* from = at<float>(sigma, 0, 0, first);

@@ -1,4 +1,4 @@
-// The noise of a weight, some rows at a time: full, or of low rank, A B^T / sqrt(r).
+// What passes over a weight's noise share: a factor of noise of low rank, a row of that noise, a row of W'.
 #pragma once
 
 #include <math.h>
@@ -12,75 +12,89 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-// The two factors of a draw's noise: A^T [r, N] and B^T [r, K], of keys of their own.
-class Factors {
+// With antithetic noise each draw has a second member, in tensors of its own; sigma is one number.
+inline float sigma_of(const ulr_tensor& sigma) { return *static_cast<const float*>(sigma.data); }
+
+// Factors of E = A B^T / sqrt(r): A^T [r, N] has noise of fold_in(key, 1), B^T [r, K] of fold_in(key, 2).
+enum FactorStream { kByRow = 1, kByCol = 2 };
+
+inline float low_rank_scale(int64_t rank) { return static_cast<float>(1.0 / sqrt(static_cast<double>(rank))); }
+
+// One of them, from a column of it on, kept for the draw that was asked for last.
+class Factor {
   public:
-    // cols: K, col_offset the first of them.
-    Factors(const ulr_noise_spec& spec, int64_t rank, int64_t cols)
+    Factor(const ulr_noise_spec& spec, FactorStream stream, int64_t rank, int64_t cols)
         : rank_(rank),
           cols_(cols),
+          first_(stream == kByRow ? spec.row_offset : spec.col_offset),
           pitch_((cols + kLanes - 1) / kLanes * kLanes),
-          keys_{fold_in(*spec.key, 1), fold_in(*spec.key, 2)},
-          a_spec_(with_key(spec, &keys_[0])),
-          b_spec_(with_key(spec, &keys_[1])),
-          a_(a_spec_),
-          b_(b_spec_),
-          values_(rank * (pitch_ + 1)) {}
+          key_(fold_in(*spec.key, stream)),
+          spec_(spec),
+          values_(rank * pitch_) {
+        spec_.key = &key_;
+    }
+    Factor(const Factor&) = delete;
 
-    bool failed() const { return !values_.data(); }
+    bool failed() const { return rank_ && cols_ && !values_.data(); }
+    const float* row(int64_t j) const { return values_.data() + j * pitch_; }
 
-    // B^T of a draw.
-    void use_draw(int64_t draw) {
+    void use(int64_t draw) {
         if (draw == draw_) return;
         draw_ = draw;
+        Tile tile(spec_);
         for (int64_t col = 0; col < cols_; col += kTileColumns) {
-            const int64_t cols = std::min(kTileColumns, cols_ - col), most = Tile::capacity(b_spec_, cols);
+            const int64_t cols = std::min(kTileColumns, cols_ - col), most = Tile::capacity(spec_, cols);
             for (int64_t j = 0; j < rank_; j += most) {
                 const int64_t ranks = std::min(most, rank_ - j);
-                b_.make({draw, j, b_spec_.col_offset + col, 1, ranks, cols});
+                tile.make({draw, j, first_ + col, 1, ranks, cols});
                 for (int64_t i = 0; i < ranks; ++i)
-                    memcpy(values_.data() + (j + i) * pitch_ + col, b_.row(0, i), static_cast<size_t>(cols) * 4);
+                    memcpy(values_.data() + (j + i) * pitch_ + col, tile.row(0, i), static_cast<size_t>(cols) * 4);
             }
         }
     }
 
-    const float* b(int64_t j) const { return values_.data() + j * pitch_; }
-
-    // The column of A^T that belongs to a row of the weight, [r].
-    const float* a(int64_t row) {
-        float* column = values_.data() + rank_ * pitch_;
-        const int64_t most = Tile::capacity(a_spec_, 1);
-        for (int64_t j = 0; j < rank_; j += most) {
-            const int64_t ranks = std::min(most, rank_ - j);
-            a_.make({draw_, j, row, 1, ranks, 1});
-            for (int64_t i = 0; i < ranks; ++i) column[j + i] = *a_.row(0, i);
-        }
-        return column;
-    }
-
-    // A row of the noise, from column `col` of the block on; `eps` has room for whole vectors.
-    void row(const float* a, int64_t col, int64_t cols, float* eps) const {
-        const F scale = set(static_cast<float>(1.0 / sqrt(static_cast<double>(rank_))));
-        for (int64_t c = 0; c < cols; c += kLanes) {
-            F total = set(0.0f);
-            for (int64_t j = 0; j < rank_; ++j) total = fma(set(a[j]), load(b(j) + col + c), total);
-            store(eps + c, total * scale);
-        }
-    }
-
   private:
-    static ulr_noise_spec with_key(ulr_noise_spec spec, const int64_t* key) {
-        spec.key = key;
-        return spec;
-    }
-
-    const int64_t rank_, cols_, pitch_;
-    const int64_t keys_[2];
-    const ulr_noise_spec a_spec_, b_spec_;
-    Tile a_, b_;
+    const int64_t rank_, cols_, first_, pitch_;
+    const int64_t key_;
+    ulr_noise_spec spec_;
     Scratch values_;
     int64_t draw_ = -1;
 };
+
+// eps = sum over j of a[j] B^T[j] / sqrt(r), from column `col` of B's on; `eps` has room for whole vectors.
+inline void low_rank_row(const Factor& b, const float* a, int64_t rank, int64_t col, int64_t cols, float* eps) {
+    const F scale = set(low_rank_scale(rank));
+    for (int64_t c = 0; c < cols; c += kLanes) {
+        F total = set(0.0f);
+        for (int64_t j = 0; j < rank; ++j) total = fma(set(a[j]), load(b.row(j) + col + c), total);
+        store(eps + c, total * scale);
+    }
+}
+
+// to = round(fma(sigma, eps, W)) of a row of the weight from column `col` on; W where a mask is not set. `widened` is
+// scratch for a row.
+template <typename T>
+void perturb_row(const ulr_tensor& weight, const ulr_tensor& mask, int64_t row, int64_t col, int64_t cols,
+                 const float* eps, float sigma, T* to, float* widened) {
+    const F scale = set(sigma);
+    const T* from = at<T>(weight, 0, row, col);
+    const int64_t stride = weight.stride[2];
+    if (stride == 1) {
+        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+            store_part(to + c, fma(scale, load(eps + c), load_part(from + c, n)), n);
+        });
+    } else {
+        widen_row(from, stride, cols, widened);
+        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+            store_part(to + c, fma(scale, load(eps + c), load(widened + c)), n);
+        });
+    }
+    if (mask.data) {
+        const uint8_t* noised = at<uint8_t>(mask, 0, row, col);
+        for (int64_t c = 0; c < cols; ++c)
+            if (!noised[c * mask.stride[2]]) to[c] = from[c * stride];
+    }
+}
 
 }  // namespace ULR_ISA
 }  // namespace ulr

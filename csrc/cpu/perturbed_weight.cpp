@@ -6,10 +6,9 @@ namespace ulr {
 inline namespace ULR_ISA {
 namespace {
 
-// With antithetic noise each draw has a second member, in tensors of its own (kMinus...).
 enum Argument {
     kY,             // [D, R, K], columns of unit stride
-    kMinusY,        // likewise; absent: not antithetic
+    kMinusY,        // the second members'; absent: not antithetic
     kWeight,        // [1, N, K]
     kSigma,         // fp32 scalar
     kMask,          // uint8 [1, N, K]: noise only where it is set; absent: everywhere
@@ -29,80 +28,73 @@ class Weights {
           rows_(t_[kY].size[1]),
           cols_(t_[kY].size[2]),
           width_(std::clamp<int64_t>(cols_, 1, kTileColumns)),
-          height_(std::min(std::max<int64_t>(rows_, 1), Tile::capacity(spec, width_))) {}
+          height_(std::min(std::max<int64_t>(rows_, 1), Tile::capacity(spec, width_))),
+          by_row_key_(fold_in(*spec.key, kByRow)),
+          by_row_(spec) {
+        by_row_.key = &by_row_key_;
+    }
 
     int run(int threads);
 
   private:
     struct Unit {
-        Unit(const ulr_noise_spec& spec, int64_t rank, int64_t cols) : tile(spec), factors(spec, rank, cols) {}
+        Unit(const ulr_noise_spec& spec, int64_t rank, int64_t cols)
+            : tile(spec), by_col(spec, kByCol, rank, rank ? cols : 0), a(rank) {}
         Tile tile;
-        Factors factors;
+        Factor by_col;
+        Scratch a;  // the column of A^T that belongs to a row of the weight, [r]
         alignas(64) float eps[kTileColumns + kLanes];
-        alignas(64) float weight[kTileColumns + kLanes];
+        alignas(64) float widened[kTileColumns + kLanes];
     };
 
     bool has(Argument a) const { return t_[a].data != nullptr; }
     int64_t source_row(Argument indices, int64_t draw, int64_t row) const {
         return has(indices) ? *at<int64_t>(t_[indices], 0, t_[indices].size[1] == 1 ? 0 : draw, row) : row;
     }
-
-    // Some rows of the members of a draw that read the rows `indices` of the weight; sign_bits: of the noise of y.
+    void make_a(Unit& unit, int64_t draw, int64_t row) const;
     template <typename T>
-    void rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, Argument y,
-              Argument minus) const;
-    template <typename T>
-    void row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols,
-             Argument y, bool negate) const;
+    void rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, bool plus, bool minus) const;
     template <typename T>
     void block(Unit& unit, int64_t draw, int64_t first, int64_t last) const;
 
     const ulr_noise_spec& spec_;
     const ulr_tensor* t_;
     const int64_t rank_, rows_, cols_, width_, height_;
+    const int64_t by_row_key_;
+    ulr_noise_spec by_row_;
 };
 
-template <typename T>
-void Weights::row(Unit& unit, const float* eps, int64_t draw, int64_t row, int64_t from, int64_t col, int64_t cols,
-                  Argument y, bool negate) const {
-    const F sigma =
-        set(negate ? -*static_cast<const float*>(t_[kSigma].data) : *static_cast<const float*>(t_[kSigma].data));
-    const T* weight = at<T>(t_[kWeight], 0, from, col);
-    const int64_t stride = t_[kWeight].stride[2];
-    T* to = at<T>(t_[y], draw, row, col);
-    if (stride == 1) {
-        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-            store_part(to + c, fma(sigma, load(eps + c), load_part(weight + c, n)), n);
-        });
-    } else {
-        widen_row(weight, stride, cols, unit.weight);
-        by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-            store_part(to + c, fma(sigma, load(eps + c), load(unit.weight + c)), n);
-        });
-    }
-    if (has(kMask)) {
-        const uint8_t* mask = at<uint8_t>(t_[kMask], 0, from, col);
-        for (int64_t c = 0; c < cols; ++c)
-            if (!mask[c * t_[kMask].stride[2]]) to[c] = weight[c * stride];
+void Weights::make_a(Unit& unit, int64_t draw, int64_t row) const {
+    Tile tile(by_row_);
+    const int64_t most = Tile::capacity(by_row_, 1);
+    for (int64_t j = 0; j < rank_; j += most) {
+        const int64_t ranks = std::min(most, rank_ - j);
+        tile.make({draw, j, row, 1, ranks, 1});
+        for (int64_t i = 0; i < ranks; ++i) unit.a.data()[j + i] = *tile.row(0, i);
     }
 }
 
+// Rows first ... last of the members that read the rows `indices` of the weight: those of y, of minus_y, or of both.
 template <typename T>
-void Weights::rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, Argument y,
-                   Argument minus) const {
+void Weights::rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, bool plus,
+                   bool minus) const {
+    const float sigma = sigma_of(t_[kSigma]);
     const auto write = [&](const float* eps, int64_t r, int64_t from, int64_t col, int64_t cols) {
-        row<T>(unit, eps, draw, r, from, col, cols, y, y == kMinusY);
-        if (minus != y) row<T>(unit, eps, draw, r, from, col, cols, minus, true);
+        if (plus)
+            perturb_row(t_[kWeight], t_[kMask], from, col, cols, eps, sigma, at<T>(t_[kY], draw, r, col), unit.widened);
+        if (minus)
+            perturb_row(t_[kWeight], t_[kMask], from, col, cols, eps, -sigma, at<T>(t_[kMinusY], draw, r, col),
+                        unit.widened);
     };
-    if (rank_) unit.factors.use_draw(spec_.draw + draw);
+    if (rank_) unit.by_col.use(spec_.draw + draw);
     const int64_t step = rank_ || has(indices) ? 1 : last - first;  // rows of a tile
     for (int64_t r = first; r < last; r += step) {
         const int64_t from = source_row(indices, draw, r), row = spec_.row_offset + from;
-        const float* a = rank_ ? unit.factors.a(row) : nullptr;
+        if (rank_) make_a(unit, spec_.draw + draw, row);
         for (int64_t col = 0; col < cols_; col += width_) {
             const int64_t cols = std::min(width_, cols_ - col);
             if (rank_) {
-                unit.factors.row(a, col, cols, unit.eps);
+                low_rank_row(unit.by_col, unit.a.data(), rank_, col, cols, unit.eps);
                 write(unit.eps, r, from, col, cols);
             } else {
                 unit.tile.make({spec_.draw + draw, row, spec_.col_offset + col, 1, step, cols});
@@ -115,10 +107,10 @@ void Weights::rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argume
 template <typename T>
 void Weights::block(Unit& unit, int64_t draw, int64_t first, int64_t last) const {
     if (has(kMinusIndices)) {  // other rows of the weight, so other noise
-        rows<T>(unit, draw, first, last, kIndices, kY, kY);
-        rows<T>(unit, draw, first, last, kMinusIndices, kMinusY, kMinusY);
+        rows<T>(unit, draw, first, last, kIndices, true, false);
+        rows<T>(unit, draw, first, last, kMinusIndices, false, true);
     } else {
-        rows<T>(unit, draw, first, last, kIndices, kY, has(kMinusY) ? kMinusY : kY);
+        rows<T>(unit, draw, first, last, kIndices, true, has(kMinusY));
     }
 }
 
@@ -129,8 +121,8 @@ int Weights::run(int threads) {
     if (rank_) grain *= 4;  // each turn of a thread makes B anew
     bool failed = false;
     parallel(threads, down * t_[kY].size[0], grain, [&](int64_t first, int64_t last) {
-        Unit unit(spec_, rank_, rank_ ? cols_ : 0);
-        if (rank_ && unit.factors.failed()) {
+        Unit unit(spec_, rank_, cols_);
+        if (rank_ && (unit.by_col.failed() || !unit.a.data())) {
             __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
             return;
         }

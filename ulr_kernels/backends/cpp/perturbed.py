@@ -1,7 +1,8 @@
-"""The ops with weight noise of the cpp back end: W' in scratch or in a tile, products by oneDNN.
+"""The ops with weight noise of the cpp back end: W' in a tile or in a panel of scratch, products by oneDNN.
 
-The library's pass over the noise (csrc/cpu/perturbed_weight.cpp) makes a panel of W', for both members of an antithetic
-pair at once; every row of x then multiplies by it while it is in the cache.
+Few rows of x: each tile of W' is made in the first-level cache, multiplied by all rows there and thrown away. Many: the
+library's pass makes a panel of W', for both members of an antithetic pair at once, and oneDNN multiplies it by all rows.
+Low rank: oneDNN's plain product, to which one pass adds sigma / sqrt(r) * (x B) A^T.
 """
 
 from __future__ import annotations
@@ -16,85 +17,127 @@ from ulr_kernels.ops._parameters import grid
 from ulr_kernels.ops._perturbed import Members, of_member
 from ulr_kernels.ops.perturbed_embedding import check_range
 
-PANEL = 2**20  # elements of a panel of W'
+FEW_ROWS = 8  # up to here, a tile of W' used in the first-level cache beats a panel and oneDNN (docs/measured.md)
+PANEL = 2**20  # elements of a panel of W', and of a copy of x
 
 
-def perturbed_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest):
-    """Where one product makes all of y, it becomes the output: oneDNN allocates its result."""
+def perturbed_linear(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
+) -> Tensor | None:
     how = Members(*rest)
     if not y.numel():
         return None
-    if not weight.shape[1]:
-        y.copy_(torch.zeros(()) if bias is None else bias if bias.dim() == 1 else bias[:, None])
+    if how.members == 1 and how.rank is None and how.mask is None and _in_one_panel(x, weight):
+        return _one_panel(y, x, weight, bias, sigma, key, how)
+    if how.rank is not None:
+        return _low_rank(y, x, weight, bias, sigma, key, how)
+    if x.shape[-2] <= FEW_ROWS:
+        xs, biases = _members(x, 2, how), _members(bias, 1, how)
+        _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
         return None
-    features, inputs = weight.shape
-    step = min(features, max(1, PANEL // inputs))
-    alone = how.members == 1 and step == features and onednn.supports(x.dtype)
+
+    return _by_panels(y, x, weight, bias, sigma, key, how)
+
+
+# A member whose weight is one panel, in as few steps as there are: right after a large product the interpreter's own
+# memory is far from the cores, and each line here costs several times what it does in a loop.
+
+
+def _in_one_panel(x: Tensor, weight: Tensor) -> bool:
+    return x.shape[-2] > FEW_ROWS and 0 < weight.numel() <= PANEL and onednn.supports(x.dtype)
+
+
+def _one_panel(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+) -> Tensor:
+    y.untyped_storage().resize_(0)
+    panel = torch.empty(weight.shape, dtype=weight.dtype)
+    _launch("perturbed_weight", key, how, (panel, None, weight, sigma, None, None, None))
+    product = onednn.linear(x, panel, bias if bias is None else bias.view(-1))
+    return product if x.dim() == 3 else product[None]
+
+
+# Any other call.
+
+
+def _by_panels(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+) -> Tensor | None:
+    """Where one product makes all of y it becomes the output, as oneDNN allocates its result."""
+    parts = _feature_parts(weight)
+    alone = how.members == 1 and len(parts) == 1 and onednn.supports(x.dtype)
     if alone:
         y.untyped_storage().resize_(0)
     for draw in range(how.draws):
-        for first in range(0, features, step):
-            rows = slice(first, min(first + step, features))
-            for member, panel in zip(_members(how, draw), _panels(weight, sigma, key, how, draw, rows), strict=True):
-                own_bias = of_member(bias, member, 1)
-                own_bias = own_bias if own_bias is None else own_bias[rows]
-                product = _product(of_member(x, member, 2), panel, own_bias)
+        for part in parts:
+            members = (draw, draw + how.draws) if how.antithetic else (draw,)
+            for member, panel in zip(members, _panels(weight, sigma, key, how, draw, part), strict=True):
+                product = _product(of_member(x, member, 2), panel, of_member(bias, member, 1), part)
                 if alone:
                     return product[None]
-                y[member, :, rows] = product
+                y[member, :, part] = product
     return None
 
 
-def _members(how: Members, draw: int) -> tuple[int, ...]:
-    """Those that use a draw."""
-    return (draw, draw + how.draws) if how.antithetic else (draw,)
+def _feature_parts(weight: Tensor) -> list[slice]:
+    features, inputs = weight.shape
+    step = min(features, max(1, PANEL // max(1, inputs)))
+    return [slice(first, min(first + step, features)) for first in range(0, features, step)]
 
 
-def _product(x: Tensor, panel: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, features: slice) -> Tensor:
+    bias = bias if bias is None else bias[features].contiguous()
     if onednn.supports(x.dtype):
-        return onednn.linear(x, panel, bias if bias is None else bias.contiguous())
-    return onednn.linear(x.float(), panel.float(), bias if bias is None else bias.float())
+        return onednn.linear(x, weight, bias)
+    return onednn.linear(x.float(), weight.float(), bias if bias is None else bias.float())
 
 
 def _panels(weight: Tensor, sigma: Tensor, key: Tensor, how: Members, draw: int, rows: slice) -> Tensor:
     """W' of some rows, for the members of a draw: [1 or 2, rows, K]."""
     part = weight[rows]
     panels = part.new_empty(2 if how.antithetic else 1, *part.shape)
-    mask = how.mask if how.mask is None else how.mask[rows]
     minus = panels[1:] if how.antithetic else None
-    _weights(panels[:1], minus, part, sigma, mask, None, None, key, how, draw, rows.start)
+    mask = how.mask if how.mask is None else how.mask[rows]
+    at = how._replace(draw=how.draw + draw, row_offset=how.row_offset + rows.start)
+    _launch("perturbed_weight", key, at, (panels[:1], minus, part, sigma, mask, None, None))
     return panels
 
 
-def _weights(
-    y: Tensor,
-    minus_y: Tensor | None,
-    weight: Tensor,
-    sigma: Tensor,
-    mask: Tensor | None,
-    indices: Tensor | None,
-    minus_indices: Tensor | None,
-    key: Tensor,
-    how: Members,
-    draw: int = 0,
-    first_row: int = 0,
-) -> None:
-    at = (how.draw + draw, how.row_offset + first_row, how.col_offset)
-    spec = _native.noise_spec(key, how.dist, "iid", 1, *at, width=0, antithetic=how.antithetic)
-    tensors = (y, minus_y, weight, sigma, mask, indices, minus_indices)
-    views = tuple(None if t is None else _native.view(t) for t in tensors)
-    _native.launcher("cpp", "perturbed_weight")(spec, views, (how.rank or 0,), threads=torch.get_num_threads())
+def _low_rank(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+) -> Tensor:
+    own = bias if bias is not None and bias.dim() == 2 else None  # one for each member, added by the pass
+    shared = bias if own is None else None
+    in_place = x.dim() == 3 or how.members == 1  # else the members share the plain product
+    if x.is_contiguous() and x.numel() and onednn.dense(weight) and onednn.supports(x.dtype):
+        if in_place:
+            y.untyped_storage().resize_(0)
+        base = onednn.linear(x.view(-1, x.shape[-1]), weight, shared if shared is None else shared.contiguous())
+        base = base.view(-1, x.shape[-2], len(weight))
+        y = base if in_place else y
+    else:
+        base = y if in_place else y.new_empty(1, *y.shape[1:])
+        for part in _feature_parts(weight):
+            panel = weight[part].contiguous()
+            for member, clean in enumerate(base):
+                clean[:, part] = _product(of_member(x, member, 2), panel, shared, part)
+    bases = _halves(base, how) if len(base) > 1 else (base, None)
+    biases = _members(own if own is None else own.contiguous(), 1, how)
+    _launch("low_rank_linear", key, how, (*_halves(y, how), *bases, *_members(x, 2, how), *biases, sigma))
+    return y
 
 
-def perturbed_conv2d(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest):
+def perturbed_conv2d(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
+) -> Tensor | None:
     args, how = rest[:4], Members(*rest[4:])
-    if not y.numel():
-        return None
     flat = weight.reshape(grid(weight))
     how = how._replace(mask=how.mask if how.mask is None else how.mask.reshape(flat.shape))
+    if not y.numel():
+        return None
     for draw in range(how.draws):
         panels = _panels(flat, sigma, key, how, draw, slice(0, len(flat))).view(-1, *weight.shape)
-        for member, panel in zip(_members(how, draw), panels, strict=True):
+        for member, panel in zip((draw, draw + how.draws), panels, strict=False):
             product = F.conv2d(of_member(x, member, 4), panel, of_member(bias, member, 1), *args)
             if how.members == 1:
                 return product.contiguous()[None]
@@ -105,12 +148,24 @@ def perturbed_conv2d(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, 
 def perturbed_embedding(y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> None:
     check_range(indices, weight)
     how = Members(*rest)
-    indices = indices if indices.dim() == 2 else indices[None]
-    plus, minus = _halves(y, how)
-    own, minus_own = _halves(indices, how) if len(indices) > 1 else (indices, None)
-    _weights(plus, minus, weight, sigma, how.mask, own, minus_own, key, how)
+    own = (indices, None) if indices.dim() == 1 else _halves(indices, how)
+    _launch("perturbed_weight", key, how, (*_halves(y, how), weight, sigma, how.mask, *own))
 
 
 def _halves(tensor: Tensor, how: Members) -> tuple[Tensor, Tensor | None]:
     """The members with the noise as it is, and those with the noise negated."""
     return (tensor[: how.draws], tensor[how.draws :]) if how.antithetic else (tensor, None)
+
+
+def _members(tensor: Tensor | None, shared_dims: int, how: Members) -> tuple[Tensor | None, Tensor | None]:
+    """The same of an argument; the second is None where the members share it. A bias is a row: [members, 1, N]."""
+    if tensor is None or tensor.dim() == shared_dims:
+        return tensor, None
+    return _halves(tensor[:, None] if tensor.dim() == 2 else tensor, how)
+
+
+def _launch(name: str, key: Tensor, how: Members, tensors: tuple[Tensor | None, ...]) -> None:
+    at = (how.draw, how.row_offset, how.col_offset)
+    spec = _native.noise_spec(key, how.dist, "iid", 1, *at, width=0, antithetic=how.antithetic)
+    views = tuple(None if t is None else _native.view(t) for t in tensors)
+    _native.launcher("cpp", name)(spec, views, (how.rank or 0,), threads=torch.get_num_threads())
