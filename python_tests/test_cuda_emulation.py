@@ -11,6 +11,7 @@ import pytest
 import test_linear_grads
 import test_mlp_step
 import test_ops
+import test_perturbed
 import torch
 from cuda_emulation import emulation
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
@@ -161,6 +162,18 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
 def test_several_tiles(op, dtype, device) -> None:
     for sample in large(op, dtype):
         test_ops.compare_linear(op, sample)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("op", [op for op in test_perturbed.PERTURBED if op in cuda.ARGUMENTS])
+def test_weight_noise(op, dtype, device) -> None:
+    for sample_id in test_ops.samples(op, good=True):
+        test_perturbed.compare(op, test_ops.pick(op, sample_id, device, dtype))
+    for sample in test_perturbed.large(op, dtype):
+        test_perturbed.compare(op, sample)
+    for dist in ("normal", "rademacher"):
+        if dtype == torch.float32:  # each goes through all dtypes
+            test_perturbed.test_the_perturbed_weight_to_the_bit(op, dist, device)
 
 
 @pytest.mark.parametrize("op", test_ops.LINEAR)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy
 import pytest
@@ -105,6 +107,22 @@ def compare(op: str, sample: Sample) -> Tensor:
     return y
 
 
+def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """Calls of several tiles along every axis, which the ops' own samples are too small for."""
+
+    def v(seed: int, *shape: int) -> Tensor:
+        return values(seed, *shape, device="cpu", dtype=dtype)
+
+    if op != "perturbed_linear":
+        return
+    pairs = {"members": 2, "antithetic": True}
+    wide = (v(1, 140, 150), v(2, 150, 150), v(3, 150), 0.1, 11)
+    yield Sample("tiles", wide, {"members": 2, "col_offset": 64})
+    yield Sample("tiles-signs", wide, {**pairs, "dist": "rademacher", "col_offset": 40})
+    yield Sample("pairs", (v(4, 2, 140, 70), v(5, 140, 70), v(6, 2, 140), 0.1, 11), pairs)
+    yield Sample("low-rank", wide, {**pairs, "rank": 10, "row_offset": 37, "col_offset": 5})
+
+
 def exact_weight(weight: Tensor, eps: Tensor, sigma: float) -> Tensor:
     """round_to_dtype(fma(sigma, eps, W)) by 80-bit arithmetic: the product is exact, the sum's 64 bits are rounded to
     fp32 as the exact sum's would but for one case in 2^40."""
@@ -113,23 +131,29 @@ def exact_weight(weight: Tensor, eps: Tensor, sigma: float) -> Tensor:
     return torch.from_numpy(total.astype(numpy.float32)).to(weight.dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def shown_weight(op: str, weight: Tensor, rows: int, **how) -> Tensor:
+    """W' [2, N, K] of a pair, by a product with the identity, `rows` rows of it at a time, or by gathering all rows."""
+    if op == "perturbed_embedding":
+        return perturbed_embedding(torch.arange(len(weight), device=weight.device), weight, 0.37, 5, **how)
+    x = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    parts = x.split(rows)
+    if op == "perturbed_linear":
+        return torch.cat([perturbed_linear(part, weight, None, 0.37, 5, **how) for part in parts], 1).mT
+    filters = weight[:, :, None, None]
+    images = [perturbed_conv2d(part[:, :, None, None], filters, None, 0.37, 5, **how) for part in parts]
+    return torch.cat(images, 1)[..., 0, 0].mT
+
+
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
-@pytest.mark.parametrize("rows", [1, 40], ids=["one-row", "many-rows"])
-def test_the_perturbed_weight_to_the_bit(rows, dist, dtype, device) -> None:
-    """A product with the identity shows W'; as many rows as columns, and one row at a time."""
-    weight = values(3, 21, 40, device=device, dtype=dtype)
-    x = torch.eye(40, dtype=dtype, device=device)
-    at = {"members": 2, "antithetic": True, "dist": dist, "draw": 7, "row_offset": 2, "col_offset": 6}
-    parts = [perturbed_linear(x[i : i + rows], weight, None, 0.37, 5, **at) for i in range(0, 40, rows)]
-    eps = truth.noise((21, 40), 5, dist=dist, draw=7, row_offset=2, col_offset=6)
-    gathered = perturbed_embedding(torch.arange(21, device=device), weight, 0.37, 5, **at).cpu()
-    filters = perturbed_conv2d(x[:, :, None, None], weight[:, :, None, None], None, 0.37, 5, **at)[..., 0, 0].cpu()
-    for member, sign in enumerate((1, -1)):
-        expected = exact_weight(weight.cpu(), sign * eps, 0.37)
-        assert torch.equal(torch.cat(parts, 1)[member].T.cpu(), expected)
-        assert torch.equal(gathered[member], expected)
-        assert torch.equal(filters[member].T, expected)
+@pytest.mark.parametrize("op", PERTURBED)
+def test_the_perturbed_weight_to_the_bit(op, dist, device) -> None:
+    at = {"members": 2, "antithetic": True, "dist": dist, "draw": 7, "row_offset": 2}
+    for dtype, rows, col_offset in itertools.product(FLOATS, (1, 40), (6, 16)):
+        weight = values(3, 21, 40, device=device, dtype=dtype)
+        found = shown_weight(op, weight, rows, col_offset=col_offset, **at).cpu()
+        eps = truth.noise((21, 40), 5, dist=dist, draw=7, row_offset=2, col_offset=col_offset)
+        for member, sign in enumerate((1, -1)):
+            assert torch.equal(found[member], exact_weight(weight.cpu(), sign * eps, 0.37))
 
 
 @pytest.mark.parametrize("op", PERTURBED)

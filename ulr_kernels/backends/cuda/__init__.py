@@ -8,7 +8,7 @@ import torch
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import elementwise, linear, mlp, noise
+from ulr_kernels.backends.cuda import elementwise, linear, mlp, noise, perturbed
 
 NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
 
@@ -25,6 +25,8 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noisy_linear_replay_": linear.noisy_linear_replay_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
     "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,
+    "perturbed_linear": perturbed.perturbed_linear,
+    "perturbed_embedding": perturbed.perturbed_embedding,
 }
 
 

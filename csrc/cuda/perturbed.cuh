@@ -1,0 +1,109 @@
+// Noise on a weight: round(fma(sigma, eps, W)) for chunks of 16 bytes of a tile in shared memory.
+#pragma once
+
+#include "element.cuh"
+#include "launch.cuh"
+#include "noise.cuh"
+
+namespace ulr {
+
+// Noise only where it is set; absent: everywhere.
+struct Mask {
+    const uint8_t* data;
+    int64_t row_stride, col_stride;
+
+    explicit Mask(const ulr_tensor& t)
+        : data(static_cast<const uint8_t*>(t.data)), row_stride(t.stride[1]), col_stride(t.stride[2]) {}
+    __device__ __forceinline__ bool at(int64_t row, int64_t col) const {
+        return data == nullptr || data[row * row_stride + col * col_stride] != 0;
+    }
+};
+
+// One of four, without an array that would have to lie in memory.
+__device__ __forceinline__ float pick(const float (&v)[4], uint32_t i) {
+    const float low = i & 1 ? v[1] : v[0], high = i & 1 ? v[3] : v[2];
+    return i & 2 ? high : low;
+}
+
+// The noise of one element: what a chunk that cuts calls of Philox in two is made of.
+template <Kind kind>
+__device__ __forceinline__ float single_noise(const Noise<kind>& noise, uint32_t row, int64_t col, uint32_t draw) {
+    float eps[4];
+    noise.quad(eps, row, static_cast<uint32_t>(col >> 2), draw);
+    return pick(eps, static_cast<uint32_t>(col & 3));
+}
+
+// The noise of a thread's chunks, which lie in one row and move along it. Signs: a call of Philox covers 128 columns,
+// and is kept until the row moves past them.
+template <typename T, Kind kind>
+class WeightNoise {
+  public:
+    static constexpr int kElements = 16 / sizeof(T);
+
+    // W' in place of W, `plus`, and where `minus` is given the one of the negated noise there. row, col: of the weight;
+    // elements from column `cols` on do not exist and become 0.
+    __device__ __forceinline__ void perturb(T* plus, T* minus, const Noise<kind>& noise, const ulr_noise_spec& spec,
+                                            uint32_t draw_index, int64_t row, int64_t col, int64_t cols, float sigma,
+                                            const Mask& mask) {
+        float eps[kElements];
+        const uint32_t noise_row = static_cast<uint32_t>(spec.row_offset + row);
+        const uint32_t draw = static_cast<uint32_t>(spec.draw + draw_index);
+        if (spec.col_offset % 8 == 0) {
+            aligned(eps, noise, noise_row, spec.col_offset + col, draw);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i)
+                eps[i] = single_noise(noise, noise_row, spec.col_offset + col + i, draw);
+        }
+        uint4 first = *reinterpret_cast<const uint4*>(plus), second = first;
+        T *a = reinterpret_cast<T*>(&first), *b = reinterpret_cast<T*>(&second);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+            const float weight = to_float(a[i]);
+            if (col + i >= cols || !mask.at(row, col + i)) continue;
+            a[i] = from_float<T>(fmaf(sigma, eps[i], weight));
+            b[i] = from_float<T>(fmaf(-sigma, eps[i], weight));
+        }
+        *reinterpret_cast<uint4*>(plus) = first;
+        if (minus != nullptr) *reinterpret_cast<uint4*>(minus) = second;
+    }
+
+  private:
+    __device__ __forceinline__ void aligned(float (&eps)[kElements], const Noise<kind>& noise, uint32_t row,
+                                            int64_t col, uint32_t draw) {
+        if constexpr (kind == Kind::kSigns) {
+            const uint32_t call = static_cast<uint32_t>(col >> 7), word = static_cast<uint32_t>(col >> 5) & 3;
+            if (call != call_) {
+                call_ = call;
+                words_ = noise.sign_words(row, call, draw);
+            }
+            const uint32_t low = word & 1 ? words_.w[1] : words_.w[0], high = word & 1 ? words_.w[3] : words_.w[2];
+            noise.signs_to_floats(eps, (word & 2 ? high : low) >> (col & 31));
+        } else {
+#pragma unroll
+            for (int quad = 0; quad < kElements / 4; ++quad) {
+                float four[4];
+                noise.quad(four, row, static_cast<uint32_t>(col >> 2) + quad, draw);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) eps[4 * quad + i] = four[i];
+            }
+        }
+    }
+
+    uint32_t call_ = 0xffffffffu;  // no column reaches that call
+    Words words_{};
+};
+
+// Eight neighbours of a member's bias; 0 where there is none.
+template <typename T>
+__device__ __forceinline__ void load_bias(float (&bias)[8], const PerFeature<T>& of, int64_t offset, int64_t feature,
+                                          int64_t features) {
+    PerFeature<T> own = of;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const bool exists = of.data != nullptr && feature + i >= 0 && feature + i < features;
+        bias[i] = exists ? to_float(own.data[offset + (feature + i) * own.stride]) : 0.0f;
+    }
+}
+
+}  // namespace ulr
