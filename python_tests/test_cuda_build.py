@@ -30,6 +30,7 @@ MOST_INSTRUCTIONS_PER_NORMAL = 26.0
 MOST_INSTRUCTIONS_PER_PACKED_SIGN = 2.0
 MOST_INSTRUCTIONS_PER_OUTPUT = 30.0
 KINDS = ("quantile", "sobol", "signs")
+FLAGS = {"noise": ("each", "whole"), "perturbed_linear": ("", "pairs")}  # of a kernel's last template argument
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -67,7 +68,7 @@ def short_name(mangled: str) -> str:
     if kind := re.search(r"4KindE(\d)E", arguments):
         parts.append(KINDS[int(kind[1])])
     if flag := re.search(r"Lb([01])E", arguments):
-        parts.append(("each" if flag[1] == "0" else "whole") if "noise" in parts else ("", "replay")[int(flag[1])])
+        parts.append(FLAGS.get(parts[0], ("", "replay"))[int(flag[1])])
     return "-".join(filter(None, parts))
 
 
@@ -189,7 +190,10 @@ def test_table_reads_do_not_conflict() -> None:
     assert count(body, r"LDS\.64") == 3 * 8 and count(body, r"\bLDS") == 3 * 8
 
 
-@pytest.mark.parametrize("source", ["noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_", "noisy_mlp_step"])
+PRODUCTS = ("noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_", "noisy_mlp_step", "perturbed_linear")
+
+
+@pytest.mark.parametrize("source", PRODUCTS)
 def test_products_run_on_tensor_cores_and_nothing_is_atomic(source) -> None:
     for kernel, code in disassemble(source).items():
         tensor_cores, is_half = "HMMA.16816.F32" in code, "fp16" in kernel or "bf16" in kernel

@@ -19,7 +19,7 @@ enum Argument {
     kMinusBias,
     kSigma,  // fp32 scalar
 };
-enum { kRank };
+enum { kNoiseRank };
 
 constexpr int64_t kRows = 256;             // of a unit of work
 constexpr int64_t kWorthWaking = 1 << 15;  // values of x and y that a thread should go through at a time
@@ -40,7 +40,10 @@ class LowRank {
   private:
     struct Unit {
         Unit(const ulr_noise_spec& spec, int64_t rank, int64_t features, int64_t inputs)
-            : a(spec, kByRow, rank, features), b(spec, kByCol, rank, inputs), x(inputs + kLanes), xb(rank) {}
+            : a(spec, kRowFactorStream, rank, features),
+              b(spec, kColFactorStream, rank, inputs),
+              x(inputs + kLanes),
+              xb(rank) {}
         Factor a, b;
         Scratch x;   // a row of x as fp32
         Scratch xb;  // sigma / sqrt(r) * x B
@@ -121,7 +124,7 @@ int LowRank<T>::run(int threads) {
 }  // namespace
 
 int low_rank_linear(const ulr_noise_spec* spec, const ulr_tensor* tensors, const ulr_launch* where) {
-    const int64_t rank = where->numbers[kRank];
+    const int64_t rank = where->numbers[kNoiseRank];
     switch (tensors[kY].dtype) {
         case ULR_F32:
             return LowRank<float>(*spec, tensors, rank).run(where->threads);

@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "pass.h"
 #include "tile.h"
+#include "ulr/step.h"
 
 namespace ulr {
 inline namespace ULR_ISA {
@@ -15,18 +16,14 @@ inline namespace ULR_ISA {
 // With antithetic noise each draw has a second member, in tensors of its own; sigma is one number.
 inline float sigma_of(const ulr_tensor& sigma) { return *static_cast<const float*>(sigma.data); }
 
-// Factors of E = A B^T / sqrt(r): A^T [r, N] has noise of fold_in(key, 1), B^T [r, K] of fold_in(key, 2).
-enum FactorStream { kByRow = 1, kByCol = 2 };
-
-inline float low_rank_scale(int64_t rank) { return static_cast<float>(1.0 / sqrt(static_cast<double>(rank))); }
-
-// One of them, from a column of it on, kept for the draw that was asked for last.
+// A factor of E = A B^T / sqrt(r), A^T [r, N] or B^T [r, K], as far as the columns of it that are asked for; kept for
+// the draw that was asked for last.
 class Factor {
   public:
-    Factor(const ulr_noise_spec& spec, FactorStream stream, int64_t rank, int64_t cols)
+    Factor(const ulr_noise_spec& spec, int64_t stream, int64_t rank, int64_t cols)
         : rank_(rank),
           cols_(cols),
-          first_(stream == kByRow ? spec.row_offset : spec.col_offset),
+          first_(stream == kRowFactorStream ? spec.row_offset : spec.col_offset),
           pitch_((cols + kLanes - 1) / kLanes * kLanes),
           key_(fold_in(*spec.key, stream)),
           spec_(spec),

@@ -15,7 +15,7 @@ enum Argument {
     kIndices,       // int64 [1, 1 or D, R]: rows of the weight; absent: its first R in order
     kMinusIndices,  // the second members'; absent: as the first ones'
 };
-enum { kRank };  // 0: full
+enum { kNoiseRank };  // 0: full
 
 constexpr int64_t kWorthWaking = 1 << 14;  // values that a thread should make at a time
 
@@ -29,7 +29,7 @@ class Weights {
           cols_(t_[kY].size[2]),
           width_(std::clamp<int64_t>(cols_, 1, kTileColumns)),
           height_(std::min(std::max<int64_t>(rows_, 1), Tile::capacity(spec, width_))),
-          by_row_key_(fold_in(*spec.key, kByRow)),
+          by_row_key_(fold_in(*spec.key, kRowFactorStream)),
           by_row_(spec) {
         by_row_.key = &by_row_key_;
     }
@@ -39,7 +39,7 @@ class Weights {
   private:
     struct Unit {
         Unit(const ulr_noise_spec& spec, int64_t rank, int64_t cols)
-            : tile(spec), by_col(spec, kByCol, rank, rank ? cols : 0), a(rank) {}
+            : tile(spec), by_col(spec, kColFactorStream, rank, rank ? cols : 0), a(rank) {}
         Tile tile;
         Factor by_col;
         Scratch a;  // the column of A^T that belongs to a row of the weight, [r]
@@ -146,7 +146,7 @@ int Weights::run(int threads) {
 }  // namespace
 
 int perturbed_weight(const ulr_noise_spec* spec, const ulr_tensor* tensors, const ulr_launch* where) {
-    return Weights(*spec, tensors, where->numbers[kRank]).run(where->threads);
+    return Weights(*spec, tensors, where->numbers[kNoiseRank]).run(where->threads);
 }
 
 }  // namespace ULR_ISA

@@ -2,8 +2,6 @@
 // which serves all members that share x, then for each member the tile's x B and what it adds, eight ranks at a time.
 #pragma once
 
-#include <math.h>
-
 #include "perturbed.cuh"
 #include "tile.cuh"
 
@@ -54,7 +52,8 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
     const int64_t first_feature =
         int64_t{blockIdx.x % p.feature_tiles} * kLowRankFeatures - p.by_row.col_offset % kLowRankFeatures;
     const int64_t first_row = int64_t{rest % p.row_tiles} * kLowRankRows;
-    if (threadIdx.x < 2) keys[threadIdx.x] = fold_in(*p.by_row.key, threadIdx.x + 1);
+    if (threadIdx.x < 2)
+        keys[threadIdx.x] = fold_in(*p.by_row.key, threadIdx.x == 0 ? kRowFactorStream : kColFactorStream);
     __syncthreads();
     ulr_noise_spec by_row = p.by_row, by_col = p.by_col;
     by_row.key = &keys[0];
@@ -165,7 +164,7 @@ int run_low_rank(const ulr_noise_spec& noise, const LowRankTensors& t, int64_t r
         static_cast<const float*>(t.sigma.data),
         Output<T>(t.y, by_row.col_offset),
         rank,
-        static_cast<float>(1.0 / sqrt(static_cast<double>(rank))),
+        low_rank_scale(rank),
         noise.antithetic ? members / 2 : members,
         members,
         shared ? members : 1,

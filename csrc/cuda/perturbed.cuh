@@ -4,6 +4,7 @@
 #include "element.cuh"
 #include "launch.cuh"
 #include "noise.cuh"
+#include "ulr/step.h"
 
 namespace ulr {
 

@@ -1,6 +1,4 @@
 // y[p, r] = W'_p[indices[p, r]], W'_p = round(fma(sigma, eps_p, W)): noise for the gathered rows alone.
-#include <math.h>
-
 #include <algorithm>
 
 #include "perturbed.cuh"
@@ -50,7 +48,8 @@ __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gat
     __shared__ int64_t keys[2];
     ulr_noise_spec spec = p.noise, by_row = p.noise;
     if (p.rank) {
-        if (threadIdx.x < 2) keys[threadIdx.x] = fold_in(*p.noise.key, threadIdx.x + 1);
+        if (threadIdx.x < 2)
+            keys[threadIdx.x] = fold_in(*p.noise.key, threadIdx.x == 0 ? kRowFactorStream : kColFactorStream);
         __syncthreads();
         by_row.key = &keys[0];
         spec.key = &keys[1];
@@ -108,11 +107,11 @@ __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gat
 }
 
 enum { kY, kIndices, kWeight, kSigma, kMask };
-enum { kRank };
+enum { kNoiseRank };
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
-    const int64_t members = t[kY].size[0], rank = launch.numbers[kRank];
+    const int64_t members = t[kY].size[0], rank = launch.numbers[kNoiseRank];
     const bool shared = t[kIndices].size[1] == 1, pairs = noise.antithetic && shared;
     const int64_t octets = (noise.col_offset % 8 + t[kY].size[2] + 7) / 8;
     const Gather<T> p{noise,
@@ -129,7 +128,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
                       shared ? 0 : t[kIndices].stride[1],
                       t[kIndices].stride[2],
                       rank,
-                      rank ? static_cast<float>(1.0 / sqrt(static_cast<double>(rank))) : 0.0f,
+                      rank ? low_rank_scale(rank) : 0.0f,
                       static_cast<uint32_t>(noise.antithetic ? members / 2 : members),
                       pairs,
                       octets,

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1) perturbed_linear_kernel(const Per
 }
 
 enum { kY, kX, kWeight, kBias, kSigma, kMask };
-enum { kRank };
+enum { kNoiseRank };
 
 template <typename T, bool pairs>
 int run_full(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
@@ -143,8 +143,9 @@ int run_full(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch&
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
     if (t[kY].size[0] == 0 || t[kY].size[1] == 0 || t[kY].size[2] == 0) return ULR_OK;
-    if (launch.numbers[kRank])
-        return run_low_rank<T>(noise, {t[kY], t[kX], t[kWeight], t[kBias], t[kSigma]}, launch.numbers[kRank], launch);
+    if (launch.numbers[kNoiseRank])
+        return run_low_rank<T>(noise, {t[kY], t[kX], t[kWeight], t[kBias], t[kSigma]}, launch.numbers[kNoiseRank],
+                               launch);
     return noise.antithetic ? run_full<T, true>(noise, t, launch) : run_full<T, false>(noise, t, launch);
 }
 

@@ -1,7 +1,7 @@
 """The ops with weight noise of the cpp back end: W' in a tile or in a panel of scratch, products by oneDNN.
 
 Few rows of x: each tile of W' is made in the first-level cache, multiplied by all rows there and thrown away. Many: the
-library's pass makes a panel of W', for both members of an antithetic pair at once, and oneDNN multiplies it by all rows.
+library makes a panel of W', for both members of an antithetic pair at once, and oneDNN multiplies it by all rows.
 Low rank: oneDNN's plain product, to which one pass adds sigma / sqrt(r) * (x B) A^T.
 """
 

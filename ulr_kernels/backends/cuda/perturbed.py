@@ -22,8 +22,6 @@ def perturbed_linear(
     return Arguments(_spec(key, how), (y, x, weight, bias, sigma, how.mask), (how.rank or 0,))
 
 
-def perturbed_embedding(
-    y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest
-) -> Arguments:
+def perturbed_embedding(y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> Arguments:
     how = Members(*rest)
     return Arguments(_spec(key, how), (y, indices, weight, sigma, how.mask), (how.rank or 0,))
