@@ -63,6 +63,17 @@ def compilable(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: in
     return clean + sigma * torch.randn(copies, *clean.shape, device=x.device, dtype=x.dtype)
 
 
+def perturbed_linear(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, source: torch.Generator) -> Tensor:
+    """A perturbed copy of the weight, then the product."""
+    noise = torch.randn(weight.shape, generator=source, device=weight.device, dtype=weight.dtype)
+    return F.linear(x, weight + sigma * noise, bias)
+
+
+def fitness(y: Tensor) -> Tensor:
+    """One number for each member of a population from its outputs `[P, R, N]`."""
+    return y.flatten(1).square().mean(1)
+
+
 # --- gradient --------------------------------------------------------------------------------------------------------
 
 

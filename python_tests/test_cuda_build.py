@@ -30,7 +30,7 @@ MOST_INSTRUCTIONS_PER_NORMAL = 26.0
 MOST_INSTRUCTIONS_PER_PACKED_SIGN = 2.0
 MOST_INSTRUCTIONS_PER_OUTPUT = 30.0
 KINDS = ("quantile", "sobol", "signs")
-FLAGS = {"noise": ("each", "whole"), "perturbed_linear": ("", "pairs")}  # of a kernel's last template argument
+FLAG_NAMES = {"noise": ("each", "whole"), "perturbed_linear": ("", "pairs")}  # of a kernel's last template argument
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -68,7 +68,7 @@ def short_name(mangled: str) -> str:
     if kind := re.search(r"4KindE(\d)E", arguments):
         parts.append(KINDS[int(kind[1])])
     if flag := re.search(r"Lb([01])E", arguments):
-        parts.append(FLAGS.get(parts[0], ("", "replay"))[int(flag[1])])
+        parts.append(FLAG_NAMES.get(parts[0], ("", "replay"))[int(flag[1])])
     return "-".join(filter(None, parts))
 
 

@@ -45,6 +45,14 @@ GOALS = (
     Goal("gradient", "authors' way", 20, "memory"),
     Goal("gradient", "eager, reduced first", 20, "memory"),
     Goal("step", "authors' way", 12),
+    *(
+        Goal(f"perturbed-{dist}-{shape}", "noiseless oneDNN", share)
+        for dist, share in (("normal", 0.75), ("rademacher", 0.85))
+        for shape in ("384x384", "384x1536", "1536x384", "576x576", "576x1536", "1536x576")
+    ),
+    Goal("eggroll", "plain forward, F.linear", 0.45),
+    Goal("eggroll", "torcheggroll", 5),
+    Goal("eggroll", "eggroll-es", 5),
 )
 
 

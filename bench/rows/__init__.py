@@ -15,8 +15,12 @@ from bench.rows.elementwise import add_row, dot_row
 from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.noise import noise_row, randn_row
+from bench.rows.perturbed import eggroll_row, perturbed_row
 from bench.rows.row import Contestant, Row, kind_of
 from bench.rows.step import step_row
+
+# Inputs and features of the layers of MiniLM and of SmolLM2.
+PERTURBED_SHAPES = ((384, 384), (384, 1536), (1536, 384), (576, 576), (576, 1536), (1536, 576))
 
 __all__ = ["Contestant", "Row", "cpu_rows", "gpu_rows"]
 
@@ -42,6 +46,13 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "dot-image": lambda: dot_row((32, 32, 32, 32), 1, 64, f32),
         "step": lambda: step_row(100, 64),
     }
+    for inputs, features in PERTURBED_SHAPES:
+        for dist in ("normal", "rademacher"):
+            makers[f"perturbed-{dist}-{inputs}x{features}"] = functools.partial(
+                perturbed_row, 1024, inputs, features, dist
+            )
+    makers["perturbed-few-rows"] = lambda: perturbed_row(4, 576, 1536)
+    makers["eggroll"] = lambda: eggroll_row(1024, 256, 1, 16)
     if len(os.sched_getaffinity(0)) > 1:
         makers["normal-2-threads"] = lambda: noise_row("normal", 2**20, threads=2, in_cache=True)
     return makers
@@ -66,11 +77,16 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
             makers[f"{prefix}-{kind}"] = functools.partial(
                 function, rows, wide // 4, wide // 2, copies, dtype, device, names
             )
+        for dist in ("normal", "rademacher"):
+            makers[f"perturbed-{dist}-{kind}"] = functools.partial(
+                perturbed_row, rows, wide, wide, dist, dtype, device, None, names
+            )
     tokens, image = (rows // 8, 16, wide // 4), (rows // 8, wide // 64, 16, 16)
     for name, row in (("add", add_row), ("dot", dot_row)):
         makers[f"{name}-tokens"] = functools.partial(row, tokens, -1, copies, bf16, device, names)
         makers[f"{name}-image"] = functools.partial(row, image, 1, copies, bf16, device, names)
     makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)
+    makers["eggroll"] = lambda: eggroll_row(wide // 4, 4 * copies, 1, 16, device, names, packages=not small)
     makers["step"] = lambda: step_row(100, copies, device, names=names)
     makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
     return makers
