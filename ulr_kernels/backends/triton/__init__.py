@@ -20,6 +20,7 @@ _MODULES = {
     "noise_score": "noise_score",
     "noise_dot_": "noise_dot_",
     "noisy_linear": "noisy_linear",
+    "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
     "noisy_linear_replay_": "noisy_linear_grad_",
 }

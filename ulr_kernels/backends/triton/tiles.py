@@ -52,6 +52,19 @@ GRADIENT_PER_DRAW = {
 # Where scores are summed over draws and rows, with no product.
 SUMS = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(32, 128, 0, 8, 1)}
 
+# Where the weight is noised: noise of cols x inputs.
+PERTURBED = {
+    "normal": Tile(64, 64, 32, 8, 2),
+    "laplace": Tile(64, 64, 32, 8, 2),
+    "rademacher": Tile(64, 32, 128, 8, 2),
+}
+# Its noise of low rank: 16 x inputs, 16 x cols.
+LOW_RANK = {
+    "normal": Tile(64, 64, 32, 8, 1),
+    "laplace": Tile(64, 64, 32, 8, 1),
+    "rademacher": Tile(32, 128, 128, 8, 1),
+}
+
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
