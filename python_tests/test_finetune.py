@@ -259,6 +259,22 @@ def test_a_process_killed_at_any_moment_can_go_on(files: Path, tmp_path: Path):
             assert mine[name] == other[name]
 
 
+def test_a_run_can_begin_where_another_ended(files: Path, tmp_path: Path):
+    runs.start(settings(files), tmp_path / "head", "")
+    tuned = tmp_path / "head" / report.WEIGHTS
+    runs.start(settings(files, tune="lora", start=str(tuned), probes=2), tmp_path / "lora", "")
+    ends, begins = (
+        json.loads((tmp_path / name / report.REPORT).read_text())["evaluations"][place]
+        for name, place in (("head", -1), ("lora", 0))
+    )
+    assert begins["test_loss"] == pytest.approx(ends["test_loss"], rel=1e-5)
+    got, _ = replay(str(files / "encoder"), tmp_path / "lora" / runs.LOG)
+    expected = weights.load(tmp_path / "lora" / report.WEIGHTS)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    with pytest.raises(RecipeError, match="is of another model: it has backbone"):
+        Job(settings(files, start=str(tmp_path / "lora" / report.WEIGHTS)))
+
+
 def test_until_and_revert(files: Path, tmp_path: Path):
     run = settings(files)
     runs.start(run, tmp_path / "run", "")
@@ -363,6 +379,7 @@ BAD = {
         ["--data", "{set}", "--model", "{causal}", "--max-tokens", "32", "--words", "x,y"],
         "different tokens",
     ),
+    "no start": (["--data", "{set}", "--max-tokens", "32", "--start", "none"], "none: cannot be read as weights"),
     "nothing to resume": (["--resume", "nowhere"], "cannot be read: No such file or directory"),
     "resume with settings": (["--resume", "nowhere", "--lr", "1"], "drop --lr"),
 }

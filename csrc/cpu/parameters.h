@@ -55,7 +55,10 @@ class Parameters {
             const int64_t most = p.rank ? kLowRankColumns : kListColumns, parts = (p.cols + most - 1) / most;
             p.width = parts > 1 ? (p.cols / parts + kSignColumns) / kSignColumns * kSignColumns : p.cols;
             p.width = std::max<int64_t>(1, std::min(p.width, most));
-            p.height = std::max<int64_t>(1, std::min(p.rows, Tile::capacity(spec, p.width)));
+            // Sums of noise have rows of whole vectors, which narrow tensors fill in part only.
+            const int64_t padded = (p.width + kLanes - 1) / kLanes * kLanes;
+            p.height = std::min({p.rows, Tile::capacity(spec, p.width), kTileFloats / padded});
+            p.height = std::max<int64_t>(1, p.height);
             p.across = (p.cols + p.width - 1) / p.width;
             p.first = tiles;
             p.last = tiles += p.across * ((p.rows + p.height - 1) / p.height);

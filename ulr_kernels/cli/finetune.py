@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
     )
     add("model", "minilm, smollm2, a folder as transformers has it, or a .gguf file", metavar="MODEL")
+    add("start", "tuned.safetensors of an earlier run on this model, to begin with", metavar="FILE")
     add("method", "the optimiser: SPSA, a population of low rank, or normalised one-sided probes", choices=METHODS)
     add("tune", "all weights, adapters and head, or the head alone", choices=TUNE)
     add("dtype", "of the weights", choices=tuple(DTYPES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import optim
-from ulr_kernels.finetune import data, models
+from ulr_kernels.finetune import data, models, weights
 from ulr_kernels.finetune.settings import Settings
 from ulr_kernels.finetune.trajectory import Header, Trajectory, weights_digest
 from ulr_kernels.nn.names import parameter_names
@@ -127,16 +128,18 @@ class Job:
         return features
 
     def warm_up(self) -> None:
-        """Classify the sentences of the next step without noise, and note how much memory that takes.
+        """Classify the largest batch of the run without noise, and note how much memory that takes.
 
-        Where the features are made already, no step does that; then it is as many of the longest sentences as they were
-        made of at a time.
+        Where the features are made already, no step reads sentences; then it is as many of the longest as the features
+        were made of at a time.
         """
         ids = self.splits["train"].ids
         if self.settings.tune == "head":
-            x = self.encoder.batch(sorted(ids, key=len)[-_FEATURE_BATCH:], self.device)
+            largest = sorted(ids, key=len)[-_FEATURE_BATCH:]
         else:
-            x, _, _ = self.batch(self.step)
+            batches = ([ids[row] for row in self._rows(step)] for step in range(self.step, self.settings.steps))
+            largest = max(batches, key=lambda batch: len(batch) * max(map(len, batch)), default=ids[:1])
+        x = self.encoder.batch(largest, self.device)
         memory.reset_peak(self.device)
         with torch.inference_mode():
             self.model(**x)
@@ -144,13 +147,14 @@ class Job:
         memory.reset_peak(self.device)
 
     def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor, int]:
-        """Inputs, classes and number of tokens of a step; what is left of an epoch after its last whole batch rests."""
-        train, size = self.splits["train"], self.settings.batch
-        count = len(train.ids)
-        per_epoch = max(count // size, 1)
-        epoch, place = divmod(step, per_epoch)
-        rows = _permutation(self.settings.seed, epoch, count)[place * size : (place + 1) * size]
-        return self._inputs(train, rows.tolist())
+        """Inputs, classes and number of tokens of a step."""
+        return self._inputs(self.splits["train"], self._rows(step))
+
+    def _rows(self, step: int) -> list[int]:
+        """Training sentences of a step; what is left of an epoch after its last whole batch rests."""
+        count, size = len(self.splits["train"].ids), self.settings.batch
+        epoch, place = divmod(step, max(count // size, 1))
+        return _permutation(self.settings.seed, epoch, count)[place * size : (place + 1) * size].tolist()
 
     def _inputs(self, split: Examples, rows: list[int]) -> tuple[dict[str, Tensor], Tensor, int]:
         labels = split.labels[rows].to(self.device)
@@ -201,7 +205,7 @@ class Job:
 
 def build(settings: Settings, classes: int, calibration: list[float] | None, base: str | None = None) -> models.Loaded:
     """The model as a run of these settings begins with it, from `base` where it is elsewhere now."""
-    return models.build(
+    loaded = models.build(
         base or settings.model,
         classes,
         tune=settings.tune,
@@ -214,6 +218,20 @@ def build(settings: Settings, classes: int, calibration: list[float] | None, bas
         calibration=calibration,
         device=rules.device(settings.device),
     )
+    if settings.start:
+        _begin_with(loaded.model, Path(settings.start))
+    return loaded
+
+
+@torch.no_grad()
+def _begin_with(model: torch.nn.Module, path: Path) -> None:
+    """Take over the weights that an earlier run has tuned."""
+    values, own = weights.load(path), named_parameters(model)
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            raise RecipeError(f"start '{path}' is of another model: it has {name} {list(value.shape)}")
+    for name, value in values.items():
+        own[name].copy_(value)
 
 
 def named_parameters(model: torch.nn.Module) -> dict[str, Tensor]:

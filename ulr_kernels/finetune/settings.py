@@ -28,6 +28,7 @@ class Settings:
     Attributes:
         data: what `data.load` takes.
         model: what `models.build` takes.
+        start: tuned weights of an earlier run on this model, to begin with: a `tuned.safetensors`; empty for none.
         method: `mezo`, `eggroll` or `fzoo`, of `ulr_kernels.optim`.
         tune: `all`, `lora` or `head`. For `head` the features are made once, before the first step.
         steps: updates of the weights.
@@ -56,6 +57,7 @@ class Settings:
 
     data: str
     model: str = "minilm"
+    start: str = ""
     method: str = "mezo"
     tune: str = "head"
     steps: int = 0

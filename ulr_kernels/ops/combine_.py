@@ -269,6 +269,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     many = [0.3, -0.2, 0.05, 1.0, -0.7]
     for dist in contract.DISTRIBUTIONS:
         yield Sample(dist, (tensors, keys, many), {"dist": dist, "draw": 5})
+    narrow = [values(9, 700, 4, device=device, dtype=dtype)]  # an adapter's: many rows, none of them a whole vector
+    yield Sample("narrow", (narrow, keys[:1], many))
+    yield Sample("narrow-rank", (narrow, keys[:1], many), {"rank": 1})
     yield Sample("one", (few, keys[:3], [0.25]))
     yield Sample("none", (few, keys[:3], []), {"lr": 0.1, "weight_decay": 0.5})
     yield Sample("decay", (tensors, keys, many), {"lr": 0.01, "weight_decay": 0.1})
