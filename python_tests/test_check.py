@@ -62,18 +62,17 @@ def test_law_with_positions_and_repeated_calls():
         assert layer.cosine == pytest.approx(layer.law, abs=0.04)
 
 
-def test_law_of_convolutions():
-    """A stride and a padding; and normalisation, of which no law is said."""
+def test_law_of_convolutions_and_normalisation():
+    """A stride and a padding; and normalisation."""
     layers = [nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3)]
     images = v(1, 6, 2, 4, 4)
     report = ulr.check(
         filled(nn.Sequential(*layers)), images, Y[:6] % 3, cross_entropy, sigma=0.01, copies=64, steps=48
     )
     assert report.ok, report
-    conv, norm, linear = report.layers
-    for layer in (conv, linear):
+    assert len(report.layers) == 3
+    for layer in report.layers:
         assert layer.cosine == pytest.approx(layer.law, abs=0.04)
-    assert math.isnan(norm.law) and norm.cosine > 0.3
 
 
 def test_no_baseline_is_seen_in_the_law():

@@ -5,6 +5,7 @@ import small_models
 import torch
 import torch.nn.functional as F
 from small_models import (
+    Junction,
     Residual,
     Tied,
     Twice,
@@ -142,7 +143,7 @@ class SizeReader(nn.Module):
     def forward(self, x):
         rows = x.size(0)
         h = torch.tanh(self.first(x.view(rows, -1)))
-        return self.second(h.view(rows, 4) if self.late else h.flatten(1))
+        return self.second(h + torch.zeros(rows, 4) if self.late else h.view(rows, 4))
 
 
 class Dict(nn.Module):
@@ -294,8 +295,57 @@ def test_learnt_sigma_of_a_bare_parameter_is_one_number():
     assert all(p.grad.abs().sum() > 0 for p in estimator.parameters())
 
 
-def test_a_compiled_submodule_gives_the_same_gradients():
+def test_compiled_submodules_run_as_they_were_written():
+    """Also those that were compiled before: their graphs would hide the layers' calls."""
     plain, compiled = mlp(), mlp()
-    compiled.load_state_dict(plain.state_dict())
-    compiled[0].compile()
-    assert_same(gradients(plain)[1], gradients(compiled)[1], 1e-5)
+    compiled[0].compile(backend="eager")
+    compiled[2] = torch.compile(compiled[2], backend="eager")
+    compiled(batch()[0])
+    found = {name.replace("_orig_mod.", ""): g for name, g in gradients(compiled)[1].items()}
+    assert_same(gradients(plain)[1], found, 1e-5)
+
+
+# --- sums of layers, and copies in chunks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+def test_a_sum_of_layers_has_one_noise(injection):
+    """It is injected once, and both layers' gradients have the same score: that of the first layer's name."""
+    model, (x, y) = filled(Junction()), batch()
+    estimator = ulr.ULR(model, copies=2, antithetic=False, baseline="none", injection=injection, sigma=0.3)
+    estimator.backward(x, y, cross_entropy)
+    (plan,) = estimator._plans.values()
+    assert estimator.riders == {"shortcut": "branch"}
+    assert len(plan.passes) == (3 if injection == "layerwise" else 1)
+    eps = {n: noise(n, (3, k), 2, False, 0, 0) for n, k in (("stem", 4), ("branch", 4), ("head", 3))}
+    if injection == "layerwise":
+        eps["stem"] = eps["head"] = torch.zeros(2, 1, 1)
+    inner = torch.tanh(model.stem(x) + 0.3 * eps["stem"])
+    total = model.branch(inner) + model.shortcut(x) + 0.3 * eps["branch"]
+    outputs = model.head(torch.tanh(total)) + 0.3 * eps["head"]
+    losses = torch.stack([cross_entropy(o, y) for o in outputs]).detach() / 6
+    score = losses[..., None] * eps["branch"] / 0.3
+    for layer, inputs in ((model.branch, inner), (model.shortcut, x.expand(2, 3, 5))):
+        expected = torch.einsum("cbn,cbk->nk", score, inputs.expand(2, 3, -1))
+        torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_is_used_elsewhere_has_its_own_noise():
+    estimator = ulr.ULR(filled(Junction(seen=True)), copies=2)
+    estimator.backward(*batch(), cross_entropy)
+    assert estimator.riders == {}
+
+
+@pytest.mark.parametrize("antithetic", [True, False])
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+@pytest.mark.parametrize("make", [mlp, Twice, Junction])
+def test_chunks_of_copies_give_the_same_gradients(make, injection, antithetic):
+    model, rows = filled(make()), []
+    next(iter(model.children())).register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    settings = {"copies": 10, "injection": injection, "antithetic": antithetic}
+    loss, whole = gradients(model, **settings)
+    rows.clear()
+    in_chunks, found = gradients(model, max_rows=12, **settings)
+    assert max(rows) <= 12
+    torch.testing.assert_close(in_chunks, loss)
+    assert_same(whole, found, 1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import contract, ops
-from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
-from ulr_kernels.estimators.meeting import Meeting
-from ulr_kernels.estimators.ulr import ULR, evaluation
-from ulr_kernels.nn.call import Call
+from ulr_kernels.estimators.batch import LossFunction
+from ulr_kernels.estimators.law import Truth, law
+from ulr_kernels.estimators.ulr import ULR
 
-# E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.
-MOMENTS = {"normal": (1.0, 3.0), "laplace": (2.0, 2.0), "rademacher": (1.0, 1.0)}
 STREAMS, STREAM_SHAPE = 8, (64, 64)
 SMALLER, LARGER = 0.1, 100.0  # other sigmas to try where something is wrong
 
@@ -33,8 +30,7 @@ class LayerCheck:
         slope_error: the standard error of that mean.
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
-        law: the cosine that the number of copies and noise coordinates predict for small sigma; NaN for a layer that is
-            no product of its input and a weight.
+        law: the cosine that the number of copies and noise coordinates predict for small sigma.
         agreement: mean cosine of the estimates of two steps; needs no gradient.
 
     Numbers that need a gradient are NaN where autograd has none.
@@ -106,7 +102,7 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     estimator = ULR(model, **settings)
     saved = [(p, p.grad) for p in estimator.model.parameters()]
     try:
-        truth = _Truth(estimator, x, y, loss_fn)
+        truth = Truth(estimator, x, y, loss_fn)
         estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, steps)
         layers = tuple(_compare(estimator, name, estimates[name], truth) for name in estimates)
         correlations = _correlations(estimator, list(estimates))
@@ -143,71 +139,7 @@ def _scaled(sigma: float | Mapping[str, float], factor: float) -> float | dict[s
     return {name: value * factor for name, value in sigma.items()} if isinstance(sigma, Mapping) else sigma * factor
 
 
-class _Watch(Meeting):
-    """Keeps each call of a trained layer with its output, for autograd."""
-
-    def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any) -> None:
-        super().__init__(layers, parameters, inputs)
-        self.calls: list[tuple[str, Call, Tensor]] = []
-
-    def met(self, call: Call) -> tuple[Tensor, int]:
-        output = call.clean()
-        layer = self.trained_layer(call)
-        if layer is not None:
-            self.calls.append((layer, call, output))
-        return output, 0
-
-
-class _Truth:
-    """Autograd of the clean mean loss: gradients by layer, and what the law needs from each call."""
-
-    def __init__(self, estimator: ULR, x: Any, y: Any, loss_fn: LossFunction) -> None:
-        self.samples = Batch(x, y).samples
-        self.parameters: dict[str, list[Tensor]] = {}
-        self.calls: dict[str, list[tuple[Call, Tensor]]] = {}
-        self.gradients: dict[str, Tensor] = {}
-        inputs = repeat(x, 1)
-        watch = _Watch(estimator.layers, estimator.model.parameters(), inputs)
-        with evaluation(estimator.model), torch.enable_grad():
-            with watch:
-                outputs = apply(estimator.model, inputs)
-            losses = loss_fn(outputs, repeat(y, 1))
-        self.losses = losses.detach().double()
-        for name, call, _ in watch.calls:
-            known = self.parameters.setdefault(name, [])
-            known += [p for p in call.parameters if p.requires_grad and not any(p is other for other in known)]
-        if not losses.requires_grad:
-            return
-        flat = [p for parameters in self.parameters.values() for p in parameters]
-        found = torch.autograd.grad(losses.mean(), [out for *_, out in watch.calls] + flat, allow_unused=True)
-        for (name, call, output), gradient in zip(watch.calls, found, strict=False):
-            gradient = torch.zeros_like(output) if gradient is None else gradient
-            self.calls.setdefault(name, []).append((call, gradient))
-        of_parameters = iter(found[len(watch.calls) :])
-        for name, parameters in self.parameters.items():
-            gradients = [next(of_parameters) for _ in parameters]
-            if all(g is not None and torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients):
-                self.gradients[name] = torch.cat([g.flatten().double() for g in gradients])
-
-    def operands(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Output gradients `[samples, positions of all calls, N]` and inputs `[samples, positions of all calls, K]`;
-        None where a call is no product of inputs and weight."""
-        pairs = []
-        for call, gradient in self.calls[name]:
-            rows = call.as_product(gradient)
-            if rows is None:
-                return None
-            pairs.append([t.detach().double().unflatten(0, (self.samples, -1)) for t in rows])
-        outputs, inputs = zip(*pairs, strict=True)
-        return torch.cat(outputs, 1), torch.cat(inputs, 1)
-
-    def loss_change(self, name: str) -> Tensor:
-        """|g|^2 of each sample, over all calls."""
-        found = [gradient.detach().double().unflatten(0, (self.samples, -1)) for _, gradient in self.calls[name]]
-        return torch.stack([g.flatten(1).square().sum(1) for g in found]).sum(0)
-
-
-def _compare(estimator: ULR, name: str, estimates: Tensor, truth: _Truth) -> LayerCheck:
+def _compare(estimator: ULR, name: str, estimates: Tensor, truth: Truth) -> LayerCheck:
     units = F.normalize(estimates, dim=1)
     steps = len(units)
     agreement = float((units.sum(0).square().sum() - steps) / (steps * (steps - 1)))
@@ -217,54 +149,12 @@ def _compare(estimator: ULR, name: str, estimates: Tensor, truth: _Truth) -> Lay
         return LayerCheck(name, unknown, unknown, unknown, unknown, unknown, agreement)
     slope, slope_error = _mean(estimates @ gradient / gradient.square().sum())
     cosine, cosine_error = _mean(units @ F.normalize(gradient, dim=0))
-    law = _law(estimator, name, truth)
-    return LayerCheck(name, slope, slope_error, cosine, cosine_error, law, agreement)
+    return LayerCheck(name, slope, slope_error, cosine, cosine_error, law(estimator, name, truth), agreement)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
     """The mean and its standard error."""
     return float(values.mean()), float(values.std() / math.sqrt(len(values)))
-
-
-def _law(estimator: ULR, name: str, truth: _Truth) -> float:
-    """The cosine for small sigma, from the per-sample output gradients g and Jacobians J of the layer.
-
-    One direction's estimate is (g . eps) J^T score, whose variance, for independent coordinates with the moments
-    s = E[score^2] and m = E[score^2 eps^2], is s |g|^2 |J|^2 + |J^T g|^2 + (m - s - 2) sum_j g_j^2 |J_j|^2.
-    """
-    settings = estimator.settings
-    s, m = MOMENTS[settings.dist]
-    operands = truth.operands(name)
-    if operands is None:
-        return math.nan
-    g, inputs = operands
-    weight, bias = (
-        float(any((p.dim() > 1) == is_weight for p in truth.parameters[name])) for is_weight in (True, False)
-    )
-    jacobian = weight * inputs.square().sum(-1) + bias  # |J_j|^2 of each position
-    of_layer = g.shape[-1] * jacobian.sum(1)
-    loss_change = truth.loss_change(name)
-    if settings.injection == "joint":
-        here = _mean_square(estimator.sigma(name))
-        for other in truth.calls:
-            if other != name:
-                ratio = _mean_square(estimator.sigma(other)) / here
-                loss_change = loss_change + ratio * truth.loss_change(other)
-    projected = weight * (g.mT @ inputs).square().sum((1, 2)) + bias * g.sum(1).square().sum(1)  # |J^T g|^2
-    variance = s * loss_change * of_layer + projected + (m - s - 2) * (g.square().sum(2) * jacobian).sum(1)
-    copies = settings.copies_of(name)
-    directions = copies / 2 if settings.antithetic else float(copies)
-    if not settings.antithetic and settings.baseline == "mean" and copies > 1:
-        directions -= 1  # one is spent on the mean
-    if not settings.antithetic and (settings.baseline == "none" or (settings.baseline == "mean" and copies == 1)):
-        variance = variance + s * (truth.losses / truth.samples).square() * of_layer / _mean_square(
-            estimator.sigma(name)
-        )
-    return float((1 + variance.sum() / (directions * truth.gradients[name].square().sum())) ** -0.5)
-
-
-def _mean_square(sigma: float | Tensor) -> float:
-    return float(torch.as_tensor(sigma).square().mean())
 
 
 def _correlations(estimator: ULR, layers: list[str]) -> dict[str, float]:
@@ -301,7 +191,7 @@ def _is_noisy(layer: LayerCheck) -> bool:
 
 def _distance(layer: LayerCheck) -> float:
     """From what an unbiased estimator without rounding would show."""
-    return abs(layer.slope - 1) + max(0.0, layer.law - layer.cosine)  # 0 where there is no law
+    return abs(layer.slope - 1) + max(layer.law - layer.cosine, 0)
 
 
 def _names(layers: list[LayerCheck]) -> str:

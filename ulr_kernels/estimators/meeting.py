@@ -58,7 +58,12 @@ class Meeting(TorchFunctionMode):
     def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         """Any function, before it is called."""
 
-    def prepare(self, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]) -> tuple[tuple, dict]:
+    def after(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
+        """A function that is no layer has been called; `marks` has the tensors that it read."""
+
+    def prepare(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]
+    ) -> tuple[tuple, dict[str, Any]]:
         """The arguments that a function of samples is called with."""
         return args, kwargs
 
@@ -76,10 +81,11 @@ class Meeting(TorchFunctionMode):
         if rowed := self._rowed(func, owned, marks):
             return self._with_rows(func, types, args, kwargs, rowed)
         if bits & NOISED:
-            args, kwargs = self.prepare(args, kwargs, marks)
+            args, kwargs = self.prepare(func, args, kwargs, marks)
         call = self._read(func, args, kwargs, owned) if owned else None
         if call is None:
             result = func(*args, **kwargs)
+            self.after(func, args, kwargs, marks, result)
         else:
             result, more = self.met(call)
             bits |= more

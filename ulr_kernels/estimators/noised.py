@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
 
@@ -22,6 +24,7 @@ class NoisedPass(Meeting):
         parameters: the model's.
         inputs: the model's input.
         noises: the noise of each noised layer; all with the same number of copies.
+        riders: layer -> the noised layer whose noise is the score of its gradient too.
         samples: of one copy.
         cut: the model is given one copy, and the first noised call makes the others.
     """
@@ -32,12 +35,14 @@ class NoisedPass(Meeting):
         parameters: Iterable[Tensor],
         inputs: Any,
         noises: Mapping[str, Noise],
+        riders: Mapping[str, str],
         samples: int,
         *,
         cut: bool,
     ) -> None:
         super().__init__(layers, parameters, inputs)
         self._noises = noises
+        self._riders = riders
         self._samples = samples
         self._cut = cut
         self._counts: dict[str, int] = {}
@@ -45,26 +50,54 @@ class NoisedPass(Meeting):
 
     def met(self, call: Call) -> tuple[Tensor, int]:
         layer = self.trained_layer(call)
-        noise = self._noises.get(layer) if layer is not None else None
+        lead = self._riders.get(layer, layer) if layer is not None else None
+        noise = self._noises.get(lead) if lead is not None else None
         if layer is None or noise is None:
             return call.clean(), 0
         count = self._counts.get(layer, 0)
         self._counts[layer] = count + 1
         key = ops.fold_in(noise.key, count) if count else noise.key
-        shared = not any(self.marks(x) & NOISED for x in call.inputs)
+        shared = not any(self.marks(x) & NOISED for x in call.given)
         if isinstance(call, RowsCall):
             x_copies = call.inputs[0].shape[0] // self._samples
         else:
             x_copies = 1 if shared and self._cut else noise.copies
         self.calls.append((layer, call))
         noise = noise._replace(key=key.to(call.inputs[0].device))
-        return call.noised(noise, self._samples, x_copies, shared=shared), NOISED
+        rides = lead != layer
+        result = call.noised(noise, self._samples, x_copies, shared=shared, rides=rides)
+        return result, 0 if rides else NOISED
 
-    def prepare(self, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]) -> tuple[tuple, dict]:
-        """Behind the cut, copies of what was made before it, where it meets noise: a residual branch, a mask."""
-        clean = [t for t, bits in marks if bits == SAMPLE and t.dim()] if self._cut else []
-        if not clean:
+    def prepare(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Behind the cut: copies of what was made before it, where it meets noise; and sizes read before it.
+
+        Whether this is what the model means shows in its outputs, which are compared before a cut is made.
+        """
+        if not self._cut:
             return args, kwargs
         copies = next(iter(self._noises.values())).copies
+        if func in RESHAPES:
+            return _of_all_copies(args, copies), kwargs
+        clean = [t for t, bits in marks if bits == SAMPLE and t.dim()]  # a residual branch, a mask
+        if not clean:
+            return args, kwargs
         repeated = {id(t): t.repeat(copies, *(1 for _ in t.shape[1:])) for t in clean}
         return _pytree.tree_map(lambda leaf: repeated.get(id(leaf), leaf), (args, kwargs))
+
+
+RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
+
+
+def _of_all_copies(args: tuple, copies: int) -> tuple:
+    """The arguments of a reshape, with as many rows as all copies have, where they say how many one has."""
+    x, *sizes = args
+    nested = len(sizes) == 1 and isinstance(sizes[0], tuple | list)
+    shape = list(sizes[0] if nested else sizes)
+    if not shape or not all(isinstance(size, int) for size in shape):
+        return args  # a dtype
+    rows_of_one = shape[0] * copies == x.shape[0]
+    if rows_of_one or (-1 not in shape and math.prod(shape) * copies == x.numel()):
+        shape[0] *= copies
+    return x, *([shape] if nested else shape)

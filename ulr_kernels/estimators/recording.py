@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulr_kernels.estimators.batch import tensors
 from ulr_kernels.estimators.meeting import Meeting
 from ulr_kernels.estimators.settings import fail
+from ulr_kernels.estimators.sums import Sums
 from ulr_kernels.nn.call import Call
-from ulr_kernels.nn.local import LocalCall
+from ulr_kernels.nn.local import SUMS, LocalCall
 
 
 class Recording(Meeting):
@@ -32,6 +34,7 @@ class Recording(Meeting):
         self.met_calls: list[Call] = []
         self.reached: set[int] = set()
         self.elsewhere: dict[int, str] = {}
+        self._sums = Sums()
 
     def met(self, call: Call) -> tuple[Any, int]:
         layer = self.trained_layer(call)
@@ -48,7 +51,13 @@ class Recording(Meeting):
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self.met_calls.append(call)
         self.reached.update(map(id, call.parameters))
-        return call.clean(), 0
+        terms = self._sums.read(list(call.given))
+        result = call.clean()
+        self._sums.output(result, layer, call.feature_dim)
+        if call.additive and terms:
+            (own,) = self._sums.read([result])
+            self._sums.add(terms[0], own, result)
+        return result, 0
 
     def _check_rows(self, x: Tensor, what: str) -> None:
         if not x.dim() or x.shape[0] % (2 * self._samples):
@@ -59,6 +68,19 @@ class Recording(Meeting):
             )
         if not same(*x.unflatten(0, (2, -1))):
             fail_rows(what)
+
+    def after(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
+        given = [tensor for tensor, _ in marks]
+        if not tensors(result) or self._sums.passed_on(result, given):
+            return
+        terms = self._sums.read(given)
+        if len(terms) == 2 == len(args) and func in SUMS and not kwargs:
+            first, second = terms
+            self._sums.add(first, second, result)
+
+    def riders(self) -> dict[str, str]:
+        """layer -> the layer whose noise serves it too."""
+        return self._sums.riders(self.calls)
 
     def other(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         if func is F.batch_norm and kwargs["training"]:  # in eval mode: there are no running statistics

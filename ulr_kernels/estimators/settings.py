@@ -26,6 +26,7 @@ class Settings:
     sampler: str = "iid"
     baseline: str = "mean"
     learn_sigma: bool = False
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         for argument, allowed in (
@@ -48,6 +49,10 @@ class Settings:
                 fail("copies", "be an integer above 0, or a mapping from layer names to such", repr(copies))
             if self.antithetic and copies % 2:
                 fail("copies", "be even where antithetic is True", copies)
+        if self.max_rows is not None and (
+            isinstance(self.max_rows, bool) or not isinstance(self.max_rows, int) or self.max_rows < 1
+        ):
+            fail("max_rows", "be None or an integer above 0", repr(self.max_rows))
         if self.injection == "joint" and isinstance(self.copies, Mapping):
             fail("copies", "be one number where injection is 'joint' (all layers share one pass)", dict(self.copies))
         if self.dist == "rademacher" and self.learn_sigma:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +14,13 @@ from ulr_kernels import contract, ops
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
 from ulr_kernels.estimators.noised import NoisedPass
+from ulr_kernels.estimators.plan import Pass, Plan, chunks_of, in_order, of_chunk, refuse_unreached
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.call import Noise
 from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrap
 
 MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
-
-
-class Pass(NamedTuple):
-    """One noised forward: the layers that are noised, and whether the layers before them run on one copy only."""
-
-    layers: tuple[str, ...]
-    cut: bool
-
-
-class Plan(NamedTuple):
-    """What a batch of given shapes asks for: the passes; and the noised layers with their site numbers."""
-
-    passes: tuple[Pass, ...]
-    layers: tuple[str, ...]
-    sites: Tensor
 
 
 class ULR:
@@ -64,6 +51,9 @@ class ULR:
         seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
         learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
             nn.Linear, convolutions and normalisation layers, else one; its gradient is E[(L - b) * (eps * score - 1)].
+        max_rows: the most rows (copies times samples) that the model is given at once, so that memory is bounded; None:
+            all. The gradients are the same. A pass whose noised layers read what noise has changed (joint injection, a
+            layer called twice) runs its forwards once more, for the gradients.
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -82,8 +72,11 @@ class ULR:
         baseline: str = "mean",
         seed: int = 0,
         learn_sigma: bool = False,
+        max_rows: int | None = None,
     ) -> None:
-        self.settings = Settings(sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma)
+        self.settings = Settings(
+            sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma, max_rows
+        )
         self.model = unwrap(model)
         self.seed = seed
         with torch.inference_mode(False):  # a tensor that may be written to later
@@ -95,6 +88,7 @@ class ULR:
         self.settings.check_names(set(self.layers.values()))
         self._log_sigma = self._make_log_sigma() if learn_sigma else {}
         self._plans: dict[tuple, Plan] = {}
+        self.riders: dict[str, str] = {}  # layer -> the layer whose noise serves it too, in the latest new batch
 
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
         log_sigma: dict[str, nn.Parameter] = {}
@@ -152,7 +146,7 @@ class ULR:
             keys = self._keys(plan.layers, plan.sites)
             clean = None
             if self.settings.baseline == "clean":
-                _, outputs = self._noised(Pass((), cut=False), keys, batch, 1)
+                _, outputs = self._noised(Pass((), {}, cut=False), keys, batch, 1)
                 clean = batch.losses(outputs, loss_fn, 1)[0]
             losses = [self._accumulate(item, keys, batch, clean, loss_fn) for item in plan.passes]
         self._step.add_(1)
@@ -163,23 +157,41 @@ class ULR:
     ) -> Tensor:
         """One pass and its gradients; the mean loss."""
         copies = self.settings.copies_of(item.layers[0])
-        noised, outputs = self._noised(item, keys, batch, copies)
-        losses = batch.losses(outputs, loss_fn, copies)
+        chunks = chunks_of(copies, batch.samples, self.settings)
+        first, parts = None, []
+        for draw, size in chunks:
+            noised, outputs = self._noised(item, keys, batch, size, draw)
+            parts.append(batch.losses(outputs, loss_fn, size))
+            first = first or noised
+        losses = in_order(parts, self.settings.antithetic)
         weights = loss_weights(losses, clean, self.settings.baseline, self.settings.antithetic)
+        assert first is not None
+        if len(chunks) == 1 or all(call.shared for _, call in first.calls):
+            self._add_gradients(first, item, weights, 0)
+        else:  # what these layers read differs from copy to copy: made again, so that no more than a chunk is held
+            del first, noised, outputs
+            for draw, size in chunks:
+                again, _ = self._noised(item, keys, batch, size, draw)
+                self._add_gradients(again, item, of_chunk(weights, draw, size, self.settings.antithetic), draw)
+        return losses.mean()
+
+    def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Tensor, draw: int) -> None:
         for _, call in noised.calls:
             call.check_unchanged()
         for layer, call in noised.calls:
-            call.add_gradient(weights, 0, self._log_sigma.get(layer))
-        return losses.mean()
+            call.add_gradient(weights, draw, None if layer in item.riders else self._log_sigma.get(layer))
 
-    def _noised(self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, copies: int) -> tuple[NoisedPass, Any]:
+    def _noised(
+        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, copies: int, draw: int = 0
+    ) -> tuple[NoisedPass, Any]:
         s = self.settings
         noises = {
-            layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler)
+            layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler, draw)
             for layer in item.layers
+            if layer not in item.riders
         }
         inputs = repeat(batch.x, 1 if item.cut else copies)
-        noised = NoisedPass(self.layers, self._parameters, inputs, noises, batch.samples, cut=item.cut)
+        noised = NoisedPass(self.layers, self._parameters, inputs, noises, item.riders, batch.samples, cut=item.cut)
         with noised:
             return noised, apply(self.model, inputs)
 
@@ -214,7 +226,7 @@ class ULR:
         losses = batch.losses(outputs, loss_fn, 2)
         if not same(losses[0], losses[1]):
             fail_rows("the loss")
-        self._refuse_unreached(recording)
+        refuse_unreached(self._parameters, parameter_names(self.model), recording)
         s = self.settings
         if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values()) > 1:
             fail(
@@ -226,12 +238,17 @@ class ULR:
         for layer in layers:  # both raise where a mapping has no entry
             s.copies_of(layer)
             s.sigma_of(layer)
-        groups = [layers] if s.injection == "joint" else [(layer,) for layer in layers]
+        self.riders = riders = recording.riders()
+        groups = [layers]
+        if s.injection == "layerwise":
+            leads = [layer for layer in layers if layer not in riders]
+            groups = [(lead, *(layer for layer in riders if riders[layer] == lead)) for lead in leads]
         sites = torch.tensor(
             [contract.signed64(contract.site_id(layer)) for layer in layers], device=self._parameters[0].device
         )
         keys = self._keys(layers, sites)
-        passes = tuple(Pass(group, self._can_cut(Pass(group, cut=False), keys, batch)) for group in groups)
+        whole = [Pass(group, riders, cut=False) for group in groups]
+        passes = tuple(item._replace(cut=self._can_cut(item, keys, batch)) for item in whole)
         return Plan(passes, layers, sites)
 
     def _can_cut(self, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> bool:
@@ -249,27 +266,6 @@ class ULR:
             a.shape == b.shape and same(a, b, a.float() - a.float().roll(batch.samples, 0))
             for a, b in zip(expected, outputs, strict=True)
         )
-
-    def _refuse_unreached(self, recording: Recording) -> None:
-        names = parameter_names(self.model)
-        problems = []
-        for parameter in self._parameters:
-            if not parameter.requires_grad:
-                continue
-            if id(parameter) in recording.elsewhere:
-                problems.append(f"{names[id(parameter)]} (used by {recording.elsewhere[id(parameter)]})")
-            elif id(parameter) not in recording.reached:
-                problems.append(f"{names[id(parameter)]} (met in no call)")
-        if problems:
-            fail(
-                "model",
-                "bring each trained parameter together with the samples in a function with one output, samples first, "
-                "and a derivative in the parameter. Those that it does not can be frozen (requires_grad_(False)), or "
-                "trained by noise on the weights (ulr.optim.MeZO), or left out of the model",
-                ", ".join(problems),
-            )
-        if not recording.calls:
-            fail("model", "have a trained parameter", "none")
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -305,12 +301,18 @@ class ULR:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; each module's own flag again after it."""
+    """Eval mode inside the block, each module's own flag again after it; compiled parts run as they were written.
+
+    A compiled graph hides its calls. The compiler is asked only where it is imported already, which takes seconds.
+    """
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

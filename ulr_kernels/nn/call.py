@@ -49,7 +49,8 @@ class Call:
     noised output in a way of its own (`_noised`). Inputs and outputs have their samples on the first axis.
 
     Attributes:
-        inputs: the tensors that depend on the samples, as the model gave them.
+        inputs: the tensors that depend on the samples, which the gradient needs.
+        given: the same, as the model gave them.
         parameters: the model's own parameters in the call, the one that names it first; empty if it has none.
         feature_dim: the axis of the output that counts the noise's columns; all others, in order, are its rows.
         additive: the first input goes into the output as it is: v = x + phi(theta).
@@ -59,7 +60,7 @@ class Call:
     additive = False
 
     def __init__(self, inputs: tuple[Tensor, ...], owned: tuple[Owned | None, ...]) -> None:
-        self.inputs = inputs
+        self.inputs = self.given = inputs
         self._versions = tuple(x._version for x in inputs)
         known = {id(p): p for each in owned if each is not None for p in each.parameters}
         self.parameters = tuple(known.values())
@@ -67,6 +68,11 @@ class Call:
     def forward(self, *inputs: Tensor) -> Tensor:
         """The layer's output for inputs of the same kind, of any number of samples."""
         raise NotImplementedError
+
+    def local(self, sample: int, samples: int) -> Tensor:
+        """One sample's output, of which autograd knows how it depends on the parameters, and nothing else."""
+        with torch.enable_grad():
+            return self.forward(*(x.detach().unflatten(0, (samples, -1))[sample] for x in self.inputs))
 
     def clean(self) -> Tensor:
         """The layer's output."""
@@ -126,13 +132,6 @@ class Call:
     def _positions(self) -> int:
         """Rows of noise for each sample of the output."""
         return self._shape.numel() // self._shape[self.feature_dim] // self._samples
-
-    def as_product(self, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The output's gradient as rows `[R, N]`, and the rows `[R, K]` whose product with the weight the output is.
-
-        None where the layer is no product of that kind, or none that this says of itself.
-        """
-        return None
 
     def check_unchanged(self) -> None:
         """Raise if an input, which the gradient needs, was modified in place since."""

@@ -34,13 +34,6 @@ class ConvCall(Call):
     def forward(self, *inputs: Tensor) -> Tensor:
         return self._func(*inputs, self._w, self._b, **self._window)
 
-    def as_product(self, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
-        window = dict(self._window)
-        if self._func is not F.conv2d or window.pop("groups", 1) != 1 or isinstance(window.get("padding"), str):
-            return None
-        patches = F.unfold(self.inputs[0], tuple(self._w.shape[2:]), **window)
-        return gradient.flatten(2).mT.flatten(0, 1), patches.mT.flatten(0, 1)
-
     def _arguments(self) -> tuple[Tensor, dict[str, Any]]:
         """The images and the window as the ops take them: one dimension is a height of 1."""
         (x,), window = self._operands, dict(self._window)

@@ -20,7 +20,7 @@ class EmbeddingCall(Call):
         super().__init__((indices,), (self._owned,))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return F.embedding(inputs[0], self._table)
+        return F.embedding(inputs[0], self._table, self._padding)
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         with gradient_buffers(self._owned) as (table,):

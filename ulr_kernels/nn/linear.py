@@ -34,9 +34,6 @@ class LinearCall(Call):
             return onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
-    def as_product(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient.flatten(0, -2), self.inputs[0].flatten(0, -2)
-
     def _rows(self) -> Tensor:
         """The input as the ops take it: `[R, K]`, shared by the copies, or `[C, R, K]`."""
         (x,) = self._operands

@@ -43,6 +43,7 @@ class LocalCall(Call):
         """`samples`, `owned`: those of the arguments that depend on samples, and on parameters alone."""
         self.name = getattr(func, "__name__", str(func))
         self._func, self._in_place = _out_of_place(func)
+        given = tuple(samples)
         if self._in_place:  # the gradient needs what was there before
             self._target, before = args[0], args[0].clone()
             args, samples = (before, *args[1:]), [before if s is args[0] else s for s in samples]
@@ -52,6 +53,7 @@ class LocalCall(Call):
         self.feature_dim = 1 if func in CHANNELS_FIRST else -1
         self.additive = func in SUMS and not kwargs and len(samples) == 1
         super().__init__(tuple(samples), tuple(owned))
+        self.given = given
 
     def forward(self, *inputs: Tensor) -> Tensor:
         leaves = list(self._leaves)
@@ -101,6 +103,10 @@ class RowsCall(Call):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0]
+
+    def local(self, sample: int, samples: int) -> Tensor:
+        with torch.enable_grad():
+            return self._owned.tensor.unflatten(0, (samples, -1))[sample]
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         total = torch.zeros_like(self._owned.tensor)
