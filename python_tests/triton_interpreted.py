@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_ops
+import test_perturbed
 import torch
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
     test_fold_in_on_host_and_device,
@@ -87,3 +88,15 @@ def test_one_log_sigma_over_many_tiles(device) -> None:
     scalar = gradient(())
     assert torch.allclose(scalar, gradient((300,)).sum(), rtol=1e-5)
     assert torch.equal(scalar, gradient(()))
+
+
+# Each takes another way in the kernels.
+WEIGHT_NOISE = ("pairs", "separate", "signs", "mask-bytes", "offsets-many-rows", "low-rank-shared", "low-rank-wide")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weight_noise(dtype, device) -> None:
+    for sample_id in WEIGHT_NOISE:
+        test_perturbed.compare("perturbed_linear", test_ops.pick("perturbed_linear", sample_id, device, dtype))
+    if dtype == torch.float32:  # it goes through all dtypes
+        test_perturbed.test_the_perturbed_weight_to_the_bit("perturbed_linear", "normal", device)

@@ -113,9 +113,10 @@ def low_rank_kernel(
     source = open_source(key, table)
     by_row, by_col = _factor_source(source, 1), _factor_source(source, 2)
     scale = tl.load(sigma) * root
+    half = tl.cast(draws, tl.int64)  # members from here on have the noise negated
     feature_calls = first_feature + ((tile % col_tiles) * (BC // PER_CALL)).to(tl.uint32)
     for member in range(begin, begin + members_here):
-        d = (tl.cast(draw, tl.int64) + member % draws).to(tl.uint32)
+        d = (tl.cast(draw, tl.int64) + member % half).to(tl.uint32)
         added = tl.zeros([BR, BC], tl.float32)
         for first_rank in range(0, rank, RANKS):
             ranks = (first_rank + tl.arange(0, RANKS)).to(tl.uint32)
@@ -131,7 +132,7 @@ def low_rank_kernel(
                 projected = tl.dot(a, tl.trans(tl.where(exists, b, 0.0)), projected, input_precision="ieee")
             raw = raw_noise(ranks, feature_calls, d, by_row, None, 1, 0, DIST, RANKS, BC)
             added = tl.dot(projected, noise_tile(raw, by_row, DIST), added, input_precision="ieee")
-        value = clean + tl.where(member < draws, scale, -scale) * added
+        value = clean + tl.where(member < half, scale, -scale) * added
         if bias is not None:
             b_at = bias + member * stride_bias_member + col * stride_bias
             value += tl.load(b_at, mask=col_inside, other=0).to(tl.float32)[None, :]
