@@ -12,11 +12,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from ulr_kernels.finetune import data, models
@@ -30,23 +31,45 @@ def loss_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+class Tail(nn.Module):
+    """The layers that are trained, the pooling, and the head: logits from the hidden states below them."""
+
+    def __init__(self, model: models.Classifier, layers: int) -> None:
+        super().__init__()
+        encoder = model.backbone.encoder.layer
+        self.layers = encoder[len(encoder) - layers :].requires_grad_(True)
+        self.head = model.head
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        closed = (1 - mask[:, None, None]).float() * torch.finfo(torch.float32).min
+        for layer in self.layers:
+            found = layer(states, closed)
+            states = found[0] if isinstance(found, tuple) else found
+        weights = mask.unsqueeze(-1).float()
+        return self.head((states * weights).sum(1) / weights.sum(1))
+
+
 class Split:
-    """Encoded sentences in batches of the model's inputs and labels."""
+    """Encoded sentences, as batches of what the tail takes, and labels. What is frozen runs once a batch."""
 
-    def __init__(self, split: data.Split, encoder: models.Encoder, batch: int) -> None:
-        self.ids = [encoder.encode(sentence) for sentence in split.sentences]
+    def __init__(self, split: data.Split, loaded: models.Loaded, batch: int, layers: int) -> None:
+        self.ids = [loaded.encoder.encode(sentence) for sentence in split.sentences]
         self.labels = torch.tensor(split.labels)
-        self.encoder, self.batch = encoder, batch
+        self.loaded, self.batch, self.layers = loaded, batch, layers
 
-    def batches(self, order: Tensor):
+    def batches(self, order: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         for rows in order.split(self.batch):
-            yield self.encoder.batch([self.ids[row] for row in rows.tolist()], torch.device("cpu")), self.labels[rows]
+            x = self.loaded.encoder.batch([self.ids[row] for row in rows.tolist()], torch.device("cpu"))
+            with torch.no_grad():
+                below = self.loaded.model.backbone(x["ids"], attention_mask=x["mask"], output_hidden_states=True)
+            states = below.hidden_states[len(below.hidden_states) - 1 - self.layers]
+            yield {"states": states, "mask": x["mask"]}, self.labels[rows]
 
 
-@torch.inference_mode()
-def accuracy(model: torch.nn.Module, split: Split) -> float:
+@torch.no_grad()
+def accuracy(tail: Tail, split: Split) -> float:
     order = torch.tensor(sorted(range(len(split.ids)), key=lambda row: len(split.ids[row])))
-    right = sum(int((model(**x).argmax(1) == y).sum()) for x, y in split.batches(order))
+    right = sum(int((tail(**x).argmax(1) == y).sum()) for x, y in split.batches(order))
     return right / len(split.ids)
 
 
@@ -55,11 +78,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     memory.keep_freed()
     dataset = data.load(args.data)
     loaded = models.build("minilm", len(dataset.classes), tune="head", max_tokens=args.max_tokens)
-    model = loaded.model
-    for layer in model.backbone.encoder.layer[len(model.backbone.encoder.layer) - args.layers :]:
-        layer.requires_grad_(True)
+    model = Tail(loaded.model, args.layers)
     train, test = (
-        Split(part.head(count), loaded.encoder, args.batch)
+        Split(part.head(count), loaded, args.batch, args.layers)
         for part, count in ((dataset.train, args.train_examples), (dataset.test, args.test_examples))
     )
     estimator = None
