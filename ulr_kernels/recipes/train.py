@@ -185,7 +185,7 @@ class Trainer:
             right += (outputs.argmax(1) == labels).sum()
         return loss.item() / len(split), right.item() / len(split)
 
-    def _cosines(self) -> dict[str, dict[str, float]]:
+    def _cosines(self) -> dict[str, dict[str, float | None]]:
         """By layer: how far estimates point along the true gradient, and what the law expects.
 
         Measured on test images spread evenly over the set, with noise of their own.
@@ -198,7 +198,11 @@ class Trainer:
             self.model, x, y, self.loss_per_row, steps=_COSINE_STEPS, seed=seed, **self.settings.estimator
         ).layers
         return {
-            layer.layer: {"cosine": layer.cosine, "cosine_error": layer.cosine_error, "law": layer.law}
+            layer.layer: {
+                "cosine": layer.cosine,
+                "cosine_error": layer.cosine_error,
+                "law": None if math.isnan(layer.law) else layer.law,  # JSON has no NaN
+            }
             for layer in found
         }
 
