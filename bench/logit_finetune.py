@@ -85,7 +85,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     estimator = None
     if args.method == "ulr":
-        estimator = ulr.ULR(model, sigma=args.sigma, copies=args.copies, seed=args.seed)
+        estimator = ulr.ULR(
+            model, sigma=args.sigma, copies=args.copies, max_rows=args.together * args.batch, seed=args.seed
+        )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=args.lr)
     before = accuracy(model, test)
     start_memory = memory.current(torch.device("cpu"))
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--sigma", type=float, default=0.1)
     parser.add_argument("--copies", type=int, default=32)
+    parser.add_argument("--together", type=int, default=4, help="copies of the batch that are in memory at once")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--train-examples", type=int, default=0, help="0: all")
     parser.add_argument("--test-examples", type=int, default=0, help="0: all")
