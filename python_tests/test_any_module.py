@@ -94,3 +94,14 @@ def test_unbiased(layer, injection):
     sigma = dict.fromkeys(ulr.ULR(model).layers.values(), 0.01) | {"0.before": 0.001}
     samples = estimates(model, x, target, half_squares, sigma=sigma, injection=injection, copies=4, noised_rows=2**15)
     assert_unbiased(samples[:, 1:], exact[1:])
+
+
+@pytest.mark.parametrize("layer", ["tokens", "group norm", "transposed 2d"])
+def test_the_law_holds(layer):
+    """Its Jacobian is each function's own, also that of rows made from a parameter."""
+    make, shape = LAYERS[layer]
+    model, x = filled(make(), 0.7), v(1, 2, *shape)
+    report = ulr.check(model, x, v(2, *model(x).shape), half_squares, sigma=0.01, copies=32, steps=24)
+    assert report.ok, report
+    for each in report.layers:
+        assert each.cosine == pytest.approx(each.law, abs=max(0.04, 4.5 * each.cosine_error))

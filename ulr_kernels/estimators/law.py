@@ -77,7 +77,9 @@ class Truth:
         if not losses.requires_grad:
             return
         flat = [p for parameters in self.parameters.values() for p in parameters]
-        found = torch.autograd.grad(losses.mean(), [out for *_, out in watch.calls] + flat, allow_unused=True)
+        # The graphs behind tensors that are computed from parameters are needed again.
+        of = [out for *_, out in watch.calls] + flat
+        found = torch.autograd.grad(losses.mean(), of, allow_unused=True, retain_graph=True)
         for (name, call, output), gradient in zip(watch.calls, found, strict=False):
             gradient = torch.zeros_like(output) if gradient is None else gradient
             self.calls.setdefault(name, []).append((call, gradient))

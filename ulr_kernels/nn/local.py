@@ -104,6 +104,10 @@ class RowsCall(Call):
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0]
 
+    def clean(self) -> Tensor:
+        rows = self._owned.tensor
+        return rows.view_as(rows) if torch.is_grad_enabled() else self.inputs[0]  # autograd may be watching
+
     def local(self, sample: int, samples: int) -> Tensor:
         with torch.enable_grad():
             return self._owned.tensor.unflatten(0, (samples, -1))[sample]
