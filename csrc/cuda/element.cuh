@@ -117,6 +117,13 @@ struct Buffer {
           row_stride(t.stride[1]),
           col_stride(t.size[2] == 1 ? 0 : t.stride[2]) {}
 
+    // The same elements of a buffer that lies so many floats further; the buffer is fp32 where there are any.
+    __device__ __forceinline__ Buffer shifted(int64_t floats) const {
+        Buffer result = *this;
+        result.data = static_cast<float*>(data) + floats;
+        return result;
+    }
+
     __device__ __forceinline__ void add(int64_t row, int64_t col, float value) const {
         const int64_t at = row * row_stride + col * col_stride;
         if (wide) {
@@ -149,6 +156,7 @@ __device__ __forceinline__ void store8(__half* out, const float (&v)[8]) {
 // The output of a linear layer, [copies, rows, cols].
 template <typename T>
 struct Output {
+    using Element = T;
     T* data;
     int64_t rows, cols;
     int64_t copy_stride, row_stride, col_stride;
@@ -163,15 +171,18 @@ struct Output {
           row_stride(t.stride[1]),
           col_stride(t.stride[2]),
           whole(cols % 8 == 0 && col_offset % 8 == 0 && moves_whole(t, 16 / sizeof(T))) {}
+
+    __device__ __forceinline__ int64_t place(int64_t row) const { return row * row_stride; }
 };
 
 // Columns col ... col + 7 of a row of an output, an octet of the whole noise. Those that do not exist are left out.
-template <typename T>
+template <typename Out>
 class OutputOctet {
   public:
-    __device__ __forceinline__ OutputOctet(const Output<T>& out, int64_t row, int64_t col)
+    using T = typename Out::Element;
+    __device__ __forceinline__ OutputOctet(const Out& out, int64_t row, int64_t col)
         : out_(out),
-          at_(out.data + row * out.row_stride + col * out.col_stride),
+          at_(out.data + out.place(row) + col * out.col_stride),
           first_(static_cast<int>(max(-col, int64_t{0}))),
           last_(row < out.rows ? static_cast<int>(min(out.cols - col, int64_t{8})) : 0) {}
 
@@ -192,7 +203,7 @@ class OutputOctet {
     }
 
   private:
-    const Output<T>& out_;
+    const Out& out_;
     T* const at_;
     const int first_, last_;
 };

@@ -13,20 +13,22 @@
 #pragma once
 
 #include "launch.cuh"
+#include "linear.cuh"
 #include "noise.cuh"
-#include "tile.cuh"
 
 namespace ulr {
 
 constexpr int kGradRows = 128, kGradFeatures = 32, kPanel = 512, kGradThreads = 256, kWarps = kGradThreads / 32;
 
-template <typename T>
+template <typename Layer>
 struct Gradient {
+    using T = typename Layer::T;
     ulr_noise_spec noise;
-    Matrix<T> x, weight;  // weight, bias, y: replay's
+    typename Layer::X x;
+    typename Layer::Weight weight;  // weight, bias, y: replay's
     int64_t x_copy_stride;
     PerFeature<T> bias;
-    Output<T> y;
+    typename Layer::Y y;
     PerFeature<float> sigma;
     const float* loss_weight;  // [copies, rows / positions]
     int64_t loss_copy_stride, loss_sample_stride, loss_samples;
@@ -56,8 +58,9 @@ struct GradientMemory {
 
 // fp16 holds magnitudes of 2^-14 ... 2^15 well, loss weights have any: S is brought there by a power of two.
 // All threads together.
-template <typename T>
-__device__ __forceinline__ float score_scale(const Gradient<T>& p, float* scratch) {
+template <typename Layer>
+__device__ __forceinline__ float score_scale(const Gradient<Layer>& p, float* scratch) {
+    using T = typename Layer::T;
     if constexpr (!std::is_same_v<T, __half>) {
         return 1.0f;
     } else {
@@ -86,15 +89,17 @@ struct GradientPart {
     int panel;
     int unit_rows;  // of a block of rows: a multiple of 16, at most kGradRows
     int64_t first_unit, last_unit;
+    int64_t sums = 0;  // where this part's own sums lie: so many floats further than the problem's buffers
 };
 
-template <typename T>
-__host__ __device__ inline int64_t gradient_units(const Gradient<T>& p, int unit_rows) {
+template <typename Layer>
+__host__ __device__ inline int64_t gradient_units(const Gradient<Layer>& p, int unit_rows) {
     return (p.shared ? 1 : p.draws) * ((p.x.rows + unit_rows - 1) / unit_rows);
 }
 
-template <typename T, Kind kind, bool replay>
-__device__ __forceinline__ void gradient_block(const Gradient<T>& p, const GradientPart& work) {
+template <typename Layer, Kind kind, bool replay>
+__device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const GradientPart& work) {
+    using T = typename Layer::T;
     using Memory = GradientMemory<T, replay>;
     constexpr int kDepth = Memory::kDepth, kStages = Memory::kStages;
     auto& memory = *dynamic_shared<typename Memory::Layout>();
@@ -142,8 +147,8 @@ __device__ __forceinline__ void gradient_block(const Gradient<T>& p, const Gradi
             for (int pair = 0; pair < 16; ++pair) {
                 const int64_t input = int64_t{panel} * kPanel + warp * 64 + pair / 2 * 8 + lane % 4 * 2 + pair % 2;
                 if (input < p.x.cols)
-                    p.grad_weight.add(first_feature + feature, input,
-                                      acc[row / 2][pair / 2][2 * (row % 2) + pair % 2] * factor);
+                    p.grad_weight.shifted(work.sums).add(first_feature + feature, input,
+                                                         acc[row / 2][pair / 2][2 * (row % 2) + pair % 2] * factor);
             }
         }
 #pragma unroll
@@ -164,10 +169,10 @@ __device__ __forceinline__ void gradient_block(const Gradient<T>& p, const Gradi
 #pragma unroll
                     for (int i = 0; i < 16; ++i)
                         clean[0][i / 4][i % 4] = bias[i / 8 * 16 + lane % 4 * 4 + i / 4 % 2 * 2 + i % 2];
-                    Matrix<T> x = p.x;
-                    x.data += (group + side * p.draws) * p.x_copy_stride;
+                    const auto x = Layer::input(p.x, (group + side * p.draws) * p.x_copy_stride, first_feature);
                     tiled_product<kGradRows, kGradFeatures, kStages, kGradThreads>(
-                        clean, memory.stages[0], x, first_row, p.weight, first_feature, 16 * warp, 0);
+                        clean, memory.stages[0], x, first_row, Layer::weights(p.weight, first_feature), first_feature,
+                        16 * warp, 0);
                     store_sums<kGradFeatures>(clean_tiles[side], clean, 16 * warp, 0);
                 }
                 __syncthreads();
@@ -179,8 +184,8 @@ __device__ __forceinline__ void gradient_block(const Gradient<T>& p, const Gradi
             const auto load = [&](int step) {
                 if (step < steps) {
                     const int part = step / steps_of_panel;
-                    Matrix<T> x = p.x;
-                    x.data += (group + part / panels * p.draws) * p.x_copy_stride;
+                    const auto x =
+                        Layer::input(p.x, (group + part / panels * p.draws) * p.x_copy_stride, first_feature);
                     load_tile<kDepth, kPanel * sizeof(T), kGradThreads>(
                         memory.stages[step % kStages], x, first_row + step % steps_of_panel * kDepth,
                         int64_t{first_panel + part % panels} * kPanel, in_order);
@@ -208,7 +213,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<T>& p, const Gradi
                     const uint32_t first_draw = static_cast<uint32_t>(p.noise.draw + group);
                     // Plain: the score is eps, nothing is wanted for ln sigma, and a pair of copies shares x.
                     const auto add_draws = [&](auto plain, auto paired, auto writes, auto whole) {
-                        const OutputOctet<T> y(p.y, row, first_feature + octet_col);
+                        const OutputOctet<typename Layer::Y> y(p.y, row, first_feature + octet_col);
                         T *to = y.of(group), *to_second = y.of(group + p.draws);
 #pragma unroll 1
                         for (int draw = 0; draw < draws; ++draw) {
@@ -330,10 +335,11 @@ __device__ __forceinline__ void gradient_block(const Gradient<T>& p, const Gradi
     }
     const int64_t feature = first_feature + lane;
     if (!exists(feature)) log_sigma_sum = 0.0f;
-    if (p.grad_bias.data != nullptr && exists(feature)) p.grad_bias.add(0, feature, bias_sum * inverse_sigma[lane]);
+    if (p.grad_bias.data != nullptr && exists(feature))
+        p.grad_bias.shifted(work.sums).add(0, feature, bias_sum * inverse_sigma[lane]);
     if (p.grad_log_sigma.data == nullptr) return;
     if (p.grad_log_sigma.col_stride != 0) {
-        if (exists(feature)) p.grad_log_sigma.add(0, feature, log_sigma_sum);
+        if (exists(feature)) p.grad_log_sigma.shifted(work.sums).add(0, feature, log_sigma_sum);
         return;
     }
     for (int step = 16; step > 0; step /= 2) log_sigma_sum += __shfl_xor_sync(0xffffffffu, log_sigma_sum, step);
@@ -348,10 +354,10 @@ __device__ __forceinline__ void gradient_block(const Gradient<T>& p, const Gradi
 
 // All of one problem, a block for each of its parts.
 template <typename T, Kind kind, bool replay>
-__global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<T> p) {
+__global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<Linear<T>> p) {
     const GradientPart part{blockIdx.x % p.feature_tiles, replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles),
                             kGradRows, 0, gradient_units(p, kGradRows)};
-    gradient_block<T, kind, replay>(p, part);
+    gradient_block<Linear<T>, kind, replay>(p, part);
 }
 
 // grad_log_sigma as one number: the sum over blocks of features, in their order.
@@ -374,7 +380,7 @@ __global__ void add_partials(const Partials<T> p) {
 inline bool given(const ulr_tensor& t) { return t.data != nullptr || t.size[0] * t.size[1] * t.size[2] == 0; }
 
 template <typename T, bool replay>
-int launch_gradient(Gradient<T>& p, const ulr_launch& launch) {
+int launch_gradient(Gradient<Linear<T>>& p, const ulr_launch& launch) {
     if (p.x.rows == 0 || p.features == 0) return ULR_OK;
     const int64_t blocks = p.feature_tiles * (replay ? 1 : p.panels);
     const auto launch_kind = [&](auto kernel) {
@@ -406,33 +412,33 @@ struct GradientTensors {
 };
 
 template <typename T>
-Gradient<T> gradient_of(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
-                        const ulr_tensor& bias, const ulr_tensor& y) {
+Gradient<Linear<T>> gradient_of(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
+                                const ulr_tensor& bias, const ulr_tensor& y) {
     const int64_t features = given(t.grad_weight) ? t.grad_weight.size[1] : t.grad_bias.size[2];
     const int copies = static_cast<int>(t.loss_weight.size[1]);
     const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
     const bool weighted = t.grad_weight.data != nullptr && t.x.size[2] > 0;
-    return Gradient<T>{noise,
-                       Matrix<T>(t.x),
-                       Matrix<T>(weight),
-                       shared ? 0 : t.x.stride[0],
-                       PerFeature<T>(bias),
-                       Output<T>(y, noise.col_offset),
-                       PerFeature<float>(t.sigma),
-                       static_cast<const float*>(t.loss_weight.data),
-                       t.loss_weight.stride[1],
-                       t.loss_weight.stride[2],
-                       t.loss_weight.size[2],
-                       Buffer<T>(t.grad_weight),
-                       Buffer<T>(t.grad_bias),
-                       Buffer<T>(t.grad_log_sigma),
-                       static_cast<float*>(t.partials.data),
-                       features,
-                       copies,
-                       noise.antithetic ? copies / 2 : copies,
-                       shared,
-                       (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures,
-                       weighted ? (t.x.size[2] + kPanel - 1) / kPanel : 1};
+    return Gradient<Linear<T>>{noise,
+                               Matrix<T>(t.x),
+                               Matrix<T>(weight),
+                               shared ? 0 : t.x.stride[0],
+                               PerFeature<T>(bias),
+                               Output<T>(y, noise.col_offset),
+                               PerFeature<float>(t.sigma),
+                               static_cast<const float*>(t.loss_weight.data),
+                               t.loss_weight.stride[1],
+                               t.loss_weight.stride[2],
+                               t.loss_weight.size[2],
+                               Buffer<T>(t.grad_weight),
+                               Buffer<T>(t.grad_bias),
+                               Buffer<T>(t.grad_log_sigma),
+                               static_cast<float*>(t.partials.data),
+                               features,
+                               copies,
+                               noise.antithetic ? copies / 2 : copies,
+                               shared,
+                               (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures,
+                               weighted ? (t.x.size[2] + kPanel - 1) / kPanel : 1};
 }
 
 }  // namespace ulr

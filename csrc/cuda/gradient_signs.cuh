@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_signed(char (*score)[kGradRows * kSignRowB
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const Gradient<T> p) {
+__global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const Gradient<Linear<T>> p) {
     auto& memory = *dynamic_shared<SignMemory>();
     __shared__ NoiseTable table;
     __shared__ float largest[kWarps];
@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
 }
 
 template <typename T>
-bool takes_packed_signs(const Gradient<T>& p) {
+bool takes_packed_signs(const Gradient<Linear<T>>& p) {
     return kind_of(p.noise) == Kind::kSigns && !p.shared && p.grad_log_sigma.data == nullptr;
 }
 
 template <typename T>
-int launch_signs_gradient(Gradient<T> p, const ulr_launch& launch) {
+int launch_signs_gradient(Gradient<Linear<T>> p, const ulr_launch& launch) {
     if (p.x.rows == 0 || p.features == 0) return ULR_OK;
     p.feature_tiles = (p.noise.col_offset % kSignFeatures + p.features + kSignFeatures - 1) / kSignFeatures;
     p.panels = p.grad_weight.data == nullptr ? 1 : max((p.x.cols + kSignPanel - 1) / kSignPanel, int64_t{1});

@@ -41,10 +41,10 @@ __device__ __forceinline__ void weigh_samples(const MlpStep<T>& p, int64_t first
 
 // Layer l's gradient for a tile of samples as a problem of gradient.cuh, whose sums go to a split's own buffer.
 template <typename T>
-__device__ void describe_gradient(Gradient<T>& problem, const MlpStep<T>& p, int l, int split, int64_t first,
+__device__ void describe_gradient(Gradient<Linear<T>>& problem, const MlpStep<T>& p, int l, int split, int64_t first,
                                   int samples) {
     const MlpLayer<T>& layer = p.layer[l];
-    problem = Gradient<T>{};
+    problem = Gradient<Linear<T>>{};
     problem.noise = p.noise_of(l);
     problem.noise.row_offset += first;
     problem.shared = p.makes_copies(l);
@@ -81,7 +81,7 @@ __device__ void describe_gradient(Gradient<T>& problem, const MlpStep<T>& p, int
 // The gradients of all layers for a tile of samples, their parts in turn.
 template <typename T, Kind kind>
 __device__ __forceinline__ void accumulate(const MlpStep<T>& p, int64_t first, int samples) {
-    auto& problem = *reinterpret_cast<Gradient<T>*>(dynamic_shared<char>() + GradientMemory<T, false>::kBytes);
+    auto& problem = *reinterpret_cast<Gradient<Linear<T>>*>(dynamic_shared<char>() + GradientMemory<T, false>::kBytes);
     for (int64_t item = blockIdx.x;; item += gridDim.x) {
         int64_t rest = item;
         int l = 0;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void accumulate(const MlpStep<T>& p, int64_t first, i
         const int64_t units = gradient_units(problem, p.layer[l].unit_rows), tile = rest / splits;
         const GradientPart part{tile % problem.feature_tiles, static_cast<int>(tile / problem.feature_tiles),
                                 p.layer[l].unit_rows, units * split / splits, units * (split + 1) / splits};
-        gradient_block<T, kind, false>(problem, part);
+        gradient_block<Linear<T>, kind, false>(problem, part);
         __syncthreads();
     }
 }
@@ -208,7 +208,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
         p.levels[l + 1] = {reinterpret_cast<T*>(place(own[kClean])), reinterpret_cast<T*>(place(own[kNoised])),
                            tensors[kWeight].size[1], own[kPitch]};
     }
-    constexpr int kGradient = GradientMemory<T, false>::kBytes + int{sizeof(Gradient<T>)};
+    constexpr int kGradient = GradientMemory<T, false>::kBytes + int{sizeof(Gradient<Linear<T>>)};
     constexpr int kBytes = kGradient > forward_bytes(128) ? kGradient : forward_bytes(128);
     return kind_of(noise) == Kind::kSigns
                ? launch_together(mlp_step_kernel<T, Kind::kSigns>, dim3(kMlpThreads), kBytes, launch, p)

@@ -29,6 +29,7 @@ __device__ __forceinline__ int in_order(int row) { return row; }
 // One copy's matrix in global memory.
 template <typename T>
 struct Matrix {
+    using Element = T;
     const T* data;
     int64_t rows, cols, row_stride, col_stride;
     bool whole;  // 16-byte chunks can be copied as they are
@@ -198,9 +199,10 @@ __device__ __forceinline__ void add_column_sums(float (&acc)[mis][4], const char
 // sums = X W^T + sums for a tile of rows x columns, the whole inner axis through `stages` pairs of tiles, loads running
 // ahead. Each warp owns 16 mis rows from a_row and 8 nis columns from b_row. All threads together, from and to a
 // barrier.
-template <int tile_rows, int tile_cols, int stages, int threads, typename T, int mis, int nis>
-__device__ __forceinline__ void tiled_product(float (&acc)[mis][nis][4], char* memory, const Matrix<T>& x, int64_t row,
-                                              const Matrix<T>& weight, int64_t col, int a_row, int b_row) {
+template <int tile_rows, int tile_cols, int stages, int threads, typename X, typename Weight, int mis, int nis>
+__device__ __forceinline__ void tiled_product(float (&acc)[mis][nis][4], char* memory, const X& x, int64_t row,
+                                              const Weight& weight, int64_t col, int a_row, int b_row) {
+    using T = typename X::Element;
     constexpr int kDepth = 64 / sizeof(T), kStageBytes = 64 * (tile_rows + tile_cols);
     const int steps = static_cast<int>((x.cols + kDepth - 1) / kDepth);
     const auto load = [&](int step) {

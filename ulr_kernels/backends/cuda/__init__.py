@@ -8,7 +8,7 @@ import torch
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import elementwise, linear, mlp, noise, perturbed
+from ulr_kernels.backends.cuda import conv, elementwise, linear, mlp, noise, perturbed
 
 NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
 
@@ -19,6 +19,9 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noise_add": elementwise.noise_add,
     "noise_score": elementwise.noise_score,
     "noise_dot_": elementwise.noise_dot_,
+    "noisy_conv2d": conv.noisy_conv2d,
+    "noisy_conv2d_grad_": conv.noisy_conv2d_grad_,
+    "noisy_conv2d_replay_": conv.noisy_conv2d_replay_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
     "noisy_linear_grads_": linear.noisy_linear_grads_,

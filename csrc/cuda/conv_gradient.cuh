@@ -1,0 +1,153 @@
+// The kernel of noisy_conv2d_grad_ and noisy_conv2d_replay_: one cooperative launch. A convolution has many rows and
+// few weights, so the rows are split among blocks: each adds its part up as a linear layer's block does (gradient.cuh),
+// into sums of its split, and when all are done the splits are added to the buffers in their order.
+#pragma once
+
+#include "conv.cuh"
+#include "gradient.cuh"
+
+namespace ulr {
+
+template <typename T>
+struct ConvGradient {
+    Gradient<Convolution<T>> problem;  // its buffers are the first split's
+    Taps<T> grad_weight;               // where a weight lies; its data is in `weights`
+    Buffer<T> weights, grad_bias, grad_log_sigma;
+    float* partials;  // [splits][features * (inner + 2)]: each split's weights, biases, ln sigmas
+    int64_t inner;
+    int splits;
+    bool scalar_log_sigma;
+};
+
+// As gradient_block counts: tiles start at multiples of their width in the whole noise.
+template <typename T>
+__device__ __forceinline__ int64_t first_feature_of_tile(const ConvGradient<T>& p, int64_t tile) {
+    return tile * kGradFeatures - p.problem.noise.col_offset % kGradFeatures;
+}
+
+template <typename T>
+__device__ __forceinline__ void add_splits(const ConvGradient<T>& p) {
+    const int64_t features = p.problem.features, weights = features * p.inner, size = weights + 2 * features;
+    const auto sum = [&](int64_t at) {
+        float total = 0.0f;
+        for (int split = 0; split < p.splits; ++split) total += p.partials[split * size + at];
+        return total;
+    };
+    for (int64_t o = blockIdx.x; o < features; o += gridDim.x) {
+        const int64_t tile = (o + p.problem.noise.col_offset % kGradFeatures) / kGradFeatures;
+        const Taps<T>& taps = p.grad_weight;
+        const int first_channel = taps.window.first_channel(first_feature_of_tile(p, tile));
+        for (int64_t k = threadIdx.x; p.weights.data != nullptr && k < p.inner; k += kGradThreads) {
+            int place;
+            if (taps.meets(o, first_channel, Tap(taps.window, static_cast<uint32_t>(k)), place))
+                p.weights.add(0, place, sum(o * p.inner + k));
+        }
+        if (threadIdx.x != 0) continue;
+        if (p.grad_bias.data != nullptr) p.grad_bias.add(0, o, sum(weights + o));
+        if (p.grad_log_sigma.data != nullptr && !p.scalar_log_sigma)
+            p.grad_log_sigma.add(0, o, sum(weights + features + o));
+    }
+    if (!p.scalar_log_sigma || blockIdx.x != 0 || threadIdx.x >= 32) return;
+    float total = 0.0f;
+    for (int64_t o = threadIdx.x; o < features; o += 32) total += sum(weights + features + o);
+    for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+    if (threadIdx.x == 0) p.grad_log_sigma.add(0, 0, total);
+}
+
+template <typename T, Kind kind, bool replay>
+__global__ void __launch_bounds__(kGradThreads, 1) conv_gradient_kernel(const ConvGradient<T> p) {
+    const int64_t features = p.problem.features, size = features * (p.inner + 2);
+    for (int64_t i = int64_t{blockIdx.x} * kGradThreads + threadIdx.x; i < p.splits * size;
+         i += int64_t{gridDim.x} * kGradThreads)
+        p.partials[i] = 0.0f;
+    grid_sync();
+    const int64_t units = gradient_units(p.problem, kGradRows), tiles_of_features = p.problem.feature_tiles;
+    const int64_t tiles = tiles_of_features * (replay ? 1 : p.problem.panels);
+    for (int64_t item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
+        const int64_t split = item / tiles, tile = item % tiles;
+        const GradientPart part{tile % tiles_of_features,
+                                static_cast<int>(tile / tiles_of_features),
+                                kGradRows,
+                                units * split / p.splits,
+                                units * (split + 1) / p.splits,
+                                split * size};
+        gradient_block<Convolution<T>, kind, replay>(p.problem, part);
+        __syncthreads();
+    }
+    grid_sync();
+    add_splits(p);
+}
+
+// grad_weight as a weight, grad_bias and grad_log_sigma [O], the latter perhaps [1], each may be absent; x [1 or C, B,
+// I, H, W]; loss_weight [C, samples]; sigma; partials as above.
+struct ConvGradientTensors {
+    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
+};
+
+// weight, bias and y are replay's; else absent.
+template <typename T, bool replay>
+int launch_conv_gradient(const ulr_noise_spec& noise, const ConvGradientTensors& t, const ulr_tensor& weight,
+                         const ulr_tensor& bias, const ulr_tensor& y, const int64_t* size, int64_t features,
+                         const ulr_launch& launch) {
+    const int64_t inputs = t.x.size[2];
+    const int copies = static_cast<int>(t.loss_weight.size[1]);
+    const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
+    const Window window(launch.numbers, inputs, features);
+    const int64_t places[] = {0, features * window.inner(), features * (window.inner() + 1)};
+    const auto own = [&](const ulr_tensor& buffer, int which) {
+        Buffer<T> sums(buffer);
+        sums.data = buffer.data == nullptr ? nullptr : static_cast<float*>(t.partials.data) + places[which];
+        sums.wide = true;
+        sums.row_stride = window.inner();
+        sums.col_stride = 1;
+        return sums;
+    };
+    Buffer<T> weights(t.grad_weight);  // as one line of elements, whose places `grad_weight` knows
+    weights.row_stride = 0, weights.col_stride = 1;
+    const int64_t tiles = (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures;
+    const int64_t panels = t.grad_weight.data == nullptr ? 1 : (window.inner() + kPanel - 1) / kPanel;
+    const ConvGradient<T> p{{noise,
+                             Patches<T>(t.x, window, size[0], size[1]),
+                             Taps<T>(weight, window, inputs, features),
+                             shared ? 0 : t.x.stride[0],
+                             PerFeature<T>(bias),
+                             Images<T>(y, noise.col_offset),
+                             PerFeature<float>(t.sigma),
+                             static_cast<const float*>(t.loss_weight.data),
+                             t.loss_weight.stride[1],
+                             t.loss_weight.stride[2],
+                             t.loss_weight.size[2],
+                             own(t.grad_weight, 0),
+                             own(t.grad_bias, 1),
+                             own(t.grad_log_sigma, 2),
+                             nullptr,
+                             features,
+                             copies,
+                             noise.antithetic ? copies / 2 : copies,
+                             shared,
+                             tiles,
+                             panels},
+                            Taps<T>(t.grad_weight, window, inputs, features),
+                            weights,
+                            Buffer<T>(t.grad_bias),
+                            Buffer<T>(t.grad_log_sigma),
+                            static_cast<float*>(t.partials.data),
+                            window.inner(),
+                            static_cast<int>(launch.numbers[kSplits]),
+                            t.grad_log_sigma.data != nullptr && t.grad_log_sigma.size[2] == 1};
+    if (p.problem.x.rows == 0) return ULR_OK;
+    if (!fits(p.problem.x.rows, t.x, t.grad_weight) || !fits(p.problem.x.rows, t.x, weight)) return ULR_BAD_ARGUMENT;
+    const auto launch_kind = [&](auto kernel) {
+        return launch_together(kernel, dim3(kGradThreads), GradientMemory<T, replay>::kBytes, launch, p);
+    };
+    switch (kind_of(noise)) {
+        case Kind::kQuantile:
+            return launch_kind(conv_gradient_kernel<T, Kind::kQuantile, replay>);
+        case Kind::kSobol:
+            return launch_kind(conv_gradient_kernel<T, Kind::kSobol, replay>);
+        default:
+            return launch_kind(conv_gradient_kernel<T, Kind::kSigns, replay>);
+    }
+}
+
+}  // namespace ulr

@@ -1,0 +1,32 @@
+// The gradient buffers of a noisy convolution (conv_gradient.cuh).
+#include "conv_gradient.cuh"
+
+namespace {
+
+enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials };
+// The op's own numbers, after those of conv.cuh.
+enum { kHeight = ulr::kSplits + 1, kWidth, kFeatures };
+
+template <typename T>
+int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
+    const ulr_tensor absent{};
+    return ulr::launch_conv_gradient<T, false>(
+        noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]}, absent,
+        absent, absent, launch.numbers + kHeight, launch.numbers[kFeatures], launch);
+}
+
+}  // namespace
+
+extern "C" int ulr_cuda_noisy_conv2d_grad_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
+                                           const ulr_launch* launch) {
+    switch (tensors[kX].dtype) {
+        case ULR_F32:
+            return run<float>(*noise, tensors, *launch);
+        case ULR_BF16:
+            return run<__nv_bfloat16>(*noise, tensors, *launch);
+        case ULR_F16:
+            return run<__half>(*noise, tensors, *launch);
+        default:
+            return ULR_BAD_ARGUMENT;
+    }
+}
