@@ -97,6 +97,51 @@ def paired_gradient(x: Tensor, half: Tensor, loss_weight: Tensor, sigma: float) 
     return reduced_gradient(x, half, first - second, sigma)
 
 
+# --- convolution -----------------------------------------------------------------------------------------------------
+
+
+def conv_noise(like: Tensor, last: bool, source: torch.Generator) -> Tensor:
+    """Noise of `like`'s shape, channels last where `last` is set."""
+    noise = torch.empty_like(like, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return noise.normal_(generator=source)
+
+
+def repeat_conv_input(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int, source) -> Tensor:
+    """One convolution of the repeated batch, then noise: `[C * B, O, H, W]`."""
+    clean = F.conv2d(x.repeat(copies, 1, 1, 1), weight, bias, padding=1)
+    last = clean.is_contiguous(memory_format=torch.channels_last)
+    return clean + sigma * conv_noise(clean, last, source)
+
+
+def repeat_conv_product(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: int, source) -> Tensor:
+    """One convolution of the batch, repeated afterwards, then noise: `[C * B, O, H, W]`."""
+    clean = F.conv2d(x, weight, bias, padding=1).repeat(copies, 1, 1, 1)
+    last = clean.is_contiguous(memory_format=torch.channels_last)
+    return clean + sigma * conv_noise(clean, last, source)
+
+
+def _conv_weight_gradient(x: Tensor, by_output: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.Size((by_output.shape[1], x.shape[1], 3, 3))
+    return torch.nn.grad.conv2d_weight(x, shape, by_output, padding=1), by_output.sum((0, 2, 3))
+
+
+def repeated_conv_gradient(repeated: Tensor, eps: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The weight's gradient of the repeated batch with the kept noise in place of the output's: weight, bias."""
+    return _conv_weight_gradient(repeated, eps * (loss_weight.reshape(-1, 1, 1, 1) / sigma))
+
+
+def reduced_conv_gradient(x: Tensor, eps: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """The kept noise, summed over copies first, then one product with the unrepeated batch."""
+    weighted = (loss_weight[..., None, None, None] * eps.unflatten(0, loss_weight.shape)).sum(0) / sigma
+    return _conv_weight_gradient(x, weighted)
+
+
+def paired_conv_gradient(x: Tensor, half: Tensor, loss_weight: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """`reduced_conv_gradient` by someone who keeps only the first half of the antithetic noise."""
+    first, second = loss_weight.chunk(2)
+    return reduced_conv_gradient(x, half, first - second, sigma)
+
+
 # --- a whole step ----------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,9 @@ WIDTHS = {"128": 4, "M88.4": 4, "64": 2, "M88.2": 2}
 
 def compile_launch(launch: Launch) -> Any:
     """Compile what `launch.run()` would, with the same specialisation of its arguments, for a H100."""
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         specialised = isinstance(value, int) and not parameter.do_not_specialize
@@ -36,6 +38,10 @@ def compile_launch(launch: Launch) -> Any:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = parameter.annotation_type or mangle_type(value)
+        if isinstance(value, tuple):  # of integers, each specialised like one that stands alone
+            constants |= {(position, i): 1 for i, item in enumerate(value) if item == 1}
+            sixteens = [i for i, item in enumerate(value) if item % 16 == 0]
+            attributes |= {(position, i): [["tt.divisibility", 16]] for i in sixteens}
         if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return triton.compile(

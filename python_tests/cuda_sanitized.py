@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import sys
 
+import test_conv
 import test_ops
 import torch
 from cuda_emulation import emulation
@@ -29,6 +30,8 @@ LINEAR = (
     "no-inputs",
 )
 
+CONV = ("per-channel", "separate", "transposed-groups", "channels-last", "wide", "strided", "log-sigma", "signs")
+
 library = emulation.Library(pathlib.Path(sys.argv[1]))
 cuda.provider = lambda op, device: library.provider(op)  # type: ignore[assignment]
 dtypes = itertools.cycle(test_ops.FLOATS)  # in turn: the kernels of each are the same lines
@@ -40,7 +43,10 @@ with use_backend("cuda"):
             if op in test_ops.LINEAR and sample_id in LINEAR:
                 test_ops.compare_linear(op, test_ops.pick(op, sample_id, "cpu", next(dtypes)))
                 count += 1
-            if op not in test_ops.LINEAR:
+            if op in test_conv.CONV and sample_id in CONV:
+                test_conv.compare_conv(op, test_ops.pick(op, sample_id, "cpu", next(dtypes)))
+                count += 1
+            if op not in test_ops.LINEAR + test_conv.CONV:
                 sample = test_ops.pick(op, sample_id, "cpu", torch.float32)
                 kind.function(*sample.args, **sample.kwargs)
                 count += 1

@@ -17,11 +17,16 @@ from ulr_kernels.ops._op import FLOATS, Sample
 pytestmark = pytest.mark.pair("cuda/emulated")
 
 
+# Every sample in fp32; in the half types, whose products alone differ, samples that take other ways in the kernel.
+HALF = ("separate", "channels-last", "transposed", "signs", "wide", "same-dtype")
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", test_conv.CONV)
 def test_conv_ops(op, dtype, device) -> None:  # noqa: F811
     for sample_id in test_ops.samples(op, good=True):
-        test_conv.test_conv(op, sample_id, dtype, device)
+        if dtype == torch.float32 or sample_id in HALF:
+            test_conv.test_conv(op, sample_id, dtype, device)
 
 
 def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:

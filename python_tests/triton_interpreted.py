@@ -18,6 +18,7 @@ from test_contract import (  # noqa: F401 -- collected here, with this module's 
     test_quantile_noise_by_exact_arithmetic,
     test_signs_by_integers,
 )
+from test_conv import CONV, compare_conv
 from test_noise_add import (
     FAMILY,
     everything,
@@ -38,6 +39,7 @@ from ulr_kernels.backends.triton import tiles
 from ulr_kernels.ops import noisy_linear, noisy_linear_grad_
 
 # Every sample in fp32; in the half types, whose products alone differ, samples that take other ways in the kernel.
+HALF_CONV = ("separate", "transposed", "signs")
 HALF = ("separate", "signs", "wide", "strided", "same-dtype", "no-inputs")
 
 
@@ -53,6 +55,15 @@ def test_linear(op, dtype, device) -> None:
     for sample_id in test_ops.samples(op, good=True):
         if dtype == torch.float32 or sample_id in HALF:
             test_ops.test_linear(op, sample_id, dtype, device)
+
+
+@pytest.mark.parametrize("op", CONV)
+def test_conv(op, device) -> None:
+    for sample_id in test_ops.samples(op, good=True):
+        compare_conv(op, test_ops.pick(op, sample_id, "cpu", torch.float32))
+        if sample_id in HALF_CONV:
+            for dtype in (torch.bfloat16, torch.float16):
+                compare_conv(op, test_ops.pick(op, sample_id, "cpu", dtype))
 
 
 @pytest.mark.parametrize("op", FAMILY)

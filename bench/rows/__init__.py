@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.rows.conv import conv_gradient_row, conv_replay_row, conv_row
 from bench.rows.elementwise import add_row, dot_row
 from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, replay_row
@@ -44,6 +45,13 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "add-image": lambda: add_row((32, 32, 32, 32), 1, 16, f32),
         "dot-tokens": lambda: dot_row((32, 64, 768), -1, 64, f32),
         "dot-image": lambda: dot_row((32, 32, 32, 32), 1, 64, f32),
+        "conv": lambda: conv_row((32, 32, 16, 32), 32, f32),
+        "conv-nchw": lambda: conv_row((32, 32, 16, 32), 32, f32, last=False),
+        "conv-bf16": lambda: conv_row((32, 32, 16, 32), 32, bf16),
+        "conv-resnet": lambda: conv_row((8, 64, 56, 64), 1, f32),
+        "conv-gradient": lambda: conv_gradient_row((32, 32, 16, 32), 64, f32),
+        "conv-gradient-bf16": lambda: conv_gradient_row((32, 32, 16, 32), 64, bf16),
+        "conv-replay": lambda: conv_replay_row((32, 32, 16, 32), 32, f32),
         "step": lambda: step_row(100, 64),
     }
     for inputs, features in PERTURBED_SHAPES:
@@ -87,6 +95,11 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
         makers[f"{name}-image"] = functools.partial(row, image, 1, copies, bf16, device, names)
     makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)
     makers["eggroll"] = lambda: eggroll_row(wide // 4, 4 * copies, 1, 16, device, names, packages=not small)
+    convolutions = {"conv": conv_row, "conv-gradient": conv_gradient_row, "conv-replay": conv_replay_row}
+    sizes = (4, 16, 8, 16) if small else (64, 128, 32, 128)
+    for prefix, convolution in convolutions.items():
+        for dtype in (bf16, f32):
+            makers[f"{prefix}-{kind_of(dtype)}"] = functools.partial(convolution, sizes, copies, dtype, device, names)
     makers["step"] = lambda: step_row(100, copies, device, names=names)
     makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
     return makers

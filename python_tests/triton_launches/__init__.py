@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-FAMILIES = ("elementwise", "linear", "perturbed")
+FAMILIES = ("conv", "elementwise", "linear", "perturbed")
 
 
 def launches(family: str) -> dict[str, Callable]:

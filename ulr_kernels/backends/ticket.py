@@ -8,13 +8,14 @@ from torch import Tensor
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def ticket(device: torch.device) -> Tensor:
-    """int32, 0 between launches: one for each stream, so that launches that share it follow one another."""
+def ticket(device: torch.device, count: int = 2) -> Tensor:
+    """int32, at least `count` of them, 0 between launches: of each stream its own, so that launches that share them
+    follow one another."""
     if device.type != "cuda":
-        return torch.zeros(2, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32)
     if torch.cuda.is_current_stream_capturing():  # its memory belongs to the graph, which must set it to 0 itself
-        return torch.zeros(2, dtype=torch.int32, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _tickets:
-        _tickets[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
+    if (device, stream) not in _tickets or _tickets[device, stream].numel() < count:
+        _tickets[device, stream] = torch.zeros(count, dtype=torch.int32, device=device)
     return _tickets[device, stream]

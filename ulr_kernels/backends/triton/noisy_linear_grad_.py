@@ -23,7 +23,7 @@ from ulr_kernels.backends.triton.scores import add, log_weighted, no_parts, weig
 
 
 @triton.jit
-def _transposed_product(scores, x_tile, total):
+def transposed_product(scores, x_tile, total):
     """total + scores^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
     if x_tile.dtype == tl.float16:
         return tl.dot(tl.trans(scores), x_tile.to(tl.float32), total, input_precision="tf32")
@@ -32,7 +32,7 @@ def _transposed_product(scores, x_tile, total):
 
 
 @triton.jit
-def _add_scalar(buffer, partials, ticket, value, tile, tile_count):
+def add_scalar(buffer, partials, ticket, value, tile, tile_count):
     """buffer[0] += the sum of each tile's value: the program that comes last adds them up, in the order of the tiles.
 
     `ticket` counts the programs that have arrived, and is 0 again when the last one leaves.
@@ -155,10 +155,10 @@ def gradient_kernel(
             if not SHARED and grad_weight is not None:
                 x_copy = x_tile + copy * stride_x_copy
                 slope = score(noise_tile(raw, source, DIST), DIST)
-                total = _transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
+                total = transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
                 if ANTITHETIC:
                     x_mirror = tl.load(x_copy + mirror_x, mask=x_inside, other=0)
-                    total = _transposed_product(-minus * slope, x_mirror, total)
+                    total = transposed_product(-minus * slope, x_mirror, total)
             if y is not None:
                 eps = noise_tile(raw, source, DIST)
                 if not SHARED:
@@ -179,7 +179,7 @@ def gradient_kernel(
                     tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
         reduced_tile = join_parts(reduced)
         if SHARED and grad_weight is not None:
-            total = _transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
+            total = transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
         if input_tile == 0:
             by_bias += tl.sum(reduced_tile, 0)
             if grad_log_sigma is not None:
@@ -196,7 +196,7 @@ def gradient_kernel(
                 add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
             else:
                 value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
-                _add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
+                add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
 
 
 def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
@@ -270,7 +270,7 @@ def gradient_launch(
 
 
 def _scalar_workspace(grad_log_sigma: Tensor | None, tile_count: int) -> dict[str, Tensor | None]:
-    """What `_add_scalar` needs, where one number stands for all features; else None."""
+    """What `add_scalar` needs, where one number stands for all features; else None."""
     if grad_log_sigma is None or grad_log_sigma.dim():
         return {"partials": None, "ticket": None}
     device = grad_log_sigma.device

@@ -64,6 +64,21 @@ LOW_RANK = {
     "laplace": Tile(64, 64, 32, 8, 1),
     "rademacher": Tile(32, 128, 128, 8, 1),
 }
+# The convolutions': inputs are channels of a tap in the forward, places of the inner axis in a gradient.
+CONV = FORWARD | {("rademacher", 2): Tile(32, 128, 32, 8, 2)}
+CONV_GRADIENT = {
+    ("normal", 2): Tile(64, 64, 64, 8, 1),
+    ("laplace", 2): Tile(64, 64, 64, 8, 1),
+    ("rademacher", 2): Tile(64, 128, 64, 8, 1),
+    ("normal", 4): Tile(32, 64, 32, 8, 1),
+    ("laplace", 4): Tile(32, 64, 32, 8, 1),
+    ("rademacher", 4): Tile(32, 128, 32, 8, 1),
+}
+CONV_GRADIENT_PER_DRAW = GRADIENT_PER_DRAW | {
+    ("normal", 2): Tile(32, 64, 32, 8, 1),
+    ("laplace", 2): Tile(32, 64, 32, 8, 1),
+    ("rademacher", 2): Tile(16, 128, 32, 8, 1),
+}
 
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 

@@ -1,0 +1,62 @@
+"""Launches of the kernels of the convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def launches() -> dict[str, Callable]:
+    """A launch of each kernel in each form that compiles to other code, by name."""
+    from ulr_kernels.backends.triton.noisy_conv2d import noisy_conv2d_launch
+    from ulr_kernels.backends.triton.noisy_conv2d_grad_ import conv_gradient_launch
+
+    key, sigma, images, inputs, features, copies = torch.tensor(1), torch.tensor(0.1), 32, 64, 128, 64
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    window = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+
+    def operands(dtype: str, shared: bool) -> tuple[torch.Tensor, ...]:
+        x = (images, inputs, 16, 16) if shared else (copies, images, inputs, 16, 16)
+        shapes = ((copies, images, features, 16, 16), x, (features, inputs, 3, 3), (features,))
+        return tuple(torch.empty(s, dtype=dtypes[dtype]) for s in shapes)
+
+    def forward(dtype: str, dist: str, antithetic: bool = False, shared: bool = True, transposed: bool = False):
+        def launch():
+            y, x, weight, bias = operands(dtype, shared)
+            weight = weight.transpose(0, 1) if transposed else weight
+            which = (*window, transposed, copies, antithetic, dist, "iid", 256, 0, 0, 0)
+            return noisy_conv2d_launch(y, x, weight, bias, sigma, key, *which)
+
+        return launch
+
+    def gradient(dtype: str, dist: str, shared: bool = True, replay: bool = False, log_sigma: bool = False):
+        def launch():
+            y, x, weight, bias = operands(dtype, shared)
+            log = torch.empty(()) if log_sigma else None
+            buffers = (torch.empty(weight.shape), torch.empty(features), log)
+            y, weight, bias = (y, weight, bias) if replay else (None, None, None)
+            which = (*window, False, True, dist, "iid", 256, 0, 0, 0)
+            return conv_gradient_launch(
+                y, *buffers, x, weight, bias, torch.empty(copies, images), sigma, key, [3, 3], *which
+            )
+
+        return launch
+
+    return {
+        "forward-bf16-normal": forward("bf16", "normal"),
+        "forward-bf16-rademacher-antithetic": forward("bf16", "rademacher", antithetic=True),
+        "forward-fp32-normal": forward("fp32", "normal"),
+        "forward-fp16-laplace-separate": forward("fp16", "laplace", antithetic=True, shared=False),
+        "forward-bf16-normal-transposed": forward("bf16", "normal", transposed=True),
+        "gradient-bf16-normal": gradient("bf16", "normal"),
+        "gradient-bf16-normal-separate": gradient("bf16", "normal", shared=False),
+        "gradient-bf16-rademacher": gradient("bf16", "rademacher"),
+        "gradient-fp16-laplace-log-sigma": gradient("fp16", "laplace", log_sigma=True),
+        "gradient-fp32-normal": gradient("fp32", "normal"),
+        "gradient-fp32-rademacher": gradient("fp32", "rademacher"),
+        "replay-bf16-normal": gradient("bf16", "normal", replay=True),
+        "replay-bf16-normal-separate": gradient("bf16", "normal", shared=False, replay=True),
+        "replay-bf16-rademacher": gradient("bf16", "rademacher", replay=True),
+        "replay-fp32-normal": gradient("fp32", "normal", replay=True),
+    }

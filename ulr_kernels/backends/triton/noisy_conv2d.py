@@ -1,0 +1,294 @@
+"""noisy_conv2d: an implicit product whose rows are the output's pixels; noise is added while it is in registers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.ops._conv import Window
+
+
+@triton.jit
+def pixel_of(row, window):
+    """Image, row and column of output pixels."""
+    pixel = (row % window[10]).to(tl.int32)
+    return row // window[10], pixel // window[9], pixel % window[9]
+
+
+@triton.jit
+def tap_of(k, channels, window):
+    """Kernel row and column, and channel, of places of the inner axis: channel by channel of tap by tap."""
+    tap = k // channels
+    return tap // window[6], tap % window[6], k % channels
+
+
+@triton.jit
+def patch(x, pixel, ky, kx, channel, window, x_strides, TRANSPOSED: tl.constexpr):
+    """Addresses of what output pixels see at kernel places, and whether it is within the image. All broadcast."""
+    y, column = pixel[1], pixel[2]
+    if TRANSPOSED:
+        y = y + window[2] - ky * window[4]
+        column = column + window[3] - kx * window[5]
+        inside = (y >= 0) & (column >= 0) & (y % window[0] == 0) & (column % window[1] == 0)
+        y = y // window[0]
+        column = column // window[1]
+    else:
+        y = y * window[0] - window[2] + ky * window[4]
+        column = column * window[1] - window[3] + kx * window[5]
+        inside = (y >= 0) & (column >= 0)
+    inside = inside & (y < window[7]) & (column < window[8]) & (channel < window[11])
+    place = pixel[0] * x_strides[0] + y.to(tl.int64) * x_strides[2] + column.to(tl.int64) * x_strides[3]
+    return x + place + channel.to(tl.int64) * x_strides[1], inside
+
+
+@triton.jit
+def meeting(weight, col, ky, kx, channel, window, weight_strides, TRANSPOSED: tl.constexpr):
+    """Addresses of the weights of output channels at kernel places, and whether the two are of one group."""
+    group = col // window[13]
+    inside = (channel < window[11]) & (channel // window[12] == group)
+    if TRANSPOSED:
+        col = col - group * window[13]
+    else:
+        channel = channel - group * window[12]
+    place = col.to(tl.int64) * weight_strides[0] + channel.to(tl.int64) * weight_strides[1]
+    return weight + place + ky.to(tl.int64) * weight_strides[2] + kx.to(tl.int64) * weight_strides[3], inside
+
+
+@triton.jit
+def first_channel_of(first_col, window):
+    """The first input channel that a tile of output channels meets."""
+    return (tl.maximum(first_col, 0) // window[13] * window[12]).to(tl.int32)
+
+
+@triton.jit
+def conv_tile(
+    x, weight, bias, row, row_inside, col, col_inside, first_channel, steps, channels, window, x_strides,
+    weight_strides, stride_bias, TRANSPOSED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The clean convolution of a tile, fp32 [BR, BC]; each step takes BK channels of a tap. None: no steps."""
+    image, y, column = pixel_of(row, window)
+    pixel = (image[:, None], y[:, None], column[:, None])
+    total = tl.zeros([BR, BC], tl.float32)
+    steps_of_tap = tl.cdiv(channels, BK)
+    for step in range(0, steps):
+        tap = step // steps_of_tap
+        ky, kx = tap // window[6], tap % window[6]
+        c = step % steps_of_tap * BK + tl.arange(0, BK)
+        c_inside = c < channels
+        x_tile, seen = patch(x, pixel, ky, kx, (first_channel + c)[None, :], window, x_strides, TRANSPOSED)
+        weight_tile, met = meeting(
+            weight, col[None, :], ky, kx, (first_channel + c)[:, None], window, weight_strides, TRANSPOSED
+        )
+        a = tl.load(x_tile, mask=seen & row_inside[:, None] & c_inside[None, :], other=0)
+        b = tl.load(weight_tile, mask=met & col_inside[None, :] & c_inside[:, None], other=0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + col * stride_bias, mask=col_inside, other=0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit(do_not_specialize=["rows", "draws", "draws_here", "draw", "row_offset", "first", "width"])
+def noisy_conv2d_kernel(
+    y,
+    x,
+    weight,
+    bias,
+    sigma,
+    key,
+    table,
+    directions,
+    rows,
+    features,
+    draws,
+    draws_here,
+    steps,
+    channels,
+    window,
+    draw: tl.uint32,
+    row_offset: tl.uint32,
+    first: tl.uint32,
+    shift,
+    positions,
+    width: tl.int64,
+    y_strides,
+    stride_x_copy,
+    x_strides,
+    weight_strides,
+    stride_bias,
+    stride_sigma,
+    SHARED: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DIST: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A program makes a tile of `draws_here` draws. Where copies share x that is one product for all of them."""
+    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    col_tiles = tl.cdiv(features + shift, BC)
+    tile_count = col_tiles * tl.cdiv(rows, BR)
+    tile = tl.program_id(0) % tile_count
+    begin = tl.program_id(0) // tile_count * draws_here
+    col_tile = tile % col_tiles
+    row = (tile // col_tiles).to(tl.int64) * BR + tl.arange(0, BR)
+    col = col_tile * BC - shift + tl.arange(0, BC)
+    row_inside = row < rows
+    col_inside = (col >= 0) & (col < features)
+    first_channel = first_channel_of(col_tile * BC - shift, window)
+
+    if not SHARED:
+        x += begin.to(tl.int64) * stride_x_copy
+    clean = conv_tile(
+        x, weight, bias, row, row_inside, col, col_inside, first_channel, steps, channels, window, x_strides,
+        weight_strides, stride_bias, TRANSPOSED, BR, BC, BK,
+    )  # fmt: skip
+    mirror = clean  # the product that the negated noise is added to
+    if ANTITHETIC and not SHARED:
+        mirror = conv_tile(
+            x + tl.cast(draws, tl.int64) * stride_x_copy, weight, bias, row, row_inside, col, col_inside,
+            first_channel, steps, channels, window, x_strides, weight_strides, stride_bias, TRANSPOSED, BR, BC, BK,
+        )  # fmt: skip
+
+    source = open_source(key, table)
+    scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=0)[None, :]
+    inside = row_inside[:, None] & col_inside[None, :]
+    image, line, column = pixel_of(row, window)
+    pixel = (line * window[9] + column).to(tl.int64)
+    y_tile = y + (image * y_strides[1] + pixel * y_strides[3])[:, None] + col.to(tl.int64)[None, :] * y_strides[2]
+    rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
+    calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
+    for d in range(begin, min(begin + draws_here, draws)):
+        raw = raw_noise(
+            rows_of_noise, calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32), source, directions, positions,
+            tl.cast(width, tl.int32), DIST, BR, BC,
+        )  # fmt: skip
+        eps = noise_tile(raw, source, DIST)
+        copy = tl.cast(d, tl.int64) * y_strides[0]
+        tl.store(y_tile + copy, tl.fma(scale, eps, clean).to(y.dtype.element_ty), mask=inside)
+        if ANTITHETIC:
+            copy += tl.cast(draws, tl.int64) * y_strides[0]
+            tl.store(y_tile + copy, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
+
+
+def noisy_conv2d(y: Tensor, *args) -> None:
+    if y.numel():
+        noisy_conv2d_launch(y, *args).run()
+
+
+def noisy_conv2d_launch(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    key: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    copies: int,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> Launch:
+    window = Window.of(stride, padding, dilation, groups, transposed)
+    features, rows = y.shape[2], y.shape[1] * y.shape[3] * y.shape[4]
+    draws = copies // 2 if antithetic else copies
+    shared = x.dim() == 4
+    tile = tiles.CONV[dist, x.element_size()]
+    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
+    draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
+    channels = tile_channels(window, x.shape[-3], features, tile.cols, which["shift"])
+    return Launch(
+        noisy_conv2d_kernel,
+        tile_count * cdiv(draws, draws_here),
+        {
+            "y": y,
+            **conv_arguments(x, weight, bias, sigma, window, weight.shape[2:], features, channels),
+            **which,
+            "rows": rows,
+            "features": features,
+            "draws": draws,
+            "draws_here": draws_here,
+            "steps": weight.shape[2] * weight.shape[3] * cdiv(channels, tile.inputs),
+            "y_strides": pixel_strides(y),
+            "SHARED": shared,
+            "ANTITHETIC": antithetic,
+            "BR": tile.rows,
+            "BC": tile.cols,
+            "BK": tile.inputs,
+        },
+        tile.warps,
+        tile.stages,
+    )
+
+
+def pixel_strides(y: Tensor) -> tuple[int, int, int, int]:
+    """Of copies, images, channels and pixels, which follow one another."""
+    copy, image, channel, _, pixel = y.stride()
+    return copy, image, channel, pixel
+
+
+def tile_channels(window: Window, inputs: int, features: int, tile: int, shift: int) -> int:
+    """The most input channels that a tile of features meets: those of all groups that it touches."""
+    of_group, most = features // window.groups, 1
+    for first in range(-shift, features, tile):
+        last = min(first + tile, features) - 1
+        most = max(most, last // of_group - max(first, 0) // of_group + 1)
+    return most * (inputs // window.groups)
+
+
+def weight_strides(weight: Tensor | None, window: Window) -> tuple[int, int, int, int]:
+    """Of output channels, input channels, kernel rows and columns."""
+    if weight is None:
+        return 0, 0, 0, 0
+    first, second, row, column = weight.stride()
+    return (second, first, row, column) if window.transposed else (first, second, row, column)
+
+
+def conv_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    window: Window,
+    kernel: Sequence[int],
+    features: int,
+    channels: int,
+) -> dict[str, Any]:
+    """The operands of a convolution with noise, their strides, and the window: stride, padding at the top and left,
+    dilation, the kernel's width, the image's height and width, the output's width and pixels, input channels, and input
+    and output channels of a group."""
+    top, _, left, _ = window.padding
+    height, width = window.output_size(x.shape[-2:], kernel)
+    copy, image, channel, row, column = (x if x.dim() == 5 else x.unsqueeze(0)).stride()
+    inputs = x.shape[-3]
+    return {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "sigma": sigma,
+        "channels": channels,
+        "window": (
+            *(*window.stride, top, left, *window.dilation, kernel[1], *x.shape[-2:]),
+            *(width, height * width, inputs, inputs // window.groups, features // window.groups),
+        ),
+        "stride_x_copy": copy,
+        "x_strides": (image, channel, row, column),
+        "weight_strides": weight_strides(weight, window),
+        **strides("stride_", bias, "bias"),
+        **strides("stride_", sigma, "sigma"),
+        "TRANSPOSED": window.transposed,
+    }

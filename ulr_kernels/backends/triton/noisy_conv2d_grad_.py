@@ -1,0 +1,316 @@
+# mypy: disable-error-code="assignment"
+"""noisy_conv2d_grad_ and noisy_conv2d_replay_: the score, reduced over copies, as an operand of the product with the
+patches of x. A convolution has many rows and few weights: programs share out the rows, and the last one of a tile adds
+up what all have left, in their order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulr_kernels.backends.ticket import ticket
+from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.contract import (
+    RADEMACHER,
+    join_parts,
+    noise_parts,
+    noise_tile,
+    open_source,
+    raw_noise,
+    score,
+)
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.noisy_conv2d import (
+    conv_arguments,
+    conv_tile,
+    first_channel_of,
+    meeting,
+    patch,
+    pixel_of,
+    pixel_strides,
+    tap_of,
+    tile_channels,
+    weight_strides,
+)
+from ulr_kernels.backends.triton.noisy_linear_grad_ import add_scalar, transposed_product
+from ulr_kernels.backends.triton.scores import add, log_weighted, no_parts, weighted
+from ulr_kernels.ops._conv import Window, weight_shape
+
+
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
+def conv_gradient_kernel(
+    y,
+    grad_weight,
+    grad_bias,
+    grad_log_sigma,
+    partials,
+    tickets,
+    x,
+    weight,
+    bias,
+    loss_weight,
+    sigma,
+    key,
+    table,
+    directions,
+    rows,
+    features,
+    inner,
+    splits,
+    draws,
+    steps,
+    channels,
+    window,
+    draw: tl.uint32,
+    row_offset: tl.uint32,
+    first: tl.uint32,
+    shift,
+    positions,
+    width: tl.int64,
+    y_strides,
+    grad_strides,
+    stride_grad_bias,
+    stride_log_sigma,
+    stride_x_copy,
+    x_strides,
+    weight_strides,
+    stride_bias,
+    stride_loss_copy,
+    stride_loss_sample,
+    stride_sigma,
+    SCALAR: tl.constexpr,
+    SHARED: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DIST: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A program owns a part of the rows for a tile [BC output channels, BK places of the inner axis] of the gradient.
+
+    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    that share channels and rows, number i mod their count takes the tile of rows i.
+    """
+    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
+    PART: tl.constexpr = BC * BK + 2 * BC  # of partials: a tile's weights, biases, ln sigmas
+    input_tiles = tl.cdiv(inner, BK) if grad_weight is not None else 1
+    col_tiles = tl.cdiv(features + shift, BC)
+    tile_count = input_tiles * col_tiles
+    tile = tl.program_id(0) % tile_count
+    split = tl.program_id(0) // tile_count
+    col_tile = tile // input_tiles
+    input_tile = tile % input_tiles
+    col = col_tile * BC - shift + tl.arange(0, BC)
+    col_inside = (col >= 0) & (col < features)
+    first_channel = first_channel_of(col_tile * BC - shift, window)
+    k = input_tile * BK + tl.arange(0, BK)
+    ky, kx, channel = tap_of(k, channels, window)
+    channel += first_channel
+    k_inside = k < inner
+    calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
+    source = open_source(key, table)
+    scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=1)
+    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy
+    mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
+
+    total = tl.zeros([BC, BK], tl.float32)
+    by_bias = tl.zeros([BC], tl.float32)
+    by_log_sigma = tl.zeros([BC], tl.float32)
+    row_tiles = tl.cdiv(rows, BR)
+    for row_tile in range(row_tiles * split // splits, row_tiles * (split + 1) // splits):
+        row = tl.cast(row_tile, tl.int64) * BR + tl.arange(0, BR)
+        row_inside = row < rows
+        image, line, column = pixel_of(row, window)
+        x_tile, x_inside = patch(
+            x, (image[:, None], line[:, None], column[:, None]), ky[None, :], kx[None, :], channel[None, :], window,
+            x_strides, TRANSPOSED,
+        )  # fmt: skip
+        x_inside = x_inside & row_inside[:, None] & k_inside[None, :]
+        losses = loss_weight + row // positions * stride_loss_sample
+        reduced = no_parts(P, BR, BC)
+        reduced_log = no_parts(P, BR, BC)
+        if y is not None:
+            mine = row_tile % input_tiles == input_tile
+            inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
+            pixel = (line * window[9] + column).to(tl.int64)
+            y_tile = y + (image * y_strides[1] + pixel * y_strides[3])[:, None]
+            y_tile += col.to(tl.int64)[None, :] * y_strides[2]
+            depth = tl.where(mine, steps, 0)
+            if SHARED:
+                clean = conv_tile(
+                    x, weight, bias, row, row_inside, col, col_inside, first_channel, depth, channels, window,
+                    x_strides, weight_strides, stride_bias, TRANSPOSED, BR, BC, BK,
+                )  # fmt: skip
+        for d in range(draws):
+            rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
+            this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+            raw = raw_noise(
+                rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
+            )
+            parts = noise_parts(raw, source, DIST)
+            copy = tl.cast(d, tl.int64)
+            plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
+            minus = tl.zeros_like(plus)
+            if ANTITHETIC:
+                minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
+            reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
+            if grad_log_sigma is not None:
+                reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
+            if not SHARED and grad_weight is not None:
+                x_copy = x_tile + copy * stride_x_copy
+                slope = score(noise_tile(raw, source, DIST), DIST)
+                total = transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
+                if ANTITHETIC:
+                    x_mirror = tl.load(x_copy + mirror_x, mask=x_inside, other=0)
+                    total = transposed_product(-minus * slope, x_mirror, total)
+            if y is not None:
+                eps = noise_tile(raw, source, DIST)
+                if not SHARED:
+                    clean = conv_tile(
+                        x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, first_channel, depth,
+                        channels, window, x_strides, weight_strides, stride_bias, TRANSPOSED, BR, BC, BK,
+                    )  # fmt: skip
+                noised = tl.fma(scale[None, :], eps, clean)
+                tl.store(y_tile + copy * y_strides[0], noised.to(y.dtype.element_ty), mask=inside)
+                if ANTITHETIC:
+                    if not SHARED:
+                        clean = conv_tile(
+                            x + copy * stride_x_copy + mirror_x, weight, bias, row, row_inside, col, col_inside,
+                            first_channel, depth, channels, window, x_strides, weight_strides, stride_bias, TRANSPOSED,
+                            BR, BC, BK,
+                        )  # fmt: skip
+                    noised = tl.fma(-scale[None, :], eps, clean)
+                    tl.store(y_tile + (copy + draws) * y_strides[0], noised.to(y.dtype.element_ty), mask=inside)
+        reduced_tile = join_parts(reduced)
+        if SHARED and grad_weight is not None:
+            total = transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
+        if input_tile == 0:
+            by_bias += tl.sum(reduced_tile, 0)
+            if grad_log_sigma is not None:
+                by_log_sigma += tl.sum(join_parts(reduced_log), 0)
+
+    tile_part = tl.arange(0, BC)[:, None] * BK + tl.arange(0, BK)[None, :]
+    col_part = BC * BK + tl.arange(0, BC)
+    own = partials + (split * tile_count + tile).to(tl.int64) * PART
+    tl.store(own + tile_part, total)
+    tl.store(own + col_part, by_bias)
+    tl.store(own + BC + col_part, by_log_sigma)
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == splits - 1:
+        total = tl.zeros([BC, BK], tl.float32)
+        by_bias = tl.zeros([BC], tl.float32)
+        by_log_sigma = tl.zeros([BC], tl.float32)
+        for i in range(splits):
+            part = partials + (i * tile_count + tile).to(tl.int64) * PART
+            total += tl.load(part + tile_part, cache_modifier=".cg")
+            by_bias += tl.load(part + col_part, cache_modifier=".cg")
+            by_log_sigma += tl.load(part + BC + col_part, cache_modifier=".cg")
+        tl.store(tickets + tile, 0)
+        if grad_weight is not None:
+            grad_tile, met = meeting(
+                grad_weight, col[:, None], ky[None, :], kx[None, :], channel[None, :], window, grad_strides, TRANSPOSED
+            )
+            add(grad_tile, total / scale[:, None], met & col_inside[:, None] & k_inside[None, :])
+        if input_tile == 0:
+            if grad_bias is not None:
+                add(grad_bias + col * stride_grad_bias, by_bias / scale, col_inside)
+            if grad_log_sigma is not None:
+                if SCALAR:
+                    value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
+                    scalars = partials + (splits * tile_count).to(tl.int64) * PART
+                    add_scalar(grad_log_sigma, scalars, tickets + tile_count, value, col_tile, col_tiles)
+                else:
+                    add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
+
+
+def noisy_conv2d_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
+    if x.shape[-4]:
+        conv_gradient_launch(
+            None, grad_weight, grad_bias, grad_log_sigma, x, None, None, loss_weight, sigma, key, *which
+        ).run()
+
+
+def noisy_conv2d_replay_(
+    y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *which
+) -> None:
+    if y.numel():
+        buffers = (grad_weight, grad_bias, grad_log_sigma)
+        kernel = weight.shape[2:]
+        conv_gradient_launch(y, *buffers, x, weight, bias, loss_weight, sigma, key, kernel, *which).run()
+
+
+def conv_gradient_launch(
+    y: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_log_sigma: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    loss_weight: Tensor,
+    sigma: Tensor,
+    key: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    transposed: bool,
+    antithetic: bool,
+    dist: str,
+    sampler: str,
+    positions: int,
+    draw: int,
+    row_offset: int,
+    col_offset: int,
+) -> Launch:
+    """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
+    window = Window.of(stride, padding, dilation, groups, transposed)
+    features = window.channels(weight_shape(grad_weight, grad_bias, x, kernel, window))[1]
+    height, width = window.output_size(x.shape[-2:], kernel)
+    copies, rows = loss_weight.shape[0], x.shape[-4] * height * width
+    shared = x.dim() == 4
+    tile = (tiles.CONV_GRADIENT if shared and y is None else tiles.CONV_GRADIENT_PER_DRAW)[dist, x.element_size()]
+    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    channels = tile_channels(window, x.shape[-3], features, tile.cols, which["shift"])
+    inner = channels * kernel[0] * kernel[1]
+    col_tiles = cdiv(features + which["shift"], tile.cols)
+    tile_count = col_tiles * (cdiv(inner, tile.inputs) if grad_weight is not None else 1)
+    splits = max(1, min(tiles.PROGRAMS // tile_count, cdiv(rows, tile.rows)))
+    size = splits * tile_count * tile.cols * (tile.inputs + 2) + col_tiles
+    return Launch(
+        conv_gradient_kernel,
+        tile_count * splits,
+        {
+            "y": y,
+            "grad_weight": grad_weight,
+            "grad_bias": grad_bias,
+            "grad_log_sigma": grad_log_sigma,
+            "partials": torch.empty(size, dtype=torch.float32, device=x.device),
+            "tickets": ticket(x.device, tile_count + 1),
+            **conv_arguments(x, weight, bias, sigma, window, kernel, features, channels),
+            "loss_weight": loss_weight,
+            **which,
+            "rows": rows,
+            "features": features,
+            "inner": inner,
+            "splits": splits,
+            "draws": copies // 2 if antithetic else copies,
+            "steps": kernel[0] * kernel[1] * cdiv(channels, tile.inputs),
+            "y_strides": (0, 0, 0, 0) if y is None else pixel_strides(y),
+            "grad_strides": weight_strides(grad_weight, window),
+            **strides("stride_", grad_bias, "grad_bias"),
+            **strides("stride_", grad_log_sigma, "log_sigma"),
+            **strides("stride_loss_", loss_weight, "copy", "sample"),
+            "SCALAR": grad_log_sigma is not None and grad_log_sigma.dim() == 0,
+            "SHARED": shared,
+            "ANTITHETIC": antithetic,
+            "BR": tile.rows,
+            "BC": tile.cols,
+            "BK": tile.inputs,
+        },
+        tile.warps,
+        tile.stages,
+    )
