@@ -5,8 +5,10 @@
 namespace ulr {
 namespace {
 
+// Two blocks a processor leave too few registers for Sobol's points.
 template <typename T, Kind kind>
-__global__ void __launch_bounds__(kThreads, 2) noisy_conv2d_kernel(const Forward<Convolution<T>> p) {
+__global__ void __launch_bounds__(kThreads, kind == Kind::kSobol ? 1 : 2)
+    noisy_conv2d_kernel(const Forward<Convolution<T>> p) {
     noisy_forward<Convolution<T>, kind>(p);
 }
 

@@ -36,8 +36,8 @@ struct Table {
 };
 
 template <typename T>
-__device__ void describe(Gradient<T>& gradient, const ulr_noise_spec& noise, const Problem<T>& problem) {
-    gradient = Gradient<T>{};
+__device__ void describe(Gradient<Linear<T>>& gradient, const ulr_noise_spec& noise, const Problem<T>& problem) {
+    gradient = Gradient<Linear<T>>{};
     gradient.noise = noise;
     gradient.noise.key = problem.key;
     gradient.noise.positions = problem.positions;
@@ -63,7 +63,7 @@ __device__ void describe(Gradient<T>& gradient, const ulr_noise_spec& noise, con
 
 template <typename T, Kind kind>
 __global__ void __launch_bounds__(kGradThreads, 1) gradients_kernel(const Table<T> table) {
-    auto& gradient = *reinterpret_cast<Gradient<T>*>(dynamic_shared<char>() + GradientMemory<T, false>::kBytes);
+    auto& gradient = *reinterpret_cast<Gradient<Linear<T>>*>(dynamic_shared<char>() + GradientMemory<T, false>::kBytes);
     int which = 0;
     while (blockIdx.x >= table.problems[which].end) ++which;
     const int64_t item = blockIdx.x - (which == 0 ? 0 : table.problems[which - 1].end);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradients_kernel(const Table<
     __syncthreads();
     const GradientPart part{item % gradient.feature_tiles, static_cast<int>(item / gradient.feature_tiles), kGradRows,
                             0, gradient_units(gradient, kGradRows)};
-    gradient_block<T, kind, false>(gradient, part);
+    gradient_block<Linear<T>, kind, false>(gradient, part);
 }
 
 // tensors: of each layer these. numbers: of each layer those.
@@ -92,7 +92,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
     const auto launch_table = [&](Table<T>& table) {
         if (table.count == 0) return int{ULR_OK};
         const int64_t blocks = table.problems[table.count - 1].end;
-        constexpr int kBytes = GradientMemory<T, false>::kBytes + int{sizeof(Gradient<T>)};
+        constexpr int kBytes = GradientMemory<T, false>::kBytes + int{sizeof(Gradient<Linear<T>>)};
         const auto launch_kind = [&](auto kernel) {
             return launch_kernel(kernel, blocks, dim3(kGradThreads), kBytes, launch, table);
         };
@@ -112,7 +112,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
         const int64_t* numbers = launch.numbers + layer * kNumbersOfLayer;
         ulr_noise_spec own = noise;
         own.col_offset = numbers[kColOffset];
-        const Gradient<T> g =
+        const Gradient<Linear<T>> g =
             gradient_of<T>(own, {t[kGradWeight], t[kGradBias], absent, t[kX], t[kLossWeight], t[kSigma], absent},
                            absent, absent, absent);
         if (g.x.rows == 0 || g.features == 0) continue;
