@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
                   first_feature + col, p.y.cols);
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
-            const OutputOctet<T> y(p.y, first_row + row + 16 * r, first_feature + col);
+            const OutputOctet<Output<T>> y(p.y, first_row + row + 16 * r, first_feature + col);
             const float* clean = sums + (row + 16 * r) * kLowRankFeatures + col;
             float value[8];
 #pragma unroll

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) perturbed_linear_kernel(const Per
         float value[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) value[i] = sums[row * kSlots + slot + i] + bias[i];
-        const OutputOctet<T> y(p.y, first_row + row, feature);
+        const OutputOctet<Output<T>> y(p.y, first_row + row, feature);
         y.store(y.of(member), value, p.y.whole);
     }
 }
