@@ -195,3 +195,30 @@ def backprop_step(model: nn.Sequential, x: Tensor, y: Tensor, loss_fn: Loss) -> 
     loss = loss_fn(model(x), y).mean()
     loss.backward()
     return loss.detach()
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def mezo_step(model: torch.nn.Module, loss: Callable[[], Tensor], lr: float, eps: float, seed: int) -> float:
+    """A step of MeZO (arXiv 2305.17333, algorithm 1) as its authors' public code takes it.
+
+    The noise of every tensor is drawn anew from the seed in each of three passes that perturb the weights in place
+    (plus, minus twice, back) and in the one that updates them.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def perturb(scale: float) -> None:
+        source = torch.Generator(parameters[0].device).manual_seed(seed)
+        for p in parameters:
+            z = torch.normal(mean=0, std=1, size=p.shape, device=p.device, dtype=p.dtype, generator=source)
+            p.data = p.data + scale * z * eps
+
+    perturb(1)
+    plus = loss().item()
+    perturb(-2)
+    minus = loss().item()
+    perturb(1)
+    slope = (plus - minus) / (2 * eps)
+    perturb(-lr * slope / eps)
+    return slope

@@ -170,6 +170,8 @@ def test_every_goal_has_its_row_and_rival() -> None:
     for goal in bench.GOALS:
         if goal.row == "normal-2-threads" and goal.row not in made:
             continue  # this machine has one core
+        if goal.row.startswith("mezo-") and goal.row not in made:
+            continue  # the model's package is not installed
         assert goal.rival in made[goal.row].contestants, goal
         assert goal.what == "time" or made[goal.row].memory, goal
 

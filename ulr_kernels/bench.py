@@ -53,6 +53,16 @@ GOALS = (
     Goal("eggroll", "plain forward, F.linear", 0.45),
     Goal("eggroll", "torcheggroll", 5),
     Goal("eggroll", "eggroll-es", 5),
+    *(
+        goal
+        for model in ("minilm", "smollm2")
+        for dist, share in (("gaussian", 0.75), ("signs", 0.85))
+        for goal in (
+            Goal(f"mezo-{model}-{dist}", "two plain forwards", share),
+            Goal(f"mezo-{model}-{dist}", "MeZO as published", 2),
+            Goal(f"mezo-{model}-{dist}", "two plain forwards", 1 / 1.03, "memory"),
+        )
+    ),
 )
 
 

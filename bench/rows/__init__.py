@@ -15,6 +15,7 @@ from bench.rows.conv import conv_gradient_row, conv_replay_row, conv_row
 from bench.rows.elementwise import add_row, dot_row
 from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, replay_row
+from bench.rows.mezo import installed, mezo_row
 from bench.rows.noise import noise_row, randn_row
 from bench.rows.perturbed import eggroll_row, perturbed_row
 from bench.rows.row import Contestant, Row, kind_of
@@ -61,6 +62,9 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
             )
     makers["perturbed-few-rows"] = lambda: perturbed_row(4, 576, 1536)
     makers["eggroll"] = lambda: eggroll_row(1024, 256, 1, 16)
+    for model in installed():
+        makers[f"mezo-{model}-gaussian"] = functools.partial(mezo_row, model, "normal")
+        makers[f"mezo-{model}-signs"] = functools.partial(mezo_row, model, "rademacher")
     if len(os.sched_getaffinity(0)) > 1:
         makers["normal-2-threads"] = lambda: noise_row("normal", 2**20, threads=2, in_cache=True)
     return makers
