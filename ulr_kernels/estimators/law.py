@@ -122,7 +122,7 @@ class Truth:
             j = diagonal = 0.0
             for which, gradient in enumerate(gradients):
                 for index in range(gradient.numel()):
-                    unit = [torch.zeros_like(other) for other in gradients]
+                    unit = [torch.zeros_like(other, memory_format=torch.contiguous_format) for other in gradients]
                     unit[which].view(-1)[index] = 1
                     of_unit = square(*unit)
                     j += of_unit

@@ -1,0 +1,123 @@
+"""ulr.ULR on models that nobody here wrote, unmodified: every parameter gets its gradient, and training works."""
+
+import sys
+
+import pytest
+import small_models
+import torch
+import torch.nn.functional as F
+from small_models import v
+from torch import nn
+
+import ulr_kernels as ulr
+
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
+
+# torchvision may be built for another torch; its networks, and transformers, need no more of its operators than names.
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+               "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):  # fmt: skip
+    if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
+        OPERATORS.define(schema)
+if sys.modules.get("torchvision", torch) is None:  # fine-tuning's way to say that it could not be imported
+    del sys.modules["torchvision"]
+torchvision, transformers = pytest.importorskip("torchvision"), pytest.importorskip("transformers")
+
+IDS = torch.tensor([[3, 7, 1, 9, 4], [2, 5, 8, 1, 6], [9, 9, 2, 4, 3], [1, 6, 5, 7, 8]])
+LABELS = torch.arange(4) % 3
+
+
+def classes(outputs, labels):
+    return F.cross_entropy(getattr(outputs, "logits", outputs), labels, reduction="none")
+
+
+def next_token(outputs, ids):
+    losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).mean(1)
+
+
+def squares(outputs, targets):
+    return (outputs - targets).square().flatten(1).sum(1) / 2
+
+
+def bert():
+    settings = transformers.BertConfig(
+        vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+        max_position_embeddings=6, num_labels=3,
+    )  # fmt: skip
+    mask = torch.ones_like(IDS)
+    mask[0, 4] = 0
+    return (
+        transformers.BertForSequenceClassification(settings),
+        {"input_ids": IDS, "attention_mask": mask},
+        LABELS,
+        classes,
+    )
+
+
+def gpt2():
+    settings = transformers.GPT2Config(
+        vocab_size=12, n_positions=6, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(settings), {"input_ids": IDS, "use_cache": False}, IDS, next_token
+
+
+def vit():
+    settings = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(settings), v(1, 4, 3, 8, 8), LABELS, classes
+
+
+def resnet18():
+    return torchvision.models.resnet18(num_classes=3), v(1, 4, 3, 16, 16), LABELS, classes
+
+
+def transformer():
+    model = nn.Transformer(8, 2, 1, 1, 12, batch_first=True)
+    return model, (v(1, 4, 3, 8), v(2, 4, 2, 8)), v(3, 4, 2, 8), squares
+
+
+# Initial weights of these models are so small that most gradients are, too: values of a trained network's size.
+def lively(model):
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+        parameter.data.copy_(v(100 + index, *parameter.shape) / fan_in**0.5)
+        if parameter.dim() == 1 and "weight" in name:
+            parameter.data.abs_().add_(0.5)  # gains
+    return model
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, vit, transformer])
+def test_cosines_follow_the_law(make):
+    model, x, y, loss_fn = make()
+    report = ulr.check(lively(model), x, y, loss_fn, sigma=1e-2, copies=64, steps=8)
+    assert report.ok, report
+    for layer in report.layers:
+        assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
+
+
+def test_a_residual_network_follows_the_law():
+    """Eleven million parameters; the shortcuts' normalisations have the noise of the branch that they are added to."""
+    model, x, y, loss_fn = resnet18()
+    report = ulr.check(lively(model), x[:2], y[:2], loss_fn, sigma=1e-2, copies=4, steps=4)
+    assert len(report.layers) == 41
+    for layer in report.layers:
+        assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
+
+
+@pytest.mark.parametrize(
+    "make, steps, threshold", [(bert, 100, 0.6), (gpt2, 100, 1.0), (vit, 100, 0.6), (transformer, 100, 4.0)]
+)
+def test_training(make, steps, threshold):
+    """All parameters, joint injection. Before: ln 3 and ln 12 for classes and tokens."""
+    model, x, y, loss_fn = make()
+    estimator = ulr.ULR(lively(model), sigma=0.02, copies=64, injection="joint")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = estimator.backward(x, y, loss_fn)
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+        optimizer.step()
+    assert loss < threshold
