@@ -30,7 +30,13 @@ MOST_INSTRUCTIONS_PER_NORMAL = 26.0
 MOST_INSTRUCTIONS_PER_PACKED_SIGN = 2.0
 MOST_INSTRUCTIONS_PER_OUTPUT = 30.0
 KINDS = ("quantile", "sobol", "signs")
-FLAG_NAMES = {"noise": ("each", "whole"), "perturbed_linear": ("", "pairs")}  # of a kernel's last template argument
+# Of a kernel's last flag among its template arguments.
+FLAG_NAMES = {
+    "noise": ("each", "whole"),
+    "perturbed_linear": ("", "pairs"),
+    "perturb": ("", "low-rank"),
+    "combine": ("", "low-rank"),
+}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 
@@ -69,6 +75,8 @@ def short_name(mangled: str) -> str:
         parts.append(KINDS[int(kind[1])])
     if flag := re.search(r"Lb([01])E", arguments):
         parts.append(FLAG_NAMES.get(parts[0], ("", "replay"))[int(flag[1])])
+    if "Li3E" in arguments and parts[0] == "combine":
+        parts.append("states")
     return "-".join(filter(None, parts))
 
 

@@ -63,6 +63,9 @@ GOALS = (
             Goal(f"mezo-{model}-{dist}", "two plain forwards", 1 / 1.03, "memory"),
         )
     ),
+    Goal("perturb-normal", "mul_", 1 / 1.9),
+    Goal("perturb-rademacher", "mul_", 1 / 1.2),
+    Goal("combine-16", "noise of each probe, one pass", 1 / 1.15),
 )
 
 

@@ -18,6 +18,7 @@ from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.mezo import installed, mezo_row
 from bench.rows.noise import noise_row, randn_row
 from bench.rows.perturbed import eggroll_row, perturbed_row
+from bench.rows.parameters import combine_row, language_model, perturb_row
 from bench.rows.row import Contestant, Row, kind_of
 from bench.rows.step import step_row
 
@@ -54,6 +55,9 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "conv-gradient-bf16": lambda: conv_gradient_row((32, 32, 16, 32), 64, bf16),
         "conv-replay": lambda: conv_replay_row((32, 32, 16, 32), 32, f32),
         "step": lambda: step_row(100, 64),
+        "perturb-normal": lambda: perturb_row("normal"),
+        "perturb-rademacher": lambda: perturb_row("rademacher"),
+        "combine-16": lambda: combine_row(16),
     }
     for inputs, features in PERTURBED_SHAPES:
         for dist in ("normal", "rademacher"):
@@ -104,6 +108,10 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
     for prefix, convolution in convolutions.items():
         for dtype in (bf16, f32):
             makers[f"{prefix}-{kind_of(dtype)}"] = functools.partial(convolution, sizes, copies, dtype, device, names)
+    shapes = language_model(1, 64, 128, 64, 256) if small else language_model(30, 576, 1536, 192, 49152)
+    for dist in ("normal", "rademacher"):
+        makers[f"perturb-{dist}"] = functools.partial(perturb_row, dist, shapes, device, names)
+    makers["combine-16"] = lambda: combine_row(16, shapes, device, names)
     makers["step"] = lambda: step_row(100, copies, device, names=names)
     makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
     return makers

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import ulr_kernels as ulr
 from ulr_kernels.ops._op import Cost
@@ -70,7 +71,7 @@ class Row:
         first = self.inputs(0)
         if self.in_cache:
             return [first]
-        size = sum(t.numel() * t.element_size() for t in first if isinstance(t, Tensor))
+        size = sum(t.numel() * t.element_size() for t in tree_leaves(first) if isinstance(t, Tensor))
         count = min(16, max(2, -(-ROTATE_BYTES // max(size, 1))))
         return [first, *(self.inputs(i) for i in range(1, count))]
 

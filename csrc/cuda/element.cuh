@@ -153,6 +153,21 @@ __device__ __forceinline__ void store8(__half* out, const float (&v)[8]) {
                    word_of(__floats2half2_rn(v[4], v[5])), word_of(__floats2half2_rn(v[6], v[7])));
 }
 
+__device__ __forceinline__ void load8(float (&v)[8], const float* from) {
+    const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+template <typename T>
+__device__ __forceinline__ void load8(float (&v)[8], const T* from) {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    T elements[8];
+    memcpy(elements, &words, sizeof words);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = to_float(elements[i]);
+}
+
 // The output of a linear layer, [copies, rows, cols].
 template <typename T>
 struct Output {

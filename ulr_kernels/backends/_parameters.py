@@ -25,7 +25,8 @@ def _places(tensors: list[Tensor], rank: int | None, row_offset: list[int], col_
     return tuple(itertools.chain(*zip(row_offset or nothing, col_offset or nothing, ranks, strict=True)))
 
 
-def _bits(value: float) -> int:
+def bits(value: float) -> int:
+    """Of the fp32 number nearest to a value."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
@@ -41,8 +42,8 @@ def perturb_(
     col_offset: list[int],
 ) -> Arguments:
     keys = keys.contiguous()
-    numbers = (int(stochastic), SUM, 0, 0, 0, 0, 0, *_places(tensors, rank, row_offset, col_offset))
-    return Arguments(_spec(keys, dist, draw), (keys, scale, *map(by_row, tensors)), numbers)
+    numbers = (int(stochastic), SUM, 0, 0, 0, 0, 0, rank or 0, *_places(tensors, rank, row_offset, col_offset))
+    return Arguments(_spec(keys, dist, draw), (keys, scale, *(by_row(t)[0] for t in tensors)), numbers)
 
 
 def combine_(
@@ -68,10 +69,11 @@ def combine_(
 ) -> Arguments:
     keys = keys.contiguous()
     rule = ADAM if exp_avgs else MOMENTUM if momentum_buffers else SUM
-    numbers = (int(stochastic), rule, *map(_bits, (weight_decay, momentum, beta1, beta2, epsilon)))
+    numbers = (int(stochastic), rule, *map(bits, (weight_decay, momentum, beta1, beta2, epsilon)), rank or 0)
     numbers += _places(tensors, rank, row_offset, col_offset)
-    absent = (None,) * len(tensors)
-    first = map(by_row, momentum_buffers or exp_avgs) if rule != SUM else absent
-    second = map(by_row, exp_avg_sqs) if rule == ADAM else absent
-    listed = itertools.chain(*zip(map(by_row, tensors), first, second, strict=True))
+    states = [s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
+    absent = (None,) * (2 - len(states))
+    listed: list[Tensor | None] = []
+    for parts in zip(tensors, *states, strict=True):
+        listed += [*by_row(*parts), *absent]
     return Arguments(_spec(keys, dist, draw), (keys, coefficients, lr, step, *listed), numbers)

@@ -36,29 +36,35 @@ def grid(tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[0], cols
 
 
-def column_axes(tensor: Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the axes that count a row's elements, those joined that one stride can step through."""
-    joined: list[tuple[int, int]] = []
-    first = 1 if tensor.dim() > 1 else 0
-    for size, stride in zip(tensor.shape[first:], tensor.stride()[first:], strict=True):
+def column_axes(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:
+    """Of tensors of one shape, the axes that count a row's elements: sizes, and the strides of each tensor. Axes are
+    joined where all of the tensors can step through them by one stride."""
+    joined: list[tuple[int, tuple[int, ...]]] = []
+    shape = tensors[0].shape
+    for axis in range(1 if len(shape) > 1 else 0, len(shape)):
+        size, strides = shape[axis], tuple(tensor.stride(axis) for tensor in tensors)
         if size == 1:
             continue
-        if joined and joined[-1][1] == size * stride:
-            joined[-1] = (joined[-1][0] * size, stride)
+        if joined and joined[-1][1] == tuple(size * stride for stride in strides):
+            joined[-1] = (joined[-1][0] * size, strides)
         else:
-            joined.append((size, stride))
+            joined.append((size, strides))
     return joined
 
 
-def by_row(tensor: Tensor) -> Tensor:
-    """The same elements as [rows, a, b, c, columns]: what launchers take. a, b and c are 1 but for unusual strides."""
-    rows, cols = grid(tensor)
-    if tensor.is_contiguous():
-        return tensor.view(rows, 1, 1, 1, cols)
-    axes = column_axes(tensor) or [(1, 1)]
-    axes = [(1, 0)] * (COLUMN_AXES - len(axes)) + axes
-    sizes, strides = zip(*axes, strict=True)
-    return tensor.as_strided((rows, *sizes), (tensor.stride(0) if tensor.dim() > 1 else 0, *strides))
+def by_row(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape, each as [rows, a, b, c, columns]: what launchers take. a, b and c are 1 but for unusual
+    strides."""
+    rows, cols = grid(tensors[0])
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(rows, 1, 1, 1, cols) for tensor in tensors]
+    axes = column_axes(*tensors) or [(cols, (1,) * len(tensors))]
+    axes = [(1, (0,) * len(tensors))] * (COLUMN_AXES - len(axes)) + axes
+    sizes = (rows, *(size for size, _ in axes))
+    return [
+        tensor.as_strided(sizes, (tensor.stride(0) if tensor.dim() > 1 else 0, *(strides[i] for _, strides in axes)))
+        for i, tensor in enumerate(tensors)
+    ]
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -100,11 +106,11 @@ def check_list(
         check_strides(rules, f"tensors[{i}]", tensor)
 
 
-def check_strides(rules: Check, argument: str, tensor: Tensor) -> None:
-    if tensor.dim() > COLUMN_AXES + 1 and not tensor.is_contiguous() and len(column_axes(tensor)) > COLUMN_AXES:
-        rules.fail(
-            argument, f"have at most {COLUMN_AXES} axes after the first that strides do not join", tensor.stride()
-        )
+def check_strides(rules: Check, argument: str, *tensors: Tensor) -> None:
+    """Of tensors of one shape, which are stepped through together."""
+    if tensors[0].dim() > COLUMN_AXES + 1 and len(column_axes(*tensors)) > COLUMN_AXES:
+        rule = f"have at most {COLUMN_AXES} axes after the first that strides do not join"
+        rules.fail(argument, rule, " and ".join(str(tensor.stride()) for tensor in tensors))
 
 
 # --- reference -------------------------------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ def check(
         ("exp_avg_sqs", exp_avg_sqs),
     ):
         _check_states(rules, argument, states, tensors)
+    for i, parts in enumerate(zip(tensors, *(s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s), strict=False)):
+        _parameters.check_strides(rules, f"tensors[{i}]", *parts)
     if len(exp_avgs) != len(exp_avg_sqs):
         rules.fail("exp_avg_sqs", "be given with exp_avgs", f"{len(exp_avg_sqs)} and {len(exp_avgs)} tensors")
     if momentum_buffers and exp_avgs:
@@ -164,7 +166,6 @@ def _check_states(rules: Check, argument: str, states: list[Tensor], tensors: li
             rules.shape(f"{argument}[{i}]", state, tuple(tensor.shape), f"like 'tensors[{i}]'")
         if state.device != tensor.device:
             rules.fail(f"{argument}[{i}]", f"be on {tensor.device} like 'tensors[{i}]'", state.device)
-        _parameters.check_strides(rules, f"{argument}[{i}]", state)
 
 
 # --- reference -------------------------------------------------------------------------------------------------------

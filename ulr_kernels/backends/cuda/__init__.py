@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ulr_kernels.backends import _native
+from ulr_kernels.backends import _native, _parameters
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.cuda import conv, elementwise, linear, mlp, noise, perturbed
 
@@ -30,6 +30,8 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,
     "perturbed_linear": perturbed.perturbed_linear,
     "perturbed_embedding": perturbed.perturbed_embedding,
+    "perturb_": _parameters.perturb_,
+    "combine_": _parameters.combine_,
 }
 
 
