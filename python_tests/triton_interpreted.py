@@ -33,6 +33,12 @@ from test_ops import (  # noqa: F401
     test_integer_ops_are_bitwise_the_reference,
     test_noise_is_bitwise_the_contract,
 )
+from test_parameters import (  # noqa: F401
+    test_bitwise_the_reference,
+    test_memory_format_does_not_enter,
+    test_shards_make_their_part_of_the_whole,
+    test_the_order_of_roundings_is_the_written_one,
+)
 
 from ulr_kernels import use_backend
 from ulr_kernels.backends.triton import tiles

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 
 FAMILIES = ("conv", "elementwise", "linear", "perturbed")
+FAMILIES = ("elementwise", "linear", "parameters", "perturbed")
 
 
 def launches(family: str) -> dict[str, Callable]:

@@ -26,6 +26,8 @@ _MODULES = {
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
     "noisy_linear_replay_": "noisy_linear_grad_",
+    "perturb_": "parameters",
+    "combine_": "parameters",
 }
 
 

@@ -1,0 +1,331 @@
+# mypy: disable-error-code="assignment"
+"""perturb_ and combine_: a table of the list's tensors in device memory, and programs that each take a tile of one.
+
+A launch takes the tensors of one dtype and form: matrices in tiles of several rows, vectors in rows; those whose
+columns lie apart by themselves, because finding their elements takes divisions; low rank by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.backends._parameters import bits
+from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.contract import (
+    RADEMACHER,
+    _words,
+    join_parts,
+    noise_tile,
+    open_source,
+    philox,
+    quantile,
+    raw_noise,
+)
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
+from ulr_kernels.backends.triton.noise import fold_in
+from ulr_kernels.ops._parameters import COLUMN_AXES, by_row
+
+NO_STATE, MOMENTUM, ADAM = (tl.constexpr(i) for i in range(3))
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# A row of the table: the tensor's place, then of itself and each state the data, the strides and the sizes.
+PLACE = tl.constexpr(6)  # key, first program, rows, columns, row and column offset
+VIEW = tl.constexpr(1 + 5 + 3)
+ROW = tl.constexpr(6 + 3 * 9)
+
+
+@triton.jit
+def _column_offsets(view, col, PLAIN: tl.constexpr):
+    if PLAIN:
+        return col
+    else:
+        d, c, b = tl.load(view + 8), tl.load(view + 7), tl.load(view + 6)
+        at = (col % d) * tl.load(view + 5) + (col // d % c) * tl.load(view + 4)
+        return at + (col // (d * c) % b) * tl.load(view + 3) + (col // (d * c * b)) * tl.load(view + 2)
+
+
+@triton.jit
+def _elements(view, row, col, PLAIN: tl.constexpr, DTYPE: tl.constexpr):
+    """Pointers to the elements of a tile."""
+    base = tl.load(view).to(tl.pointer_type(DTYPE))
+    return base + (row * tl.load(view + 1))[:, None] + _column_offsets(view, col, PLAIN)[None, :]
+
+
+@triton.jit
+def _row_factor(i, row, draw, source, DIST: tl.constexpr):
+    """Column `row` (uint32 [BR]) of row i of noise."""
+    zero = tl.zeros_like(row)
+    calls = row >> (7 if DIST == RADEMACHER else 2)
+    w0, w1, w2, w3 = philox(calls, zero + i, zero + draw, zero, source[0], source[1])
+    which = ((row >> 5) if DIST == RADEMACHER else row) & 3
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    if DIST == RADEMACHER:
+        return ((((word >> (row & 31)) & 1) << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    else:
+        return quantile(word, source)
+
+
+@triton.jit
+def _noise(
+    rows, first, draw, keys, key, count, table, rank, rank_scale, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """fp32 [BR, BC]: of full rank where `rank` is None."""
+    if rank is None:
+        source = open_source(keys + key, table)
+        return noise_tile(raw_noise(rows, first, draw, source, None, 1, 1, DIST, BR, BC), source, DIST)
+    else:
+        by_row, by_col = open_source(keys + count + key, table), open_source(keys + 2 * count + key, table)
+        total = tl.zeros([BR, BC], tl.float32)
+        for i in range(rank):
+            number = tl.zeros([1], tl.uint32) + i
+            a = _row_factor(i, rows, draw, by_row, DIST)
+            b = noise_tile(raw_noise(number, first, draw, by_col, None, 1, 1, DIST, 1, BC), by_col, DIST)
+            total = tl.fma(tl.broadcast_to(a[:, None], (BR, BC)), tl.broadcast_to(b, (BR, BC)), total)
+        return total * rank_scale
+
+
+@triton.jit
+def _rounded(value, rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
+    """bf16 numbers in fp32, away from zero with the chance of what is cut off; infinities and NaN are left."""
+    words = join_parts(_words(rows, first, draw, source, BR, BC // 4))
+    word = value.to(tl.uint32, bitcast=True)
+    moved = (word + (words >> 16)) & 0xFFFF0000
+    return tl.where((word & 0x7FFFFFFF) < 0x7F800000, moved, word).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _number(numbers, index: tl.constexpr):
+    """An fp32 number, whose bits are kept as an integer: a float argument is more than fp32 in the interpreter."""
+    return tl.load(numbers + index).to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power(base, exponent):
+    result = base * 0.0 + 1.0
+    for bit in tl.static_range(31):
+        result = tl.where(((exponent >> bit) & 1) == 1, result * base, result)
+        base = base * base
+    return result
+
+
+@triton.jit
+def _all(value, tile):
+    """One number in the form of a tile; the sign of a zero is kept."""
+    return tl.where(tl.zeros_like(tile) == 0.0, value, 0.0)
+
+
+@triton.jit(do_not_specialize=["draw", "count", "probes"])
+def parameters_kernel(
+    entries,
+    owners,
+    keys,
+    table,
+    amounts,
+    stride_amount,
+    probes,
+    lr,
+    step,
+    numbers,
+    count,
+    draw: tl.uint32,
+    rank,
+    COMBINE: tl.constexpr,
+    RULE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PLAIN: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DIST: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    program = tl.program_id(0)
+    entry = entries + tl.load(owners + program).to(tl.int64) * ROW
+    key = tl.load(entry)
+    tile = program - tl.load(entry + 1)
+    n_rows, n_cols = tl.load(entry + 2), tl.load(entry + 3)
+    row_offset, col_offset = tl.load(entry + 4), tl.load(entry + 5)
+    shift = col_offset % PER_CALL
+    across = tl.cdiv(n_cols + shift, BC)
+    row = (tile // across) * BR + tl.arange(0, BR)
+    col = (tile % across) * BC - shift + tl.arange(0, BC)
+    inside = (row < n_rows)[:, None] & ((col >= 0) & (col < n_cols))[None, :]
+    rows = (row_offset + row).to(tl.uint32)
+    first = (col_offset // PER_CALL + (tile % across) * (BC // PER_CALL)).to(tl.uint32)
+    draw = tl.cast(draw, tl.uint32)
+    rank_scale = _number(numbers, 5)
+
+    view = entry + PLACE
+    elements = _elements(view, row, col, PLAIN, DTYPE)
+    old = tl.load(elements, mask=inside, other=0).to(tl.float32)
+    if COMBINE:
+        total = tl.zeros([BR, BC], tl.float32)
+        for p in range(probes):
+            eps = _noise(rows, first, draw + p, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
+            total = tl.fma(_all(tl.load(amounts + p * stride_amount), eps), eps, total)
+        if lr is None:
+            down = _number(numbers, 0) * -0.0
+        else:
+            down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which makes 0 of it, not -0
+        new = tl.fma(_all(down * _number(numbers, 0), old), old, old)
+        if RULE == NO_STATE:
+            new += total
+        else:
+            state = _elements(view + VIEW, row, col, PLAIN, tl.float32)
+            mean = tl.load(state, mask=inside, other=0)
+            if RULE == MOMENTUM:
+                mean = tl.fma(_all(_number(numbers, 1), old), mean, total)
+                new = tl.fma(_all(down, old), mean, new)
+            else:
+                number, beta1, beta2 = tl.load(step), _number(numbers, 2), _number(numbers, 3)
+                down = tl.div_rn(down, 1.0 - _power(beta1, number))
+                root = tl.sqrt_rn(1.0 - _power(beta2, number))
+                other = _elements(view + 2 * VIEW, row, col, PLAIN, tl.float32)
+                square = tl.load(other, mask=inside, other=0)
+                mean = tl.fma(_all(beta1, old), mean, (1.0 - beta1) * total)
+                square = tl.fma(_all(beta2, old), square, ((1.0 - beta2) * total) * total)
+                below = tl.div_rn(tl.sqrt_rn(square), _all(root, old)) + _number(numbers, 4)
+                new = tl.fma(_all(down, old), tl.div_rn(mean, below), new)
+                tl.store(other, square, mask=inside)
+            tl.store(state, mean, mask=inside)
+    else:
+        eps = _noise(rows, first, draw, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
+        new = tl.fma(_all(tl.load(amounts), old), eps, old)
+    if STOCHASTIC:
+        new = _rounded(new, rows, first * (PER_CALL // 4), draw, open_source(keys + 3 * count + key, table), BR, BC)
+    tl.store(elements, new.to(DTYPE), mask=inside)
+
+
+class Form(NamedTuple):
+    """What the tensors of one launch have in common."""
+
+    dtype: torch.dtype
+    plain: bool
+    vector: bool
+    low_rank: bool
+
+
+def _form(views: Sequence[Tensor], low_rank: bool) -> Form:
+    plain = all(v.shape[1:-1].numel() == 1 and (v.shape[-1] == 1 or v.stride(-1) == 1) for v in views)
+    return Form(views[0].dtype, plain, views[0].shape[0] == 1, low_rank)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64, copied without waiting; the same list is not copied again, so that a graph holds no copy."""
+    host = torch.tensor(rows, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+@functools.lru_cache(maxsize=64)
+def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32: the entry that each program works on."""
+    counts = _on_device((programs,), device)[0]
+    return torch.repeat_interleave(counts, output_size=sum(programs)).to(torch.int32)
+
+
+def _tile(form: Form, dist: str) -> tiles.Tile:
+    tile = tiles.NOISE[dist]
+    return tile._replace(rows=1, cols=tile.rows * tile.cols) if form.vector else tile
+
+
+def launches(
+    tensors: list[Tensor],
+    states: list[list[Tensor]],
+    keys: Tensor,
+    amounts: Tensor,
+    rule: tuple,
+    dist: str,
+    rank: int | None,
+    stochastic: bool,
+    draw: int,
+    row_offset: list[int],
+    col_offset: list[int],
+) -> Iterator[Launch]:
+    """A launch for each form of tensor in the list."""
+    scale = 1.0 if rank is None else contract.low_rank_scale(rank)
+    groups: dict[Form, list[tuple[int, list[Tensor]]]] = {}
+    for i, parts in enumerate(zip(tensors, *states, strict=True)):
+        if parts[0].numel():
+            views = by_row(*parts)
+            form = _form(views, rank is not None and parts[0].dim() > 1)
+            groups.setdefault(form, []).append((i, views))
+    streams = [keys]
+    if rank is not None or stochastic:
+        derived = torch.empty(3, len(tensors), dtype=torch.int64, device=keys.device)
+        numbers = torch.arange(1, 4, device=keys.device)[:, None]
+        fold_in(derived, *torch.broadcast_tensors(keys[None, :], numbers))
+        streams.append(derived.flatten())
+    all_keys = torch.cat(streams) if len(streams) > 1 else keys.contiguous()
+    for form, members in groups.items():
+        tile = _tile(form, dist)
+        entries: list[tuple[int, ...]] = []
+        programs: list[int] = []
+        for i, views in members:
+            rows, cols = views[0].shape[0], views[0].shape[1:].numel()
+            at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
+            shift = at[1] % (128 if dist == "rademacher" else 4)
+            entry: list[int] = [i, sum(programs), rows, cols, *at]
+            for view in views:
+                entry += [view.data_ptr(), *view.stride(), *view.shape[-COLUMN_AXES + 1 :]]
+            entries.append((*entry, *[0] * (ROW.value - len(entry))))
+            programs.append(cdiv(rows, tile.rows) * cdiv(cols + shift, tile.cols))
+        yield Launch(
+            parameters_kernel,
+            sum(programs),
+            {
+                "entries": _on_device(tuple(entries), keys.device),
+                "owners": _owners(tuple(programs), keys.device),
+                "keys": all_keys,
+                "table": table(dist, keys.device),
+                "amounts": amounts,
+                "stride_amount": amounts.stride(0) if amounts.dim() else 0,
+                "probes": amounts.numel(),
+                "lr": rule[0],
+                "step": rule[1],
+                "numbers": _on_device((tuple(map(bits, (*rule[2:], scale))),), keys.device),
+                "count": len(tensors),
+                "draw": draw,
+                "rank": rank if form.low_rank else None,
+                "COMBINE": amounts.dim() > 0,
+                "RULE": min(len(states), 2),
+                "STOCHASTIC": stochastic and form.dtype == torch.bfloat16,
+                "PLAIN": form.plain,
+                "DTYPE": _DTYPES[form.dtype],
+                "DIST": DISTRIBUTION_CODES[dist],
+                "BR": tile.rows,
+                "BC": tile.cols,
+            },
+            tile.warps,
+            tile.stages,
+        )
+
+
+NO_RULE = (None, None, 0.0, 0.0, 0.0, 0.0, 0.0)  # lr, step, weight decay, momentum, betas, epsilon
+
+
+def perturb_(tensors: list[Tensor], keys: Tensor, scale: Tensor, *spec) -> None:
+    for launch in launches(tensors, [], keys, scale, NO_RULE, *spec):
+        launch.run()
+
+
+def combine_(
+    tensors: list[Tensor],
+    keys: Tensor,
+    coefficients: Tensor,
+    momentum_buffers: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *rest,
+) -> None:
+    states = [s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
+    for launch in launches(tensors, states, keys, coefficients, rest[: len(NO_RULE)], *rest[len(NO_RULE) :]):
+        launch.run()
