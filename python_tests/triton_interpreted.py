@@ -34,9 +34,8 @@ from test_ops import (  # noqa: F401
     test_noise_is_bitwise_the_contract,
 )
 from test_parameters import (  # noqa: F401
-    test_bitwise_the_reference,
+    compare_bitwise,
     test_memory_format_does_not_enter,
-    test_shards_make_their_part_of_the_whole,
     test_the_order_of_roundings_is_the_written_one,
 )
 
@@ -44,6 +43,11 @@ from ulr_kernels import use_backend
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.ops import noisy_linear, noisy_linear_grad_
 
+# Samples of the ops on lists that together take every way through their kernel.
+LISTS = {
+    "perturb_": ("normal", "offset-signs", "rank-3", "rank-signs", "stochastic-rank", "mixed"),
+    "combine_": ("rademacher", "none", "offsets", "rank-2", "momentum-strides", "adam-late", "adam-stochastic"),
+}
 # Every sample in fp32; in the half types, whose products alone differ, samples that take other ways in the kernel.
 HALF_CONV = ("separate", "transposed", "signs")
 HALF = ("separate", "signs", "wide", "strided", "same-dtype", "no-inputs")
@@ -117,3 +121,8 @@ def test_weight_noise(dtype, device) -> None:
         test_perturbed.compare("perturbed_linear", test_ops.pick("perturbed_linear", sample_id, device, dtype))
     if dtype == torch.float32:  # it goes through all dtypes
         test_perturbed.test_the_perturbed_weight_to_the_bit("perturbed_linear", "normal", device)
+
+
+@pytest.mark.parametrize("op,sample_id", [(op, sample_id) for op, ids in LISTS.items() for sample_id in ids])
+def test_lists_are_bitwise_the_reference(op, sample_id, device) -> None:
+    compare_bitwise(op, sample_id, device, torch.bfloat16)

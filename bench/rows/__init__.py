@@ -17,8 +17,8 @@ from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.mezo import installed, mezo_row
 from bench.rows.noise import noise_row, randn_row
-from bench.rows.perturbed import eggroll_row, perturbed_row
 from bench.rows.parameters import combine_row, language_model, perturb_row
+from bench.rows.perturbed import eggroll_row, perturbed_row
 from bench.rows.row import Contestant, Row, kind_of
 from bench.rows.step import step_row
 

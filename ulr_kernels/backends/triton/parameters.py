@@ -233,7 +233,7 @@ def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _tile(form: Form, dist: str) -> tiles.Tile:
-    tile = tiles.NOISE[dist]
+    tile = tiles.PARAMETERS[dist]
     return tile._replace(rows=1, cols=tile.rows * tile.cols) if form.vector else tile
 
 
@@ -250,7 +250,7 @@ def launches(
     row_offset: list[int],
     col_offset: list[int],
 ) -> Iterator[Launch]:
-    """A launch for each form of tensor in the list."""
+    """A launch for each form of tensor in the list; `keys` as `with_streams` returns them."""
     scale = 1.0 if rank is None else contract.low_rank_scale(rank)
     groups: dict[Form, list[tuple[int, list[Tensor]]]] = {}
     for i, parts in enumerate(zip(tensors, *states, strict=True)):
@@ -258,13 +258,6 @@ def launches(
             views = by_row(*parts)
             form = _form(views, rank is not None and parts[0].dim() > 1)
             groups.setdefault(form, []).append((i, views))
-    streams = [keys]
-    if rank is not None or stochastic:
-        derived = torch.empty(3, len(tensors), dtype=torch.int64, device=keys.device)
-        numbers = torch.arange(1, 4, device=keys.device)[:, None]
-        fold_in(derived, *torch.broadcast_tensors(keys[None, :], numbers))
-        streams.append(derived.flatten())
-    all_keys = torch.cat(streams) if len(streams) > 1 else keys.contiguous()
     for form, members in groups.items():
         tile = _tile(form, dist)
         entries: list[tuple[int, ...]] = []
@@ -284,7 +277,7 @@ def launches(
             {
                 "entries": _on_device(tuple(entries), keys.device),
                 "owners": _owners(tuple(programs), keys.device),
-                "keys": all_keys,
+                "keys": keys,
                 "table": table(dist, keys.device),
                 "amounts": amounts,
                 "stride_amount": amounts.stride(0) if amounts.dim() else 0,
@@ -312,8 +305,21 @@ def launches(
 NO_RULE = (None, None, 0.0, 0.0, 0.0, 0.0, 0.0)  # lr, step, weight decay, momentum, betas, epsilon
 
 
-def perturb_(tensors: list[Tensor], keys: Tensor, scale: Tensor, *spec) -> None:
-    for launch in launches(tensors, [], keys, scale, NO_RULE, *spec):
+def with_streams(keys: Tensor, rank: int | None, stochastic: bool) -> Tensor:
+    """The keys, and where they are needed those of the factors of low rank and of rounding, one after another."""
+    if rank is None and not stochastic:
+        return keys.contiguous()
+    numbers = torch.arange(1, 4, device=keys.device)[:, None]  # LOW_RANK_STREAMS and ROUNDING_STREAM of contract.py
+    derived = torch.empty(3, keys.shape[0], dtype=torch.int64, device=keys.device)
+    fold_in(derived, *torch.broadcast_tensors(keys[None, :], numbers))
+    return torch.cat([keys, derived.flatten()])
+
+
+def perturb_(
+    tensors: list[Tensor], keys: Tensor, scale: Tensor, dist: str, rank: int | None, stochastic: bool, *at
+) -> None:
+    keys = with_streams(keys, rank, stochastic)
+    for launch in launches(tensors, [], keys, scale, NO_RULE, dist, rank, stochastic, *at):
         launch.run()
 
 
@@ -327,5 +333,7 @@ def combine_(
     *rest,
 ) -> None:
     states = [s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
-    for launch in launches(tensors, states, keys, coefficients, rest[: len(NO_RULE)], *rest[len(NO_RULE) :]):
+    rule, spec = rest[: len(NO_RULE)], rest[len(NO_RULE) :]
+    keys = with_streams(keys, spec[1], spec[2])
+    for launch in launches(tensors, states, keys, coefficients, rule, *spec):
         launch.run()

@@ -20,6 +20,12 @@ class Tile(NamedTuple):
 
 
 NOISE = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(64, 128, 0, 4, 1)}
+# Parameters updated in place, whose elements and states take registers beside the noise.
+PARAMETERS = {
+    "normal": Tile(32, 64, 0, 8, 1),
+    "laplace": Tile(32, 64, 0, 8, 1),
+    "rademacher": Tile(32, 128, 0, 8, 1),
+}
 
 # By bytes of an element: products of fp32 run without tensor cores, in small tiles.
 FORWARD = {
