@@ -10,8 +10,9 @@ A tensor of one row per copy and sample has copy c of the whole batch contiguous
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -173,19 +174,57 @@ def mlp(sizes: tuple[int, ...], linear: type[nn.Linear] = nn.Linear, seed: int =
     return nn.Sequential(*layers[:-1])
 
 
+class NoisyConv2d(nn.Conv2d):
+    """A 3 x 3 convolution that does the same."""
+
+    def noised(self, x: Tensor, sigma: float, source: torch.Generator) -> Tensor:
+        out = F.conv2d(x, self.weight, self.bias, padding=1)
+        half = conv_noise(out[: len(out) // 2], out.is_contiguous(memory_format=torch.channels_last), source)
+        self.kept = x, torch.cat([half, -half])
+        return out + sigma * self.kept[1]
+
+    def collect(self, loss: Tensor, sigma: float) -> None:
+        x, eps = self.kept
+        del self.kept
+        self.weight.grad, self.bias.grad = repeated_conv_gradient(x, eps, loss / loss.numel(), sigma)
+
+
+def as_noisy(model: nn.Sequential) -> nn.Sequential:
+    """A copy of a model whose layers keep what they need."""
+    model = copy.deepcopy(model)
+    for module in model:
+        module.__class__ = {nn.Linear: NoisyLinear, nn.Conv2d: NoisyConv2d}.get(type(module), type(module))
+    return model
+
+
 @torch.no_grad()
 def authors_step(
-    model: nn.Sequential, x: Tensor, y: Tensor, loss_fn: Loss, sigma: float, copies: int, source: torch.Generator
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    loss_fn: Loss,
+    sigma: float,
+    copies: int | Sequence[int],
+    source: torch.Generator,
+    at_once: int | None = None,
 ) -> Tensor:
-    """Gradients of every `NoisyLinear` of the model, one noised pass of the whole network for each; the clean loss."""
+    """Gradients of every noisy layer of the model, one noised pass of the whole network for each; the clean loss.
+
+    `copies`: of every layer, or layer by layer; `at_once`: how many of them the network is given at a time.
+    """
     clean = loss_fn(model(x), y)
-    for layer in model:
-        if not isinstance(layer, NoisyLinear):
-            continue
-        h = x.repeat(copies, 1)
-        for module in model:
-            h = layer.noised(h, sigma, source) if module is layer else module(h)
-        layer.collect(loss_fn(h, y.repeat(copies)) - clean.repeat(copies), sigma)
+    layers = [module for module in model if isinstance(module, NoisyLinear | NoisyConv2d)]
+    for layer, count in zip(layers, [copies] * len(layers) if isinstance(copies, int) else copies, strict=True):
+        gradients = []
+        for chunk in range(0, count, at_once or count):
+            repeats = min(at_once or count, count - chunk)
+            h = x.repeat(repeats, *(1 for _ in x.shape[1:]))
+            for module in model:
+                h = layer.noised(h, sigma, source) if module is layer else module(h)
+            layer.collect(loss_fn(h, y.repeat(repeats)) - clean.repeat(repeats), sigma)
+            gradients.append([p.grad * (repeats / count) for p in layer.parameters()])
+        for parameter, *parts in zip(layer.parameters(), *gradients, strict=True):
+            parameter.grad = sum(parts)
     return clean.mean()
 
 

@@ -97,13 +97,23 @@ def mean_and_error(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
     return stacked.mean(0), stacked.std(0) / math.sqrt(len(gradients))
 
 
-def test_authors_step_is_unbiased(one_thread: None) -> None:
-    """One linear layer and a quadratic loss: smoothing by noise leaves the gradient as it is."""
-    model, source = rivals.mlp((6, 4), rivals.NoisyLinear), rivals.generator("cpu")
-    x, y = normal(1, 10, 6), torch.arange(10.0) / 5
+def linear_network() -> torch.nn.Sequential:
+    """A convolution and a linear layer: 9 pixels, 4 outputs."""
+    skip = torch.nn.utils.skip_init
+    layers = skip(torch.nn.Conv2d, 1, 2, 3, padding=1), torch.nn.Flatten(), skip(torch.nn.Linear, 18, 4)
+    for i, parameter in enumerate(p for layer in layers for p in layer.parameters()):
+        parameter.data.copy_(normal(20 + i, *parameter.shape) / 4)
+    return torch.nn.Sequential(layers[0], layers[1], layers[2])
+
+
+@pytest.mark.parametrize("at_once", [None, 4])
+def test_authors_step_is_unbiased(at_once, one_thread: None) -> None:
+    """A linear network and a quadratic loss: smoothing by noise leaves the gradient as it is; chunks of copies too."""
+    model, source = rivals.as_noisy(linear_network()), rivals.generator("cpu")
+    x, y = normal(1, 10, 1, 3, 3), torch.arange(10.0) / 5
     found = []
     for _ in range(200):
-        rivals.authors_step(model, x, y, quadratic, 0.3, 16, source)
+        rivals.authors_step(model, x, y, quadratic, 0.3, (16, 8), source, at_once)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     rivals.backprop_step(model, x, y, quadratic)
     truth = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
@@ -178,10 +188,12 @@ def test_every_goal_has_its_row_and_rival() -> None:
 
 def test_cost_of_a_step_by_hand() -> None:
     """Sizes 4-3-2, batch 5, 6 copies."""
-    found = step.layerwise_cost((4, 3, 2), 5, 6)
+    model = rivals.mlp((4, 3, 2))
+    found = step.layerwise_cost(step.layers_of(model, normal(0, 1, 4)), 5, (6, 6))
     clean_and_gradient = 2 * 2 * 5 * (4 * 3 + 3 * 2)
     assert found.flops == clean_and_gradient + 2 * 6 * 5 * 3 * 2
     assert found.noise == 2 * 3 * 5 * (3 + 2), "antithetic: half the copies, made twice"
+    assert step.layers_of(linear_network(), normal(0, 1, 1, 3, 3)) == [(9, 18, 18, 18 * 9), (18, 72, 4, 72)]
 
 
 @native

@@ -20,7 +20,7 @@ from bench.rows.noise import noise_row, randn_row
 from bench.rows.parameters import combine_row, language_model, perturb_row
 from bench.rows.perturbed import eggroll_row, perturbed_row
 from bench.rows.row import Contestant, Row, kind_of
-from bench.rows.step import step_row
+from bench.rows.step import step_row, vgg_row
 
 # Inputs and features of the layers of MiniLM and of SmolLM2.
 PERTURBED_SHAPES = ((384, 384), (384, 1536), (1536, 384), (576, 576), (576, 1536), (1536, 576))
@@ -55,6 +55,8 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "conv-gradient-bf16": lambda: conv_gradient_row((32, 32, 16, 32), 64, bf16),
         "conv-replay": lambda: conv_replay_row((32, 32, 16, 32), 32, f32),
         "step": lambda: step_row(100, 64),
+        "vgg": lambda: vgg_row(25, autocast=False),
+        "vgg-bf16": lambda: vgg_row(25, autocast=True),
         "perturb-normal": lambda: perturb_row("normal"),
         "perturb-rademacher": lambda: perturb_row("rademacher"),
         "combine-16": lambda: combine_row(16),

@@ -1,40 +1,61 @@
-"""A whole step of an MLP: the gradients of all its layers."""
+"""A whole step of a model: the gradients of all its layers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from bench import rivals
 from bench.rows.row import SIGMA, Contestant, Row, normal, ours
 from ulr_kernels.ops._op import Cost
+from ulr_kernels.recipes import models
 
 MLP = (784, 256, 128, 10)
 
 
-def layerwise_cost(sizes: tuple[int, ...], batch: int, copies: int) -> Cost:
+class Layer(NamedTuple):
+    """Of one sample: numbers that a layer reads and writes, its weights, and its multiply-adds."""
+
+    inputs: int
+    weights: int
+    outputs: int
+    products: int
+
+
+def layers_of(model: nn.Sequential, x: Tensor) -> list[Layer]:
+    """The linear layers and convolutions of a model, for samples like those of x."""
+    layers = []
+    for module in model:
+        inputs, x = x, module(x)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            weights = module.weight.numel()
+            products = weights * x[0, 0].numel()  # of a convolution: at each pixel
+            layers.append(Layer(inputs[0].numel(), weights, x[0].numel(), products))
+    return layers
+
+
+def layerwise_cost(layers: Sequence[Layer], batch: int, copies: Sequence[int]) -> Cost:
     """For each layer: its clean product, its noise, the layers after it on all copies, its gradient."""
-    layers = list(zip(sizes, sizes[1:], strict=False))
     size = flops = noise = 0
-    for number, (inputs, features) in enumerate(layers):
-        out = batch * features
-        size += 4 * (batch * inputs + 3 * inputs * features + 2 * copies * out)
-        flops += 2 * 2 * out * inputs  # the clean product, and the gradient's
-        noise += 2 * copies // 2 * out  # made for the forward pass, and again for the gradient
-        for k, n in layers[number + 1 :]:
-            size += 4 * (k * n + 2 * copies * batch * n)
-            flops += 2 * copies * batch * k * n
+    for number, (layer, count) in enumerate(zip(layers, copies, strict=True)):
+        size += 4 * (batch * layer.inputs + 3 * layer.weights + 2 * count * batch * layer.outputs)
+        flops += 2 * 2 * batch * layer.products  # the clean product, and the gradient's
+        noise += 2 * count // 2 * batch * layer.outputs  # made for the forward pass, and again for the gradient
+        for later in layers[number + 1 :]:
+            size += 4 * (later.weights + 2 * count * batch * later.outputs)
+            flops += 2 * count * batch * later.products
     return Cost(size, flops, noise)
 
 
-def one_call(model: torch.nn.Sequential, copies: int) -> Callable[[Tensor, Tensor], Tensor]:
+def one_call(model: nn.Sequential, copies: int) -> Callable[[Tensor, Tensor], Tensor]:
     """The same step as one op, which is handed the model's layers."""
-    layers = [module for module in model if isinstance(module, torch.nn.Linear)]
+    layers = [module for module in model if isinstance(module, nn.Linear)]
     weights, biases = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
     buffers = [torch.zeros_like(w) for w in weights], [torch.zeros_like(b) for b in biases]
     keys = torch.arange(len(layers), device=weights[0].device)
@@ -70,6 +91,50 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,)) -> Row
             "authors' way": Contestant(lambda x, y: rivals.authors_step(theirs, x, y, loss_fn, SIGMA, copies, source)),
             "backpropagation": Contestant(lambda x, y: rivals.backprop_step(model, x, y, loss_fn)),
         },
-        cost=layerwise_cost(MLP, batch, copies),
+        cost=layerwise_cost(layers_of(model, normal(0, 1, MLP[0], device=device)), batch, [copies] * 3),
+        memory=True,
+    )
+
+
+VGG_COPIES = (100, 200, 400, 800, 400, 200, 100, 50)  # of the layers in turn
+
+
+def vgg_row(share: int, autocast: bool, batch: int = 100) -> Row:
+    """Gradients of all layers of VGG-8 on 32 x 32 images, with a share of the copies: time is proportional to them.
+
+    `autocast`: ours computes in bf16, the rival in fp32 as before.
+    """
+    source, loss_fn = rivals.generator("cpu"), functools.partial(F.cross_entropy, reduction="none")
+    last = torch.channels_last
+    model = models.build("vgg8", (3, 32, 32), 10, 0, torch.device("cpu")).to(memory_format=last)
+    theirs = rivals.as_noisy(model)
+    copies = [count // share // 2 * 2 for count in VGG_COPIES]
+    names = [name for name, module in model.named_children() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+    @functools.cache
+    def estimator() -> ulr.ULR:
+        by_layer = dict(zip(names, copies, strict=True))
+        return ulr.ULR(model, sigma=SIGMA, copies=by_layer, baseline="clean", max_rows=4 * batch)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            estimator().backward(x, y, loss_fn)
+
+    def rival(at_once: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, y: rivals.authors_step(theirs, x, y, loss_fn, SIGMA, copies, source, at_once)
+
+    def make(i: int) -> tuple:
+        x = normal(i, batch, 3, 32, 32, device="cpu").to(memory_format=last)
+        return x, torch.arange(batch) * 7 % 10
+
+    return Row(
+        name=f"ULR step, VGG-8{', bf16' * autocast}, batch {batch}, 1/{share} of {sum(VGG_COPIES)} copies",
+        inputs=make,
+        contestants={
+            "ulr": Contestant(step),
+            **{f"authors' way, {n} copies at once": Contestant(rival(n)) for n in (2, 8, max(copies))},
+        },
+        cost=layerwise_cost(layers_of(model, make(0)[0][:1]), batch, copies),
+        kind="bf16" if autocast else "fp32",
         memory=True,
     )
