@@ -14,7 +14,8 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run. The fields from `sigma` on are `ulr.ULR`'s, which checks them; backpropagation ignores them.
+    """A run. The fields from `sigma` on are `ulr.ULR`'s, which checks them (`max_rows` 0: no limit); backpropagation
+    ignores them.
 
     Attributes:
         data: what `data.load` takes.
@@ -57,13 +58,14 @@ class Settings:
     dist: str = "normal"
     sampler: str = "iid"
     baseline: str = "mean"
+    max_rows: int = 0
 
     def __post_init__(self) -> None:
         rules.one_of(self, "model", (*MODELS, *PRETRAINED))
         rules.one_of(self, "method", METHODS)
         rules.one_of(self, "optimizer", OPTIMIZERS)
         rules.one_of(self, "schedule", SCHEDULES)
-        for count in ("subset", "test_subset", "blocks"):
+        for count in ("subset", "test_subset", "blocks", "max_rows"):
             rules.at_least(self, count, 0)
         rules.at_least(self, "epochs", 1)
         rules.at_least(self, "batch", 1)
@@ -77,4 +79,4 @@ class Settings:
     def estimator(self) -> dict:
         """The keyword arguments of `ulr.ULR`, less its seed."""
         names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"max_rows": self.max_rows or None}
