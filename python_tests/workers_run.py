@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_models import filled
+from small_models import cross_entropy, filled
 from torch import nn
 
 import ulr_kernels as ulr
@@ -119,6 +120,52 @@ def late(folder: Path) -> None:
     save(folder, model, error=error)
 
 
+IMAGES = ulr.noise((24, 50), 6).view(3, 8, 2, 5, 5)  # three whole batches
+LABELS = torch.arange(24).view(3, 8) % 3
+ESTIMATORS = {
+    "layerwise-mean": {},
+    "layerwise-clean": {"baseline": "clean"},
+    "joint-mean": {"injection": "joint"},
+    "joint-clean": {"injection": "joint", "baseline": "clean"},
+    "learnt-sigma": {"injection": "joint", "learn_sigma": True, "max_rows": 32},
+    "sobol": {"sampler": "sobol", "baseline": "clean", "antithetic": False, "dist": "laplace"},
+    "unequal": {"learn_sigma": True},
+}
+
+
+def image_network() -> nn.Module:
+    return filled(nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)))
+
+
+def estimator(model: nn.Module, case: str) -> ulr.ULR:
+    return ulr.ULR(model, sigma=0.3, seed=5, **{"copies": 8, **ESTIMATORS[case]})
+
+
+def gradients(estimator: ulr.ULR) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in (*estimator.model.parameters(), *estimator.parameters())]
+
+
+def shares(case: str) -> list[slice]:
+    """What two ranks have of a batch."""
+    first = 3 if case == "unequal" else 4
+    return [slice(0, first), slice(first, 8)]
+
+
+def replicas(folder: Path) -> None:
+    """Three batches, of which the gradients of the first wait for those of the second."""
+    results = {}
+    for case in ESTIMATORS:
+        model = nn.parallel.DistributedDataParallel(image_network())
+        ours, part = estimator(model, case), shares(case)[dist.get_rank()]
+        losses, by_step = [], []
+        for step, (x, y) in enumerate(zip(IMAGES, LABELS, strict=True)):
+            with model.no_sync() if step == 0 else contextlib.nullcontext():
+                losses.append(ours.backward(x[part], y[part], cross_entropy))
+            by_step.append(gradients(ours))
+        results[case] = {"gradients": by_step, "losses": torch.stack(losses)}
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+
+
 class Trunk(nn.Module):
     """With an axis that two ranks cannot halve, a convolution, and a vector that is sharded too."""
 
@@ -177,6 +224,7 @@ JOBS = {
     "population": population,
     "dies": dies,
     "late": late,
+    "replicas": replicas,
     "fsdp": lambda folder: sharded(folder, "fsdp"),
     "tensor": lambda folder: sharded(folder, "tensor"),
 }

@@ -15,11 +15,18 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class Batch:
-    """Inputs and targets: tensors, tuples or dicts of tensors whose first axis is the sample."""
+    """Inputs and targets: tensors, tuples or dicts of tensors whose first axis is the sample.
+
+    Attributes:
+        samples: how many it has.
+        first: the place of its first sample in the whole batch, of which other ranks may have the rest.
+        share: its part of the samples, times the number of ranks: what its mean counts in the mean over the ranks.
+    """
 
     def __init__(self, x: Any, y: Any) -> None:
         self.x, self.y = x, y
-        self.samples = 0
+        self.samples = self.first = 0
+        self.share = 1.0
         for argument, value in (("x", x), ("y", y)):
             for leaf in tensors(value):
                 if leaf.dim() == 0:

@@ -16,9 +16,10 @@ from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, ten
 from ulr_kernels.estimators.noised import NoisedPass
 from ulr_kernels.estimators.plan import Pass, Plan, chunks_of, in_order, of_chunk, refuse_unreached
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
+from ulr_kernels.estimators.replicas import Replicas
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.call import Noise
-from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrap
+from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrapping
 
 MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
 
@@ -36,6 +37,10 @@ class ULR:
     the noise; tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A
     layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its
     running statistics.
+
+    In a `DistributedDataParallel` each rank passes its own micro-batch: noise and `.grad` are those of one process with
+    the whole batch, to rounding, `no_sync()` is honoured, and micro-batches may differ in size (which is exchanged, so
+    that each call synchronises). All ranks need the same seed.
 
     Args:
         model: any module; make a new estimator after replacing parts of it.
@@ -77,7 +82,9 @@ class ULR:
         self.settings = Settings(
             sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma, max_rows
         )
-        self.model = unwrap(model)
+        *wrappers, self.model = unwrapping(model)
+        parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
+        self._replicas = Replicas(parallel[0]) if parallel else None
         self.seed = seed
         with torch.inference_mode(False):  # a tensor that may be written to later
             self._step = torch.zeros((), dtype=torch.int64)  # on the model's device: a CUDA graph can advance it
@@ -133,14 +140,17 @@ class ULR:
                 all copies of the targets.
 
         Returns:
-            The mean noised loss, a scalar on the losses' device, detached. Reading it is what synchronises, not this;
-            but the first batch of each shape is looked at more closely, which takes a few forwards and synchronises.
+            The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
+            Reading it is what synchronises, not this; but the first batch of each shape is looked at more closely,
+            which takes a few forwards and synchronises.
 
         Raises:
             ValueError: a batch, a loss or a model that breaks the rules. What the first batch of a shape shows is
                 raised before any gradient is written; a loss that fails later may leave those of earlier layers.
         """
         batch = Batch(x, y)
+        if self._replicas is not None:
+            self._replicas.place(batch, self._parameters[0].device)
         with evaluation(self.model):
             plan = self._plan(batch, loss_fn)
             keys = self._keys(plan.layers, plan.sites)
@@ -149,6 +159,8 @@ class ULR:
                 _, outputs = self._noised(Pass((), {}, cut=False), keys, batch, 1)
                 clean = batch.losses(outputs, loss_fn, 1)[0]
             losses = [self._accumulate(item, keys, batch, clean, loss_fn) for item in plan.passes]
+        if self._replicas is not None:
+            self._replicas.average([*self._parameters, *self.parameters()])
         self._step.add_(1)
         return torch.stack(losses).mean()
 
@@ -165,6 +177,7 @@ class ULR:
             first = first or noised
         losses = in_order(parts, self.settings.antithetic)
         weights = loss_weights(losses, clean, self.settings.baseline, self.settings.antithetic)
+        weights *= batch.share
         assert first is not None
         if len(chunks) == 1 or all(call.shared for _, call in first.calls):
             self._add_gradients(first, item, weights, 0)
@@ -186,7 +199,7 @@ class ULR:
     ) -> tuple[NoisedPass, Any]:
         s = self.settings
         noises = {
-            layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler, draw)
+            layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler, draw, batch.first)
             for layer in item.layers
             if layer not in item.riders
         }

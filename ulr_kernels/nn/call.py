@@ -13,7 +13,10 @@ from ulr_kernels import ops
 
 
 class Noise(NamedTuple):
-    """What makes a call's noise: its scale, its key, and the settings that all layers share. Copy c uses draw + c."""
+    """What makes a call's noise: its scale, its key, and the settings that all layers share.
+
+    Copy c uses draw + c; sample i has the rows of sample first + i.
+    """
 
     sigma: float | Tensor
     key: Tensor
@@ -22,6 +25,7 @@ class Noise(NamedTuple):
     dist: str
     sampler: str
     draw: int = 0
+    first: int = 0
 
 
 class Owned(NamedTuple):
@@ -126,6 +130,7 @@ class Call:
             "dist": noise.dist,
             "sampler": noise.sampler,
             "positions": positions,
+            "row_offset": noise.first * positions,
         }
 
     @property

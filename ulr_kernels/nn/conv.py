@@ -51,8 +51,8 @@ class ConvCall(Call):
         noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
         weight = self._w if two else self._w.unsqueeze(2)
         spec = self._spec(0) | {"positions": None}  # those of one image
-        if (images := x.shape[-4] // self._samples) > 1:
-            spec["positions"] = images * self.forward(self._operands[0][:1])[0, 0].numel()
+        if (images := x.shape[-4] // self._samples) > 1 or noise.first:
+            spec = self._spec(images * self.forward(self._operands[0][:1])[0, 0].numel())
         y = ops.noisy_conv2d(
             x, weight, self._b, noise.sigma, noise.key, copies=noise.copies, draw=noise.draw, **window, **spec
         )

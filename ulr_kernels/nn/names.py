@@ -13,13 +13,20 @@ WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside torch.compile, DataParallel or DistributedDataParallel; parameters are the same objects."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled  # known by its attribute: to name its class would import the compiler, which takes seconds
-        else:
-            return model
+    *_, module = unwrapping(model)
+    return module
+
+
+def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """A module, and what is inside each wrapper, from the outermost on."""
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        else:  # known by its attribute: to name the compiler's class would import it, which takes seconds
+            compiled = getattr(inner, "_orig_mod", None)
+            inner = compiled if isinstance(compiled, nn.Module) else None
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:

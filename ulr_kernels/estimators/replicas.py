@@ -1,0 +1,55 @@
+"""Data-parallel ranks: their micro-batches are slices of one whole batch, and their gradients are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ulr_kernels.estimators.batch import Batch
+from ulr_kernels.nn.call import gradient_buffer
+
+
+class Replicas:
+    """The ranks of a `DistributedDataParallel`, each with a micro-batch of its own.
+
+    The micro-batches, in the order of the ranks, are the whole batch. A rank's noise is its slice of the whole batch's,
+    so that ranks have different noise, and all together that of one process with the whole batch. The ranks must have
+    one seed and be at one step. A rank that is gone shows as an error of the process group.
+    """
+
+    def __init__(self, model: nn.parallel.DistributedDataParallel) -> None:
+        self._model = model  # `no_sync()` sets a flag there
+
+    def place(self, batch: Batch, device: torch.device) -> None:
+        """Tell a micro-batch which part of the whole batch it is; sizes may differ, so each rank needs them all."""
+        group = self._model.process_group
+        own = torch.tensor(batch.samples, device=device)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        sizes = torch.stack(gathered).tolist()
+        batch.first = sum(sizes[: dist.get_rank(group)])
+        batch.share = batch.samples * len(sizes) / sum(sizes)
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make `.grad` the mean over the ranks, unless inside `no_sync()`.
+
+        As in DistributedDataParallel this is all of `.grad`: what earlier calls averaged is the same on all ranks, and
+        stays; what they left under `no_sync()` is averaged now.
+        """
+        if not self._model.require_backward_grad_sync:
+            return
+        group = self._model.process_group
+        kinds: dict[tuple, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if parameter.requires_grad:
+                gradient = gradient_buffer(parameter)
+                kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+        for gradients in kinds.values():  # one exchange, not one for each parameter
+            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(dist.get_world_size(group))
+            dist.all_reduce(flat, group=group)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
