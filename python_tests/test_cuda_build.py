@@ -60,14 +60,10 @@ def compile_cubin(source: pathlib.Path, architecture: str) -> tuple[pathlib.Path
 
 def short_name(mangled: str) -> str:
     """`noisy_linear_kernel-bf16-signs` from a kernel's mangled name."""
-    # An identifier is written with its length before it, and other digits may come before that.
-    for length in re.finditer(r"(?=(\d+))", mangled):
-        start, end = length.end(1), length.end(1) + int(length[1])
-        if mangled[start:end].endswith(("_kernel", "_partials")):
-            break
-    else:
-        raise AssertionError(mangled)
-    parts, arguments = [mangled[start:end].removesuffix("_kernel")], mangled[end:]
+    # An identifier is written with its length before it. Digits of a file's hash may look like a length: the shortest.
+    found = [mangled[m.end(1) :][: int(m[1])] for m in re.finditer(r"(?=(\d+))", mangled)]
+    name = min((n for n in found if n.endswith(("_kernel", "_partials"))), key=len)
+    parts, arguments = [name.removesuffix("_kernel")], mangled[mangled.index(name) + len(name) :]
     for pattern, dtype in (("I6__half", "fp16"), ("I13__nv_bfloat16", "bf16"), ("If", "fp32")):
         if arguments.startswith(pattern):
             parts.append(dtype)

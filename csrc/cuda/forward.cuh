@@ -79,10 +79,11 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
             sum = pass == 0 ? 0.0f : sum;
         }
         __syncthreads();
-        const int64_t shift = (tile.product + int64_t{pass} * p.draws) * p.x_copy_stride;
-        const auto x = Layer::input(p.x, shift, tile.first_feature);
-        const auto& weight = Layer::weights(p.weight, tile.first_feature);
-        tiled_product<kRows, kFeatures, kStages, kThreads>(acc, memory, x, tile.first_row, weight, tile.first_feature,
+        const Tile in(p, not_before_here(static_cast<int>(blockIdx.x)));  // made anew: to keep it takes registers
+        const int64_t shift = (in.product + int64_t{pass} * p.draws) * p.x_copy_stride;
+        const auto x = Layer::input(p.x, shift, in.first_feature);
+        const auto& weight = Layer::weights(p.weight, in.first_feature);
+        tiled_product<kRows, kFeatures, kStages, kThreads>(acc, memory, x, in.first_row, weight, in.first_feature,
                                                            warp_row, warp_col);
         store_sums<kFeatures>(sums, acc, warp_row, warp_col);
         __syncthreads();
