@@ -6,8 +6,10 @@ source, and loops.json.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -104,9 +106,18 @@ def budget_of(name: str) -> dict:
     return json.loads((BUDGETS / f"{name}.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> None:
+    """All that the chosen tests compile, on all cores; what fails, fails again in its own test."""
+    chosen = [item.callspec.params for item in request.session.items if "compiled" in getattr(item, "fixturenames", ())]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for params in chosen:
+            pool.submit(compile_cubin, ROOT / "csrc/cuda" / f"{params['source']}.cu", params["architecture"])
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_kernels_stay_within_their_budget(source, architecture) -> None:
+def test_kernels_stay_within_their_budget(source, architecture, compiled) -> None:
     measured, budget = measure(source, architecture), budget_of(source)[architecture]
     assert list(measured) == list(budget)
     over = {
