@@ -22,7 +22,7 @@ def constant(source: str, name: str) -> int:
 
 
 def test_tiles_are_those_of_the_sources() -> None:
-    assert constant("noisy_linear.cu", "kRows") == constant("noisy_linear.cu", "kFeatures") == 128
+    assert constant("forward.cuh", "kRows") == constant("linear.cuh", "kFeatures") == 128
     expected = (mlp.FEATURES, mlp.PANEL, mlp.ROWS)
     assert tuple(constant("gradient.cuh", name) for name in ("kGradFeatures", "kPanel", "kGradRows")) == expected
 

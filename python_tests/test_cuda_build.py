@@ -225,7 +225,7 @@ def write_budgets(sources: list[str]) -> None:
         for architecture in ARCHITECTURES:
             kernels = measure(source, architecture)
             rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in kernels.items())
-            architectures.append(f'  "{architecture}": {{\n{rows}\n  }}')
+            architectures.append(f'  "{architecture}": ' + (f"{{\n{rows}\n  }}" if rows else "{}"))
         (BUDGETS / f"{source}.json").write_text("{\n" + ",\n".join(architectures) + "\n}\n")
     # With room for an instruction or two: other versions of nvcc order loops a little differently.
     most = {name: round(value + (0.02 if "signs" in name else 0.1), 2) for name, value in measure_loops().items()}
