@@ -61,7 +61,7 @@ CALLS = {
         *([v(2, 5, 8), v(8, 3, 5)], [v(3, 5), v(9, 3)], SCALE.expand(2), torch.tensor([1, 2]), 4),
     ),
     "perturbed_linear": lambda: (v(1, 6, 8), v(2, 5, 8), v(3, 5), SCALE, KEY, 4, True),
-    "perturbed_conv2d": lambda: (v(1, 2, 3, 5, 4), v(2, 6, 3, 3, 3), v(3, 6), SCALE, KEY, [1, 2], [1, 1]),
+    "perturbed_conv2d": lambda: (v(1, 2, 3, 5, 4), v(2, 6, 3, 3, 3), v(3, 6), SCALE, KEY, [1, 2], [1] * 4),
     "perturbed_embedding": lambda: (torch.tensor([3, 0, 3]), v(2, 5, 8), SCALE, KEY, 4, True),
 }
 

@@ -1,4 +1,4 @@
-"""What the three noisy convolutions share: their window, their rules, and their reference in torch."""
+"""What the convolutions share: their window and their rules, and the noisy ones their reference in torch."""
 
 from __future__ import annotations
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ulr_kernels.ops import _perturbed
+from ulr_kernels.ops import _conv, _perturbed
+from ulr_kernels.ops._conv import Pair, Window
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Sample, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._op import Check, Cost, Op, Sample, fp32_tensor, key_tensor, register
 from ulr_kernels.ops._parameters import grid
 from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
 
-Pair = int | Sequence[int]
+# Of the schema: padding is (top, bottom, left, right).
+WINDOW_SCHEMA = "int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1"
 
 
 def perturbed_conv2d(
@@ -58,43 +58,17 @@ def perturbed_conv2d(
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
         NotImplementedError: an input carries a forward-mode tangent.
     """
+    _conv.check_kernel(Check("perturbed_conv2d"), "weight", weight, False)
+    kernel = weight.shape[2:]
+    window = _conv.resolve_window("perturbed_conv2d", kernel, stride, padding, dilation, groups, False, 0)
     key = key_tensor("perturbed_conv2d", key, x.device)
     scale = fp32_tensor("perturbed_conv2d", "sigma", sigma, x.device)
     how = Members(members, antithetic, rank, dist, draw, row_offset, col_offset, mask)
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    if isinstance(padding, str):
-        x, padding = _pad_by_name(x, weight, padding, stride, dilation)
-    args = (stride, _pair("padding", padding), dilation, groups)
-    layer = functools.partial(_conv2d, args=args)
-    return _perturbed.call("perturbed_conv2d", layer, 4, (x, weight, bias, scale), key, args, how)
+    return _perturbed.call("perturbed_conv2d", window.convolve, 4, (x, weight, bias, scale), key, window[:4], how)
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *, args: tuple) -> Tensor:
-    return F.conv2d(x, weight, bias, *args)
-
-
-def _pair(argument: str, value: Pair) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2:
-        Check("perturbed_conv2d").fail(argument, "be an integer or two", value)
-    return pair
-
-
-def _pad_by_name(
-    x: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
-) -> tuple[Tensor, Pair]:
-    """x, and the padding on both sides of it; "same" may need one row or column more on the far side, put into x."""
-    rules = Check("perturbed_conv2d")
-    if padding not in ("same", "valid"):
-        rules.fail("padding", "be 'same', 'valid', an integer or two", repr(padding))
-    if padding == "valid":
-        return x, 0
-    if stride != [1, 1]:
-        rules.fail("stride", "be 1 where padding is 'same'", stride)
-    both = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    if any(total % 2 for total in both):
-        x = F.pad(x, (0, both[1] % 2, 0, both[0] % 2))
-    return x, [total // 2 for total in both]
+def window_of(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Window:
+    return Window.of(stride, padding, dilation, groups, False)
 
 
 def check(
@@ -109,43 +83,29 @@ def check(
     groups: int,
     *rest,
 ) -> Tensor:
-    rules, how = Check("perturbed_conv2d"), Members(*rest)
-    rules.dtype("x", x, FLOATS)
-    rules.dtype("weight", weight, (x.dtype,))
-    if weight.dim() != 4 or 0 in weight.shape:
-        rules.fail("weight", "be [O, I / groups, kh, kw], none of them 0", list(weight.shape))
+    rules, how, window = Check("perturbed_conv2d"), Members(*rest), window_of(stride, padding, dilation, groups)
+    _conv.check_kernel(rules, "weight", weight, False)
+    _conv.check_window(rules, window)
     _perturbed.check_members(rules, weight, sigma, key, how)
-    if groups < 1 or weight.shape[0] % groups:
-        rules.fail("groups", f"be at least 1 and divide {weight.shape[0]} output channels", groups)
-    for argument, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if min(pair) < least:
-            rules.fail(argument, f"be at least {least}", list(pair))
     if x.dim() not in (4, 5):
         rules.fail("x", "be [B, I, H, W] or [P, B, I, H, W]", list(x.shape))
-    if x.shape[-3] != weight.shape[1] * groups:
-        rules.fail("x", f"have {weight.shape[1] * groups} channels (weight is {list(weight.shape)})", list(x.shape))
     if x.dim() == 5 and x.shape[0] != how.members:
         rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[-2:], padding, dilation, weight.shape[2:], stride, strict=True)
-    ]
-    if min(size) < 1:
-        rules.fail("x", f"be as large as the kernel, padding {list(padding)} included", list(x.shape))
+    _conv.check_sizes(rules, x, weight.shape, window, how.members, "weight")
+    rules.dtype("weight", weight, (x.dtype,))
     _perturbed.check_bias(rules, weight, bias, how.members)
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
+    size = window.output_size(x.shape[-2:], weight.shape[2:])
     return torch.empty(how.members, x.shape[-4], weight.shape[0], *size, dtype=x.dtype, device=x.device)
 
 
 def reference(y, x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> None:
-    how = Members(*rest)
-    for member in range(how.members):
+    how, window = Members(*rest), window_of(stride, padding, dilation, groups)
+    for member in range(how.members if y.numel() else 0):
         own = _perturbed.member_weight(weight, sigma, key, how, member).float()
         own_bias = _perturbed.of_member(bias, member, 1)
         own_bias = own_bias if own_bias is None else own_bias.float()
-        own_x = _perturbed.of_member(x, member, 4).float()
-        if y.numel():
-            y[member] = F.conv2d(own_x, own, own_bias, stride, padding, dilation, groups)
+        y[member] = window.convolve(_perturbed.of_member(x, member, 4).float(), own, own_bias)
 
 
 def cost(x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> Cost:
@@ -180,25 +140,25 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("x-channels", (x[:, :2], w, b, 0.3, 1), error="'x' must have 3 channels")
     yield Sample("x-rank", (x[0], w, b, 0.3, 1), error=r"'x' must be \[B, I, H, W\] or \[P, B, I, H, W\]")
     yield Sample("x-members", (own, w, b, 0.3, 1), {"members": 2}, error="'x' must have 2 members")
-    yield Sample("x-small", (x[..., :2], w, b, 0.3, 1), error="'x' must be as large as the kernel")
+    yield Sample("x-small", (x[..., :2], w, b, 0.3, 1), error="'x' must have images large enough for a kernel of")
     yield Sample("weight-rank", (x, w[0], b, 0.3, 1), error=r"'weight' must be \[O, I / groups, kh, kw\]")
     yield Sample("no-filters", (x, w[:0], b[:0], 0.3, 1), error="'weight' must be .*, none of them 0")
     yield Sample("bias-shape", (x, w, b[:5], 0.3, 1), error=r"'bias' must be \[6\], or \[1, 6\]")
-    yield Sample("groups", (x, w, b, 0.3, 1), {"groups": 4}, error="'groups' must be at least 1 and divide 6")
+    yield Sample("groups", (x, w, b, 0.3, 1), {"groups": 4}, error="'groups' must divide the 6 channels of weight")
     yield Sample("stride", (x, w, b, 0.3, 1), {"stride": 0}, error="'stride' must be at least 1")
     yield Sample("padding", (x, w, b, 0.3, 1), {"padding": (1, -1)}, error="'padding' must be at least 0")
-    yield Sample("padding-name", (x, w, b, 0.3, 1), {"padding": "full"}, error="'padding' must be 'same', 'valid'")
+    yield Sample("padding-name", (x, w, b, 0.3, 1), {"padding": "full"}, error="'padding' must be an integer, a pair, ")
     same = {"padding": "same", "stride": 2}
-    yield Sample("same-stride", (x, w, b, 0.3, 1), same, error="'stride' must be 1 where padding is 'same'")
-    yield Sample("three", (x, w, b, 0.3, 1), {"dilation": (1, 1, 1)}, error="'dilation' must be an integer or two")
+    yield Sample("same-stride", (x, w, b, 0.3, 1), same, error="'padding' must be no 'same' where stride is not 1")
+    yield Sample("three", (x, w, b, 0.3, 1), {"dilation": (1, 1, 1)}, error="'dilation' must be an integer or a pair")
     yield Sample("mask-shape", (x, w, b, 0.3, 1), {"mask": mask[:5]}, error=r"'mask' must be \[6, 3, 3, 3\]")
 
 
 register(
     Op(
         name="perturbed_conv2d",
-        schema="(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int[2] stride=1, int[2] padding=0, "
-        f"int[2] dilation=1, int groups=1, {MEMBERS_SCHEMA}) -> Tensor",
+        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, "
+        f"{MEMBERS_SCHEMA}) -> Tensor",
         function=perturbed_conv2d,
         check=check,
         reference=reference,

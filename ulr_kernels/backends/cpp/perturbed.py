@@ -8,13 +8,13 @@ Low rank: oneDNN's plain product, to which one pass adds sigma / sqrt(r) * (x B)
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.ops._parameters import grid
 from ulr_kernels.ops._perturbed import Members, of_member
+from ulr_kernels.ops.perturbed_conv2d import window_of
 from ulr_kernels.ops.perturbed_embedding import check_range
 
 FEW_ROWS = 8  # up to here, a tile of W' used in the first-level cache beats a panel and oneDNN (docs/measured.md)
@@ -130,7 +130,7 @@ def _low_rank(
 def perturbed_conv2d(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
 ) -> Tensor | None:
-    args, how = rest[:4], Members(*rest[4:])
+    window, how = window_of(*rest[:4]), Members(*rest[4:])
     flat = weight.reshape(grid(weight))
     how = how._replace(mask=how.mask if how.mask is None else how.mask.reshape(flat.shape))
     if not y.numel():
@@ -138,7 +138,7 @@ def perturbed_conv2d(
     for draw in range(how.draws):
         panels = _panels(flat, sigma, key, how, draw, slice(0, len(flat))).view(-1, *weight.shape)
         for member, panel in zip((draw, draw + how.draws), panels, strict=False):
-            product = F.conv2d(of_member(x, member, 4), panel, of_member(bias, member, 1), *args)
+            product = window.convolve(of_member(x, member, 4), panel, of_member(bias, member, 1))
             if how.members == 1:
                 return product.contiguous()[None]
             y[member] = product
