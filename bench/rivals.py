@@ -11,12 +11,19 @@ A tensor of one row per copy and sample has copy c of the whole batch contiguous
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def installed(module: str) -> bool:
+    """Whether a rival's package is there (`make bench` installs them); its column is left out otherwise."""
+    return importlib.util.find_spec(module) is not None
+
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> one loss per row
 

@@ -53,6 +53,7 @@ GOALS = (
     Goal("eggroll", "plain forward, F.linear", 0.45),
     Goal("eggroll", "torcheggroll", 5),
     Goal("eggroll", "eggroll-es", 5),
+    Goal("population", "EvoX", 10),
     *(
         goal
         for model in ("minilm", "smollm2")

@@ -18,7 +18,8 @@ from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.mezo import installed, mezo_row
 from bench.rows.noise import noise_row, randn_row
 from bench.rows.parameters import combine_row, language_model, perturb_row
-from bench.rows.perturbed import eggroll_row, perturbed_row
+from bench.rows.perturbed import perturbed_row
+from bench.rows.population import eggroll_row, full_rank_row
 from bench.rows.row import Contestant, Row, kind_of
 from bench.rows.step import step_row, vgg_row
 
@@ -68,6 +69,7 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
             )
     makers["perturbed-few-rows"] = lambda: perturbed_row(4, 576, 1536)
     makers["eggroll"] = lambda: eggroll_row(1024, 256, 1, 16)
+    makers["population"] = lambda: full_rank_row(256, 64, 16)
     for model in installed():
         makers[f"mezo-{model}-gaussian"] = functools.partial(mezo_row, model, "normal")
         makers[f"mezo-{model}-signs"] = functools.partial(mezo_row, model, "rademacher")
@@ -104,7 +106,7 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
         makers[f"{name}-tokens"] = functools.partial(row, tokens, -1, copies, bf16, device, names)
         makers[f"{name}-image"] = functools.partial(row, image, 1, copies, bf16, device, names)
     makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)
-    makers["eggroll"] = lambda: eggroll_row(wide // 4, 4 * copies, 1, 16, device, names, packages=not small)
+    makers["eggroll"] = lambda: eggroll_row(wide // 4, 4 * copies, 1, 16, device, names)
     convolutions = {"conv": conv_row, "conv-gradient": conv_gradient_row, "conv-replay": conv_replay_row}
     sizes = (4, 16, 8, 16) if small else (64, 128, 32, 128)
     for prefix, convolution in convolutions.items():

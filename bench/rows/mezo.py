@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ PARAMETERS = {"minilm": (22_566_146, 10_617_600), "smollm2": (134_516_162, 106_1
 
 def installed() -> list[str]:
     """The models whose packages are there: they are extras, and wanted by these rows only."""
-    return [name for name in PARAMETERS if importlib.util.find_spec(PACKAGED[name][1]) is not None]
+    return [name for name in PARAMETERS if rivals.installed(PACKAGED[name][1])]
 
 
 @functools.cache
