@@ -1,0 +1,239 @@
+"""The optimisers over a run: what must stay as it was, resuming and replaying, and what is refused."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reader_model import copies, moved, needs, reader, site_noise
+from small_models import cross_entropy, filled, modules_may_draw, v  # noqa: F401
+from torch import nn
+
+import ulr_kernels as ulr
+from ulr_kernels.nn.names import parameter_names
+from ulr_kernels.optim import EGGROLL, ES, FZOO, MeZO, Rule
+from ulr_kernels.optim.probing import Draws
+
+# --- what stays as it was --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probing_leaves_weights_bitwise_as_they_are(dtype):
+    model, tokens, targets = reader()
+    model = model.to(dtype)
+    # Aliases of the same memory: no parameters of the model, so that the mode lets them through.
+    aliases = [p.data for p in model.parameters()]
+    before = [a.clone() for a in aliases]
+    versions = [p._version for p in model.parameters()]
+    clean = model(tokens).detach()
+    outputs = []
+
+    def closure():
+        out = model(tokens)
+        outputs.append(out)
+        assert all(torch.equal(a, b) for a, b in zip(aliases, before, strict=True))
+        return F.cross_entropy(out.float(), targets)
+
+    optimizer = MeZO(model, eps=3e-2, probes=2)
+    optimizer.accumulate(closure)
+    assert len(outputs) == 4 and not any(torch.equal(out, clean) for out in outputs)
+    assert versions == [p._version for p in model.parameters()]
+    assert torch.equal(model(tokens), clean)
+    optimizer.step()
+    assert versions != [p._version for p in model.parameters()]
+
+
+def test_frozen_parameters_stay_and_groups_have_their_own_numbers():
+    model, tokens, targets = reader()
+    model.words.weight.requires_grad_(False)
+    groups = [
+        {"params": model.body.parameters(), "lr": 0.1, "eps": 1e-2},
+        {"params": model.norm.parameters(), "lr": 0.0},
+        {"params": [model.scale], "weight_decay": 0.5},
+    ]
+    start = copies(model)
+    optimizer = MeZO(model, lr=0.01, eps=2e-2, params=groups)
+    optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+    change = {name: p.detach() - start[name] for name, p in model.named_parameters()}
+    still = {name for name, c in change.items() if not c.any()}
+    assert still == set(change) - {"body.weight", "body.bias", "scale"}
+    slope = optimizer.last_update.coefficients.item()
+    z = site_noise(model, 0, 0, 0)
+    torch.testing.assert_close(change["body.weight"], -0.1 * slope / 1e-2 * z["body.weight"], rtol=1e-4, atol=1e-6)
+    decayed = -0.01 * (slope / 2e-2 * z["scale"] + 0.5 * start["scale"])
+    torch.testing.assert_close(change["scale"], decayed, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_overflows_leaves_the_weights():
+    model, tokens, _ = reader()
+    start = copies(model)
+    loss = MeZO(model, lr=0.1).step(lambda: model(tokens).sum() * float("inf"))
+    assert not loss.isfinite() and not moved(model, start).any()
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+RULES = {"sgd": {}, "momentum": {"momentum": 0.9, "weight_decay": 0.1}, "adam": {"betas": (0.9, 0.99)}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_run_resumes_bitwise_from_its_state(rule, dtype):
+    def run(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.step(lambda: F.cross_entropy(model(tokens).float(), targets))
+
+    model, tokens, targets = reader()
+    model.to(dtype)
+    settings = {"lr": 1e-2, "eps": 1e-2, "probes": 2, "stochastic": dtype == torch.bfloat16, **RULES[rule]}
+    optimizer = MeZO(model, seed=3, **settings)
+    run(model, optimizer, 3)
+    saved = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    run(model, optimizer, 3)
+    other = reader()[0].to(dtype)
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    other.load_state_dict(state["model"])
+    resumed = MeZO(other)
+    resumed.load_state_dict(state["optimizer"])
+    run(other, resumed, 3)
+    assert resumed.steps == 6
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_replayed_updates_rebuild_the_weights_bitwise(rule, device):
+    """From the base weights and the updates alone, on any back end."""
+    needs(device, "combine_")
+    model, tokens, targets = reader()
+    optimizer = MeZO(model, lr=1e-2, eps=1e-2, probes=3, **RULES[rule])
+    updates = []
+    with ulr.use_backend("torch"):
+        for _ in range(4):
+            optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+            updates.append(optimizer.last_update)
+    base = {name: p.to(device) for name, p in copies(reader()[0]).items()}
+    state: dict = {}
+    for update in updates:
+        optimizer.rule.apply(update, base, state)
+    for name, p in model.named_parameters():
+        assert torch.equal(base[name].cpu(), p), name
+
+
+def test_gradient_accumulation_is_the_mean_over_micro_batches():
+    model, tokens, targets = reader()
+    whole, parts = MeZO(model, lr=0.1, eps=1e-2), None
+    start = copies(model)
+    whole.step(lambda: F.cross_entropy(model(tokens), targets))
+    expected = moved(model, start)
+    model.load_state_dict(start, strict=False)
+    parts = MeZO(model, lr=0.1, eps=1e-2)
+    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        parts.accumulate(lambda part=part: F.cross_entropy(model(tokens[part]), targets[part]))
+    parts.step()
+    assert (moved(model, start) - expected).norm() < 2e-3 * expected.norm()
+    parts.accumulate(lambda: F.cross_entropy(model(tokens), targets))
+    parts.zero_grad()
+    with pytest.raises(ValueError, match="'closure' must be given where nothing was accumulated"):
+        parts.step()
+
+
+def test_torch_schedulers_set_the_learning_rate():
+    model, tokens, targets = reader()
+    optimizer = MeZO(model, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    used = []
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+        scheduler.step()
+        used.append(optimizer.last_update.groups[0].lr)
+    assert used == pytest.approx([0.1, 0.05, 0.1 / 3])
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument():
+    model, tokens, targets = reader()
+    for make, text in (
+        (lambda: MeZO(model, probes=0), "ulr.optim.MeZO: 'probes' must be an integer of at least 1, got 0"),
+        (lambda: MeZO(model, eps=0.0), "'eps' must be finite and above 0, got 0.0"),
+        (lambda: MeZO(model, lr=-1.0), "'lr' must be finite and at least 0, got -1.0"),
+        (lambda: MeZO(model, dist="cauchy"), "'dist' must be one of normal, laplace, rademacher, got 'cauchy'"),
+        (lambda: MeZO(model, seed=0.5), "'seed' must be an integer"),
+        (lambda: MeZO(model, betas=(0.9, 0.9), momentum=0.5), "'momentum' must be 0 where betas are given, got 0.5"),
+        (lambda: MeZO(model, params=[nn.Parameter(torch.ones(2))]), "'params' must be parameters of the model"),
+        (lambda: EGGROLL(model, population=5), "ulr.optim.EGGROLL: 'population' must be even"),
+        (lambda: ES(model, shaping="none at all"), "'shaping' must be 'none' or 'zscore' or 'rank' or 'group'"),
+        (lambda: EGGROLL(model, rank=0), "'rank' must be an integer above 0, or None, got 0"),
+        (lambda: MeZO(model).step(), "'closure' must be given"),
+        (lambda: MeZO(model).step(lambda: model(tokens)), "'closure' must return one loss"),
+    ):
+        with pytest.raises(ValueError, match=text.replace("(", r"\(").replace("[", r"\[")):
+            make()
+
+
+def test_a_parameter_that_no_call_meets_is_named():
+    model, tokens, targets = reader()
+    model.unused = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="none of unused.weight, unused.bias"):
+        MeZO(model).step(lambda: F.cross_entropy(model(tokens), targets))
+
+
+def test_a_forward_that_writes_its_weights_is_refused():
+    layer = nn.Linear(3, 3)
+
+    def closure():
+        layer.weight.mul_(0.5)
+        return layer(torch.ones(1, 3)).sum()
+
+    with pytest.raises(RuntimeError, match="must not write a trained parameter, got mul_"):
+        MeZO(layer).step(closure)
+
+
+def test_rows_that_cannot_be_told_apart_are_refused():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x @ (self.scale * 2.0)
+
+    with pytest.raises(ValueError, match="mul with a trained parameter must have an input with the 32 samples of 8"):
+        ES(Shared(), population=8).step_batch(torch.ones(4, 3), None, lambda out, _: out)
+
+
+def test_rows_that_depend_on_one_another_are_refused():
+    class Running(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + x.cumsum(0)).square().sum(1)
+
+    model = filled(Running(3, 2))
+    with pytest.raises(ValueError, match="'model' must compute each row from its own inputs"):
+        ES(model, population=8).step_batch(v(1, 4, 3), None, lambda out, _: out)
+
+
+def test_state_of_other_parameters_is_refused():
+    model, _, _ = reader()
+    with pytest.raises(ValueError, match="'state_dict' must be of the parameters"):
+        MeZO(model).load_state_dict(MeZO(nn.Linear(2, 2)).state_dict())
+    with pytest.raises(ValueError, match="'state_dict' must hold the settings"):
+        MeZO(model).load_state_dict(FZOO(model).state_dict())
+
+
+def test_names_are_those_of_the_contract():
+    model, _, _ = reader()
+    rule = MeZO(torch.nn.DataParallel(model)).rule
+    assert isinstance(rule, Rule) and rule.names == (tuple(parameter_names(model).values()),)
+    assert "head.weight" not in rule.names[0] and "words.weight" in rule.names[0]
+
+
+def test_mode_lets_questions_through():
+    layer = nn.Linear(3, 2)
+    with MeZO(layer)._probing(Draws(), 1) as probing:
+        assert layer.weight.shape == (2, 3) and layer.weight.dtype == torch.float32 and layer.weight.dim() == 2
+        assert not probing.met
