@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ulr_kernels.optim.optimizer import Common, ForwardOptimizer, Probe, Probed
+from ulr_kernels.optim.optimizer import Common, ForwardOptimizer
+from ulr_kernels.optim.probes import Probe, Probed
 
 
 class FZOO(ForwardOptimizer):
