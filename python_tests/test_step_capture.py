@@ -109,7 +109,7 @@ def test_a_key_from_the_host_is_seen(monkeypatch) -> None:
     expected, _, run = training()
     for _ in range(3):
         run()
-    monkeypatch.setattr(ulr.ULR, "_keys", from_host)
+    monkeypatch.setattr(ulr.ULR, "keys", from_host)
     model, _, step = training()
     step()
     with Recording() as recording:

@@ -40,6 +40,16 @@ class Batch:
             fail("x", "be or hold a tensor", type(x).__name__)
         self.signature = (_signature(x), _signature(y))
 
+    def part(self, rows: slice) -> Batch:
+        """Some of the samples, in their place."""
+        if (rows.start, rows.stop) == (0, self.samples):
+            return self
+        x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows], value) for value in (self.x, self.y))
+        part = Batch(x, y)
+        part.first = self.first + rows.start
+        part.share = self.share * part.samples / self.samples
+        return part
+
     def losses(self, outputs: Any, loss_fn: LossFunction, copies: int) -> Tensor:
         """The loss of each row: fp32 `[copies, samples]`."""
         losses = loss_fn(outputs, repeat(self.y, copies))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,26 @@ from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting
-from ulr_kernels.nn.call import Call, Noise
+from ulr_kernels.nn.call import Call, Known, Noise
 from ulr_kernels.nn.local import RowsCall
+
+
+class Replay(NamedTuple):
+    """What a second pass knows: it adds each layer's gradients when it comes to it, so that nothing is kept.
+
+    Attributes:
+        loss_weight: fp32 `[copies, samples]`.
+        log_sigma: layer -> its learnt ln sigma.
+        order: the layers of the first pass's noised calls. The last one's output is of no more use.
+    """
+
+    loss_weight: Tensor
+    log_sigma: Mapping[str, Tensor]
+    order: Sequence[str]
+
+
+class Finished(BaseException):
+    """All gradients of a replay have been added: the rest of the forward need not run. No model shall catch it."""
 
 
 class NoisedPass(Meeting):
@@ -27,6 +45,12 @@ class NoisedPass(Meeting):
         riders: layer -> the noised layer whose noise is the score of its gradient too.
         samples: of one copy.
         cut: the model is given one copy, and the first noised call makes the others.
+        keep: remember the calls, and what they read, for their gradients.
+        replay: add the gradients now.
+
+    Attributes:
+        order: the layers of the noised calls, in their order.
+        calls: these calls, where they are kept.
     """
 
     def __init__(
@@ -39,13 +63,16 @@ class NoisedPass(Meeting):
         samples: int,
         *,
         cut: bool,
+        keep: bool,
+        replay: Replay | None,
     ) -> None:
         super().__init__(layers, parameters, inputs)
         self._noises = noises
         self._riders = riders
         self._samples = samples
-        self._cut = cut
+        self._cut, self._keep, self._replay = cut, keep, replay
         self._counts: dict[str, int] = {}
+        self.order: list[str] = []
         self.calls: list[tuple[str, Call]] = []
 
     def met(self, call: Call) -> tuple[Tensor, int]:
@@ -62,11 +89,31 @@ class NoisedPass(Meeting):
             x_copies = call.inputs[0].shape[0] // self._samples
         else:
             x_copies = 1 if shared and self._cut else noise.copies
-        self.calls.append((layer, call))
+        self.order.append(layer)
+        if self._keep:
+            self.calls.append((layer, call))
         noise = noise._replace(key=key.to(call.inputs[0].device))
-        rides = lead != layer
-        result = call.noised(noise, self._samples, x_copies, shared=shared, rides=rides)
+        rides, known = lead != layer, self._known(layer)
+        last = self._replay is not None and len(self.order) == len(self._replay.order)
+        silent = rides or last  # nobody reads the last one's noise
+        result = call.noised(noise, self._samples, x_copies, shared=shared, rides=silent, known=known)
+        if last:
+            raise Finished
         return result, 0 if rides else NOISED
+
+    def _known(self, layer: str) -> Known | None:
+        if self._replay is None:
+            return None
+        self.check_order(self._replay.order[: len(self.order)])
+        return Known(self._replay.loss_weight, self._replay.log_sigma.get(layer))
+
+    def check_order(self, expected: Sequence[str]) -> None:
+        """Raise if the noised layers are others than in the first pass, before anything is added for them."""
+        if self.order != list(expected):
+            raise RuntimeError(
+                f"ulr.ULR: the model must call the layers {', '.join(expected)} in a second forward as in the first, "
+                f"got {', '.join(self.order)} (max_rows or memory='replay' asks for a second forward)"
+            )
 
     def prepare(
         self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]

@@ -1,15 +1,21 @@
-"""What a batch of given shapes asks of the estimator: its passes, and the chunks of copies of a pass."""
+"""What a batch of given shapes asks of the estimator: its passes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ulr_kernels.estimators.recording import Recording
-from ulr_kernels.estimators.settings import Settings, fail
+from ulr_kernels import contract
+from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
+from ulr_kernels.estimators.recording import Recording, fail_rows, same
+from ulr_kernels.estimators.settings import fail
+from ulr_kernels.nn.names import parameter_names
+
+if TYPE_CHECKING:
+    from ulr_kernels.estimators.ulr import ULR
 
 
 class Pass(NamedTuple):
@@ -19,11 +25,13 @@ class Pass(NamedTuple):
         layers: those that get a gradient.
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
         cut: the layers before the first noise run on one copy only.
+        shared: what the noised layers read is the same in all copies.
     """
 
     layers: tuple[str, ...]
     riders: Mapping[str, str]
-    cut: bool
+    cut: bool = False
+    shared: bool = False
 
 
 class Plan(NamedTuple):
@@ -34,37 +42,66 @@ class Plan(NamedTuple):
     sites: Tensor
 
 
-def chunks_of(copies: int, samples: int, settings: Settings) -> list[tuple[int, int]]:
-    """The copies of a pass in chunks of at most `max_rows` rows: the first draw of each, and its number of copies.
+def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
+    """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
+    recording = _watch(estimator, batch, loss_fn)
+    s = estimator.settings
+    if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values()) > 1:
+        fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
+    layers = tuple(recording.calls)
+    for layer in layers:  # both raise where a mapping has no entry
+        s.copies_of(layer)
+        s.sigma_of(layer)
+    estimator.riders = riders = recording.riders()
+    groups = [layers]
+    if s.injection == "layerwise":
+        leads = [layer for layer in layers if layer not in riders]
+        groups = [(lead, *(layer for layer in riders if riders[layer] == lead)) for lead in leads]
+    device = estimator.device
+    sites = torch.tensor([contract.signed64(contract.site_id(layer)) for layer in layers], device=device)
+    keys = estimator.keys(layers, sites)
+    return Plan(tuple(_tried(estimator, Pass(group, riders), keys, batch) for group in groups), layers, sites)
 
-    An antithetic chunk holds pairs: the copies of its draws, then their negatives.
+
+def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
+    """A clean forward of two copies; whether the model and the loss keep the rules shows in it."""
+    inputs = repeat(batch.x, 2)
+    recording = Recording(estimator.layers, estimator.model_parameters, inputs, batch.samples)
+    with recording:
+        outputs = apply(estimator.model, inputs)
+    for call in recording.met_calls:
+        call.check_unchanged()
+    losses = batch.losses(outputs, loss_fn, 2)
+    if not same(losses[0], losses[1]):
+        fail_rows("the loss")
+    refuse_unreached(estimator.model_parameters, parameter_names(estimator.model), recording)
+    again = batch.losses(apply(estimator.model, repeat(batch.x, 2)), loss_fn, 2)
+    if not same(losses, again):
+        fail("model", "compute the same in every forward, as each pass runs its own", "other losses the second time")
+    return recording
+
+
+def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
+    """A pass and how it can run, found by running it with two copies."""
+    noised, outputs = estimator.noised(item, keys, batch, 2)
+    cut = can_cut(estimator, item, keys, batch, tensors(outputs))
+    return item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
+
+
+def can_cut(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, expected: list[Tensor]) -> bool:
+    """Whether two copies made at the first noised layer give the outputs of two copies made at the input.
+
+    They do where the layer's output is all that is used afterwards. Anything else that is alive there (a residual
+    branch, a batch size read before) has the rows of one copy, and either fails or shows in the outputs.
     """
-    if settings.max_rows is None:
-        return [(0, copies)]
-    by_draw = 2 if settings.antithetic else 1  # copies that one draw makes
-    draws = settings.max_rows // (by_draw * samples)
-    if not draws:
-        what = "a pair of copies" if settings.antithetic else "one copy"
-        fail("max_rows", f"have room for {what} of the batch, {by_draw * samples} rows", settings.max_rows)
-    total = copies // by_draw
-    return [(draw, by_draw * min(draws, total - draw)) for draw in range(0, total, draws)]
-
-
-def in_order(parts: Sequence[Tensor], antithetic: bool) -> Tensor:
-    """The losses of chunks, `[copies of the chunk, samples]` each, as those of one pass."""
-    if len(parts) == 1:
-        return parts[0]
-    if not antithetic:
-        return torch.cat(list(parts))
-    halves = [part.unflatten(0, (2, -1)) for part in parts]
-    return torch.cat(halves, 1).flatten(0, 1)
-
-
-def of_chunk(weights: Tensor, draw: int, copies: int, antithetic: bool) -> Tensor:
-    """The weights of a chunk's copies among those of a pass."""
-    if not antithetic:
-        return weights[draw : draw + copies]
-    return weights.unflatten(0, (2, -1))[:, draw : draw + copies // 2].flatten(0, 1)
+    try:
+        outputs = tensors(estimator.noised(item._replace(cut=True), keys, batch, 2)[1])
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
+        return False
+    return len(outputs) == len(expected) and all(
+        a.shape == b.shape and same(a, b, a.float() - a.float().roll(batch.samples, 0))
+        for a, b in zip(expected, outputs, strict=True)
+    )
 
 
 def refuse_unreached(parameters: Sequence[Tensor], names: Mapping[int, str], recording: Recording) -> None:

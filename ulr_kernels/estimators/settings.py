@@ -11,6 +11,7 @@ from ulr_kernels import contract
 from ulr_kernels.baselines import BASELINES
 
 INJECTIONS = ("layerwise", "joint")
+MEMORIES = ("keep", "replay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Settings:
     baseline: str = "mean"
     learn_sigma: bool = False
     max_rows: int | None = None
+    memory: str = "keep"
 
     def __post_init__(self) -> None:
         for argument, allowed in (
@@ -35,6 +37,7 @@ class Settings:
             ("dist", contract.DISTRIBUTIONS),
             ("sampler", contract.SAMPLERS),
             ("baseline", BASELINES),
+            ("memory", MEMORIES),
         ):
             if getattr(self, argument) not in allowed:
                 fail(argument, f"be {' or '.join(map(repr, allowed))}", repr(getattr(self, argument)))

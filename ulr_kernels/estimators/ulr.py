@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ulr_kernels import contract, ops
 from ulr_kernels.baselines import loss_weights
-from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
-from ulr_kernels.estimators.noised import NoisedPass
-from ulr_kernels.estimators.plan import Pass, Plan, chunks_of, in_order, of_chunk, refuse_unreached
-from ulr_kernels.estimators.recording import Recording, fail_rows, same
+from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_of
+from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
+from ulr_kernels.estimators.plan import Pass, Plan, make_plan
 from ulr_kernels.estimators.replicas import Replicas
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.call import Noise
-from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrapping
+from ulr_kernels.nn.names import layer_names, per_feature, unwrapping
 
 MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
 
@@ -59,6 +59,11 @@ class ULR:
         max_rows: the most rows (copies times samples) that the model is given at once, so that memory is bounded; None:
             all. The gradients are the same. A pass whose noised layers read what noise has changed (joint injection, a
             layer called twice) runs its forwards once more, for the gradients.
+        memory: "keep": what the noised layers read is kept until the losses are known; "replay": nothing is, and each
+            forward runs once more with known losses, in which a layer adds its gradients as it makes its noise again:
+            training in the memory of inference. The gradients are the same, to rounding. Layer-wise the second forward
+            ends at its layer, and costs little; jointly it is a whole one, where the first is what is gained: no
+            activation outlives the layer that reads it.
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -78,9 +83,10 @@ class ULR:
         seed: int = 0,
         learn_sigma: bool = False,
         max_rows: int | None = None,
+        memory: str = "keep",
     ) -> None:
         self.settings = Settings(
-            sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma, max_rows
+            sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma, max_rows, memory
         )
         *wrappers, self.model = unwrapping(model)
         parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
@@ -90,7 +96,7 @@ class ULR:
             self._step = torch.zeros((), dtype=torch.int64)  # on the model's device: a CUDA graph can advance it
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
-        self._parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
+        self.model_parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
         self.layers = layer_names(self.model)
         self.settings.check_names(set(self.layers.values()))
         self._log_sigma = self._make_log_sigma() if learn_sigma else {}
@@ -100,12 +106,17 @@ class ULR:
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
         log_sigma: dict[str, nn.Parameter] = {}
         features = {id(p): n for module in self.model.modules() for p, n in per_feature(module)}
-        for parameter in self._parameters:
+        for parameter in self.model_parameters:
             name = self.layers[id(parameter)]
             if parameter.requires_grad and name not in log_sigma:
                 start = torch.full(features.get(id(parameter), ()), self.settings.sigma_of(name), dtype=torch.float32)
                 log_sigma[name] = nn.Parameter(start.log().to(parameter.device))
         return log_sigma
+
+    @property
+    def device(self) -> torch.device:
+        """The model's, of its first parameter."""
+        return self.model_parameters[0].device
 
     @property
     def step(self) -> int:
@@ -150,53 +161,99 @@ class ULR:
         """
         batch = Batch(x, y)
         if self._replicas is not None:
-            self._replicas.place(batch, self._parameters[0].device)
+            self._replicas.place(batch, self.device)
         with evaluation(self.model):
             plan = self._plan(batch, loss_fn)
-            keys = self._keys(plan.layers, plan.sites)
+            keys = self.keys(plan.layers, plan.sites)
             clean = None
             if self.settings.baseline == "clean":
-                _, outputs = self._noised(Pass((), {}, cut=False), keys, batch, 1)
-                clean = batch.losses(outputs, loss_fn, 1)[0]
-            losses = [self._accumulate(item, keys, batch, clean, loss_fn) for item in plan.passes]
+                clean = torch.cat([self._clean(batch.part(rows), loss_fn) for rows in self._parts(batch, 1)])
+            losses = [self._pass(item, keys, batch, clean, loss_fn) for item in plan.passes]
         if self._replicas is not None:
-            self._replicas.average([*self._parameters, *self.parameters()])
+            self._replicas.average([*self.model_parameters, *self.parameters()])
         self._step.add_(1)
         return torch.stack(losses).mean()
+
+    def _clean(self, batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """The losses without noise, `[samples]`."""
+        _, outputs = self.noised(Pass((), {}), {}, batch, 1, keep=False)
+        return batch.losses(outputs, loss_fn, 1)[0]
+
+    def _parts(self, batch: Batch, by_draw: int) -> list[slice]:
+        return parts_of(batch.samples, self.settings.max_rows, by_draw)
+
+    def _pass(
+        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
+    ) -> Tensor:
+        """One pass and its gradients; the mean loss."""
+        means = []
+        for rows in self._parts(batch, 2 if self.settings.antithetic else 1):
+            part = batch.part(rows)
+            mean = self._accumulate(item, keys, part, None if clean is None else clean[rows], loss_fn)
+            means.append(mean * (part.samples / batch.samples))
+        return torch.stack(means).sum()
 
     def _accumulate(
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
     ) -> Tensor:
-        """One pass and its gradients; the mean loss."""
-        copies = self.settings.copies_of(item.layers[0])
-        chunks = chunks_of(copies, batch.samples, self.settings)
-        first, parts = None, []
+        """One pass over some samples, and its gradients; their mean loss."""
+        s, copies = self.settings, self.settings.copies_of(item.layers[0])
+        chunks = chunks_of(copies, batch.samples, s.max_rows, s.antithetic)
+        replays = s.memory == "replay" or (len(chunks) > 1 and not item.shared)
+        parts, kept = [], None
         for draw, size in chunks:
-            noised, outputs = self._noised(item, keys, batch, size, draw)
+            keep = not replays and kept is None  # what one chunk reads is what all read
+            noised, outputs = self.noised(item, keys, batch, size, draw, keep=keep)
             parts.append(batch.losses(outputs, loss_fn, size))
-            first = first or noised
-        losses = in_order(parts, self.settings.antithetic)
-        weights = loss_weights(losses, clean, self.settings.baseline, self.settings.antithetic)
+            del outputs  # before the next chunk makes its own
+            kept = noised if keep else kept
+        losses = in_order(parts, s.antithetic)
+        weights = loss_weights(losses, clean, s.baseline, s.antithetic)
         weights *= batch.share
-        assert first is not None
-        if len(chunks) == 1 or all(call.shared for _, call in first.calls):
-            self._add_gradients(first, item, weights, 0)
-        else:  # what these layers read differs from copy to copy: made again, so that no more than a chunk is held
-            del first, noised, outputs
+        if kept is not None:
+            self._add_gradients(kept, item, weights)
+        elif len(noised.order) == 1:  # it reads what no noise has changed
+            self._replay(item._replace(cut=True), keys, batch, weights, 0, noised.order)
+        else:
             for draw, size in chunks:
-                again, _ = self._noised(item, keys, batch, size, draw)
-                self._add_gradients(again, item, of_chunk(weights, draw, size, self.settings.antithetic), draw)
+                part = of_chunk(weights, draw, size, s.antithetic)
+                self._replay(item, keys, batch, part, draw, noised.order)
         return losses.mean()
 
-    def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Tensor, draw: int) -> None:
+    def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Tensor) -> None:
         for _, call in noised.calls:
             call.check_unchanged()
+        log_sigma = self._learnt(item)
         for layer, call in noised.calls:
-            call.add_gradient(weights, draw, None if layer in item.riders else self._log_sigma.get(layer))
+            call.add_gradient(weights, 0, log_sigma.get(layer))
 
-    def _noised(
-        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, copies: int, draw: int = 0
+    def _replay(
+        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, weights: Tensor, draw: int, order: list[str]
+    ) -> None:
+        """The forward once more, with known losses; each layer adds its gradients as it goes."""
+        replay = Replay(weights, self._learnt(item), order)
+        try:
+            noised, _ = self.noised(item, keys, batch, weights.shape[0], draw, keep=False, replay=replay)
+        except Finished:
+            return
+        noised.check_order(order)
+
+    def _learnt(self, item: Pass) -> dict[str, nn.Parameter]:
+        """The ln sigma that a pass gives gradients; a rider's noise has its lead's."""
+        return {layer: value for layer, value in self._log_sigma.items() if layer not in item.riders}
+
+    def noised(
+        self,
+        item: Pass,
+        keys: Mapping[str, Tensor],
+        batch: Batch,
+        copies: int,
+        draw: int = 0,
+        *,
+        keep: bool = True,
+        replay: Replay | None = None,
     ) -> tuple[NoisedPass, Any]:
+        """One forward of a pass, for `copies` copies from a draw on; and the model's output."""
         s = self.settings
         noises = {
             layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler, draw, batch.first)
@@ -204,81 +261,29 @@ class ULR:
             if layer not in item.riders
         }
         inputs = repeat(batch.x, 1 if item.cut else copies)
-        noised = NoisedPass(self.layers, self._parameters, inputs, noises, item.riders, batch.samples, cut=item.cut)
+        arguments = (self.layers, self.model_parameters, inputs, noises, item.riders, batch.samples)
+        noised = NoisedPass(*arguments, cut=item.cut, keep=keep, replay=replay)
         with noised:
             return noised, apply(self.model, inputs)
 
-    def _keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
+    def keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
         """The site keys of this step, made on the device from the step that is counted there."""
         if self._step.device != sites.device:  # the model has been moved
             self._step = self._step.to(sites.device)
         seed = torch.full((), contract.signed64(self.seed), dtype=torch.int64, device=sites.device)
         return dict(zip(layers, ops.fold_in(ops.fold_in(seed, self._step), sites).unbind(), strict=True))
 
-    # --- what a batch of these shapes does in this model -------------------------------------------------------------
-
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
-        if [*map(id, self.model.parameters())] != [*map(id, self._parameters)]:
+        """What a batch of these shapes does in this model."""
+        if [*map(id, self.model.parameters())] != [*map(id, self.model_parameters)]:
             fail("model", "have the parameters that it had (make a new estimator after replacing any)", "other ones")
-        signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self._parameters))
+        signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self.model_parameters))
         plan = self._plans.get(signature)
         if plan is None:
             if len(self._plans) == MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[signature] = self._make_plan(batch, loss_fn)
+            plan = self._plans[signature] = make_plan(self, batch, loss_fn)
         return plan
-
-    def _make_plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
-        """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
-        inputs = repeat(batch.x, 2)
-        recording = Recording(self.layers, self._parameters, inputs, batch.samples)
-        with recording:
-            outputs = apply(self.model, inputs)
-        for call in recording.met_calls:
-            call.check_unchanged()
-        losses = batch.losses(outputs, loss_fn, 2)
-        if not same(losses[0], losses[1]):
-            fail_rows("the loss")
-        refuse_unreached(self._parameters, parameter_names(self.model), recording)
-        s = self.settings
-        if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values()) > 1:
-            fail(
-                "baseline",
-                "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased",
-                "'mean'",
-            )
-        layers = tuple(recording.calls)
-        for layer in layers:  # both raise where a mapping has no entry
-            s.copies_of(layer)
-            s.sigma_of(layer)
-        self.riders = riders = recording.riders()
-        groups = [layers]
-        if s.injection == "layerwise":
-            leads = [layer for layer in layers if layer not in riders]
-            groups = [(lead, *(layer for layer in riders if riders[layer] == lead)) for lead in leads]
-        sites = torch.tensor(
-            [contract.signed64(contract.site_id(layer)) for layer in layers], device=self._parameters[0].device
-        )
-        keys = self._keys(layers, sites)
-        whole = [Pass(group, riders, cut=False) for group in groups]
-        passes = tuple(item._replace(cut=self._can_cut(item, keys, batch)) for item in whole)
-        return Plan(passes, layers, sites)
-
-    def _can_cut(self, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> bool:
-        """Whether two copies made at the first noised layer give the outputs of two copies made at the input.
-
-        They do where the layer's output is all that is used afterwards. Anything else that is alive there (a residual
-        branch, a batch size read before) has the rows of one copy, and either fails or shows in the outputs.
-        """
-        expected = tensors(self._noised(item, keys, batch, 2)[1])
-        try:
-            outputs = tensors(self._noised(item._replace(cut=True), keys, batch, 2)[1])
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
-            return False
-        return len(outputs) == len(expected) and all(
-            a.shape == b.shape and same(a, b, a.float() - a.float().roll(batch.samples, 0))
-            for a, b in zip(expected, outputs, strict=True)
-        )
 
     # --- state -------------------------------------------------------------------------------------------------------
 

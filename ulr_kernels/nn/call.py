@@ -43,6 +43,13 @@ class Owned(NamedTuple):
     rows: bool = False
 
 
+class Known(NamedTuple):
+    """What a second pass knows when it comes to a call: fp32 `[copies, samples]`, and the learnt ln sigma or None."""
+
+    loss_weight: Tensor
+    log_sigma: Tensor | None
+
+
 Origin = Callable[[Any], Owned | None]  # what a tensor owes to parameters alone
 
 
@@ -50,7 +57,8 @@ class Call:
     """One call of a layer v = phi(x; theta), as a reader found it in the model's forward.
 
     A layer type says what phi is (`forward`) and how a score becomes gradients (`add_gradient`); it may also make the
-    noised output in a way of its own (`_noised`). Inputs and outputs have their samples on the first axis.
+    noised output in a way of its own (`_noised`), and output and gradients in one pass (`_replayed`). Inputs and
+    outputs have their samples on the first axis.
 
     Attributes:
         inputs: the tensors that depend on the samples, which the gradient needs.
@@ -82,7 +90,16 @@ class Call:
         """The layer's output."""
         return self.forward(*self.inputs)
 
-    def noised(self, noise: Noise, samples: int, x_copies: int, *, shared: bool, rides: bool = False) -> Tensor:
+    def noised(
+        self,
+        noise: Noise,
+        samples: int,
+        x_copies: int,
+        *,
+        shared: bool,
+        rides: bool = False,
+        known: Known | None = None,
+    ) -> Tensor:
         """The layer's output with noise, copy-major: `[copies * samples, ...]`.
 
         Args:
@@ -91,6 +108,7 @@ class Call:
             x_copies: how many copies the inputs hold: 1, or all of them.
             shared: the inputs are the same in all copies.
             rides: another term of the sum that the output goes into has this very noise: add none, but remember it.
+            known: the losses, where a first pass has found them: the gradients are added now.
 
         Returns:
             All copies; of a call that rides, as many as the inputs hold.
@@ -100,8 +118,10 @@ class Call:
         if rides:
             y = self.clean()
             self._shape = torch.Size((y.shape[0] // x_copies, *y.shape[1:]))
+            if known is not None:
+                self.add_gradient(known.loss_weight, noise.draw, known.log_sigma)
             return y
-        y = self._noised()
+        y = self._noised() if known is None else self._replayed(known)
         self._shape = y.shape[1:]
         return y.flatten(0, 1)
 
@@ -121,6 +141,13 @@ class Call:
             draw=noise.draw,
             **self._spec(self._positions),
         )
+
+    def _replayed(self, known: Known) -> Tensor:
+        """`_noised()`, and the gradients from the same noise."""
+        y = self._noised()
+        self._shape = y.shape[1:]
+        self.add_gradient(known.loss_weight, self.noise.draw, known.log_sigma)
+        return y
 
     def _spec(self, positions: int) -> dict[str, Any]:
         """The arguments that say which noise, in a forward as in its gradient."""

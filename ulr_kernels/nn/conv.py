@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
-from ulr_kernels.nn.call import Call, Origin, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
 
 
 class ConvCall(Call):
@@ -49,20 +50,48 @@ class ConvCall(Call):
 
     def _noised(self) -> Tensor:
         noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
-        weight = self._w if two else self._w.unsqueeze(2)
-        spec = self._spec(0) | {"positions": None}  # those of one image
-        if (images := x.shape[-4] // self._samples) > 1 or noise.first:
-            spec = self._spec(images * self.forward(self._operands[0][:1])[0, 0].numel())
+        weight, spec = self._w if two else self._w.unsqueeze(2), self._forward_spec(x)
         y = ops.noisy_conv2d(
             x, weight, self._b, noise.sigma, noise.key, copies=noise.copies, draw=noise.draw, **window, **spec
         )
         return y if two else y.squeeze(-2)
 
+    def _forward_spec(self, x: Tensor) -> dict[str, Any]:
+        """`_spec` before there is an output whose rows can be counted."""
+        if (images := x.shape[-4] // self._samples) > 1 or self.noise.first:
+            return self._spec(images * self.forward(self._operands[0][:1])[0, 0].numel())
+        return self._spec(0) | {"positions": None}  # those of one image
+
+    def _replayed(self, known: Known) -> Tensor:
+        noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
+        with self._buffers() as (weight, bias):
+            y = ops.noisy_conv2d_replay_(
+                weight,
+                bias,
+                x,
+                self._w if two else self._w.unsqueeze(2),
+                self._b,
+                known.loss_weight,
+                noise.sigma,
+                noise.key,
+                draw=noise.draw,
+                grad_log_sigma=None if known.log_sigma is None else gradient_buffer(known.log_sigma),
+                **window,
+                **self._forward_spec(x),
+            )
+        return y if two else y.squeeze(-2)
+
+    @contextlib.contextmanager
+    def _buffers(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Of the weight, as the ops take it, and of the bias."""
+        with gradient_buffers(self._weight, self._bias) as (weight, bias):
+            yield weight if weight is None or self._w.dim() == 4 else weight.unsqueeze(2), bias
+
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
-        with gradient_buffers(self._weight, self._bias) as (weight, bias):
+        with self._buffers() as (weight, bias):
             ops.noisy_conv2d_grad_(
-                weight if two or weight is None else weight.unsqueeze(2),
+                weight,
                 bias,
                 x,
                 loss_weight,

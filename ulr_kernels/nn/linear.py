@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from ulr_kernels import ops
 from ulr_kernels.backends.cpp import onednn
-from ulr_kernels.nn.call import Call, Origin, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
 
 
 class LinearCall(Call):
@@ -40,18 +42,45 @@ class LinearCall(Call):
         return x.flatten(0, -2) if self._shared else x.unflatten(0, (self.noise.copies, -1)).flatten(1, -2)
 
     def _noised(self) -> Tensor:
-        (x,), noise, rows = self._operands, self.noise, self._rows()
+        noise, rows = self.noise, self._rows()
         spec = self._spec(rows.shape[-2] // self._samples)
         y = ops.noisy_linear(
             rows, self._w, self._b, noise.sigma, noise.key, copies=noise.copies, draw=noise.draw, **spec
         )
-        return y.view(noise.copies, -1, *x.shape[1:-1], y.shape[-1])
+        return self._like_input(y)
+
+    def _like_input(self, y: Tensor) -> Tensor:
+        return y.view(self.noise.copies, -1, *self._operands[0].shape[1:-1], y.shape[-1])
+
+    def _replayed(self, known: Known) -> Tensor:
+        rows, noise = self._rows(), self.noise
+        with self._buffers() as (weight, bias):
+            y = ops.noisy_linear_replay_(
+                weight,
+                bias,
+                rows,
+                self._w,
+                self._b,
+                known.loss_weight,
+                noise.sigma,
+                noise.key,
+                draw=noise.draw,
+                grad_log_sigma=None if known.log_sigma is None else gradient_buffer(known.log_sigma),
+                **self._spec(rows.shape[-2] // self._samples),
+            )
+        return self._like_input(y)
+
+    @contextlib.contextmanager
+    def _buffers(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Of the weight, as `[N, K]`, and of the bias."""
+        with gradient_buffers(self._weight, self._bias) as (weight, bias):
+            yield weight.T if weight is not None and self._columns else weight, bias
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         rows, noise = self._rows(), self.noise
-        with gradient_buffers(self._weight, self._bias) as (weight, bias):
+        with self._buffers() as (weight, bias):
             ops.noisy_linear_grad_(
-                weight.T if weight is not None and self._columns else weight,
+                weight,
                 bias,
                 rows,
                 loss_weight,

@@ -59,6 +59,7 @@ class Settings:
     sampler: str = "iid"
     baseline: str = "mean"
     max_rows: int = 0
+    memory: str = "keep"
 
     def __post_init__(self) -> None:
         rules.one_of(self, "model", (*MODELS, *PRETRAINED))
@@ -78,5 +79,5 @@ class Settings:
     @property
     def estimator(self) -> dict:
         """The keyword arguments of `ulr.ULR`, less its seed."""
-        names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline")
+        names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline", "memory")
         return {name: getattr(self, name) for name in names} | {"max_rows": self.max_rows or None}

@@ -1,0 +1,138 @@
+"""What ulr.ULR holds in memory: replayed passes, which keep no activation, and the chunks that it chooses itself."""
+
+import pytest
+import small_models
+import torch
+from small_models import Junction, Residual, Twice, assert_same, batch, cross_entropy, filled, gradients, mlp, v
+from test_cpp_backend import peak_bytes
+from torch import nn
+
+import ulr_kernels as ulr
+from ulr_kernels import ops
+
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
+
+LABELS = torch.arange(3)
+
+
+def conv_net():
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)]
+    body = [nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2)]
+    return nn.Sequential(*body, nn.ReLU(), *head), (v(1, 3, 2, 7, 6), LABELS)
+
+
+def transformer_block():
+    """Attention, normalisations, residuals, a table and a 1-d convolution."""
+    block = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    head = [nn.Conv1d(5, 3, 3), nn.Flatten(), nn.Linear(18, 3)]
+    return nn.Sequential(nn.Embedding(12, 8), block, *head), (torch.arange(15).view(3, 5) % 12, LABELS)
+
+
+MODELS = {
+    "mlp": lambda: (mlp(), batch()),
+    "residual": lambda: (Residual(), batch()),
+    "twice": lambda: (Twice(), batch()),
+    "junction": lambda: (Junction(), batch()),
+    "convolutions": conv_net,
+    "transformer": transformer_block,
+}
+
+
+@pytest.mark.parametrize("max_rows", [None, 12])
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+def test_replay_gives_the_same_gradients(make, injection, max_rows):
+    model, data = make()
+    model = filled(model).eval()
+    settings = {"injection": injection, "batch": data, "copies": 6, "dist": "laplace"}
+    loss, kept = gradients(model, **settings)
+    again, replayed = gradients(model, memory="replay", max_rows=max_rows, **settings)
+    torch.testing.assert_close(again, loss)
+    assert_same(kept, replayed, 2e-5)
+
+
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+def test_replay_of_a_learnt_sigma(injection):
+    model, (x, y) = filled(Junction()), batch()
+    learnt = []
+    for memory in ("keep", "replay"):
+        estimator = ulr.ULR(model, copies=4, injection=injection, learn_sigma=True, memory=memory)
+        estimator.backward(x, y, cross_entropy)
+        learnt.append({str(i): p.grad for i, p in enumerate(estimator.parameters()) if p.grad is not None})
+    assert_same(*learnt, 1e-5)
+
+
+@pytest.mark.parametrize("injection, replays", [("layerwise", 0), ("joint", 1)])
+def test_a_replay_makes_output_and_gradient_in_one(injection, replays, monkeypatch):
+    """But for the last layer, whose output nobody needs: all that a layer-wise pass replays is a gradient."""
+    counts = dict.fromkeys(("noisy_linear", "noisy_linear_replay_", "noisy_linear_grad_"), 0)
+
+    def counted(name, call):
+        def run(*args, **kwargs):
+            counts[name] += 1
+            return call(*args, **kwargs)
+
+        return run
+
+    for name in counts:
+        monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
+    estimator = ulr.ULR(mlp(), copies=4, injection=injection, memory="replay")
+    estimator.backward(*batch(), cross_entropy)
+    counts.update(dict.fromkeys(counts, 0))
+    ran = []
+    estimator.model.register_forward_hook(lambda *_: ran.append(1))
+    estimator.backward(*batch(), cross_entropy)
+    assert counts == {"noisy_linear": 2, "noisy_linear_replay_": replays, "noisy_linear_grad_": 2 - replays}
+    assert len(ran) == (2 if injection == "layerwise" else 1)  # the second forwards end at their last layer
+
+
+LAYERS, COPIES, SAMPLES, WIDTH = 10, 16, 32, 64
+ACTIVATION = 4 * COPIES * SAMPLES * WIDTH  # bytes
+
+
+def deep(kind):
+    linear = kind == "linear"
+    layers = [nn.Linear(WIDTH, WIDTH) if linear else nn.Conv2d(16, 16, 3, padding=1) for _ in range(LAYERS)]
+    body = [module for layer in layers for module in (layer, nn.Tanh())]
+    return nn.Sequential(*body), v(1, SAMPLES, *((WIDTH,) if linear else (16, 2, 2)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_replay_keeps_no_activation(kind):
+    """Jointly, all copies at once: the default holds each layer's input, a replay what one layer reads and writes."""
+    model, x = deep(kind)
+    model = filled(model, 0.1)
+
+    def peak(memory):
+        settings = {"injection": "joint", "copies": COPIES, "max_rows": 10**6, "memory": memory}
+        estimator = ulr.ULR(model, **settings)
+        return peak_bytes(lambda: estimator.backward(x, None, lambda y, _: y.square().flatten(1).sum(1)))
+
+    kept, replayed = peak("keep"), peak("replay")
+    assert kept > LAYERS * ACTIVATION
+    assert replayed < kept - (LAYERS - 4) * ACTIVATION
+
+
+class Counter(nn.Module):
+    """Computes something else each time."""
+
+    def __init__(self, varies):
+        super().__init__()
+        self.fc, self.other, self.varies, self.calls = nn.Linear(5, 4), nn.Linear(4, 3), varies, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.varies == "value":
+            return self.other(self.calls * self.fc(x))
+        h = self.fc(x)
+        return self.other(h) if self.calls < 6 else self.other(self.fc(x) + h)  # 6: the replay of the first step
+
+
+def test_a_forward_that_changes_is_refused():
+    model = filled(Counter("value"))
+    with pytest.raises(ValueError, match="'model' must compute the same in every forward"):
+        gradients(model)
+    assert all(p.grad is None for p in model.parameters())
+    model = filled(Counter("layers"))
+    with pytest.raises(RuntimeError, match="must call the layers fc, other in a second forward as in the first, got"):
+        gradients(model, injection="joint", memory="replay")
