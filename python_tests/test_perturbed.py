@@ -113,9 +113,15 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
     def v(seed: int, *shape: int) -> Tensor:
         return values(seed, *shape, device="cpu", dtype=dtype)
 
+    pairs = {"members": 2, "antithetic": True}
+    if op == "perturbed_conv2d":
+        images, filters = v(1, 2, 5, 14, 13), v(2, 70, 5, 3, 3)
+        yield Sample("tiles", (images, filters, v(3, 70), 0.1, 11), {**pairs, "padding": 1, "col_offset": 27})
+        grouped = {"groups": 2, "dist": "rademacher", "dilation": 2, "padding": "same", "col_offset": 100}
+        yield Sample("groups", (v(4, 2, 1, 4, 13, 12), v(5, 140, 2, 3, 4), None, 0.1, 11), {**pairs, **grouped})
+        yield Sample("low-rank", (images, filters, None, 0.1, 11), {"rank": 3, "row_offset": 37, "col_offset": 5})
     if op != "perturbed_linear":
         return
-    pairs = {"members": 2, "antithetic": True}
     wide = (v(1, 140, 150), v(2, 150, 150), v(3, 150), 0.1, 11)
     yield Sample("tiles", wide, {"members": 2, "col_offset": 64})
     yield Sample("tiles-signs", wide, {**pairs, "dist": "rademacher", "col_offset": 40})
@@ -148,7 +154,8 @@ def shown_weight(op: str, weight: Tensor, rows: int, **how) -> Tensor:
 @pytest.mark.parametrize("op", PERTURBED)
 def test_the_perturbed_weight_to_the_bit(op, dist, device) -> None:
     at = {"members": 2, "antithetic": True, "dist": dist, "draw": 7, "row_offset": 2}
-    for dtype, rows, col_offset in itertools.product(FLOATS, (1, 40), (6, 16)):
+    ways = (1, 40) if op == "perturbed_linear" else (40,)  # few rows, and many
+    for dtype, rows, col_offset in itertools.product(FLOATS, ways, (6, 16)):
         weight = values(3, 21, 40, device=device, dtype=dtype)
         found = shown_weight(op, weight, rows, col_offset=col_offset, **at).cpu()
         eps = truth.noise((21, 40), 5, dist=dist, draw=7, row_offset=2, col_offset=col_offset)

@@ -42,6 +42,7 @@ from test_parameters import (  # noqa: F401
 from ulr_kernels import use_backend
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.ops import noisy_linear, noisy_linear_grad_
+from ulr_kernels.ops._op import FLOATS
 
 # Samples of the ops on lists that together take every way through their kernel.
 LISTS = {
@@ -54,7 +55,7 @@ HALF = ("separate", "signs", "wide", "strided", "same-dtype", "no-inputs")
 
 
 @pytest.fixture
-def device() -> Iterator[str]:
+def device(one_thread) -> Iterator[str]:
     with use_backend("triton"):
         yield "cpu"
 
@@ -111,16 +112,24 @@ def test_one_log_sigma_over_many_tiles(device) -> None:
     assert torch.equal(scalar, gradient(()))
 
 
-# Each takes another way in the kernels.
-WEIGHT_NOISE = ("pairs", "separate", "signs", "mask-bytes", "offsets-many-rows", "low-rank-shared", "low-rank-wide")
+# Each takes another way in the kernels; the first two in all dtypes.
+WEIGHT_NOISE = {
+    "perturbed_linear": (
+        *("pairs", "low-rank-wide", "separate", "signs", "mask-bytes", "offsets-many-rows", "low-rank-shared"),
+    ),
+    "perturbed_conv2d": ("pairs", "signs", "depthwise", "mask", "channels-last", "strided", "low-rank"),
+    "perturbed_embedding": ("pairs", "low-rank", "signs", "wide", "mask", "strided", "low-rank-signs"),
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_weight_noise(dtype, device) -> None:
-    for sample_id in WEIGHT_NOISE:
-        test_perturbed.compare("perturbed_linear", test_ops.pick("perturbed_linear", sample_id, device, dtype))
-    if dtype == torch.float32:  # it goes through all dtypes
-        test_perturbed.test_the_perturbed_weight_to_the_bit("perturbed_linear", "normal", device)
+@pytest.mark.parametrize("op", WEIGHT_NOISE)
+def test_weight_noise(op, device) -> None:
+    for place, sample_id in enumerate(WEIGHT_NOISE[op]):
+        for dtype in FLOATS if place < 2 else (torch.float32,):
+            test_perturbed.compare(op, test_ops.pick(op, sample_id, device, dtype))
+    for sample in test_perturbed.large(op, torch.float32) if op == "perturbed_conv2d" else ():
+        test_perturbed.compare(op, sample)
+    test_perturbed.test_the_perturbed_weight_to_the_bit(op, "normal", device)
 
 
 @pytest.mark.parametrize("op,sample_id", [(op, sample_id) for op, ids in LISTS.items() for sample_id in ids])

@@ -9,23 +9,51 @@ import torch
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
+    from ulr_kernels.backends.triton.perturbed_conv2d import perturbed_conv2d_launch
+    from ulr_kernels.backends.triton.perturbed_embedding import perturbed_embedding_launch
     from ulr_kernels.backends.triton.perturbed_linear import perturbed_linear_launch
 
-    members, rows, inputs, features = 4, 128, 768, 512
+    sigma, key, members, bf16 = torch.tensor(0.1), torch.tensor(1), 4, torch.bfloat16
 
-    def launch(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None):
+    def linear(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None):
         def made():
-            y, x = (torch.empty(members, rows, size, dtype=dtype) for size in (features, inputs))
-            weight, bias = torch.empty(features, inputs, dtype=dtype), torch.empty(features, dtype=dtype)
-            which = (torch.tensor(0.1), torch.tensor(1), members, antithetic, rank, dist)
-            return perturbed_linear_launch(y, x, weight, bias, *which)
+            y, x = (torch.empty(members, 128, size, dtype=dtype) for size in (512, 768))
+            weight, bias = torch.empty(512, 768, dtype=dtype), torch.empty(512, dtype=dtype)
+            return perturbed_linear_launch(y, x, weight, bias, sigma, key, members, antithetic, rank, dist)
+
+        return made
+
+    def conv(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None, groups: int = 1):
+        def made():
+            images = torch.empty(members, 32, 128, 16, 16, dtype=dtype)
+            weight, bias = torch.empty(128, 128 // groups, 3, 3, dtype=dtype), torch.empty(128, dtype=dtype)
+            window, how = ([1, 1], [1] * 4, [1, 1], groups), (members, antithetic, rank, dist)
+            return perturbed_conv2d_launch(images.clone(), images, weight, bias, sigma, key, *window, *how)
+
+        return made
+
+    def embedding(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None):
+        def made():
+            y, weight = torch.empty(members, 512, 768, dtype=dtype), torch.empty(30000, 768, dtype=dtype)
+            which = (sigma, key, members, antithetic, rank, dist)
+            return perturbed_embedding_launch(y, torch.zeros(512, dtype=torch.int64), weight, *which)
 
         return made
 
     return {
-        "full-bf16-normal": launch(torch.bfloat16, "normal"),
-        "full-bf16-normal-pairs": launch(torch.bfloat16, "normal", antithetic=True),
-        "full-bf16-rademacher": launch(torch.bfloat16, "rademacher"),
-        "full-fp32-normal": launch(torch.float32, "normal"),
-        "low-rank-bf16-normal": launch(torch.bfloat16, "normal", rank=1),
+        "full-bf16-normal": linear(bf16, "normal"),
+        "full-bf16-normal-pairs": linear(bf16, "normal", antithetic=True),
+        "full-bf16-rademacher": linear(bf16, "rademacher"),
+        "full-fp32-normal": linear(torch.float32, "normal"),
+        "low-rank-bf16-normal": linear(bf16, "normal", rank=1),
+        "conv-bf16-normal": conv(bf16, "normal"),
+        "conv-bf16-normal-pairs": conv(bf16, "normal", antithetic=True),
+        "conv-bf16-rademacher-pairs": conv(bf16, "rademacher", antithetic=True),
+        "conv-fp32-normal-pairs": conv(torch.float32, "normal", antithetic=True),
+        "conv-fp32-rademacher": conv(torch.float32, "rademacher"),
+        "conv-bf16-laplace-depthwise": conv(bf16, "laplace", groups=128),
+        "conv-bf16-normal-low-rank": conv(bf16, "normal", rank=2),
+        "embedding-bf16-normal": embedding(bf16, "normal"),
+        "embedding-bf16-rademacher-pairs": embedding(bf16, "rademacher", antithetic=True),
+        "embedding-fp32-normal-low-rank": embedding(torch.float32, "normal", rank=2),
     }

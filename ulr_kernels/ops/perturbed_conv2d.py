@@ -52,7 +52,8 @@ def perturbed_conv2d(
         mask: bool or uint8 of weight's shape: noise only where it is set; not with `rank`.
 
     Returns:
-        `[P, B, O, H', W']` of x's dtype. Differentiable in x, weight, bias and sigma (pathwise).
+        `[P, B, O, H', W']` of x's dtype, channels last where x or the weight is. Differentiable in x, weight,
+        bias and sigma (pathwise).
 
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
@@ -91,12 +92,11 @@ def check(
         rules.fail("x", "be [B, I, H, W] or [P, B, I, H, W]", list(x.shape))
     if x.dim() == 5 and x.shape[0] != how.members:
         rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
-    _conv.check_sizes(rules, x, weight.shape, window, how.members, "weight")
+    sizes = _conv.check_sizes(rules, x, weight.shape, window, how.members, "weight")
     rules.dtype("weight", weight, (x.dtype,))
     _perturbed.check_bias(rules, weight, bias, how.members)
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
-    size = window.output_size(x.shape[-2:], weight.shape[2:])
-    return torch.empty(how.members, x.shape[-4], weight.shape[0], *size, dtype=x.dtype, device=x.device)
+    return _conv.new_output(x, weight, sizes, window)
 
 
 def reference(y, x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> None:

@@ -23,6 +23,8 @@ _MODULES = {
     "noisy_conv2d_grad_": "noisy_conv2d_grad_",
     "noisy_conv2d_replay_": "noisy_conv2d_grad_",
     "noisy_linear": "noisy_linear",
+    "perturbed_conv2d": "perturbed_conv2d",
+    "perturbed_embedding": "perturbed_embedding",
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
     "noisy_linear_replay_": "noisy_linear_grad_",

@@ -258,6 +258,25 @@ def weight_strides(weight: Tensor | None, window: Window) -> tuple[int, int, int
     return (second, first, row, column) if window.transposed else (first, second, row, column)
 
 
+def image_arguments(x: Tensor, window: Window, kernel: Sequence[int], features: int) -> dict[str, Any]:
+    """The images, their strides, and the window: stride, padding at the top and left, dilation, the kernel's width, the
+    image's height and width, the output's width and pixels, input channels, and input and output channels of a group.
+    """
+    top, _, left, _ = window.padding
+    height, width = window.output_size(x.shape[-2:], kernel)
+    copy, image, channel, row, column = (x if x.dim() == 5 else x.unsqueeze(0)).stride()
+    inputs = x.shape[-3]
+    return {
+        "x": x,
+        "window": (
+            *(*window.stride, top, left, *window.dilation, kernel[1], *x.shape[-2:]),
+            *(width, height * width, inputs, inputs // window.groups, features // window.groups),
+        ),
+        "stride_x_copy": copy,
+        "x_strides": (image, channel, row, column),
+    }
+
+
 def conv_arguments(
     x: Tensor,
     weight: Tensor | None,
@@ -268,25 +287,13 @@ def conv_arguments(
     features: int,
     channels: int,
 ) -> dict[str, Any]:
-    """The operands of a convolution with noise, their strides, and the window: stride, padding at the top and left,
-    dilation, the kernel's width, the image's height and width, the output's width and pixels, input channels, and input
-    and output channels of a group."""
-    top, _, left, _ = window.padding
-    height, width = window.output_size(x.shape[-2:], kernel)
-    copy, image, channel, row, column = (x if x.dim() == 5 else x.unsqueeze(0)).stride()
-    inputs = x.shape[-3]
+    """The operands of a convolution with noise, their strides and the window."""
     return {
-        "x": x,
+        **image_arguments(x, window, kernel, features),
         "weight": weight,
         "bias": bias,
         "sigma": sigma,
         "channels": channels,
-        "window": (
-            *(*window.stride, top, left, *window.dilation, kernel[1], *x.shape[-2:]),
-            *(width, height * width, inputs, inputs // window.groups, features // window.groups),
-        ),
-        "stride_x_copy": copy,
-        "x_strides": (image, channel, row, column),
         "weight_strides": weight_strides(weight, window),
         **strides("stride_", bias, "bias"),
         **strides("stride_", sigma, "sigma"),

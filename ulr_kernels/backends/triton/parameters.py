@@ -25,12 +25,11 @@ from ulr_kernels.backends.triton.contract import (
     join_parts,
     noise_tile,
     open_source,
-    philox,
-    quantile,
     raw_noise,
 )
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
 from ulr_kernels.backends.triton.noise import fold_in
+from ulr_kernels.backends.triton.weight_noise import low_rank_noise
 from ulr_kernels.ops._parameters import COLUMN_AXES, by_row
 
 NO_STATE, MOMENTUM, ADAM = (tl.constexpr(i) for i in range(3))
@@ -60,20 +59,6 @@ def _elements(view, row, col, PLAIN: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _row_factor(i, row, draw, source, DIST: tl.constexpr):
-    """Column `row` (uint32 [BR]) of row i of noise."""
-    zero = tl.zeros_like(row)
-    calls = row >> (7 if DIST == RADEMACHER else 2)
-    w0, w1, w2, w3 = philox(calls, zero + i, zero + draw, zero, source[0], source[1])
-    which = ((row >> 5) if DIST == RADEMACHER else row) & 3
-    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
-    if DIST == RADEMACHER:
-        return ((((word >> (row & 31)) & 1) << 31) | 0x3F800000).to(tl.float32, bitcast=True)
-    else:
-        return quantile(word, source)
-
-
-@triton.jit
 def _noise(
     rows, first, draw, keys, key, count, table, rank, rank_scale, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
@@ -83,13 +68,8 @@ def _noise(
         return noise_tile(raw_noise(rows, first, draw, source, None, 1, 1, DIST, BR, BC), source, DIST)
     else:
         by_row, by_col = open_source(keys + count + key, table), open_source(keys + 2 * count + key, table)
-        total = tl.zeros([BR, BC], tl.float32)
-        for i in range(rank):
-            number = tl.zeros([1], tl.uint32) + i
-            a = _row_factor(i, rows, draw, by_row, DIST)
-            b = noise_tile(raw_noise(number, first, draw, by_col, None, 1, 1, DIST, 1, BC), by_col, DIST)
-            total = tl.fma(tl.broadcast_to(a[:, None], (BR, BC)), tl.broadcast_to(b, (BR, BC)), total)
-        return total * rank_scale
+        col = first.to(tl.int64) * (128 if DIST == RADEMACHER else 4)
+        return low_rank_noise(rows, col, draw, by_row, by_col, rank, rank_scale, DIST, BR, BC)
 
 
 @triton.jit

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ulr_kernels import contract
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, philox, raw_noise
+from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import product_tile
+from ulr_kernels.backends.triton.weight_noise import COL_FACTOR, ROW_FACTOR, factor_source, perturbed
 from ulr_kernels.ops._perturbed import Members
 
 RANKS = tl.constexpr(16)  # of low-rank noise at a time: the least that a product of tiles takes
-FOLD_IN = tl.constexpr(contract.FOLD_IN_COUNTER)
 
 
 @triton.jit
@@ -55,17 +55,14 @@ def perturbed_linear_kernel(
         if mask is not None:
             allowed = mask + col[:, None] * stride_mask_col + k[None, :] * stride_mask_input
             noised = inside & (tl.load(allowed, mask=inside, other=0) != 0)
-        wide = w.to(tl.float32)
         x_inside = row_inside[:, None] & k_inside[None, :]
         at = row[:, None] * stride_x_row + k[None, :] * stride_x_input
         a = tl.load(x + at, mask=x_inside, other=0)
-        plus = tl.where(noised, tl.fma(scale, eps, wide), wide).to(w.dtype)
-        total = tl.dot(a, tl.trans(plus), total, input_precision="ieee")
+        total = tl.dot(a, tl.trans(perturbed(w, scale, eps, noised)), total, input_precision="ieee")
         if ANTITHETIC:
             if not SHARED:
                 a = tl.load(minus_x + at, mask=x_inside, other=0)
-            minus = tl.where(noised, tl.fma(-scale, eps, wide), wide).to(w.dtype)
-            mirror = tl.dot(a, tl.trans(minus), mirror, input_precision="ieee")
+            mirror = tl.dot(a, tl.trans(perturbed(w, -scale, eps, noised)), mirror, input_precision="ieee")
     inside = row_inside[:, None] & col_inside[None, :]
     to = y + member * rows * features + row[:, None] * features + col[None, :]
     second = tl.cast(draws, tl.int64)
@@ -78,14 +75,6 @@ def perturbed_linear_kernel(
     tl.store(to, total.to(y.dtype.element_ty), mask=inside)
     if ANTITHETIC:
         tl.store(to + second * rows * features, mirror.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _factor_source(source, stream: tl.constexpr):
-    """`source` with the key of a factor of low-rank noise: fold_in(key, stream)."""
-    zero = source[0] - source[0]
-    low, high, _, _ = philox(zero + stream, zero, zero, zero + FOLD_IN, source[0], source[1])
-    return low, high, source[2], source[3], source[4], source[5]
 
 
 @triton.jit
@@ -111,7 +100,7 @@ def low_rank_kernel(
         stride_weight_input, 0, BR, BC, BK,
     )  # fmt: skip
     source = open_source(key, table)
-    by_row, by_col = _factor_source(source, 1), _factor_source(source, 2)
+    by_row, by_col = factor_source(source, ROW_FACTOR), factor_source(source, COL_FACTOR)
     scale = tl.load(sigma) * root
     half = tl.cast(draws, tl.int64)  # members from here on have the noise negated
     feature_calls = first_feature + ((tile % col_tiles) * (BC // PER_CALL)).to(tl.uint32)

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 
 NOISE = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(64, 128, 0, 4, 1)}
-# Parameters updated in place, whose elements and states take registers beside the noise.
+# Parameters, updated in place or gathered: their elements and states take registers beside the noise.
 PARAMETERS = {
     "normal": Tile(32, 64, 0, 8, 1),
     "laplace": Tile(32, 64, 0, 8, 1),
@@ -86,6 +86,9 @@ CONV_GRADIENT_PER_DRAW = GRADIENT_PER_DRAW | {
     ("rademacher", 2): Tile(16, 128, 32, 8, 1),
 }
 
+# A convolution's weight noised, of any noise, by bytes of an element. Each tile of pixels makes the noise again.
+PERTURBED_CONV = {2: Tile(128, 64, 16, 8, 1), 4: Tile(64, 64, 16, 8, 1)}
+
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
@@ -96,3 +99,9 @@ def draws_per_program(draws: int, tiles: int) -> int:
     """
     splits = min(draws, max(1, PROGRAMS // tiles))
     return -(-draws // splits)
+
+
+def perturbed_conv(element_size: int, channels: int) -> Tile:
+    """The tile for output channels of a group: not many more columns than there are, at least what a product takes."""
+    tile = PERTURBED_CONV[element_size]
+    return tile._replace(cols=16) if channels <= 16 else tile

@@ -1,0 +1,126 @@
+"""Noise on a weight, in tiles: of low rank from its factors, and a tile of W' from one of W."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ulr_kernels import contract
+from ulr_kernels.backends._parameters import bits
+from ulr_kernels.backends.triton.contract import (
+    RADEMACHER,
+    noise_tile,
+    open_source,
+    philox,
+    quantile,
+    raw_noise,
+)
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, table
+from ulr_kernels.ops._perturbed import Members
+
+FOLD_IN = tl.constexpr(contract.FOLD_IN_COUNTER)
+ROW_FACTOR, COL_FACTOR = (tl.constexpr(stream) for stream in contract.LOW_RANK_STREAMS)
+
+
+@triton.jit
+def factor_source(source, stream: tl.constexpr):
+    """`source` with the key of a factor of low-rank noise: fold_in(key, stream)."""
+    zero = source[0] - source[0]
+    low, high, _, _ = philox(zero + stream, zero, zero, zero + FOLD_IN, source[0], source[1])
+    return low, high, source[2], source[3], source[4], source[5]
+
+
+@triton.jit
+def _sign_of(bits):
+    """1.0 for an even number, -1.0 for an odd one."""
+    return ((bits << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_factor(i, row, draw, source, DIST: tl.constexpr):
+    """Column `row` (uint32 [BR]) of row i of noise."""
+    zero = tl.zeros_like(row)
+    calls = row >> (7 if DIST == RADEMACHER else 2)
+    w0, w1, w2, w3 = philox(calls, zero + i, zero + draw, zero, source[0], source[1])
+    which = ((row >> 5) if DIST == RADEMACHER else row) & 3
+    word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+    if DIST == RADEMACHER:
+        return _sign_of(word >> (row & 31))
+    else:
+        return quantile(word, source)
+
+
+@triton.jit
+def _tile(rows, col, draw, source, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """fp32 [BR, BC] of full rank: uint32 `rows`, and the columns from int64 `col` on, which BC or a call divides.
+
+    A tile of signs may be narrower than the 128 that a call makes: then it shifts one word of the call.
+    """
+    if DIST == RADEMACHER and BC < 128:
+        zero = tl.zeros_like(rows)
+        w0, w1, w2, w3 = philox(zero + (col >> 7).to(tl.uint32), rows, zero + draw, zero, source[0], source[1])
+        which = (col >> 5) & 3
+        word = tl.where(which == 0, w0, tl.where(which == 1, w1, tl.where(which == 2, w2, w3)))
+        bit = (col & 31).to(tl.uint32) + tl.arange(0, BC).to(tl.uint32)
+        return _sign_of(word[:, None] >> bit[None, :])
+    else:
+        first = (col >> (7 if DIST == RADEMACHER else 2)).to(tl.uint32)
+        return noise_tile(raw_noise(rows, first, draw, source, None, 1, 0, DIST, BR, BC), source, DIST)
+
+
+@triton.jit
+def low_rank_noise(
+    rows, col, draw, by_row, by_col, rank, scale, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """fp32 [BR, BC] of A B^T * scale: rows and columns as of a tile of full rank."""
+    total = tl.zeros([BR, BC], tl.float32)
+    for i in range(rank):
+        a = _row_factor(i, rows, draw, by_row, DIST)
+        b = _tile(tl.zeros([1], tl.uint32) + i, col, draw, by_col, DIST, 1, BC)
+        total = tl.fma(tl.broadcast_to(a[:, None], (BR, BC)), tl.broadcast_to(b, (BR, BC)), total)
+    return total * scale
+
+
+@triton.jit
+def open_weight_noise(key, table, rank):
+    """Where a weight's noise comes from: one source, or, where `rank` is not None, those of its two factors."""
+    source = open_source(key, table)
+    if rank is None:
+        return (source,)
+    else:
+        return factor_source(source, ROW_FACTOR), factor_source(source, COL_FACTOR)
+
+
+@triton.jit
+def weight_noise(rows, col, draw, sources, rank, scale_bits, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """fp32 [BR, BC]. scale_bits: of 1 / sqrt(rank): a float argument would be more than fp32 in the interpreter."""
+    if rank is None:
+        return _tile(rows, col, draw, sources[0], DIST, BR, BC)
+    else:
+        scale = tl.cast(scale_bits, tl.uint32).to(tl.float32, bitcast=True)
+        return low_rank_noise(rows, col, draw, sources[0], sources[1], rank, scale, DIST, BR, BC)
+
+
+@triton.jit
+def perturbed(weight, sigma, eps, noised):
+    """round(fma(sigma, eps, W)) where `noised`, else W."""
+    wide = weight.to(tl.float32)
+    return tl.where(noised, tl.fma(sigma, eps, wide), wide).to(weight.dtype)
+
+
+def weight_arguments(key: Tensor, how: Members) -> dict[str, Any]:
+    """The part of a kernel's arguments that says which noise a weight gets, and where."""
+    return {
+        "key": key,
+        "table": table(how.dist, key.device),
+        "DIST": DISTRIBUTION_CODES[how.dist],
+        "draws": how.draws,
+        "draw": how.draw,
+        "row_offset": how.row_offset,
+        "col_offset": how.col_offset,
+        "mask": how.mask if how.mask is None else how.mask.view(torch.uint8),
+        "rank": how.rank,
+        "rank_scale": None if how.rank is None else bits(contract.low_rank_scale(how.rank)),
+    }
