@@ -173,9 +173,7 @@ int Pass::run(int threads) {
     });
     for (int kind = 0; kind < kKinds; ++kind) {
         const Argument sums = static_cast<Argument>(kWeightSums + kind);
-        for (int64_t piece = 0; has(sums) && piece < down; ++piece)
-            for (int64_t c = 0; c < cols_; ++c)
-                *at<float>(t_[sums], 0, 0, c) += partial.data()[(piece * kKinds + kind) * cols_ + c];
+        if (has(sums)) add_pieces(t_[sums], partial.data() + kind * cols_, down, kKinds * cols_, cols_);
     }
     return ULR_OK;
 }

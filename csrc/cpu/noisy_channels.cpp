@@ -4,50 +4,45 @@
 
 #include "channel_tile.h"
 #include "dispatch.h"
-#include "noisy.h"
-#include "parallel.h"
-#include "pass.h"
+#include "noisy_pass.h"
 
 namespace ulr {
 inline namespace ULR_ISA {
 namespace {
 
-// noisy.h says what the arguments are; those of [D, R, N] come as [D, images, N, 1, pixels], pixels of unit stride.
-class ChannelPass {
+// Tensors of [D, R, N] come as [D, images, N, 1, pixels], pixels of unit stride.
+class ChannelPass : public NoisyPass<ChannelPass> {
   public:
-    ChannelPass(const ulr_noise_spec& spec, const ulr_tensor* tensors) : spec_(spec), t_(tensors) {
+    ChannelPass(const ulr_noise_spec& spec, const ulr_tensor* tensors) : NoisyPass(spec, tensors) {
         const ulr_tensor& images = t_[has(kLossWeight) ? kScores : kY];
-        draws_ = has(kLossWeight) ? t_[kLossWeight].size[1] : t_[kY].size[0];
-        antithetic_ = spec.antithetic;
-        cols_ = t_[kSigma].size[2];
         pixels_ = images.size[4];
         rows_ = images.size[1] * pixels_;
-        summed_ = has(kLossWeight) && !has(kMinusScores) && t_[kScores].size[0] == 1;
         if (!rows_ || !cols_) return;
         width_ = ChannelTile::width(spec, cols_);
         const int64_t fits = ChannelTile::height(spec, width_);
         height_ = std::min(rows_, fits);
         // More draws where there are few rows; Sobol's words are one draw's each.
         depth_ = spec.sobol ? 1 : std::max<int64_t>(1, fits / ((height_ + 15) / 16 * 16));
-        draws_of_unit_ = has(kLossWeight) ? draws_ : depth_;  // sums over draws stay in one thread, in order
     }
 
-    int run(int threads);
-
-  private:
-    bool has(NoisyArgument a) const { return t_[a].data != nullptr; }
-
-    // What one thread needs for a unit: some rows and columns, and some or all draws.
-    struct Unit {
+    struct Unit : NoisyUnit {
         explicit Unit(const ulr_noise_spec& spec) : tile(spec) {}
         ChannelTile tile;
-        int64_t row, col, rows, cols, pitch;  // pitch: of a channel in the sums below
+        int64_t pitch;  // of a channel in the sums below
         alignas(64) float sigma[kSignColumns];
         alignas(64) float scores[kTileFloats];     // [cols, pitch]: loss_weight * score over the draws
         alignas(64) float log_sigma[kTileFloats];  // [cols, pitch]: loss_weight * (eps * score - 1), likewise
         alignas(64) float plus[kMostRows], minus[kMostRows];  // of each row: the loss weights of a draw
     };
 
+    void open(Unit& unit, bool is_new) const;
+    void prefetch(const Unit&, int64_t, int64_t) const {}  // a channel's pixels are read in their order
+    template <typename Y, typename Base>
+    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
+    void gradient(Unit& unit, int64_t draw, int64_t draws) const;
+    void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
+
+  private:
     // Where the pixels of a draw's channel start: those of the first image.
     template <typename T>
     T* channel(NoisyArgument a, int64_t draw, int64_t channel) const {
@@ -64,18 +59,18 @@ class ChannelPass {
         }
     }
 
-    template <typename Y, typename Base>
-    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
-    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
     void load_weights(NoisyArgument a, int64_t draw, const Unit& unit, float* to) const;
-    void gradient(Unit& unit, int64_t draw, int64_t draws) const;
-    void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
-    const ulr_noise_spec& spec_;
-    const ulr_tensor* t_;
-    int64_t draws_ = 0, rows_ = 0, cols_ = 0, pixels_ = 0, width_ = 0, height_ = 0, depth_ = 0, draws_of_unit_ = 0;
-    bool antithetic_ = false, summed_ = false;
+    int64_t pixels_ = 0;
 };
+
+void ChannelPass::open(Unit& unit, bool is_new) const {
+    unit.pitch = (unit.rows + 15) / 16 * 16;  // for the widest lanes there are: the same sums on all
+    if (is_new) load_sigma(t_[kSigma], unit.col, unit.cols, unit.cols, unit.sigma);
+    if (!has(kLossWeight)) return;
+    std::fill_n(unit.scores, unit.cols * unit.pitch, 0.0f);
+    std::fill_n(unit.log_sigma, unit.cols * unit.pitch, 0.0f);
+}
 
 template <typename Y, typename Base>
 void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
@@ -97,18 +92,6 @@ void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
             add(kY, kBase, d, c, unit.sigma[c]);
             if (antithetic_) add(kMinusY, has(kMinusBase) ? kMinusBase : kBase, d, c, -unit.sigma[c]);
         }
-    }
-}
-
-void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
-    const bool wide = t_[kBase].dtype == ULR_F32;
-    switch (t_[kY].dtype) {
-        case ULR_F32:
-            return forward<float, float>(unit, draw, draws);
-        case ULR_BF16:
-            return wide ? forward<Bf16, float>(unit, draw, draws) : forward<Bf16, Bf16>(unit, draw, draws);
-        default:
-            return wide ? forward<Half, float>(unit, draw, draws) : forward<Half, Half>(unit, draw, draws);
     }
 }
 
@@ -188,51 +171,6 @@ void ChannelPass::finish_gradient(Unit& unit, float* bias_sums, float* log_sigma
         if (bias_sums) bias_sums[c] = sum_of(scores, unit.pitch) / unit.sigma[c];
         if (log_sigma_sums) log_sigma_sums[c] = sum_of(unit.log_sigma + c * unit.pitch, unit.pitch);
     }
-}
-
-int ChannelPass::run(int threads) {
-    if (!rows_ || !cols_) return ULR_OK;
-    const auto pieces = [](int64_t extent, int64_t size) { return (extent + size - 1) / size; };
-    const int64_t across = pieces(cols_, width_), down = pieces(rows_, height_), deep = pieces(draws_, draws_of_unit_);
-    const bool scores = has(kLossWeight), sums = has(kBiasSums) || has(kLogSigmaSums);
-    // Sums over rows: each unit's own, added up in the order of rows whatever thread made them.
-    const Scratch partial(sums ? 2 * down * cols_ : 0);
-    if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
-    const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit_) + 1;
-    parallel(threads, across * down * deep, grain, [&](int64_t first, int64_t last) {
-        Unit unit(spec_);
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t row_piece = i % down, draw = i / down / across * draws_of_unit_;
-            unit.row = row_piece * height_;
-            unit.col = i / down % across * width_;
-            unit.rows = std::min(height_, rows_ - unit.row);
-            unit.cols = std::min(width_, cols_ - unit.col);
-            unit.pitch = (unit.rows + 15) / 16 * 16;  // for the widest lanes there are: the same sums on all
-            load_sigma(t_[kSigma], unit.col, unit.cols, unit.cols, unit.sigma);
-            if (scores) {
-                std::fill_n(unit.scores, unit.cols * unit.pitch, 0.0f);
-                std::fill_n(unit.log_sigma, unit.cols * unit.pitch, 0.0f);
-            }
-            const int64_t draw_end = std::min(draw + draws_of_unit_, draws_);
-            for (int64_t d = draw; d < draw_end; d += depth_) {
-                const int64_t draws = std::min(depth_, draw_end - d);
-                unit.tile.make({spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws,
-                                unit.rows, unit.cols});
-                if (scores) gradient(unit, d, draws);
-                if (has(kY)) forward(unit, d, draws);
-            }
-            if (!scores) continue;
-            float* sums_of_piece = sums ? partial.data() + 2 * row_piece * cols_ + unit.col : nullptr;
-            finish_gradient(unit, has(kBiasSums) ? sums_of_piece : nullptr,
-                            has(kLogSigmaSums) ? sums_of_piece + cols_ : nullptr);
-        }
-    });
-    const NoisyArgument which[] = {kBiasSums, kLogSigmaSums};
-    for (int kind = 0; kind < 2; ++kind)
-        for (int64_t piece = 0; has(which[kind]) && piece < down; ++piece)
-            for (int64_t c = 0; c < cols_; ++c)
-                *at<float>(t_[which[kind]], 0, 0, c) += partial.data()[(2 * piece + kind) * cols_ + c];
-    return ULR_OK;
 }
 
 }  // namespace

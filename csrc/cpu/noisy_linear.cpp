@@ -4,9 +4,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
-#include "noisy.h"
-#include "parallel.h"
-#include "pass.h"
+#include "noisy_pass.h"
 #include "tile.h"
 
 namespace ulr {
@@ -15,60 +13,45 @@ namespace {
 
 constexpr int64_t kScoreColumns = 128;  // narrower tiles have more rows, so fewer partial sums over rows are kept
 
-class Pass {
+class Pass : public NoisyPass<Pass> {
   public:
-    Pass(const ulr_noise_spec& spec, const ulr_tensor* tensors) : spec_(spec), t_(tensors) {
+    Pass(const ulr_noise_spec& spec, const ulr_tensor* tensors) : NoisyPass(spec, tensors) {
         const bool scores = has(kLossWeight);
-        draws_ = scores ? t_[kLossWeight].size[1] : t_[kY].size[0];
-        antithetic_ = spec.antithetic;
-        cols_ = t_[kSigma].size[2];
         rows_ = t_[scores ? kScores : kY].size[1];
-        summed_ = scores && !has(kMinusScores) && t_[kScores].size[0] == 1;
         width_ = std::clamp<int64_t>(cols_, 1, scores ? kScoreColumns : kTileColumns);
         const int64_t fits = Tile::capacity(spec, width_);
         height_ = std::min({rows_, fits, kTileFloats / pitch()});
         depth_ = std::max<int64_t>(1, fits / std::max<int64_t>(1, height_));
-        draws_of_unit_ = scores ? draws_ : depth_;  // sums over draws stay in one thread, in order
     }
 
-    int run(int threads);
-
-  private:
-    bool has(NoisyArgument a) const { return t_[a].data != nullptr; }
-    // For the widest lanes there are, so that the split into units, hence each sum's order, is the same for all.
-    int64_t pitch() const { return (width_ + 15) / 16 * 16; }
-    float weight(NoisyArgument a, int64_t draw, int64_t row) const {
-        return *at<float>(t_[a], 0, draw, row / spec_.positions);
-    }
-
-    // What one thread needs for a unit: some rows and columns, and some or all draws.
-    struct Unit {
+    struct Unit : NoisyUnit {
         explicit Unit(const ulr_noise_spec& spec) : tile(spec) {}
         Tile tile;
-        int64_t row, col, rows, cols;
         alignas(64) float sigma[kTileColumns];
         alignas(64) float score_sums[kTileFloats];  // [rows, pitch]: loss_weight * score over the draws
         alignas(64) float log_sigma_sums[kScoreColumns];
     };
 
-    void load_sigma(Unit& unit, int64_t col) const;
+    void open(Unit& unit, bool is_new) const;
     void prefetch(const Unit& unit, int64_t draw, int64_t draws) const;
     template <typename Y, typename Base>
-    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
     void forward(const Unit& unit, int64_t draw, int64_t draws) const;
     void gradient(Unit& unit, int64_t draw, int64_t draws) const;
     void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
-    const ulr_noise_spec& spec_;
-    const ulr_tensor* t_;
-    int64_t draws_, rows_, cols_, width_, height_, depth_, draws_of_unit_;
-    bool antithetic_, summed_;
+  private:
+    // For the widest lanes there are, so that the split into units, hence each sum's order, is the same for all.
+    int64_t pitch() const { return (width_ + 15) / 16 * 16; }
+    float weight(NoisyArgument a, int64_t draw, int64_t row) const {
+        return *at<float>(t_[a], 0, draw, row / spec_.positions);
+    }
 };
 
-void Pass::load_sigma(Unit& unit, int64_t col) const {
-    unit.col = col;
-    unit.cols = std::min(width_, cols_ - col);
-    ulr::load_sigma(t_[kSigma], col, unit.cols, pitch(), unit.sigma);
+void Pass::open(Unit& unit, bool is_new) const {
+    if (is_new) load_sigma(t_[kSigma], unit.col, unit.cols, pitch(), unit.sigma);
+    if (!has(kLossWeight)) return;
+    memset(unit.score_sums, 0, static_cast<size_t>(unit.rows * pitch()) * sizeof(float));
+    memset(unit.log_sigma_sums, 0, sizeof unit.log_sigma_sums);
 }
 
 // Asks for the base of a tile, so that it is near by the time the noise is made: the product left it in a far cache.
@@ -110,18 +93,6 @@ void Pass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
                 store_part(minus_y + c, fma(sigma, as_float(bits(value) ^ sign), minus), n);
             });
         }
-    }
-}
-
-void Pass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
-    const bool wide = t_[kBase].dtype == ULR_F32;
-    switch (t_[kY].dtype) {
-        case ULR_F32:
-            return forward<float, float>(unit, draw, draws);
-        case ULR_BF16:
-            return wide ? forward<Bf16, float>(unit, draw, draws) : forward<Bf16, Bf16>(unit, draw, draws);
-        default:
-            return wide ? forward<Half, float>(unit, draw, draws) : forward<Half, Half>(unit, draw, draws);
     }
 }
 
@@ -173,50 +144,6 @@ void Pass::finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) 
         });
     }
     if (log_sigma_sums) memcpy(log_sigma_sums, unit.log_sigma_sums, static_cast<size_t>(unit.cols) * sizeof(float));
-}
-
-int Pass::run(int threads) {
-    if (!rows_ || !cols_) return ULR_OK;
-    const auto pieces = [](int64_t extent, int64_t size) { return (extent + size - 1) / size; };
-    const int64_t across = pieces(cols_, width_), down = pieces(rows_, height_), deep = pieces(draws_, draws_of_unit_);
-    const bool scores = has(kLossWeight), sums = has(kBiasSums) || has(kLogSigmaSums);
-    // Sums over rows: each unit's own, added up in the order of rows whatever thread made them.
-    const Scratch partial(sums ? 2 * down * cols_ : 0);
-    if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
-    const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit_) + 1;
-    parallel(threads, across * down * deep, grain, [&](int64_t first, int64_t last) {
-        Unit unit(spec_);
-        for (int64_t i = first; i < last; ++i) {
-            const int64_t row_piece = i % down, col = i / down % across * width_;
-            const int64_t draw = i / down / across * draws_of_unit_;
-            unit.row = row_piece * height_;
-            unit.rows = std::min(height_, rows_ - unit.row);
-            if (i == first || col != unit.col) load_sigma(unit, col);
-            if (scores) {
-                memset(unit.score_sums, 0, static_cast<size_t>(unit.rows * pitch()) * sizeof(float));
-                memset(unit.log_sigma_sums, 0, sizeof unit.log_sigma_sums);
-            }
-            const int64_t draw_end = std::min(draw + draws_of_unit_, draws_);
-            for (int64_t d = draw; d < draw_end; d += depth_) {
-                const int64_t draws = std::min(depth_, draw_end - d);
-                if (has(kY)) prefetch(unit, d, draws);
-                unit.tile.make({spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws,
-                                unit.rows, unit.cols});
-                if (scores) gradient(unit, d, draws);
-                if (has(kY)) forward(unit, d, draws);
-            }
-            if (!scores) continue;
-            float* sums_of_piece = sums ? partial.data() + 2 * row_piece * cols_ + unit.col : nullptr;
-            finish_gradient(unit, has(kBiasSums) ? sums_of_piece : nullptr,
-                            has(kLogSigmaSums) ? sums_of_piece + cols_ : nullptr);
-        }
-    });
-    const NoisyArgument which[] = {kBiasSums, kLogSigmaSums};
-    for (int kind = 0; kind < 2; ++kind)
-        for (int64_t piece = 0; has(which[kind]) && piece < down; ++piece)
-            for (int64_t c = 0; c < cols_; ++c)
-                *at<float>(t_[which[kind]], 0, 0, c) += partial.data()[(2 * piece + kind) * cols_ + c];
-    return ULR_OK;
 }
 
 }  // namespace

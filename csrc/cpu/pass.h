@@ -1,4 +1,4 @@
-// What passes over the noise share: lanes of a row, elements of a tensor, sigma by columns.
+// What passes over the noise share: lanes of a row, elements of a tensor, sigma by columns, sums over pieces of rows.
 #pragma once
 
 #include <algorithm>
@@ -52,6 +52,12 @@ inline void load_sigma(const ulr_tensor& sigma, int64_t first, int64_t cols, int
         for (int64_t c = 0; c < cols; ++c) to[c] = from[c * stride];
         std::fill(to + cols, to + padded, 1.0f);
     }
+}
+
+// to[c] += the sums of column c that pieces of the rows left `stride` apart, in the order of the pieces.
+inline void add_pieces(const ulr_tensor& to, const float* sums, int64_t pieces, int64_t stride, int64_t cols) {
+    for (int64_t piece = 0; piece < pieces; ++piece)
+        for (int64_t c = 0; c < cols; ++c) *at<float>(to, 0, 0, c) += sums[piece * stride + c];
 }
 
 // -d/d eps ln f(eps): eps, or for Laplace noise sqrt(2) with the sign bit of eps.

@@ -1,0 +1,111 @@
+// What the passes over the noise of noisy layers share (noisy.h says what they take): the loop over units, which are
+// some rows and columns with some or all draws, and the sums over rows that units leave.
+#pragma once
+
+#include <algorithm>
+
+#include "noisy.h"
+#include "parallel.h"
+#include "pass.h"
+
+namespace ulr {
+inline namespace ULR_ISA {
+
+// What every thread's unit begins with; its tile of noise is made by its own kind.
+struct NoisyUnit {
+    int64_t row, col, rows, cols;
+};
+
+// A Derived has a Unit, made of the noise's specification, with a `tile`; and
+//     open(unit, is_new)                         once a unit's rows and columns are set; is_new: the columns are others
+//     prefetch, gradient(unit, draw, draws)      for draws whose noise will be, and is, in the tile
+//     forward<Y, Base>(unit, draw, draws)        likewise
+//     finish_gradient(unit, bias_sums, log_sigma_sums)
+template <typename Derived>
+class NoisyPass {
+  public:
+    int run(int threads) const {
+        if (!rows_ || !cols_) return ULR_OK;
+        const auto pieces = [](int64_t extent, int64_t size) { return (extent + size - 1) / size; };
+        const int64_t across = pieces(cols_, width_), down = pieces(rows_, height_);
+        const int64_t draws_of_unit = has(kLossWeight) ? draws_ : depth_;  // sums over draws stay in a thread, in order
+        const int64_t count = across * down * pieces(draws_, draws_of_unit);
+        const bool sums = has(kBiasSums) || has(kLogSigmaSums);
+        // Sums over rows: each unit's own, added up in the order of rows whatever thread made them.
+        const Scratch partial(sums ? 2 * down * cols_ : 0);
+        if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
+        const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit) + 1;
+        parallel(threads, count, grain, [&](int64_t first, int64_t last) {
+            typename Derived::Unit unit(spec_);
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t row_piece = i % down, col = i / down % across * width_;
+                const int64_t draw = i / down / across * draws_of_unit;
+                const bool is_new = i == first || col != unit.col;
+                unit.row = row_piece * height_;
+                unit.col = col;
+                unit.rows = std::min(height_, rows_ - unit.row);
+                unit.cols = std::min(width_, cols_ - col);
+                derived().open(unit, is_new);
+                make(unit, draw, std::min(draw + draws_of_unit, draws_));
+                if (!has(kLossWeight)) continue;
+                float* sums_of_piece = sums ? partial.data() + 2 * row_piece * cols_ + col : nullptr;
+                derived().finish_gradient(unit, has(kBiasSums) ? sums_of_piece : nullptr,
+                                          has(kLogSigmaSums) ? sums_of_piece + cols_ : nullptr);
+            }
+        });
+        if (has(kBiasSums)) add_pieces(t_[kBiasSums], partial.data(), down, 2 * cols_, cols_);
+        if (has(kLogSigmaSums)) add_pieces(t_[kLogSigmaSums], partial.data() + cols_, down, 2 * cols_, cols_);
+        return ULR_OK;
+    }
+
+  protected:
+    NoisyPass(const ulr_noise_spec& spec, const ulr_tensor* tensors)
+        : spec_(spec),
+          t_(tensors),
+          draws_(has(kLossWeight) ? t_[kLossWeight].size[1] : t_[kY].size[0]),
+          cols_(t_[kSigma].size[2]),
+          antithetic_(spec.antithetic),
+          summed_(has(kLossWeight) && !has(kMinusScores) && t_[kScores].size[0] == 1) {}
+
+    bool has(NoisyArgument a) const { return t_[a].data != nullptr; }
+
+    const ulr_noise_spec& spec_;
+    const ulr_tensor* t_;
+    int64_t draws_, cols_, rows_ = 0;
+    int64_t width_ = 0, height_ = 0, depth_ = 0;  // of a tile: columns, rows and draws
+    bool antithetic_, summed_;                    // summed: scores, over copies
+
+  private:
+    const Derived& derived() const { return static_cast<const Derived&>(*this); }
+
+    template <typename Unit>
+    void make(Unit& unit, int64_t first, int64_t last) const {
+        for (int64_t d = first; d < last; d += depth_) {
+            const int64_t draws = std::min(depth_, last - d);
+            if (has(kY)) derived().prefetch(unit, d, draws);
+            unit.tile.make({spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws, unit.rows,
+                            unit.cols});
+            if (has(kLossWeight)) derived().gradient(unit, d, draws);
+            if (has(kY)) forward(unit, d, draws);
+        }
+    }
+
+    template <typename Unit>
+    void forward(const Unit& unit, int64_t draw, int64_t draws) const {
+        const bool wide = t_[kBase].dtype == ULR_F32;
+        const auto as = [&](auto y, auto base) {
+            derived().template forward<decltype(y), decltype(base)>(unit, draw, draws);
+        };
+        switch (t_[kY].dtype) {
+            case ULR_F32:
+                return as(float{}, float{});
+            case ULR_BF16:
+                return wide ? as(Bf16{}, float{}) : as(Bf16{}, Bf16{});
+            default:
+                return wide ? as(Half{}, float{}) : as(Half{}, Half{});
+        }
+    }
+};
+
+}  // namespace ULR_ISA
+}  // namespace ulr
