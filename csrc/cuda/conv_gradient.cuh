@@ -4,7 +4,9 @@
 #pragma once
 
 #include "conv.cuh"
+#include "dispatch.cuh"
 #include "gradient.cuh"
+#include "launch.cuh"
 
 namespace ulr {
 
@@ -19,12 +21,6 @@ struct ConvGradient {
     bool scalar_log_sigma;
 };
 
-// As gradient_block counts: tiles start at multiples of their width in the whole noise.
-template <typename T>
-__device__ __forceinline__ int64_t first_feature_of_tile(const ConvGradient<T>& p, int64_t tile) {
-    return tile * kGradFeatures - p.problem.noise.col_offset % kGradFeatures;
-}
-
 template <typename T>
 __device__ __forceinline__ void add_splits(const ConvGradient<T>& p) {
     const int64_t features = p.problem.features, weights = features * p.inner, size = weights + 2 * features;
@@ -36,7 +32,7 @@ __device__ __forceinline__ void add_splits(const ConvGradient<T>& p) {
     for (int64_t o = blockIdx.x; o < features; o += gridDim.x) {
         const int64_t tile = (o + p.problem.noise.col_offset % kGradFeatures) / kGradFeatures;
         const Taps<T>& taps = p.grad_weight;
-        const int first_channel = taps.window.first_channel(first_feature_of_tile(p, tile));
+        const int first_channel = taps.window.first_channel(first_feature_of(p.problem, tile));
         for (int64_t k = threadIdx.x; p.weights.data != nullptr && k < p.inner; k += kGradThreads) {
             int place;
             if (taps.meets(o, first_channel, Tap(taps.window, static_cast<uint32_t>(k)), place))
@@ -78,20 +74,13 @@ __global__ void __launch_bounds__(kGradThreads, 1) conv_gradient_kernel(const Co
     add_splits(p);
 }
 
-// grad_weight as a weight, grad_bias and grad_log_sigma [O], the latter perhaps [1], each may be absent; x [1 or C, B,
-// I, H, W]; loss_weight [C, samples]; sigma; partials as above.
-struct ConvGradientTensors {
-    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
-};
-
+// grad_weight is as a weight, grad_bias [O], grad_log_sigma [1 or O]; x [1 or C, B, I, H, W]; partials as above.
 // weight, bias and y are replay's; else absent.
 template <typename T, bool replay>
-int launch_conv_gradient(const ulr_noise_spec& noise, const ConvGradientTensors& t, const ulr_tensor& weight,
+int launch_conv_gradient(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
                          const ulr_tensor& bias, const ulr_tensor& y, const int64_t* size, int64_t features,
                          const ulr_launch& launch) {
     const int64_t inputs = t.x.size[2];
-    const int copies = static_cast<int>(t.loss_weight.size[1]);
-    const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
     const Window window(launch.numbers, inputs, features);
     const int64_t places[] = {0, features * window.inner(), features * (window.inner() + 1)};
     const auto own = [&](const ulr_tensor& buffer, int which) {
@@ -104,29 +93,13 @@ int launch_conv_gradient(const ulr_noise_spec& noise, const ConvGradientTensors&
     };
     Buffer<T> weights(t.grad_weight);  // as one line of elements, whose places `grad_weight` knows
     weights.row_stride = 0, weights.col_stride = 1;
-    const int64_t tiles = (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures;
-    const int64_t panels = t.grad_weight.data == nullptr ? 1 : (window.inner() + kPanel - 1) / kPanel;
-    const ConvGradient<T> p{{noise,
-                             Patches<T>(t.x, window, size[0], size[1]),
-                             Taps<T>(weight, window, inputs, features),
-                             shared ? 0 : t.x.stride[0],
-                             PerFeature<T>(bias),
-                             Images<T>(y, noise.col_offset),
-                             PerFeature<float>(t.sigma),
-                             static_cast<const float*>(t.loss_weight.data),
-                             t.loss_weight.stride[1],
-                             t.loss_weight.stride[2],
-                             t.loss_weight.size[2],
-                             own(t.grad_weight, 0),
-                             own(t.grad_bias, 1),
-                             own(t.grad_log_sigma, 2),
-                             nullptr,
-                             features,
-                             copies,
-                             noise.antithetic ? copies / 2 : copies,
-                             shared,
-                             tiles,
-                             panels},
+    Gradient<Convolution<T>> problem = gradient_of<Convolution<T>>(noise, t, Patches<T>(t.x, window, size[0], size[1]),
+                                                                   Taps<T>(weight, window, inputs, features), bias,
+                                                                   Images<T>(y, noise.col_offset), features);
+    problem.grad_weight = own(t.grad_weight, 0);
+    problem.grad_bias = own(t.grad_bias, 1);
+    problem.grad_log_sigma = own(t.grad_log_sigma, 2);
+    const ConvGradient<T> p{problem,
                             Taps<T>(t.grad_weight, window, inputs, features),
                             weights,
                             Buffer<T>(t.grad_bias),
@@ -140,14 +113,8 @@ int launch_conv_gradient(const ulr_noise_spec& noise, const ConvGradientTensors&
     const auto launch_kind = [&](auto kernel) {
         return launch_together(kernel, dim3(kGradThreads), GradientMemory<T, replay>::kBytes, launch, p);
     };
-    switch (kind_of(noise)) {
-        case Kind::kQuantile:
-            return launch_kind(conv_gradient_kernel<T, Kind::kQuantile, replay>);
-        case Kind::kSobol:
-            return launch_kind(conv_gradient_kernel<T, Kind::kSobol, replay>);
-        default:
-            return launch_kind(conv_gradient_kernel<T, Kind::kSigns, replay>);
-    }
+    return by_kind(noise,
+                   [&](auto kind) { return launch_kind(conv_gradient_kernel<T, decltype(kind)::value, replay>); });
 }
 
 }  // namespace ulr

@@ -12,89 +12,55 @@
 // often: there the block goes through the rows again for each further panel.
 #pragma once
 
-#include "launch.cuh"
-#include "linear.cuh"
-#include "noise.cuh"
+#include "gradient_problem.cuh"
 
 namespace ulr {
 
-constexpr int kGradRows = 128, kGradFeatures = 32, kPanel = 512, kGradThreads = 256, kWarps = kGradThreads / 32;
-
+// The sums of a block's features that have no inputs, bias and ln sigma, to the buffers: over the eight rows of a warp,
+// then over warps, always in the same order. All threads together, each with its octet of columns.
 template <typename Layer>
-struct Gradient {
-    using T = typename Layer::T;
-    ulr_noise_spec noise;
-    typename Layer::X x;
-    typename Layer::Weight weight;  // weight, bias, y: replay's
-    int64_t x_copy_stride;
-    PerFeature<T> bias;
-    typename Layer::Y y;
-    PerFeature<float> sigma;
-    const float* loss_weight;  // [copies, rows / positions]
-    int64_t loss_copy_stride, loss_sample_stride, loss_samples;
-    Buffer<T> grad_weight, grad_bias, grad_log_sigma;
-    float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
-    int64_t features;
-    int copies, draws;  // draws: how many copies make noise of their own
-    bool shared;        // one x for all copies
-    int64_t feature_tiles, panels;
-};
-
-template <typename T, bool replay>
-struct GradientMemory {
-    static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // rows of x in a stage
-    static constexpr int kStages = replay && sizeof(T) == 4 ? 2 : 3;
-    static constexpr int kStageBytes = kDepth * kPanel * sizeof(T);
-    static constexpr int kScoreBytes = kGradFeatures * sizeof(T);  // a row of S
-    // Two of each: an antithetic pair with an x for each copy makes both from the same noise.
-    struct alignas(128) Layout {
-        char stages[kStages][kStageBytes];
-        char score[2][kGradRows * kScoreBytes];
-    };
-    using Clean = float[kGradRows * kGradFeatures];  // replay: after the layout, two of these
-    static constexpr int kBytes = sizeof(Layout) + (replay ? 2 * sizeof(Clean) : 0);
-    static_assert(kStages * kStageBytes >= kStages * 64 * (kGradRows + kGradFeatures));  // the clean product's tiles
-};
-
-// fp16 holds magnitudes of 2^-14 ... 2^15 well, loss weights have any: S is brought there by a power of two.
-// All threads together.
-template <typename Layer>
-__device__ __forceinline__ float score_scale(const Gradient<Layer>& p, float* scratch) {
-    using T = typename Layer::T;
-    if constexpr (!std::is_same_v<T, __half>) {
-        return 1.0f;
-    } else {
-        float largest = 0.0f;
-        for (int64_t i = threadIdx.x; i < p.copies * p.loss_samples; i += kGradThreads)
-            largest = fmaxf(largest, fabsf(p.loss_weight[i / p.loss_samples * p.loss_copy_stride +
-                                                         i % p.loss_samples * p.loss_sample_stride]));
-        for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = largest;
-        __syncthreads();
-        for (int warp = 0; warp < kWarps; ++warp) largest = fmaxf(largest, scratch[warp]);
-        __syncthreads();
-        constexpr float kLargestScore = 16.0f;  // of any distribution of the contract
-        const float bound = largest * kLargestScore * static_cast<float>(p.shared ? p.copies : 1);
-        if (!(bound > 1e-30f && bound < 1e30f)) return 1.0f;
-        int exponent_of_bound;
-        frexpf(bound, &exponent_of_bound);
-        return ldexpf(1.0f, 15 - exponent_of_bound);
+__device__ __forceinline__ void add_feature_sums(const Gradient<Layer>& p, const GradientPart& work,
+                                                 int64_t first_feature, float (&by_bias)[8], float (&by_log_sigma)[8],
+                                                 const float* inverse_sigma,
+                                                 float (&reduced)[2][kWarps][kGradFeatures]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int octet_col = threadIdx.x % (kGradFeatures / 8) * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        for (int step = 4; step < 32; step *= 2) {
+            by_bias[i] += __shfl_xor_sync(0xffffffffu, by_bias[i], step);
+            by_log_sigma[i] += __shfl_xor_sync(0xffffffffu, by_log_sigma[i], step);
+        }
+        if (lane < 4) {
+            reduced[0][warp][octet_col + i] = by_bias[i];
+            reduced[1][warp][octet_col + i] = by_log_sigma[i];
+        }
     }
-}
-
-// What a block does of a problem: some features and, of a gradient, a panel of inputs; over some blocks of rows,
-// counted through the copies that have an x of their own.
-struct GradientPart {
-    int64_t feature_tile;
-    int panel;
-    int unit_rows;  // of a block of rows: a multiple of 16, at most kGradRows
-    int64_t first_unit, last_unit;
-    int64_t sums = 0;  // where this part's own sums lie: so many floats further than the problem's buffers
-};
-
-template <typename Layer>
-__host__ __device__ inline int64_t gradient_units(const Gradient<Layer>& p, int unit_rows) {
-    return (p.shared ? 1 : p.draws) * ((p.x.rows + unit_rows - 1) / unit_rows);
+    __syncthreads();
+    if (warp > 0) return;
+    float bias_sum = 0.0f, log_sigma_sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) {
+        bias_sum += reduced[0][w][lane];
+        log_sigma_sum += reduced[1][w][lane];
+    }
+    const int64_t feature = first_feature + lane;
+    const bool exists = feature >= 0 && feature < p.features;
+    if (!exists) log_sigma_sum = 0.0f;
+    if (p.grad_bias.data != nullptr && exists)
+        p.grad_bias.shifted(work.sums).add(0, feature, bias_sum * inverse_sigma[lane]);
+    if (p.grad_log_sigma.data == nullptr) return;
+    if (p.grad_log_sigma.col_stride != 0) {
+        if (exists) p.grad_log_sigma.shifted(work.sums).add(0, feature, log_sigma_sum);
+        return;
+    }
+    for (int step = 16; step > 0; step /= 2) log_sigma_sum += __shfl_xor_sync(0xffffffffu, log_sigma_sum, step);
+    if (lane == 0) {
+        if (p.feature_tiles == 1) {
+            p.grad_log_sigma.add(0, 0, log_sigma_sum);
+        } else {
+            p.partials[work.feature_tile] = log_sigma_sum;
+        }
+    }
 }
 
 template <typename Layer, Kind kind, bool replay>
@@ -313,132 +279,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
 
     if (!replay && panels > 0) add_sums(own_panel);
 
-    // Bias and ln sigma: over the eight rows of a warp, then over warps, always in the same order.
-    if (!first_block) return;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        for (int step = 4; step < 32; step *= 2) {
-            by_bias[i] += __shfl_xor_sync(0xffffffffu, by_bias[i], step);
-            by_log_sigma[i] += __shfl_xor_sync(0xffffffffu, by_log_sigma[i], step);
-        }
-        if (lane < 4) {
-            reduced[0][warp][octet_col + i] = by_bias[i];
-            reduced[1][warp][octet_col + i] = by_log_sigma[i];
-        }
-    }
-    __syncthreads();
-    if (warp > 0) return;
-    float bias_sum = 0.0f, log_sigma_sum = 0.0f;
-    for (int w = 0; w < kWarps; ++w) {
-        bias_sum += reduced[0][w][lane];
-        log_sigma_sum += reduced[1][w][lane];
-    }
-    const int64_t feature = first_feature + lane;
-    if (!exists(feature)) log_sigma_sum = 0.0f;
-    if (p.grad_bias.data != nullptr && exists(feature))
-        p.grad_bias.shifted(work.sums).add(0, feature, bias_sum * inverse_sigma[lane]);
-    if (p.grad_log_sigma.data == nullptr) return;
-    if (p.grad_log_sigma.col_stride != 0) {
-        if (exists(feature)) p.grad_log_sigma.shifted(work.sums).add(0, feature, log_sigma_sum);
-        return;
-    }
-    for (int step = 16; step > 0; step /= 2) log_sigma_sum += __shfl_xor_sync(0xffffffffu, log_sigma_sum, step);
-    if (lane == 0) {
-        if (p.feature_tiles == 1) {
-            p.grad_log_sigma.add(0, 0, log_sigma_sum);
-        } else {
-            p.partials[feature_tile] = log_sigma_sum;
-        }
-    }
-}
-
-// All of one problem, a block for each of its parts.
-template <typename T, Kind kind, bool replay>
-__global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<Linear<T>> p) {
-    const GradientPart part{blockIdx.x % p.feature_tiles, replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles),
-                            kGradRows, 0, gradient_units(p, kGradRows)};
-    gradient_block<Linear<T>, kind, replay>(p, part);
-}
-
-// grad_log_sigma as one number: the sum over blocks of features, in their order.
-template <typename T>
-struct Partials {
-    const float* values;
-    int64_t count;
-    Buffer<T> to;
-};
-
-template <typename T>
-__global__ void add_partials(const Partials<T> p) {
-    float sum = 0.0f;
-    for (int64_t i = threadIdx.x; i < p.count; i += 32) sum += p.values[i];
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x == 0) p.to.add(0, 0, sum);
-}
-
-// Whether an argument was given; an empty tensor is one too.
-inline bool given(const ulr_tensor& t) { return t.data != nullptr || t.size[0] * t.size[1] * t.size[2] == 0; }
-
-template <typename T, bool replay>
-int launch_gradient(Gradient<Linear<T>>& p, const ulr_launch& launch) {
-    if (p.x.rows == 0 || p.features == 0) return ULR_OK;
-    const int64_t blocks = p.feature_tiles * (replay ? 1 : p.panels);
-    const auto launch_kind = [&](auto kernel) {
-        return launch_kernel(kernel, blocks, dim3(kGradThreads), GradientMemory<T, replay>::kBytes, launch, p);
-    };
-    int status;
-    switch (kind_of(p.noise)) {
-        case Kind::kQuantile:
-            status = launch_kind(gradient_kernel<T, Kind::kQuantile, replay>);
-            break;
-        case Kind::kSobol:
-            status = launch_kind(gradient_kernel<T, Kind::kSobol, replay>);
-            break;
-        default:
-            status = launch_kind(gradient_kernel<T, Kind::kSigns, replay>);
-    }
-    if (status != ULR_OK || p.grad_log_sigma.data == nullptr || p.grad_log_sigma.col_stride != 0 ||
-        p.feature_tiles == 1)
-        return status;
-    return launch_kernel(add_partials<T>, 1, dim3(32), 0, launch,
-                         Partials<T>{p.partials, p.feature_tiles, p.grad_log_sigma});
-}
-
-// The tensors that both ops have. grad_* are [1, N, K], [1, 1, N] and [1, 1, 1 or N], each may be absent; x is
-// [1 or C, R, K], loss_weight [1, C, R / positions], sigma [1, 1, 1 or N]; partials are fp32, one for each block of
-// features, and needed only where grad_log_sigma is one number.
-struct GradientTensors {
-    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
-};
-
-template <typename T>
-Gradient<Linear<T>> gradient_of(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
-                                const ulr_tensor& bias, const ulr_tensor& y) {
-    const int64_t features = given(t.grad_weight) ? t.grad_weight.size[1] : t.grad_bias.size[2];
-    const int copies = static_cast<int>(t.loss_weight.size[1]);
-    const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
-    const bool weighted = t.grad_weight.data != nullptr && t.x.size[2] > 0;
-    return Gradient<Linear<T>>{noise,
-                               Matrix<T>(t.x),
-                               Matrix<T>(weight),
-                               shared ? 0 : t.x.stride[0],
-                               PerFeature<T>(bias),
-                               Output<T>(y, noise.col_offset),
-                               PerFeature<float>(t.sigma),
-                               static_cast<const float*>(t.loss_weight.data),
-                               t.loss_weight.stride[1],
-                               t.loss_weight.stride[2],
-                               t.loss_weight.size[2],
-                               Buffer<T>(t.grad_weight),
-                               Buffer<T>(t.grad_bias),
-                               Buffer<T>(t.grad_log_sigma),
-                               static_cast<float*>(t.partials.data),
-                               features,
-                               copies,
-                               noise.antithetic ? copies / 2 : copies,
-                               shared,
-                               (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures,
-                               weighted ? (t.x.size[2] + kPanel - 1) / kPanel : 1};
+    if (first_block) add_feature_sums(p, work, first_feature, by_bias, by_log_sigma, inverse_sigma, reduced);
 }
 
 }  // namespace ulr

@@ -6,7 +6,8 @@
 // it may be made again for each.
 #pragma once
 
-#include "gradient.cuh"
+#include "gradient_problem.cuh"
+#include "launch.cuh"
 
 namespace ulr {
 

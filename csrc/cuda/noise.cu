@@ -1,6 +1,7 @@
 // The noise itself, written as fp32.
 #include <algorithm>
 
+#include "dispatch.cuh"
 #include "launch.cuh"
 #include "noise.cuh"
 
@@ -85,12 +86,5 @@ extern "C" int ulr_cuda_noise(const ulr_noise_spec* noise, const ulr_tensor* ten
     if (p.rows == 0 || p.cols == 0) return ULR_OK;
     const bool whole = shift == 0 && p.cols % 8 == 0 && p.col_stride == 1 && (p.rows == 1 || p.row_stride == p.cols) &&
                        reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-    switch (kind_of(*noise)) {
-        case Kind::kQuantile:
-            return launch_noise<Kind::kQuantile>(p, whole, *launch);
-        case Kind::kSobol:
-            return launch_noise<Kind::kSobol>(p, whole, *launch);
-        default:
-            return launch_noise<Kind::kSigns>(p, whole, *launch);
-    }
+    return by_kind(*noise, [&](auto kind) { return launch_noise<decltype(kind)::value>(p, whole, *launch); });
 }

@@ -1,6 +1,7 @@
 // noise_add: y[c] = x[c] + sigma * eps_c.
 #include <algorithm>
 
+#include "dispatch.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "noise.cuh"
@@ -73,14 +74,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
         return launch_kernel(kernel, p.blocks * ((draws + p.draws_here - 1) / p.draws_here), dim3(kThreads), 0, launch,
                              p);
     };
-    switch (kind_of(noise)) {
-        case Kind::kQuantile:
-            return launch_kind(noise_add_kernel<T, Kind::kQuantile>);
-        case Kind::kSobol:
-            return launch_kind(noise_add_kernel<T, Kind::kSobol>);
-        default:
-            return launch_kind(noise_add_kernel<T, Kind::kSigns>);
-    }
+    return by_kind(noise, [&](auto kind) { return launch_kind(noise_add_kernel<T, decltype(kind)::value>); });
 }
 
 }  // namespace
@@ -88,14 +82,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 
 // tensors: y [C, a, N, b, c], x likewise or with one copy that all share, sigma [1, 1, 1 or N].
 extern "C" int ulr_cuda_noise_add(const ulr_noise_spec* noise, const ulr_tensor* tensors, const ulr_launch* launch) {
-    switch (tensors[ulr::kY].dtype) {
-        case ULR_F32:
-            return ulr::run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return ulr::run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return ulr::run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[ulr::kY].dtype,
+                         [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

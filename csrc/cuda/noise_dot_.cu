@@ -2,6 +2,7 @@
 //
 // A block sums a range of rows for 32 columns: each thread its own rows, then the threads in order. The block that
 // arrives last adds the ranges up, in order, to the buffers. So there is one launch, and results repeat bit for bit.
+#include "dispatch.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "scores.cuh"
@@ -149,14 +150,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
     const auto launch_kind = [&](auto kernel) {
         return launch_kernel(kernel, p.col_tiles * p.ranges, dim3(kThreads), 0, launch, p);
     };
-    switch (kind_of(noise)) {
-        case Kind::kQuantile:
-            return launch_kind(noise_dot_kernel<T, Kind::kQuantile>);
-        case Kind::kSobol:
-            return launch_kind(noise_dot_kernel<T, Kind::kSobol>);
-        default:
-            return launch_kind(noise_dot_kernel<T, Kind::kSigns>);
-    }
+    return by_kind(noise, [&](auto kind) { return launch_kind(noise_dot_kernel<T, decltype(kind)::value>); });
 }
 
 }  // namespace
@@ -165,14 +159,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 // tensors: grad_* [1, 1, 1 or N] (each may be absent), x [1 or C, a, N, b, c], loss_weight [1, C, rows / positions],
 // sigma [1, 1, 1 or N], partials fp32 [ranges of rows, 3, N], ticket: 32 bits that are 0.
 extern "C" int ulr_cuda_noise_dot_(const ulr_noise_spec* noise, const ulr_tensor* tensors, const ulr_launch* launch) {
-    switch (tensors[ulr::kX].dtype) {
-        case ULR_F32:
-            return ulr::run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return ulr::run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return ulr::run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[ulr::kX].dtype,
+                         [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -1,4 +1,5 @@
 // noise_score: the sum over copies of loss_weight * score / sigma.
+#include "dispatch.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
 #include "scores.cuh"
@@ -59,12 +60,5 @@ extern "C" int ulr_cuda_noise_score(const ulr_noise_spec* noise, const ulr_tenso
     const auto launch_kind = [&](auto kernel) {
         return launch_kernel(kernel, (p.quads.count() + kThreads - 1) / kThreads, dim3(kThreads), 0, *launch, p);
     };
-    switch (kind_of(*noise)) {
-        case Kind::kQuantile:
-            return launch_kind(noise_score_kernel<Kind::kQuantile>);
-        case Kind::kSobol:
-            return launch_kind(noise_score_kernel<Kind::kSobol>);
-        default:
-            return launch_kind(noise_score_kernel<Kind::kSigns>);
-    }
+    return by_kind(*noise, [&](auto kind) { return launch_kind(noise_score_kernel<decltype(kind)::value>); });
 }

@@ -1,5 +1,6 @@
 // noisy_conv2d: the forward of forward.cuh with the operands of conv.cuh.
 #include "conv.cuh"
+#include "dispatch.cuh"
 #include "forward.cuh"
 
 namespace ulr {
@@ -42,14 +43,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 }  // namespace ulr
 
 extern "C" int ulr_cuda_noisy_conv2d(const ulr_noise_spec* noise, const ulr_tensor* tensors, const ulr_launch* launch) {
-    switch (tensors[ulr::kX].dtype) {
-        case ULR_F32:
-            return ulr::run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return ulr::run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return ulr::run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[ulr::kX].dtype,
+                         [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

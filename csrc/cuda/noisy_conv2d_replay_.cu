@@ -16,14 +16,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 
 extern "C" int ulr_cuda_noisy_conv2d_replay_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                              const ulr_launch* launch) {
-    switch (tensors[kX].dtype) {
-        case ULR_F32:
-            return run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[kX].dtype,
+                         [&](auto type) { return run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -1,4 +1,5 @@
 // noisy_linear (forward.cuh).
+#include "dispatch.cuh"
 #include "forward.cuh"
 #include "linear.cuh"
 
@@ -37,14 +38,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 
 // tensors: y [C, R, N], x [1 or C, R, K], weight [1, N, K], bias [1, 1, N] or absent, sigma [1, 1, 1 or N].
 extern "C" int ulr_cuda_noisy_linear(const ulr_noise_spec* noise, const ulr_tensor* tensors, const ulr_launch* launch) {
-    switch (tensors[ulr::kX].dtype) {
-        case ULR_F32:
-            return ulr::run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return ulr::run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return ulr::run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[ulr::kX].dtype,
+                         [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -1,6 +1,6 @@
 // The gradient buffers of a noisy linear layer (gradient.cuh; gradient_signs.cuh).
-#include "gradient.cuh"
 #include "gradient_signs.cuh"
+#include "linear_gradient.cuh"
 
 namespace {
 
@@ -9,7 +9,7 @@ enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
     const ulr_tensor absent{};
-    auto p = ulr::gradient_of<T>(
+    auto p = ulr::linear_gradient<T>(
         noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]}, absent,
         absent, absent);
     if constexpr (sizeof(T) == 2)
@@ -21,14 +21,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 
 extern "C" int ulr_cuda_noisy_linear_grad_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                            const ulr_launch* launch) {
-    switch (tensors[kX].dtype) {
-        case ULR_F32:
-            return run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[kX].dtype,
+                         [&](auto type) { return run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

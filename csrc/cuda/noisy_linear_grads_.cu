@@ -4,7 +4,7 @@
 #include <numeric>
 #include <vector>
 
-#include "gradient.cuh"
+#include "linear_gradient.cuh"
 
 namespace ulr {
 namespace {
@@ -97,14 +97,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
             return launch_kernel(kernel, blocks, dim3(kGradThreads), kBytes, launch, table);
         };
         table.count = 0;
-        switch (kind_of(noise)) {
-            case Kind::kQuantile:
-                return launch_kind(gradients_kernel<T, Kind::kQuantile>);
-            case Kind::kSobol:
-                return launch_kind(gradients_kernel<T, Kind::kSobol>);
-            default:
-                return launch_kind(gradients_kernel<T, Kind::kSigns>);
-        }
+        return by_kind(noise, [&](auto kind) { return launch_kind(gradients_kernel<T, decltype(kind)::value>); });
     };
     Table<T> table{noise, 0, {}};
     for (const int layer : order) {
@@ -113,8 +106,8 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
         ulr_noise_spec own = noise;
         own.col_offset = numbers[kColOffset];
         const Gradient<Linear<T>> g =
-            gradient_of<T>(own, {t[kGradWeight], t[kGradBias], absent, t[kX], t[kLossWeight], t[kSigma], absent},
-                           absent, absent, absent);
+            linear_gradient<T>(own, {t[kGradWeight], t[kGradBias], absent, t[kX], t[kLossWeight], t[kSigma], absent},
+                               absent, absent, absent);
         if (g.x.rows == 0 || g.features == 0) continue;
         const int64_t before = table.count == 0 ? 0 : table.problems[table.count - 1].end;
         table.problems[table.count++] = Problem<T>{g.x,
@@ -148,14 +141,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
 
 extern "C" int ulr_cuda_noisy_linear_grads_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                             const ulr_launch* launch) {
-    switch (tensors[ulr::kX].dtype) {
-        case ULR_F32:
-            return ulr::run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return ulr::run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return ulr::run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[ulr::kX].dtype,
+                         [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -1,5 +1,5 @@
 // The output of a noisy linear layer and its gradient buffers from one evaluation of the noise (gradient.cuh).
-#include "gradient.cuh"
+#include "linear_gradient.cuh"
 
 namespace {
 
@@ -7,7 +7,7 @@ enum { kY, kGradWeight, kGradBias, kGradLogSigma, kX, kWeight, kBias, kLossWeigh
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
-    auto p = ulr::gradient_of<T>(
+    auto p = ulr::linear_gradient<T>(
         noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]},
         t[kWeight], t[kBias], t[kY]);
     return ulr::launch_gradient<T, true>(p, launch);
@@ -17,14 +17,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 
 extern "C" int ulr_cuda_noisy_linear_replay_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                              const ulr_launch* launch) {
-    switch (tensors[kX].dtype) {
-        case ULR_F32:
-            return run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[kX].dtype,
+                         [&](auto type) { return run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -8,6 +8,7 @@
 //
 // What is not in registers or shared memory between them lies in a workspace.
 #include "gradient.cuh"
+#include "launch.cuh"
 #include "mlp_forward.cuh"
 
 namespace ulr {

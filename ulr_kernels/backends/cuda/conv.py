@@ -12,7 +12,7 @@ from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.cuda import mlp
 from ulr_kernels.ops._conv import Window, weight_shape
 
-# Of csrc/cuda: Convolution::kFeatures in conv.cuh; kGradFeatures, kPanel and kGradRows in gradient.cuh.
+# Of csrc/cuda: Convolution::kFeatures in conv.cuh; kGradFeatures, kPanel and kGradRows in gradient_problem.cuh.
 FEATURES_OF_FORWARD_TILE, FEATURES_OF_GRADIENT_TILE, PANEL, ROWS_OF_UNIT = 64, 32, 512, 128
 
 

@@ -9,7 +9,7 @@ from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.ops.noisy_linear_grads_ import calls
 
-FEATURES_OF_A_BLOCK = 32  # kGradFeatures in csrc/cuda/gradient.cuh
+FEATURES_OF_A_BLOCK = 32  # kGradFeatures in csrc/cuda/gradient_problem.cuh
 
 
 def noisy_linear(
