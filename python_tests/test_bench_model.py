@@ -24,7 +24,8 @@ def constant(source: str, name: str) -> int:
 def test_tiles_are_those_of_the_sources() -> None:
     assert constant("forward.cuh", "kRows") == constant("linear.cuh", "kFeatures") == 128
     expected = (mlp.FEATURES, mlp.PANEL, mlp.ROWS)
-    assert tuple(constant("gradient_problem.cuh", name) for name in ("kGradFeatures", "kPanel", "kGradRows")) == expected
+    names = ("kGradFeatures", "kPanel", "kGradRows")
+    assert tuple(constant("gradient_problem.cuh", name) for name in names) == expected
 
 
 @pytest.mark.parametrize("size,many_copies", [(2, "instructions"), (4, "memory")])  # fp32 outputs take the bytes

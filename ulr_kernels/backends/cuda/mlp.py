@@ -16,7 +16,7 @@ from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES
 from ulr_kernels.ops.noisy_linear_cross_entropy_ import as_mlp
 
 ACTIVATION_BYTES = 24 * 2**20  # of all copies of a tile of samples: half of an H100's L2
-FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient: kGradFeatures, kPanel, kGradRows in gradient_problem.cuh
+FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient, as in gradient_problem.cuh
 # Clocks of one SM, to share the processors out between layers: a noise value, and a multiply-add by operand size.
 CLOCKS_OF_NOISE, CLOCKS_OF_PRODUCT = 0.2, {2: 1 / 1024, 4: 1 / 128}
 
