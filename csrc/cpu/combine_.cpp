@@ -1,6 +1,7 @@
 // combine_: a step along the sum of many draws' noise, over a list of tensors; each is read and written once.
 #include "dispatch.h"
 #include "parameters.h"
+#include "pass.h"
 
 namespace ulr {
 inline namespace ULR_ISA {
@@ -76,12 +77,11 @@ void combine_tiles(const ulr_noise_spec& spec, const Parameter& p, int64_t first
             Columns<T> columns(p.tensors[kParameter], tile.row + r, tile.col, tile.cols);
             Columns<float> states(one, tile.row + r, tile.col, cols), more(two, tile.row + r, tile.col, cols2);
             T* to = columns.data();
-            for (int64_t c = 0; c < tile.cols; c += kLanes) {
-                const int64_t n = tile.cols - c;
+            by_lanes(tile.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
                 const F old = load_part(to + c, n), change = load(sum.row(r) + c);
                 const F now = stepped<rule>(old, change, states.data() + c, more.data() + c, n, with);
                 rounding.store(to + c, now, r, c, n);
-            }
+            });
         }
     }
 }
