@@ -1,7 +1,7 @@
 """What a kernel costs, read from the cubin that Triton compiles for sm_90: no GPU needed.
 
 Instructions of a loop are those between the target of a backward branch and the branch, predicated ones included, NOP
-left out. The noise loop is the innermost loop with the most wide multiplies (Philox). One normal is one conversion of
+left out. The noise loop is the innermost loop with the most products of Philox. One normal is one conversion of
 an integer to float (I2F), one pair of signs one LOP3 with the bits 0x3f803f80, which hold however a loop is unrolled.
 """
 
@@ -21,6 +21,7 @@ from triton.runtime.jit import mangle_type
 
 from ulr_kernels.backends.triton.launch import Launch
 
+PHILOX = r"IMAD\.(WIDE|HI)\.U32.*(0x2daee0ad|0xd2511f53|0x326172a9|0xcd9e8d57)"  # its multipliers, of either sign
 CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # Words of 128 bytes that a warp's access takes, without bank conflicts.
 WIDTHS = {"128": 4, "M88.4": 4, "64": 2, "M88.2": 2}
@@ -98,7 +99,7 @@ def measure(launch: Launch) -> dict[str, float]:
         "spills": count(list(code.values()), r"\b(LDL|STL)\b"),
         "shared": kernel.metadata.shared,
     }
-    body = max(loops(code), key=lambda b: count(b, r"IMAD\.WIDE"), default=[])
+    body = max(loops(code), key=lambda b: count(b, PHILOX), default=[])
     normals, signs = count(body, r"\bI2FP?\b"), 2 * count(body, "0x3f803f80")
     if normals or signs:
         result["instructions"] = round(len(body) / (normals or signs), 2)

@@ -28,6 +28,12 @@ HELD_TO_GOALS = {
     ("linear", "forward-fp32-normal"): GOALS["normal"],
     ("linear", "gradient-bf16-normal"): GOALS["normal"],
     ("linear", "gradient-fp32-normal"): GOALS["normal"],
+    ("conv", "forward-bf16-normal"): GOALS["normal"],
+    ("conv", "forward-bf16-normal-transposed"): GOALS["normal"],
+    ("conv", "forward-bf16-normal-channels-last"): GOALS["normal"],
+    ("conv", "forward-fp32-normal"): GOALS["normal"],
+    ("conv", "gradient-bf16-normal"): GOALS["normal"],
+    ("conv", "gradient-fp32-normal"): GOALS["normal"],
 }
 
 

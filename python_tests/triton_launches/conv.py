@@ -16,16 +16,21 @@ def launches() -> dict[str, Callable]:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     window = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
 
-    def operands(dtype: str, shared: bool) -> tuple[torch.Tensor, ...]:
-        x = (images, inputs, 16, 16) if shared else (copies, images, inputs, 16, 16)
-        shapes = ((copies, images, features, 16, 16), x, (features, inputs, 3, 3), (features,))
+    def operands(dtype: str, shared: bool, side: int = 16) -> tuple[torch.Tensor, ...]:
+        x = (images, inputs, side, side) if shared else (copies, images, inputs, side, side)
+        shapes = ((copies, images, features, side, side), x, (features, inputs, 3, 3), (features,))
         return tuple(torch.empty(s, dtype=dtypes[dtype]) for s in shapes)
 
-    def forward(dtype: str, dist: str, antithetic: bool = False, shared: bool = True, transposed: bool = False):
+    def forward(dtype: str, dist: str, antithetic: bool = False, shared: bool = True, form: str = ""):
         def launch():
-            y, x, weight, bias = operands(dtype, shared)
+            side = 14 if form == "14" else 16
+            y, x, weight, bias = operands(dtype, shared, side)
+            transposed = form == "transposed"
             weight = weight.transpose(0, 1) if transposed else weight
-            which = (*window, transposed, copies, antithetic, dist, "iid", 256, 0, 0, 0)
+            if form == "channels-last":
+                x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
+                y = y.movedim(2, -1).contiguous().movedim(-1, 2)
+            which = (*window, transposed, copies, antithetic, dist, "iid", side**2, 0, 0, 0)
             return noisy_conv2d_launch(y, x, weight, bias, sigma, key, *which)
 
         return launch
@@ -48,7 +53,9 @@ def launches() -> dict[str, Callable]:
         "forward-bf16-rademacher-antithetic": forward("bf16", "rademacher", antithetic=True),
         "forward-fp32-normal": forward("fp32", "normal"),
         "forward-fp16-laplace-separate": forward("fp16", "laplace", antithetic=True, shared=False),
-        "forward-bf16-normal-transposed": forward("bf16", "normal", transposed=True),
+        "forward-bf16-normal-transposed": forward("bf16", "normal", form="transposed"),
+        "forward-bf16-normal-channels-last": forward("bf16", "normal", form="channels-last"),
+        "forward-bf16-normal-14x14": forward("bf16", "normal", form="14"),
         "gradient-bf16-normal": gradient("bf16", "normal"),
         "gradient-bf16-normal-separate": gradient("bf16", "normal", shared=False),
         "gradient-bf16-rademacher": gradient("bf16", "rademacher"),

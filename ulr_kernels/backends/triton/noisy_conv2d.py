@@ -1,5 +1,6 @@
 """noisy_conv2d: an implicit product whose rows are the output's pixels; noise is added while it is in registers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,22 @@ def pixel_of(row, window):
     """Image, row and column of output pixels."""
     pixel = (row % window[10]).to(tl.int32)
     return row // window[10], pixel // window[9], pixel % window[9]
+
+
+@triton.jit
+def output_rows(y, first_row, rows, window, y_strides, RUN: tl.constexpr, BR: tl.constexpr):
+    """Addresses of BR output pixels, and which exist. Each `RUN` of them lie side by side in one image: as it is said
+    here, stores move so many at once."""
+    if RUN == BR:
+        image = first_row // window[10]
+        pixel = tl.multiple_of(first_row % window[10], BR) + tl.arange(0, BR)
+        exists = tl.full([BR], True, tl.int1)
+    else:
+        row = first_row + tl.arange(0, BR)
+        image = tl.max_constancy(row // window[10], RUN)
+        pixel = tl.max_contiguous(tl.multiple_of(row % window[10], RUN), RUN)
+        exists = tl.max_constancy(row < rows, RUN)
+    return y + image * y_strides[1] + pixel * y_strides[3], exists
 
 
 @triton.jit
@@ -124,6 +141,7 @@ def noisy_conv2d_kernel(
     SHARED: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    RUN: tl.constexpr,
     DIST: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -136,7 +154,8 @@ def noisy_conv2d_kernel(
     tile = tl.program_id(0) % tile_count
     begin = tl.program_id(0) // tile_count * draws_here
     col_tile = tile % col_tiles
-    row = (tile // col_tiles).to(tl.int64) * BR + tl.arange(0, BR)
+    first_row = (tile // col_tiles).to(tl.int64) * BR
+    row = first_row + tl.arange(0, BR)
     col = col_tile * BC - shift + tl.arange(0, BC)
     row_inside = row < rows
     col_inside = (col >= 0) & (col < features)
@@ -157,10 +176,9 @@ def noisy_conv2d_kernel(
 
     source = open_source(key, table)
     scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=0)[None, :]
-    inside = row_inside[:, None] & col_inside[None, :]
-    image, line, column = pixel_of(row, window)
-    pixel = (line * window[9] + column).to(tl.int64)
-    y_tile = y + (image * y_strides[1] + pixel * y_strides[3])[:, None] + col.to(tl.int64)[None, :] * y_strides[2]
+    y_row, exists = output_rows(y, first_row, rows, window, y_strides, RUN, BR)
+    y_tile = y_row[:, None] + col.to(tl.int64)[None, :] * y_strides[2]
+    inside = exists[:, None] & col_inside[None, :]
     rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
     calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
     for d in range(begin, min(begin + draws_here, draws)):
@@ -226,6 +244,7 @@ def noisy_conv2d_launch(
             "y_strides": pixel_strides(y),
             "SHARED": shared,
             "ANTITHETIC": antithetic,
+            "RUN": math.gcd(y.shape[3] * y.shape[4], tile.rows),
             "BR": tile.rows,
             "BC": tile.cols,
             "BK": tile.inputs,

@@ -3,6 +3,8 @@
 patches of x. A convolution has many rows and few weights: programs share out the rows, and the last one of a tile adds
 up what all have left, in their order."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,21 +12,21 @@ from torch import Tensor
 
 from ulr_kernels.backends.ticket import ticket
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import (
-    RADEMACHER,
-    join_parts,
-    noise_parts,
-    noise_tile,
-    open_source,
-    raw_noise,
-    score,
+from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.gradient import (
+    add_scalar,
+    gradient_arguments,
+    own_products,
+    transposed_product,
+    weigh_draw,
 )
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
 from ulr_kernels.backends.triton.noisy_conv2d import (
     conv_arguments,
     conv_tile,
     first_channel_of,
     meeting,
+    output_rows,
     patch,
     pixel_of,
     pixel_strides,
@@ -32,8 +34,7 @@ from ulr_kernels.backends.triton.noisy_conv2d import (
     tile_channels,
     weight_strides,
 )
-from ulr_kernels.backends.triton.noisy_linear_grad_ import add_scalar, transposed_product
-from ulr_kernels.backends.triton.scores import add, log_weighted, no_parts, weighted
+from ulr_kernels.backends.triton.scores import add, no_parts
 from ulr_kernels.ops._conv import Window, weight_shape
 
 
@@ -82,6 +83,7 @@ def conv_gradient_kernel(
     SHARED: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    RUN: tl.constexpr,
     DIST: tl.constexpr,
     BR: tl.constexpr,
     BC: tl.constexpr,
@@ -120,7 +122,8 @@ def conv_gradient_kernel(
     by_log_sigma = tl.zeros([BC], tl.float32)
     row_tiles = tl.cdiv(rows, BR)
     for row_tile in range(row_tiles * split // splits, row_tiles * (split + 1) // splits):
-        row = tl.cast(row_tile, tl.int64) * BR + tl.arange(0, BR)
+        first_row = tl.cast(row_tile, tl.int64) * BR
+        row = first_row + tl.arange(0, BR)
         row_inside = row < rows
         image, line, column = pixel_of(row, window)
         x_tile, x_inside = patch(
@@ -133,10 +136,9 @@ def conv_gradient_kernel(
         reduced_log = no_parts(P, BR, BC)
         if y is not None:
             mine = row_tile % input_tiles == input_tile
-            inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
-            pixel = (line * window[9] + column).to(tl.int64)
-            y_tile = y + (image * y_strides[1] + pixel * y_strides[3])[:, None]
-            y_tile += col.to(tl.int64)[None, :] * y_strides[2]
+            y_row, exists = output_rows(y, first_row, rows, window, y_strides, RUN, BR)
+            y_tile = y_row[:, None] + col.to(tl.int64)[None, :] * y_strides[2]
+            inside = exists[:, None] & ((col >= 0) & (col < tl.where(mine, features, 0)))[None, :]
             depth = tl.where(mine, steps, 0)
             if SHARED:
                 clean = conv_tile(
@@ -149,22 +151,15 @@ def conv_gradient_kernel(
             raw = raw_noise(
                 rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
             )
-            parts = noise_parts(raw, source, DIST)
             copy = tl.cast(d, tl.int64)
-            plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
-            minus = tl.zeros_like(plus)
-            if ANTITHETIC:
-                minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-            reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
-            if grad_log_sigma is not None:
-                reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
+            plus, minus, reduced, reduced_log = weigh_draw(
+                raw, source, losses + copy * stride_loss_copy, mirror_loss, row_inside, reduced, reduced_log,
+                grad_log_sigma, ANTITHETIC, DIST,
+            )  # fmt: skip
             if not SHARED and grad_weight is not None:
-                x_copy = x_tile + copy * stride_x_copy
-                slope = score(noise_tile(raw, source, DIST), DIST)
-                total = transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
-                if ANTITHETIC:
-                    x_mirror = tl.load(x_copy + mirror_x, mask=x_inside, other=0)
-                    total = transposed_product(-minus * slope, x_mirror, total)
+                total = own_products(
+                    raw, source, plus, minus, x_tile + copy * stride_x_copy, mirror_x, x_inside, total, ANTITHETIC, DIST
+                )
             if y is not None:
                 eps = noise_tile(raw, source, DIST)
                 if not SHARED:
@@ -270,7 +265,7 @@ def conv_gradient_launch(
     window = Window.of(stride, padding, dilation, groups, transposed)
     features = window.channels(weight_shape(grad_weight, grad_bias, x, kernel, window))[1]
     height, width = window.output_size(x.shape[-2:], kernel)
-    copies, rows = loss_weight.shape[0], x.shape[-4] * height * width
+    rows = x.shape[-4] * height * width
     shared = x.dim() == 4
     tile = (tiles.CONV_GRADIENT if shared and y is None else tiles.CONV_GRADIENT_PER_DRAW)[dist, x.element_size()]
     which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
@@ -284,32 +279,20 @@ def conv_gradient_launch(
         conv_gradient_kernel,
         tile_count * splits,
         {
-            "y": y,
-            "grad_weight": grad_weight,
-            "grad_bias": grad_bias,
-            "grad_log_sigma": grad_log_sigma,
+            **gradient_arguments(y, grad_weight, grad_bias, grad_log_sigma, loss_weight, shared, antithetic, tile),
             "partials": torch.empty(size, dtype=torch.float32, device=x.device),
             "tickets": ticket(x.device, tile_count + 1),
             **conv_arguments(x, weight, bias, sigma, window, kernel, features, channels),
-            "loss_weight": loss_weight,
             **which,
             "rows": rows,
             "features": features,
             "inner": inner,
             "splits": splits,
-            "draws": copies // 2 if antithetic else copies,
             "steps": kernel[0] * kernel[1] * cdiv(channels, tile.inputs),
             "y_strides": (0, 0, 0, 0) if y is None else pixel_strides(y),
             "grad_strides": weight_strides(grad_weight, window),
-            **strides("stride_", grad_bias, "grad_bias"),
-            **strides("stride_", grad_log_sigma, "log_sigma"),
-            **strides("stride_loss_", loss_weight, "copy", "sample"),
             "SCALAR": grad_log_sigma is not None and grad_log_sigma.dim() == 0,
-            "SHARED": shared,
-            "ANTITHETIC": antithetic,
-            "BR": tile.rows,
-            "BC": tile.cols,
-            "BK": tile.inputs,
+            "RUN": math.gcd(height * width, tile.rows),
         },
         tile.warps,
         tile.stages,

@@ -8,43 +8,126 @@ from torch import Tensor
 
 from ulr_kernels.backends.ticket import ticket
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import (
-    RADEMACHER,
-    join_parts,
-    noise_parts,
-    noise_tile,
-    open_source,
-    raw_noise,
-    score,
+from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.gradient import (
+    add_scalar,
+    gradient_arguments,
+    own_products,
+    transposed_product,
+    weigh_draw,
 )
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
-from ulr_kernels.backends.triton.scores import add, log_weighted, no_parts, weighted
+from ulr_kernels.backends.triton.scores import add, no_parts
 
 
 @triton.jit
-def transposed_product(scores, x_tile, total):
-    """total + scores^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
-    if x_tile.dtype == tl.float16:
-        return tl.dot(tl.trans(scores), x_tile.to(tl.float32), total, input_precision="tf32")
-    else:
-        return tl.dot(tl.trans(scores.to(x_tile.dtype)), x_tile, total, input_precision="ieee")
+def gradient_tile(
+    tile,
+    y, grad_weight, grad_bias, grad_log_sigma, partials, ticket, x, weight, bias, loss_weight, sigma, key, table,
+    directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
+    stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row, stride_x_input,
+    stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample, stride_sigma,
+    SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile [BC features, BK inputs] of the gradient to the buffers: all rows, alone and in order.
 
-
-@triton.jit
-def add_scalar(buffer, partials, ticket, value, tile, tile_count):
-    """buffer[0] += the sum of each tile's value: the program that comes last adds them up, in the order of the tiles.
-
-    `ticket` counts the programs that have arrived, and is 0 again when the last one leaves.
+    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    that share features, number i mod their count takes the tile of rows i.
     """
-    tl.store(partials + tile, value)
-    tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == tile_count - 1:
-        total = tl.load(buffer).to(tl.float32)
-        for i in range(tile_count):
-            total += tl.load(partials + i, cache_modifier=".cg")
-        tl.store(buffer, total.to(buffer.dtype.element_ty))
-        tl.store(ticket, 0)
+    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
+    input_tiles = tl.cdiv(inputs, BK) if grad_weight is not None else 1
+    input_tiles = tl.maximum(input_tiles, 1)
+    col_tiles = tl.cdiv(features + shift, BC)
+    col_tile = tile // input_tiles
+    input_tile = tile % input_tiles
+    col = col_tile.to(tl.int64) * BC - shift + tl.arange(0, BC)
+    col_inside = (col >= 0) & (col < features)
+    k = input_tile.to(tl.int64) * BK + tl.arange(0, BK)
+    k_inside = k < inputs
+    calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
+    source = open_source(key, table)
+    scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=1)
+    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy
+    mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
+    copy_size = tl.cast(rows, tl.int64) * features
+
+    total = tl.zeros([BC, BK], tl.float32)
+    by_bias = tl.zeros([BC], tl.float32)
+    by_log_sigma = tl.zeros([BC], tl.float32)
+    for row_tile in range(0, tl.cdiv(rows, BR)):
+        row = tl.cast(row_tile, tl.int64) * BR + tl.arange(0, BR)
+        row_inside = row < rows
+        x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
+        x_inside = row_inside[:, None] & k_inside[None, :]
+        losses = loss_weight + row // positions * stride_loss_sample
+        reduced = no_parts(P, BR, BC)
+        reduced_log = no_parts(P, BR, BC)
+        if y is not None:
+            mine = row_tile % input_tiles == input_tile
+            inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
+            y_tile = y + row[:, None] * features + col[None, :]
+            depth = tl.where(mine, inputs, 0)
+            if SHARED:
+                clean = product_tile(
+                    x, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row, stride_x_input,
+                    stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
+                )  # fmt: skip
+        for d in range(draws):
+            rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
+            this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+            raw = raw_noise(
+                rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
+            )
+            copy = tl.cast(d, tl.int64)
+            plus, minus, reduced, reduced_log = weigh_draw(
+                raw, source, losses + copy * stride_loss_copy, mirror_loss, row_inside, reduced, reduced_log,
+                grad_log_sigma, ANTITHETIC, DIST,
+            )  # fmt: skip
+            if not SHARED and grad_weight is not None:
+                total = own_products(
+                    raw, source, plus, minus, x_tile + copy * stride_x_copy, mirror_x, x_inside, total, ANTITHETIC, DIST
+                )
+            if y is not None:
+                eps = noise_tile(raw, source, DIST)
+                if not SHARED:
+                    clean = product_tile(
+                        x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
+                        stride_x_input, stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
+                    )  # fmt: skip
+                noised = tl.fma(scale[None, :], eps, clean)
+                tl.store(y_tile + copy * copy_size, noised.to(y.dtype.element_ty), mask=inside)
+                if ANTITHETIC:
+                    if not SHARED:
+                        clean = product_tile(
+                            x + copy * stride_x_copy + mirror_x, weight, bias, row, row_inside, col, col_inside, depth,
+                            stride_x_row, stride_x_input, stride_weight_col, stride_weight_input, stride_bias,
+                            BR, BC, BK,
+                        )  # fmt: skip
+                    noised = tl.fma(-scale[None, :], eps, clean)
+                    tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
+        reduced_tile = join_parts(reduced)
+        if SHARED and grad_weight is not None:
+            total = transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
+        if input_tile == 0:
+            by_bias += tl.sum(reduced_tile, 0)
+            if grad_log_sigma is not None:
+                by_log_sigma += tl.sum(join_parts(reduced_log), 0)
+
+    if grad_weight is not None:
+        grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input
+        add(grad_tile, total / scale[:, None], col_inside[:, None] & k_inside[None, :])
+    if input_tile == 0:
+        if grad_bias is not None:
+            add(grad_bias + col * stride_grad_bias, by_bias / scale, col_inside)
+        if grad_log_sigma is not None:
+            if partials is None:
+                add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
+            else:
+                value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
+                add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
@@ -93,110 +176,14 @@ def gradient_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program owns a tile [BC features, BK inputs] of the gradient and goes through all rows, alone and in order.
-
-    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
-    that share features, number i mod their count takes the tile of rows i.
-    """
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
-    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
-    input_tiles = tl.cdiv(inputs, BK) if grad_weight is not None else 1
-    input_tiles = tl.maximum(input_tiles, 1)
-    col_tiles = tl.cdiv(features + shift, BC)
-    col_tile = tl.program_id(0) // input_tiles
-    input_tile = tl.program_id(0) % input_tiles
-    col = col_tile.to(tl.int64) * BC - shift + tl.arange(0, BC)
-    col_inside = (col >= 0) & (col < features)
-    k = input_tile.to(tl.int64) * BK + tl.arange(0, BK)
-    k_inside = k < inputs
-    calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
-    source = open_source(key, table)
-    scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=1)
-    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy
-    mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
-    copy_size = tl.cast(rows, tl.int64) * features
-
-    total = tl.zeros([BC, BK], tl.float32)
-    by_bias = tl.zeros([BC], tl.float32)
-    by_log_sigma = tl.zeros([BC], tl.float32)
-    for row_tile in range(0, tl.cdiv(rows, BR)):
-        row = tl.cast(row_tile, tl.int64) * BR + tl.arange(0, BR)
-        row_inside = row < rows
-        x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
-        x_inside = row_inside[:, None] & k_inside[None, :]
-        losses = loss_weight + row // positions * stride_loss_sample
-        reduced = no_parts(P, BR, BC)
-        reduced_log = no_parts(P, BR, BC)
-        if y is not None:
-            mine = row_tile % input_tiles == input_tile
-            inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
-            y_tile = y + row[:, None] * features + col[None, :]
-            depth = tl.where(mine, inputs, 0)
-            if SHARED:
-                clean = product_tile(
-                    x, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row, stride_x_input,
-                    stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
-                )  # fmt: skip
-        for d in range(draws):
-            rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
-            this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
-            raw = raw_noise(
-                rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
-            )
-            parts = noise_parts(raw, source, DIST)
-            copy = tl.cast(d, tl.int64)
-            plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
-            minus = tl.zeros_like(plus)
-            if ANTITHETIC:
-                minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-            reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
-            if grad_log_sigma is not None:
-                reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
-            if not SHARED and grad_weight is not None:
-                x_copy = x_tile + copy * stride_x_copy
-                slope = score(noise_tile(raw, source, DIST), DIST)
-                total = transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
-                if ANTITHETIC:
-                    x_mirror = tl.load(x_copy + mirror_x, mask=x_inside, other=0)
-                    total = transposed_product(-minus * slope, x_mirror, total)
-            if y is not None:
-                eps = noise_tile(raw, source, DIST)
-                if not SHARED:
-                    clean = product_tile(
-                        x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
-                        stride_x_input, stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
-                    )  # fmt: skip
-                noised = tl.fma(scale[None, :], eps, clean)
-                tl.store(y_tile + copy * copy_size, noised.to(y.dtype.element_ty), mask=inside)
-                if ANTITHETIC:
-                    if not SHARED:
-                        clean = product_tile(
-                            x + copy * stride_x_copy + mirror_x, weight, bias, row, row_inside, col, col_inside, depth,
-                            stride_x_row, stride_x_input, stride_weight_col, stride_weight_input, stride_bias,
-                            BR, BC, BK,
-                        )  # fmt: skip
-                    noised = tl.fma(-scale[None, :], eps, clean)
-                    tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
-        reduced_tile = join_parts(reduced)
-        if SHARED and grad_weight is not None:
-            total = transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
-        if input_tile == 0:
-            by_bias += tl.sum(reduced_tile, 0)
-            if grad_log_sigma is not None:
-                by_log_sigma += tl.sum(join_parts(reduced_log), 0)
-
-    if grad_weight is not None:
-        grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input
-        add(grad_tile, total / scale[:, None], col_inside[:, None] & k_inside[None, :])
-    if input_tile == 0:
-        if grad_bias is not None:
-            add(grad_bias + col * stride_grad_bias, by_bias / scale, col_inside)
-        if grad_log_sigma is not None:
-            if partials is None:
-                add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
-            else:
-                value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
-                add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
+    gradient_tile(
+        tl.program_id(0),
+        y, grad_weight, grad_bias, grad_log_sigma, partials, ticket, x, weight, bias, loss_weight, sigma, key, table,
+        directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
+        stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row, stride_x_input,
+        stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample, stride_sigma, SHARED,
+        ANTITHETIC, DIST, BR, BC, BK,
+    )  # fmt: skip
 
 
 def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
@@ -233,9 +220,9 @@ def gradient_launch(
 ) -> Launch:
     """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
     features = next(b.shape[0] for b in (grad_weight, grad_bias) if b is not None)
-    copies, rows, inputs = loss_weight.shape[0], x.shape[-2], x.shape[-1]
-    summed = x.dim() == 2 and y is None
-    tile = (tiles.GRADIENT if summed else tiles.GRADIENT_PER_DRAW)[dist, x.element_size()]
+    rows, inputs = x.shape[-2:]
+    shared = x.dim() == 2
+    tile = (tiles.GRADIENT if shared and y is None else tiles.GRADIENT_PER_DRAW)[dist, x.element_size()]
     which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
     col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
     input_tiles = max(cdiv(inputs, tile.inputs), 1) if grad_weight is not None else 1
@@ -243,26 +230,15 @@ def gradient_launch(
         gradient_kernel,
         col_tiles * input_tiles,
         {
-            "y": y,
-            "grad_weight": grad_weight,
-            "grad_bias": grad_bias,
-            "grad_log_sigma": grad_log_sigma,
+            **gradient_arguments(
+                y, grad_weight, grad_bias, grad_log_sigma, loss_weight, x.dim() == 2, antithetic, tile
+            ),
             **_scalar_workspace(grad_log_sigma, col_tiles),
             **linear_arguments(x, weight, bias, sigma),
-            "loss_weight": loss_weight,
             **which,
             "rows": rows,
             "features": features,
-            "draws": copies // 2 if antithetic else copies,
             **strides("stride_grad_", grad_weight, "col", "input"),
-            **strides("stride_", grad_bias, "grad_bias"),
-            **strides("stride_", grad_log_sigma, "log_sigma"),
-            **strides("stride_loss_", loss_weight, "copy", "sample"),
-            "SHARED": x.dim() == 2,
-            "ANTITHETIC": antithetic,
-            "BR": tile.rows,
-            "BC": tile.cols,
-            "BK": tile.inputs,
         },
         tile.warps,
         tile.stages,
