@@ -7,6 +7,7 @@ tile, and nothing is allocated beside the outputs but a few tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,10 @@ def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> 
     """Where one product makes every row of y, it becomes the output, and y's memory is given back before: oneDNN
     allocates its result, and a second tensor of y's size would cost more than the noise."""
     if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
+        add_noise = _noise_adder(y, sigma, key, antithetic, *noise)
         y.untyped_storage().resize_(0)
-        product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
-        made = product.view(y.shape)
-        _add_noise(made, sigma, key, antithetic, *noise)
+        made = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous()).view(y.shape)
+        add_noise(made.data_ptr())
         return made
     _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
     return None
@@ -143,22 +144,23 @@ def _in_one_product(x: Tensor, weight: Tensor) -> bool:
     return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
 
 
-def _add_noise(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> None:
-    """y += sigma * eps for all copies, in place."""
+def _noise_adder(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> Callable[[int], None]:
+    """What adds sigma * eps, for all copies, to contiguous values of y's shape and dtype at an address. All that can be
+    prepared is, because this runs before the product, and that after it."""
     copies, rows, features = y.shape
-    data, dtype, _, strides = _native.view(y)
-    plus = minus = (data, dtype, (copies, rows, features), strides)
-    if antithetic:
-        half = (copies // 2, rows, features)
-        plus, minus = (
-            (data, dtype, half, strides),
-            (data + half[0] * strides[0] * y.element_size(), dtype, half, strides),
-        )
+    dtype, strides = _native.DTYPES[y.dtype], (rows * features, features, 1)
+    half = (copies // 2, rows, features) if antithetic else (copies, rows, features)
+    offset = half[0] * strides[0] * y.element_size()
     scale = (sigma.data_ptr(), _native.DTYPES[_FP32], (features,), sigma.stride() or (0,))
     spec = _native.noise_spec(key, *noise, width=noise[-1] + features, antithetic=antithetic)
-    seconds = (minus, minus) if antithetic else (None, None)
-    views = (plus, seconds[0], plus, seconds[1], scale, None, None, None, None, None, None)
-    _native.launcher("cpp", "noisy_linear")(spec, views, threads=torch.get_num_threads())
+    launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
+
+    def add(address: int) -> None:
+        plus = (address, dtype, half, strides)
+        minus = (address + offset, dtype, half, strides) if antithetic else None
+        launch(spec, (plus, minus, plus, minus, scale, None, None, None, None, None, None), threads=threads)
+
+    return add
 
 
 # ---------------------------------------------------------------------------------------------------------------------
