@@ -4,7 +4,7 @@ import pytest
 import small_models
 import torch
 from small_models import Junction, Residual, Twice, assert_same, batch, cross_entropy, filled, gradients, mlp, v
-from test_cpp_backend import peak_bytes
+from test_cpp_backend import MEGABYTE, peak_bytes
 from torch import nn
 
 import ulr_kernels as ulr
@@ -13,6 +13,7 @@ from ulr_kernels import ops
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 
 LABELS = torch.arange(3)
+ALL = 10**6  # rows
 
 
 def conv_net():
@@ -104,13 +105,52 @@ def test_a_replay_keeps_no_activation(kind):
     model = filled(model, 0.1)
 
     def peak(memory):
-        settings = {"injection": "joint", "copies": COPIES, "max_rows": 10**6, "memory": memory}
+        settings = {"injection": "joint", "copies": COPIES, "max_rows": ALL, "memory": memory}
         estimator = ulr.ULR(model, **settings)
         return peak_bytes(lambda: estimator.backward(x, None, lambda y, _: y.square().flatten(1).sum(1)))
 
     kept, replayed = peak("keep"), peak("replay")
     assert kept > LAYERS * ACTIVATION
     assert replayed < kept - (LAYERS - 4) * ACTIVATION
+
+
+def big_images():
+    """8 x 32 x 32 numbers, 32 KiB, of an image behind the first layer; a hundredth of it behind the second."""
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten(), nn.Linear(128, 3)]
+    return filled(nn.Sequential(*layers), 0.1), (v(1, 100, 1, 32, 32), torch.arange(100) % 3)
+
+
+@pytest.mark.parametrize("memory", ["keep", "replay"])
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+def test_a_cpu_is_given_as_many_rows_as_its_caches_hold(injection, memory):
+    """By default no tensor behind the noise has much more than 4 MiB, 128 images here; the gradients are the same."""
+    model, data = big_images()
+    settings = {"batch": data, "copies": 6, "injection": injection, "memory": memory}
+    rows: dict[str, list[int]] = {"0": [], "4": []}
+    for name in rows:
+        model[int(name)].register_forward_hook(lambda _, inputs, output, name=name: rows[name].append(len(output)))
+    estimator = ulr.ULR(model, **{k: settings[k] for k in ("copies", "injection", "memory")})
+    estimator.backward(*data, cross_entropy)
+    for seen in rows.values():
+        seen.clear()
+    estimator.backward(*data, cross_entropy)
+    assert max(rows["0"]) <= 128
+    assert max(rows["4"]) == (600 if injection == "layerwise" else max(rows["0"]))
+    loss, found = gradients(model, **settings)
+    whole_loss, whole = gradients(model, max_rows=ALL, **settings)
+    torch.testing.assert_close(loss, whole_loss)
+    assert_same(whole, found, 1e-4)
+
+
+def test_chunks_bound_the_memory():
+    model, (x, y) = big_images()
+
+    def peak(max_rows):
+        estimator = ulr.ULR(model, copies=6, max_rows=max_rows)
+        return peak_bytes(lambda: estimator.backward(x, y, cross_entropy))
+
+    assert peak(None) < 4 * 4 * MEGABYTE
+    assert peak(ALL) > 2 * 600 * 32 * 1024
 
 
 class Counter(nn.Module):

@@ -114,7 +114,7 @@ def vgg_row(share: int, autocast: bool, batch: int = 100) -> Row:
     @functools.cache
     def estimator() -> ulr.ULR:
         by_layer = dict(zip(names, copies, strict=True))
-        return ulr.ULR(model, sigma=SIGMA, copies=by_layer, baseline="clean", max_rows=4 * batch)
+        return ulr.ULR(model, sigma=SIGMA, copies=by_layer, baseline="clean")
 
     def step(x: Tensor, y: Tensor) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

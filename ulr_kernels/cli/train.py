@@ -40,7 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("dist", "distribution of the noise", choices=("normal", "laplace", "rademacher"))
     add("sampler", "independent or quasi-random noise", choices=("iid", "sobol"))
     add("baseline", "what is subtracted from each loss", choices=("none", "clean", "mean"))
-    add("max_rows", "rows, copies times images, that the model is given at a time; 0: all at once")
+    add(
+        "max_rows",
+        "rows, copies times images, that the model is given at a time; 0: all, or on a CPU what its caches hold",
+    )
     add("memory", "keep what layers read, or run each forward again for its gradients", choices=("keep", "replay"))
     where, add = options.group("where")
     add("device", "the device", choices=("cpu", "cuda"))

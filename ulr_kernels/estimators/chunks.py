@@ -11,29 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels.estimators.settings import fail
 
-
-def parts_of(samples: int, rows: int | None, by_draw: int) -> list[slice]:
-    """The samples of a pass in parts of about the same size, of each of which `rows` rows hold what one draw makes:
-    `by_draw` copies."""
-    if rows is None or by_draw * samples <= rows:
-        return [slice(0, samples)]
-    if rows < by_draw:
-        fail("max_rows", "have room for a pair of copies of a sample where antithetic is True", rows)
-    count = -(-samples // (rows // by_draw))
+def parts_of(samples: int, most: int | None) -> list[slice]:
+    """Samples in parts of about the same size, which is at most `most`."""
+    count = 1 if most is None else -(-samples // most)
     edges = [samples * part // count for part in range(count + 1)]
     return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
-def chunks_of(copies: int, samples: int, rows: int | None, antithetic: bool) -> list[tuple[int, int]]:
+def chunks_of(copies: int, samples: int, rows: int | None, by_draw: int) -> list[tuple[int, int]]:
     """The copies of a part in chunks of at most `rows` rows: the first draw of each, and its number of copies.
 
-    An antithetic chunk holds pairs: the copies of its draws, then their negatives.
+    A draw makes `by_draw` copies: an antithetic chunk holds pairs, the copies of its draws, then their negatives.
     """
     if rows is None:
         return [(0, copies)]
-    by_draw = 2 if antithetic else 1
     draws, total = max(1, rows // (by_draw * samples)), copies // by_draw
     return [(draw, by_draw * min(draws, total - draw)) for draw in range(0, total, draws)]
 

@@ -11,11 +11,16 @@ from torch import Tensor
 from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
-from ulr_kernels.estimators.settings import fail
+from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.names import parameter_names
 
 if TYPE_CHECKING:
     from ulr_kernels.estimators.ulr import ULR
+
+
+ACTIVATION = (
+    4 * 2**20
+)  # bytes: on a CPU a few such tensors stay in the caches; much smaller ones cost more than that saves
 
 
 class Pass(NamedTuple):
@@ -26,18 +31,23 @@ class Pass(NamedTuple):
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
         cut: the layers before the first noise run on one copy only.
         shared: what the noised layers read is the same in all copies.
+        rows: the most, copies times samples, that the model is given at once; None: all.
+        part: the most samples at once, likewise.
     """
 
     layers: tuple[str, ...]
     riders: Mapping[str, str]
     cut: bool = False
     shared: bool = False
+    rows: int | None = None
+    part: int | None = None
 
 
 class Plan(NamedTuple):
-    """The passes; and the noised layers with their site numbers."""
+    """The passes; the clean one for the baseline; and the noised layers with their site numbers."""
 
     passes: tuple[Pass, ...]
+    clean: Pass
     layers: tuple[str, ...]
     sites: Tensor
 
@@ -60,7 +70,9 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     device = estimator.device
     sites = torch.tensor([contract.signed64(contract.site_id(layer)) for layer in layers], device=device)
     keys = estimator.keys(layers, sites)
-    return Plan(tuple(_tried(estimator, Pass(group, riders), keys, batch) for group in groups), layers, sites)
+    passes = [_tried(estimator, Pass(group, riders), keys, batch) for group in groups]
+    clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), {}, shared=True), *passes))
+    return Plan(tuple(bounded), clean, layers, sites)
 
 
 def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
@@ -86,6 +98,24 @@ def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch)
     noised, outputs = estimator.noised(item, keys, batch, 2)
     cut = can_cut(estimator, item, keys, batch, tensors(outputs))
     return item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
+
+
+def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch.device) -> Pass:
+    """A pass whose memory is bounded: by `max_rows`, or on a CPU so that a tensor has about `ACTIVATION` bytes."""
+    together = settings.by_draw if item.layers else 1  # copies of a part that must share a forward
+    if settings.max_rows is not None:
+        rows = samples = settings.max_rows
+    elif device.type != "cpu":
+        return item
+    else:
+        begin = min(recording.begins[layer] for layer in item.layers) if item.cut else 0
+        rows = max(together, ACTIVATION // max(1, *recording.sizes[begin:]))
+        samples = max(1, ACTIVATION // max(1, *recording.sizes))
+    if not item.shared and settings.memory == "keep":  # copies in several forwards would all be run once more
+        copies = settings.copies_of(item.layers[0])
+        rows = max(rows, copies) if settings.max_rows is None else rows
+        together = copies if copies <= rows else together
+    return item._replace(rows=rows, part=min(samples, rows // together))
 
 
 def can_cut(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, expected: list[Tensor]) -> bool:

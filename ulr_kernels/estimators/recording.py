@@ -25,6 +25,8 @@ class Recording(Meeting):
         met_calls: those calls.
         reached: ids of the parameters whose gradient the calls give.
         elsewhere: id(parameter) -> a function beside the layers' calls that uses it.
+        sizes: bytes that each function's result has for one sample, in their order.
+        begins: layer -> the place of its first call among them.
     """
 
     def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any, samples: int) -> None:
@@ -34,6 +36,8 @@ class Recording(Meeting):
         self.met_calls: list[Call] = []
         self.reached: set[int] = set()
         self.elsewhere: dict[int, str] = {}
+        self.sizes: list[int] = []
+        self.begins: dict[str, int] = {}
         self._sums = Sums()
 
     def met(self, call: Call) -> tuple[Any, int]:
@@ -53,11 +57,16 @@ class Recording(Meeting):
         self.reached.update(map(id, call.parameters))
         terms = self._sums.read(list(call.given))
         result = call.clean()
+        self.begins.setdefault(layer, len(self.sizes))
+        self._note_size(result)
         self._sums.output(result, layer, call.feature_dim)
         if call.additive and terms:
             (own,) = self._sums.read([result])
             self._sums.add(terms[0], own, result)
         return result, 0
+
+    def _note_size(self, result: Any) -> None:
+        self.sizes.append(sum(t.numel() * t.element_size() for t in tensors(result)) // (2 * self._samples))
 
     def _check_rows(self, x: Tensor, what: str) -> None:
         if not x.dim() or x.shape[0] % (2 * self._samples):
@@ -71,6 +80,8 @@ class Recording(Meeting):
 
     def after(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
         given = [tensor for tensor, _ in marks]
+        if given:
+            self._note_size(result)
         if not tensors(result) or self._sums.passed_on(result, given):
             return
         terms = self._sums.read(given)

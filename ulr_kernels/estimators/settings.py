@@ -56,6 +56,8 @@ class Settings:
             isinstance(self.max_rows, bool) or not isinstance(self.max_rows, int) or self.max_rows < 1
         ):
             fail("max_rows", "be None or an integer above 0", repr(self.max_rows))
+        if self.max_rows is not None and self.max_rows < self.by_draw:
+            fail("max_rows", "have room for a pair of copies of a sample where antithetic is True", self.max_rows)
         if self.injection == "joint" and isinstance(self.copies, Mapping):
             fail("copies", "be one number where injection is 'joint' (all layers share one pass)", dict(self.copies))
         if self.dist == "rademacher" and self.learn_sigma:
@@ -79,6 +81,11 @@ class Settings:
         if self.learn_sigma or self.injection == "joint":
             why = "sigma is learnt" if self.learn_sigma else "injection is 'joint'"
             fail("baseline", f"be 'clean' where sampler is 'sobol' and {why}: a mean is biased", "'mean'")
+
+    @property
+    def by_draw(self) -> int:
+        """Copies that one draw makes."""
+        return 2 if self.antithetic else 1
 
     def sigma_of(self, layer: str) -> float:
         return self._of("sigma", layer)

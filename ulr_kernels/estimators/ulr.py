@@ -57,8 +57,10 @@ class ULR:
         learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
             nn.Linear, convolutions and normalisation layers, else one; its gradient is E[(L - b) * (eps * score - 1)].
         max_rows: the most rows (copies times samples) that the model is given at once, so that memory is bounded; None:
-            all. The gradients are the same. A pass whose noised layers read what noise has changed (joint injection, a
-            layer called twice) runs its forwards once more, for the gradients.
+            all on a GPU, on a CPU so many that no tensor behind the first noise has much more than 4 MiB. Samples are
+            split up where all copies or a pair of copies of all of them are too many. The gradients are the same. Where
+            noised layers read what noise has changed (joint injection, a layer called twice) and there is no room for
+            all copies of a sample, forwards run once more, for the gradients.
         memory: "keep": what the noised layers read is kept until the losses are known; "replay": nothing is, and each
             forward runs once more with known losses, in which a layer adds its gradients as it makes its noise again:
             training in the memory of inference. The gradients are the same, to rounding. Layer-wise the second forward
@@ -167,27 +169,24 @@ class ULR:
             keys = self.keys(plan.layers, plan.sites)
             clean = None
             if self.settings.baseline == "clean":
-                clean = torch.cat([self._clean(batch.part(rows), loss_fn) for rows in self._parts(batch, 1)])
+                clean = self._clean(plan.clean, batch, loss_fn)
             losses = [self._pass(item, keys, batch, clean, loss_fn) for item in plan.passes]
         if self._replicas is not None:
             self._replicas.average([*self.model_parameters, *self.parameters()])
         self._step.add_(1)
         return torch.stack(losses).mean()
 
-    def _clean(self, batch: Batch, loss_fn: LossFunction) -> Tensor:
+    def _clean(self, item: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """The losses without noise, `[samples]`."""
-        _, outputs = self.noised(Pass((), {}), {}, batch, 1, keep=False)
-        return batch.losses(outputs, loss_fn, 1)[0]
-
-    def _parts(self, batch: Batch, by_draw: int) -> list[slice]:
-        return parts_of(batch.samples, self.settings.max_rows, by_draw)
+        parts = [batch.part(rows) for rows in parts_of(batch.samples, item.part)]
+        return torch.cat([part.losses(self.noised(item, {}, part, 1, keep=False)[1], loss_fn, 1)[0] for part in parts])
 
     def _pass(
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
     ) -> Tensor:
         """One pass and its gradients; the mean loss."""
         means = []
-        for rows in self._parts(batch, 2 if self.settings.antithetic else 1):
+        for rows in parts_of(batch.samples, item.part):
             part = batch.part(rows)
             mean = self._accumulate(item, keys, part, None if clean is None else clean[rows], loss_fn)
             means.append(mean * (part.samples / batch.samples))
@@ -198,7 +197,7 @@ class ULR:
     ) -> Tensor:
         """One pass over some samples, and its gradients; their mean loss."""
         s, copies = self.settings, self.settings.copies_of(item.layers[0])
-        chunks = chunks_of(copies, batch.samples, s.max_rows, s.antithetic)
+        chunks = chunks_of(copies, batch.samples, item.rows, s.by_draw)
         replays = s.memory == "replay" or (len(chunks) > 1 and not item.shared)
         parts, kept = [], None
         for draw, size in chunks:

@@ -14,8 +14,8 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run. The fields from `sigma` on are `ulr.ULR`'s, which checks them (`max_rows` 0: no limit); backpropagation
-    ignores them.
+    """A run. The fields from `sigma` on are `ulr.ULR`'s, which checks them (`max_rows` 0: its own choice);
+    backpropagation ignores them.
 
     Attributes:
         data: what `data.load` takes.
