@@ -34,6 +34,8 @@ HELD_TO_GOALS = {
     ("conv", "forward-fp32-normal"): GOALS["normal"],
     ("conv", "gradient-bf16-normal"): GOALS["normal"],
     ("conv", "gradient-fp32-normal"): GOALS["normal"],
+    ("steps", "gradients-bf16-normal"): GOALS["normal"],
+    ("steps", "gradients-fp32-normal"): GOALS["normal"],
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import test_linear_grads
 import test_ops
 import test_perturbed
 import torch
@@ -66,6 +67,12 @@ def test_linear(op, dtype, device) -> None:
     for sample_id in test_ops.samples(op, good=True):
         if dtype == torch.float32 or sample_id in HALF:
             test_ops.test_linear(op, sample_id, dtype, device)
+
+
+def test_gradients_of_several_layers(device) -> None:
+    for sample_id in test_ops.samples("noisy_linear_grads_", good=True):
+        test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", sample_id, "cpu", torch.float32))
+    test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", "same-dtype", "cpu", torch.bfloat16))
 
 
 @pytest.mark.parametrize("op", CONV)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-FAMILIES = ("conv", "elementwise", "linear", "parameters", "perturbed")
+FAMILIES = ("conv", "elementwise", "linear", "parameters", "perturbed", "steps")
 
 
 def launches(family: str) -> dict[str, Callable]:

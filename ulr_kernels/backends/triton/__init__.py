@@ -27,6 +27,7 @@ _MODULES = {
     "perturbed_embedding": "perturbed_embedding",
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
+    "noisy_linear_grads_": "noisy_linear_grads_",
     "noisy_linear_replay_": "noisy_linear_grad_",
     "perturb_": "parameters",
     "combine_": "parameters",

@@ -7,7 +7,6 @@ columns lie apart by themselves, because finding their elements takes divisions;
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from ulr_kernels.backends.triton.contract import (
     raw_noise,
 )
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
+from ulr_kernels.backends.triton.listed import on_device, owners
 from ulr_kernels.backends.triton.noise import fold_in
 from ulr_kernels.backends.triton.weight_noise import low_rank_noise
 from ulr_kernels.ops._parameters import COLUMN_AXES, by_row
@@ -198,20 +198,6 @@ def _form(views: Sequence[Tensor], low_rank: bool) -> Form:
     return Form(views[0].dtype, plain, views[0].shape[0] == 1, low_rank)
 
 
-@functools.lru_cache(maxsize=64)
-def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64, copied without waiting; the same list is not copied again, so that a graph holds no copy."""
-    host = torch.tensor(rows, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-@functools.lru_cache(maxsize=64)
-def _owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32: the entry that each program works on."""
-    counts = _on_device((programs,), device)[0]
-    return torch.repeat_interleave(counts, output_size=sum(programs)).to(torch.int32)
-
-
 def _tile(form: Form, dist: str) -> tiles.Tile:
     tile = tiles.PARAMETERS[dist]
     return tile._replace(rows=1, cols=tile.rows * tile.cols) if form.vector else tile
@@ -255,8 +241,8 @@ def launches(
             parameters_kernel,
             sum(programs),
             {
-                "entries": _on_device(tuple(entries), keys.device),
-                "owners": _owners(tuple(programs), keys.device),
+                "entries": on_device(tuple(entries), keys.device),
+                "owners": owners(tuple(programs), keys.device),
                 "keys": keys,
                 "table": table(dist, keys.device),
                 "amounts": amounts,
@@ -264,7 +250,7 @@ def launches(
                 "probes": amounts.numel(),
                 "lr": rule[0],
                 "step": rule[1],
-                "numbers": _on_device((tuple(map(bits, (*rule[2:], scale))),), keys.device),
+                "numbers": on_device((tuple(map(bits, (*rule[2:], scale))),), keys.device),
                 "count": len(tensors),
                 "draw": draw,
                 "rank": rank if form.low_rank else None,
