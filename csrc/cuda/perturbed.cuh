@@ -1,4 +1,4 @@
-// Noise on a weight: round(fma(sigma, eps, W)) for chunks of 16 bytes of a tile in shared memory.
+// Noise on a weight: of full and of low rank, and round(fma(sigma, eps, W)) for chunks of 16 bytes in shared memory.
 #pragma once
 
 #include "element.cuh"
@@ -41,12 +41,9 @@ class WeightNoise {
   public:
     static constexpr int kElements = 16 / sizeof(T);
 
-    // W' in place of W, `plus`, and where `minus` is given the one of the negated noise there. row, col: of the weight;
-    // elements from column `cols` on do not exist and become 0.
-    __device__ __forceinline__ void perturb(T* plus, T* minus, const Noise<kind>& noise, const ulr_noise_spec& spec,
-                                            uint32_t draw_index, int64_t row, int64_t col, int64_t cols, float sigma,
-                                            const Mask& mask) {
-        float eps[kElements];
+    // Elements row, col ... of the noise of draw number `draw_index`, counted in the weight.
+    __device__ __forceinline__ void make(float (&eps)[kElements], const Noise<kind>& noise, const ulr_noise_spec& spec,
+                                         uint32_t draw_index, int64_t row, int64_t col) {
         const uint32_t noise_row = static_cast<uint32_t>(spec.row_offset + row);
         const uint32_t draw = static_cast<uint32_t>(spec.draw + draw_index);
         if (spec.col_offset % 8 == 0) {
@@ -56,17 +53,6 @@ class WeightNoise {
             for (int i = 0; i < kElements; ++i)
                 eps[i] = single_noise(noise, noise_row, spec.col_offset + col + i, draw);
         }
-        uint4 first = *reinterpret_cast<const uint4*>(plus), second = first;
-        T *a = reinterpret_cast<T*>(&first), *b = reinterpret_cast<T*>(&second);
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            const float weight = to_float(a[i]);
-            if (col + i >= cols || !mask.at(row, col + i)) continue;
-            a[i] = from_float<T>(fmaf(sigma, eps[i], weight));
-            b[i] = from_float<T>(fmaf(-sigma, eps[i], weight));
-        }
-        *reinterpret_cast<uint4*>(plus) = first;
-        if (minus != nullptr) *reinterpret_cast<uint4*>(minus) = second;
     }
 
   private:
@@ -94,6 +80,60 @@ class WeightNoise {
     uint32_t call_ = 0xffffffffu;  // no column reaches that call
     Words words_{};
 };
+
+// W' in place of a chunk of W, `plus`, and where `minus` is given the one of the negated noise there. row, col: of the
+// weight; elements from column `cols` on do not exist and stay 0.
+template <typename T, int count, typename Mask>
+__device__ __forceinline__ void perturb_chunk(T* plus, T* minus, const float (&eps)[count], float sigma, int64_t row,
+                                              int64_t col, int64_t cols, const Mask& mask) {
+    uint4 first = *reinterpret_cast<const uint4*>(plus), second = first;
+    T *a = reinterpret_cast<T*>(&first), *b = reinterpret_cast<T*>(&second);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        const float weight = to_float(a[i]);
+        if (col + i >= cols || !mask.at(row, col + i)) continue;
+        a[i] = from_float<T>(fmaf(sigma, eps[i], weight));
+        b[i] = from_float<T>(fmaf(-sigma, eps[i], weight));
+    }
+    *reinterpret_cast<uint4*>(plus) = first;
+    if (minus != nullptr) *reinterpret_cast<uint4*>(minus) = second;
+}
+
+// What a block keeps to make noise of full rank, or of low rank: then of the factors' own keys.
+struct WeightTables {
+    NoiseTable noise, row_factor;
+    int64_t keys[2];
+
+    // To be followed by a barrier.
+    __device__ __forceinline__ void fill(const ulr_noise_spec& spec, int64_t rank, int thread, int threads) {
+        ulr_noise_spec by_row = spec, by_col = spec;
+        if (rank) {
+            if (thread < 2) keys[thread] = fold_in(*spec.key, thread == 0 ? kRowFactorStream : kColFactorStream);
+            __syncthreads();
+            by_row.key = &keys[0];
+            by_col.key = &keys[1];
+        }
+        noise.fill(by_col, thread, threads);
+        row_factor.fill(by_row, thread, threads);
+    }
+};
+
+// Neighbours in a row of noise of low rank; a(j) is the row's element of A, make_b(b, j) the neighbours' of B.
+template <int count, typename A, typename MakeB>
+__device__ __forceinline__ void low_rank_noise(float (&eps)[count], int64_t rank, float scale, A a, MakeB make_b) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) eps[i] = 0.0f;
+#pragma unroll 1
+    for (int64_t j = 0; j < rank; ++j) {
+        const float factor = a(j);
+        float b[count];
+        make_b(b, j);
+#pragma unroll
+        for (int i = 0; i < count; ++i) eps[i] = fmaf(factor, b[i], eps[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i) eps[i] *= scale;
+}
 
 // Eight neighbours of a member's bias; 0 where there is none.
 template <typename T>

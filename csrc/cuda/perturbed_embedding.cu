@@ -44,20 +44,10 @@ __device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& 
 
 template <typename T, Kind kind>
 __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gather<T> p) {
-    __shared__ NoiseTable table, row_table;
-    __shared__ int64_t keys[2];
-    ulr_noise_spec spec = p.noise, by_row = p.noise;
-    if (p.rank) {
-        if (threadIdx.x < 2)
-            keys[threadIdx.x] = fold_in(*p.noise.key, threadIdx.x == 0 ? kRowFactorStream : kColFactorStream);
-        __syncthreads();
-        by_row.key = &keys[0];
-        spec.key = &keys[1];
-    }
-    table.fill(spec, threadIdx.x, kThreads);
-    row_table.fill(by_row, threadIdx.x, kThreads);
+    __shared__ WeightTables tables;
+    tables.fill(p.noise, p.rank, threadIdx.x, kThreads);
     __syncthreads();
-    const Noise<kind> noise(spec, table), row_noise(by_row, row_table);
+    const Noise<kind> noise(p.noise, tables.noise), row_noise(p.noise, tables.row_factor);
     const float sigma = *p.sigma;
     const int64_t step = int64_t{gridDim.x} * kThreads;
     const int64_t first_octet = p.noise.col_offset >> 3;
@@ -69,21 +59,16 @@ __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gat
         const uint32_t draw = static_cast<uint32_t>(p.noise.draw + member % p.draws);
         const uint32_t noise_row = static_cast<uint32_t>(p.noise.row_offset + index);
         const uint32_t at = static_cast<uint32_t>(first_octet + octet);
-        float eps[8] = {};
-        if (p.rank == 0) {
+        float eps[8];
+        if (p.rank == 0)
             octet_noise(eps, noise, noise_row, at, draw);
-        } else {
-#pragma unroll 1
-            for (int64_t j = 0; j < p.rank; ++j) {
-                const float a = single_noise(row_noise, static_cast<uint32_t>(j), p.noise.row_offset + index, draw);
-                float b[8];
-                octet_noise(b, noise, static_cast<uint32_t>(j), at, draw);
-#pragma unroll
-                for (int c = 0; c < 8; ++c) eps[c] = fmaf(a, b[c], eps[c]);
-            }
-#pragma unroll
-            for (int c = 0; c < 8; ++c) eps[c] *= p.scale;
-        }
+        else
+            low_rank_noise(
+                eps, p.rank, p.scale,
+                [&](int64_t j) {
+                    return single_noise(row_noise, static_cast<uint32_t>(j), p.noise.row_offset + index, draw);
+                },
+                [&](float(&b)[8], int64_t j) { octet_noise(b, noise, static_cast<uint32_t>(j), at, draw); });
         const float signed_sigma = member < p.draws ? sigma : -sigma;
         T* to = p.y + (member * p.rows + row) * p.cols;
         T* minus = to + int64_t{p.draws} * p.rows * p.cols;

@@ -7,12 +7,14 @@ Low rank: oneDNN's plain product, to which one pass adds sigma / sqrt(r) * (x B)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import onednn
-from ulr_kernels.ops._parameters import grid
+from ulr_kernels.ops._conv import Window
 from ulr_kernels.ops._perturbed import Members, of_member
 from ulr_kernels.ops.perturbed_conv2d import window_of
 from ulr_kernels.ops.perturbed_embedding import check_range
@@ -65,13 +67,14 @@ def _by_panels(
 ) -> Tensor | None:
     """Where one product makes all of y it becomes the output, as oneDNN allocates its result."""
     parts = _feature_parts(weight)
+    panels = _Panels(weight, sigma, key, how, parts[0].stop)
     alone = how.members == 1 and len(parts) == 1 and onednn.supports(x.dtype)
     if alone:
         y.untyped_storage().resize_(0)
     for draw in range(how.draws):
         for part in parts:
             members = (draw, draw + how.draws) if how.antithetic else (draw,)
-            for member, panel in zip(members, _panels(weight, sigma, key, how, draw, part), strict=True):
+            for member, panel in zip(members, panels.make(draw, part), strict=True):
                 product = _product(of_member(x, member, 2), panel, of_member(bias, member, 1), part)
                 if alone:
                     return product[None]
@@ -92,15 +95,22 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, features: slice) ->
     return onednn.linear(x.float(), weight.float(), bias if bias is None else bias.float())
 
 
-def _panels(weight: Tensor, sigma: Tensor, key: Tensor, how: Members, draw: int, rows: slice) -> Tensor:
-    """W' of some rows, for the members of a draw: [1 or 2, rows, K]."""
-    part = weight[rows]
-    panels = part.new_empty(2 if how.antithetic else 1, *part.shape)
-    minus = panels[1:] if how.antithetic else None
-    mask = how.mask if how.mask is None else how.mask[rows]
-    at = how._replace(draw=how.draw + draw, row_offset=how.row_offset + rows.start)
-    _launch("perturbed_weight", key, at, (panels[:1], minus, part, sigma, mask, None, None))
-    return panels
+class _Panels:
+    """W' of parts of a weight's rows, one after another in the same memory, for the members of a draw."""
+
+    def __init__(self, weight: Tensor, sigma: Tensor, key: Tensor, how: Members, rows: int) -> None:
+        self._weight, self._sigma, self._key, self._how = weight, sigma, key, how
+        self._memory = weight.new_empty(2 if how.antithetic else 1, rows, weight[:1].numel())
+
+    def make(self, draw: int, rows: slice) -> Tensor:
+        """`[1 or 2, rows, K]`, K being all other axes of the weight."""
+        part, mask, how = self._weight[rows].flatten(1), self._how.mask, self._how
+        panels = self._memory[:, : len(part)]
+        minus = panels[1:] if how.antithetic else None
+        mask = mask if mask is None else mask[rows].flatten(1)
+        at = how._replace(draw=how.draw + draw, row_offset=how.row_offset + rows.start)
+        _launch("perturbed_weight", self._key, at, (panels[:1], minus, part, self._sigma, mask, None, None))
+        return panels
 
 
 def _low_rank(
@@ -131,18 +141,34 @@ def perturbed_conv2d(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
 ) -> Tensor | None:
     window, how = window_of(*rest[:4]), Members(*rest[4:])
-    flat = weight.reshape(grid(weight))
-    how = how._replace(mask=how.mask if how.mask is None else how.mask.reshape(flat.shape))
     if not y.numel():
         return None
+    parts = list(_filter_parts(weight, window))
+    panels = _Panels(weight, sigma, key, how, max(part.stop - part.start for part, _, _ in parts))
     for draw in range(how.draws):
-        panels = _panels(flat, sigma, key, how, draw, slice(0, len(flat))).view(-1, *weight.shape)
-        for member, panel in zip((draw, draw + how.draws), panels, strict=False):
-            product = window.convolve(of_member(x, member, 4), panel, of_member(bias, member, 1))
-            if how.members == 1 and product.stride() == y.stride()[1:]:
-                return product[None]
-            y[member] = product
+        for part, channels, groups in parts:
+            made = panels.make(draw, part).unflatten(-1, weight.shape[1:])
+            for member, panel in zip((draw, draw + how.draws), made, strict=False):
+                own_bias = of_member(bias, member, 1)
+                own_bias = own_bias if own_bias is None else own_bias[part]
+                own_x = of_member(x, member, 4)[:, channels]
+                product = window._replace(groups=groups).convolve(own_x, panel, own_bias)
+                if how.members == len(parts) == 1 and product.stride() == y.stride()[1:]:
+                    return product[None]
+                y[member, :, part] = product
     return None
+
+
+def _filter_parts(weight: Tensor, window: Window) -> Iterator[tuple[slice, slice, int]]:
+    """Output channels whose weights are a panel, the input channels that they see, and how many groups those are."""
+    filters, inputs = len(weight) // window.groups, weight.shape[1]  # of a group
+    in_panel = max(1, PANEL // weight[0].numel())
+    step = min(window.groups, max(1, in_panel // filters))  # groups of a panel
+    for group in range(0, window.groups, step):
+        groups = min(step, window.groups - group)
+        first, last = group * filters, (group + groups) * filters
+        for start in range(first, last, in_panel):
+            yield slice(start, min(start + in_panel, last)), slice(group * inputs, (group + groups) * inputs), groups
 
 
 def perturbed_embedding(y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> None:

@@ -1,0 +1,112 @@
+"""The ops with weight noise of the cpp back end: instruction sets, threads, memory. Values: test_perturbed.py."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_cpp_backend import ISAS, MEGABYTE, restore, values  # noqa: F401
+from test_perturbed import PERTURBED, shown_weight
+from torch import Tensor
+
+import ulr_kernels as ulr
+from ulr_kernels.backends import cpp
+from ulr_kernels.backends.cpp import perturbed
+
+pytestmark = pytest.mark.pair("cpp/cpu")
+
+
+def everything(dtype: torch.dtype, dist: str) -> list[Tensor]:
+    """W' as each op shows it, of full and of low rank, and the ops on lists. A product with ones and zeros is exact, as
+    is one of a single input with what low rank adds to it."""
+    weight = values(90, 70).to(dtype)
+    pair = {"members": 2, "antithetic": True, "dist": dist, "row_offset": 3}
+    results = [
+        shown_weight(op, weight, rows, col_offset=col_offset, rank=rank, **pair)
+        for op, ways, ranks in zip(PERTURBED, ((1, 70), (70,), (70,)), ((None,), (None, 3), (None, 3)), strict=True)
+        for rows in ways
+        for rank in ranks
+        for col_offset in (0, 5)
+    ]
+    x = values(33, 1, key=2).to(dtype)
+    results.append(ulr.ops.perturbed_linear(x, weight[:, :1], None, 0.3, 6, rank=2, **pair))
+    parameters = [weight.clone(), values(2100, key=4).to(dtype)]
+    ulr.ops.perturb_(parameters, [7, 8], 0.1, dist=dist, stochastic=dtype == torch.bfloat16)
+    ulr.ops.combine_(parameters, [7, 8], values(5, key=5), dist=dist, rank=2)
+    return [*results, *parameters]
+
+
+@pytest.mark.parametrize("dist", ["normal", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_instruction_sets_and_threads_give_the_same_bits(dtype: torch.dtype, dist: str) -> None:
+    torch.set_num_threads(1)
+    cpp.set_isa("portable")
+    expected = everything(dtype, dist)
+    for isa in ISAS:
+        cpp.set_isa(isa)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for i, (result, want) in enumerate(zip(everything(dtype, dist), expected, strict=True)):
+                assert torch.equal(result, want), (isa, threads, i)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory: a weight of 64 MiB. So large a block is never kept by the allocator, so that a second call takes it anew.
+
+MOST = 16 * MEGABYTE  # four panels
+CLEAR = pathlib.Path("/proc/self/clear_refs")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that the process held during a second call beyond what it held before, native scratch included."""
+
+    def status(field: str) -> int:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+    call()
+    before = status("VmRSS")
+    CLEAR.write_text("5")  # sets the recorded peak to what is held now
+    call()
+    return status("VmHWM") - before
+
+
+WAYS: dict[str, Callable[[Tensor], object]] = {
+    "few rows": lambda w: ulr.ops.perturbed_linear(w[:1], w, None, 0.1, 3),
+    "few rows of members": lambda w: ulr.ops.perturbed_linear(w[:4], w, None, 0.1, 3, members=4, antithetic=True),
+    "many rows": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3),
+    "a pair": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3, members=2, antithetic=True),
+    "low rank": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3, members=2, rank=2),
+    "convolution": lambda w: ulr.ops.perturbed_conv2d(image(w), w.view(1024, 1024, 4, 4), None, 0.1, 3),
+    "channels last": lambda w: ulr.ops.perturbed_conv2d(
+        image(w), w.view(1024, 4, 4, 1024).movedim(-1, 1), None, 0.1, 3, members=2, antithetic=True
+    ),
+    "embedding": lambda w: ulr.ops.perturbed_embedding(torch.arange(40), w, 0.1, 3, members=2),
+    "perturb_": lambda w: ulr.ops.perturb_([w], [3], 1e-3),
+    "combine_": lambda w: ulr.ops.combine_([w], [3], torch.ones(4)),
+}
+
+
+def image(weight: Tensor) -> Tensor:
+    return weight.view(-1)[: 1024 * 25].view(1, 1024, 5, 5)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="the system does not keep a process's peak of memory as Linux does")
+@pytest.mark.parametrize("way", WAYS)
+def test_no_memory_of_the_size_of_the_weight(way: str) -> None:
+    weight = values(4096, 4096)
+    assert 4 * MOST <= 4 * weight.numel() <= peak_bytes(weight.clone) + MEGABYTE  # the measure sees a copy
+    assert peak_bytes(lambda: WAYS[way](weight)) <= MOST
+
+
+def test_panels_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a group, a group, and several, of which the last are fewer."""
+    x, weight, bias = values(2, 6, 5, 4), values(12, 2, 3, 3), values(12)
+    how = {"groups": 3, "members": 2, "antithetic": True, "mask": weight > 0}
+    expected = ulr.ops.perturbed_conv2d(x, weight, bias, 0.1, 3, **how)
+    for filters in (1, 3, 4, 8):
+        monkeypatch.setattr(perturbed, "PANEL", filters * 18)
+        found = ulr.ops.perturbed_conv2d(x, weight, bias, 0.1, 3, **how)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
