@@ -36,6 +36,7 @@ KINDS = ("quantile", "sobol", "signs")
 FLAG_NAMES = {
     "noise": ("each", "whole"),
     "perturbed_linear": ("", "pairs"),
+    "perturbed_conv2d": ("", "pairs"),
     "perturb": ("", "low-rank"),
     "combine": ("", "low-rank"),
 }
@@ -205,7 +206,14 @@ def test_table_reads_do_not_conflict() -> None:
     assert count(body, r"LDS\.64") == 3 * 8 and count(body, r"\bLDS") == 3 * 8
 
 
-PRODUCTS = ("noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_", "noisy_mlp_step", "perturbed_linear")
+PRODUCTS = (
+    "noisy_linear",
+    "noisy_linear_grad_",
+    "noisy_linear_replay_",
+    "noisy_mlp_step",
+    "perturbed_linear",
+    "perturbed_conv2d",
+)
 
 
 @pytest.mark.parametrize("source", PRODUCTS)

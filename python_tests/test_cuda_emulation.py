@@ -171,6 +171,7 @@ def test_several_tiles(op, dtype, device) -> None:
         test_ops.compare_linear(op, sample)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("op", [op for op in test_perturbed.PERTURBED if op in cuda.ARGUMENTS])
 def test_weight_noise(op, dtype, device) -> None:

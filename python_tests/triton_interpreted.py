@@ -129,6 +129,7 @@ WEIGHT_NOISE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("op", WEIGHT_NOISE)
 def test_weight_noise(op, device) -> None:
     for place, sample_id in enumerate(WEIGHT_NOISE[op]):

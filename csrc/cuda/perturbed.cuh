@@ -13,6 +13,7 @@ struct Mask {
     const uint8_t* data;
     int64_t row_stride, col_stride;
 
+    Mask() = default;
     explicit Mask(const ulr_tensor& t)
         : data(static_cast<const uint8_t*>(t.data)), row_stride(t.stride[1]), col_stride(t.stride[2]) {}
     __device__ __forceinline__ bool at(int64_t row, int64_t col) const {
@@ -134,6 +135,66 @@ __device__ __forceinline__ void low_rank_noise(float (&eps)[count], int64_t rank
 #pragma unroll
     for (int i = 0; i < count; ++i) eps[i] *= scale;
 }
+
+// Where the chunks of a tile get noise of full rank.
+template <Kind kind>
+class FullRank {
+  public:
+    using Tables = NoiseTable;
+
+    // To be followed by a barrier.
+    __device__ __forceinline__ static void fill(Tables& tables, const ulr_noise_spec& spec, int64_t, int thread,
+                                                int threads) {
+        tables.fill(spec, thread, threads);
+    }
+    __device__ __forceinline__ FullRank(const ulr_noise_spec& spec, int64_t, float, const Tables& tables)
+        : spec_(spec), noise_(spec, tables) {}
+
+    // Elements row, col ... of draw number `draw`, counted in the weight.
+    template <typename T>
+    __device__ __forceinline__ void make(float (&eps)[16 / sizeof(T)], WeightNoise<T, kind>& chunk, uint32_t draw,
+                                         int64_t row, int64_t col) const {
+        chunk.make(eps, noise_, spec_, draw, row, col);
+    }
+
+  private:
+    const ulr_noise_spec& spec_;
+    const Noise<kind> noise_;
+};
+
+// The same where the rank may be low.
+template <Kind kind>
+class AnyRank {
+  public:
+    using Tables = WeightTables;
+
+    __device__ __forceinline__ static void fill(Tables& tables, const ulr_noise_spec& spec, int64_t rank, int thread,
+                                                int threads) {
+        tables.fill(spec, rank, thread, threads);
+    }
+    __device__ __forceinline__ AnyRank(const ulr_noise_spec& spec, int64_t rank, float scale, const Tables& tables)
+        : spec_(spec), noise_(spec, tables.noise), row_factor_(spec, tables.row_factor), rank_(rank), scale_(scale) {}
+
+    template <typename T>
+    __device__ __forceinline__ void make(float (&eps)[16 / sizeof(T)], WeightNoise<T, kind>& chunk, uint32_t draw,
+                                         int64_t row, int64_t col) const {
+        if (rank_ == 0) return chunk.make(eps, noise_, spec_, draw, row, col);
+        const auto a = [&](int64_t j) {
+            return single_noise(row_factor_, static_cast<uint32_t>(j), spec_.row_offset + row,
+                                static_cast<uint32_t>(spec_.draw + draw));
+        };
+        const auto b = [&](float (&of_rank)[16 / sizeof(T)], int64_t j) {
+            WeightNoise<T, kind>().make(of_rank, noise_, spec_, draw, j - spec_.row_offset, col);  // row j of B^T
+        };
+        low_rank_noise(eps, rank_, scale_, a, b);
+    }
+
+  private:
+    const ulr_noise_spec& spec_;
+    const Noise<kind> noise_, row_factor_;
+    const int64_t rank_;
+    const float scale_;
+};
 
 // Eight neighbours of a member's bias; 0 where there is none.
 template <typename T>

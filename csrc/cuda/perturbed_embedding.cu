@@ -1,6 +1,7 @@
 // y[p, r] = W'_p[indices[p, r]], W'_p = round(fma(sigma, eps_p, W)): noise for the gathered rows alone.
 #include <algorithm>
 
+#include "dispatch.cuh"
 #include "perturbed.cuh"
 
 namespace ulr {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gat
                 [&](int64_t j) {
                     return single_noise(row_noise, static_cast<uint32_t>(j), p.noise.row_offset + index, draw);
                 },
-                [&](float(&b)[8], int64_t j) { octet_noise(b, noise, static_cast<uint32_t>(j), at, draw); });
+                [&](float (&b)[8], int64_t j) { octet_noise(b, noise, static_cast<uint32_t>(j), at, draw); });
         const float signed_sigma = member < p.draws ? sigma : -sigma;
         T* to = p.y + (member * p.rows + row) * p.cols;
         T* minus = to + int64_t{p.draws} * p.rows * p.cols;
@@ -133,14 +134,6 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 // K] or absent. numbers: the noise's rank, 0: full.
 extern "C" int ulr_cuda_perturbed_embedding(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                             const ulr_launch* launch) {
-    switch (tensors[ulr::kWeight].dtype) {
-        case ULR_F32:
-            return ulr::run<float>(*noise, tensors, *launch);
-        case ULR_BF16:
-            return ulr::run<__nv_bfloat16>(*noise, tensors, *launch);
-        case ULR_F16:
-            return ulr::run<__half>(*noise, tensors, *launch);
-        default:
-            return ULR_BAD_ARGUMENT;
-    }
+    return ulr::by_dtype(tensors[ulr::kWeight].dtype,
+                         [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -29,6 +29,7 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noisy_mlp_step": mlp.noisy_mlp_step,
     "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,
     "perturbed_linear": perturbed.perturbed_linear,
+    "perturbed_conv2d": perturbed.perturbed_conv2d,
     "perturbed_embedding": perturbed.perturbed_embedding,
     "perturb_": _parameters.perturb_,
     "combine_": _parameters.combine_,

@@ -16,7 +16,7 @@ from ulr_kernels.ops._conv import Window, weight_shape
 FEATURES_OF_FORWARD_TILE, FEATURES_OF_GRADIENT_TILE, PANEL, ROWS_OF_UNIT = 64, 32, 512, 128
 
 
-def _numbers(window: Window, kernel: Sequence[int], tile_channels: int) -> tuple[int, ...]:
+def window_numbers(window: Window, kernel: Sequence[int], tile_channels: int) -> tuple[int, ...]:
     """In the order of the enum in csrc/cuda/conv.cuh. An output's size says what lies at the bottom and the right."""
     top, _, left, _ = window.padding
     groups = (window.groups, int(window.transposed))
@@ -55,7 +55,7 @@ def noisy_conv2d(
     spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + y.shape[2], antithetic=antithetic)
     images = x if x.dim() == 5 else x[None]
     channels = _tile_channels(window, x.shape[-3], y.shape[2], FEATURES_OF_FORWARD_TILE, at[-1])
-    return Arguments(spec, (y, images, weight, bias, sigma), _numbers(window, weight.shape[2:], channels))
+    return Arguments(spec, (y, images, weight, bias, sigma), window_numbers(window, weight.shape[2:], channels))
 
 
 def noisy_conv2d_grad_(
@@ -91,7 +91,7 @@ def noisy_conv2d_grad_(
     splits = max(1, min(-(-mlp.processors(x.device) // tiles), units))
     partials = torch.empty(splits * features * (inner + 2), dtype=torch.float32, device=x.device)
     tensors = (grad_weight, grad_bias, grad_log_sigma, images, loss_weight, sigma, partials)
-    return Arguments(spec, tensors, (*_numbers(window, kernel, channels), splits, *size, features))
+    return Arguments(spec, tensors, (*window_numbers(window, kernel, channels), splits, *size, features))
 
 
 def noisy_conv2d_replay_(
