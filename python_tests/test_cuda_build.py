@@ -167,6 +167,10 @@ def measure_loops() -> dict[str, float]:
     for name, copies in (("", 1), ("-pairs", 2)):
         body = noise_loop("noisy_linear_grad_", "signs_gradient-bf16", loads=copies, shared_stores=16 * copies)
         result[f"packed-signs{name}"] = len(body) / (128 * copies)
+    for name, conversions in (("quantile", 8), ("signs", 0)):  # a probe's noise
+        result[f"combine_-{name}"] = (
+            len(noise_loop("combine_", f"combine-{name}", conversions=conversions, loads=1)) / 8
+        )
     return result
 
 

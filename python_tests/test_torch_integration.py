@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 import ulr_kernels as ulr
 from ulr_kernels import contract
+from ulr_kernels.backends import cpp, cuda, triton
 from ulr_kernels.ops._linear import values
 from ulr_kernels.ops._op import OPS
 
@@ -68,6 +69,12 @@ CALLS = {
 def test_every_op_is_here_and_public() -> None:
     assert set(CALLS) == set(OPS)
     assert {op.function for op in OPS.values()} <= {getattr(ulr.ops, name) for name in ulr.ops.__all__}
+
+
+def test_every_op_has_kernels() -> None:
+    """But for what docs/install.md says."""
+    assert set(OPS) == set(cpp._PROVIDERS) == set(cuda.ARGUMENTS)
+    assert set(OPS) - set(triton._MODULES) <= {"noisy_linear_cross_entropy_", "noisy_mlp_step"}
 
 
 @pytest.mark.parametrize("op", CALLS)
