@@ -14,8 +14,9 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -n
 demo: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels demo
 
+# A file's tests stay in one process: they share what they compile.
 test: $(VENV)/.built lint
-	$(BIN)/python -m pytest python_tests --require "$(REQUIRE)"
+	$(BIN)/python -m pytest python_tests --numprocesses auto --maxprocesses 4 --dist loadfile --require "$(REQUIRE)"
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown := sorted(pairs - set(HERE) - set(APART)):
         raise pytest.UsageError(f"--require: unknown {', '.join(unknown)}; known: {', '.join(HERE + APART)}")
     config.stash[_REQUIRED] = pairs
+    if workers := getattr(config, "workerinput", {}).get("workercount"):  # processes of pytest-xdist share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 _REQUIRED = pytest.StashKey[set[str]]()

@@ -197,7 +197,8 @@ def test_cost_of_a_step_by_hand() -> None:
 
 
 @native
-def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which pytest-benchmark measures nothing
     found = bench.run(tmp_path, quick=True, only="rademacher and not perturb")
     assert [(line.rival, line.goal) for line in found] == [("tensor.bernoulli_", 60)]
     content = json.loads((tmp_path / "bench.json").read_text())
