@@ -15,6 +15,7 @@ from small_models import cross_entropy, filled
 from torch import nn
 
 import ulr_kernels as ulr
+from ulr_kernels.finetune import trajectory
 from ulr_kernels.optim import EGGROLL, MeZO, Workers
 
 SECONDS = 8  # of the group's time-out
@@ -97,14 +98,18 @@ def dies(folder: Path) -> None:
 
 
 def late(folder: Path) -> None:
-    """Rank 1 joins with the base weights at step 3, and catches up from the updates of the others."""
+    """Rank 0 has run for three steps and kept a log; rank 1 joins with the base weights, and catches up from the log."""
     model = network()
     optimizer = mezo(model, workers=Workers())
-    alone = network()
-    updates = whole(mezo(alone), alone, 3)
+    log = folder / "run.log"
     if dist.get_rank() == 0:
-        for update in updates:
+        alone = network()
+        base = trajectory.weights_digest(dict(model.named_parameters()))
+        writer = trajectory.Writer.create(log, trajectory.Header(optimizer.rule, 3, base, {}))
+        for update in whole(mezo(alone), alone, 3):
+            writer.append(update, 0.0)
             optimizer.apply(update)
+        writer.close()
     error = ""
     accumulate(optimizer, model, PARTS[dist.get_rank() :: 2])
     try:
@@ -112,7 +117,7 @@ def late(folder: Path) -> None:
     except ulr.optim.WorkerError as failure:
         error = str(failure)
     if dist.get_rank() == 1:
-        for update in updates:
+        for update in trajectory.read(log).updates:
             optimizer.apply(update)
     optimizer.zero_grad()
     accumulate(optimizer, model, PARTS[dist.get_rank() :: 2])
