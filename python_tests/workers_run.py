@@ -98,7 +98,7 @@ def dies(folder: Path) -> None:
 
 
 def late(folder: Path) -> None:
-    """Rank 0 has run for three steps and kept a log; rank 1 joins with the base weights, and catches up from the log."""
+    """Rank 0 has run for three steps and kept a log; rank 1 joins with the base weights, and catches up from it."""
     model = network()
     optimizer = mezo(model, workers=Workers())
     log = folder / "run.log"
