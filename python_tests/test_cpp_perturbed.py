@@ -110,3 +110,19 @@ def test_panels_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(perturbed, "PANEL", filters * 18)
         found = ulr.ops.perturbed_conv2d(x, weight, bias, 0.1, 3, **how)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_members_in_batches(dtype: torch.dtype, antithetic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last is smaller: as each member's product by itself."""
+    weight, bias = values(13, 20).to(dtype), values(10, 13, key=3).to(dtype)
+    how = {"members": 10, "antithetic": antithetic, "draw": 2, "mask": weight > -1}
+    monkeypatch.setattr(perturbed, "PANEL", 4 * weight.numel())
+    for x in (values(40, 20, key=2).to(dtype), values(10, 40, 20, key=2).to(dtype)):
+        for own_bias in (None, bias[0], bias):
+            found = ulr.ops.perturbed_linear(x, weight, own_bias, 0.1, 3, **how)
+            with ulr.use_backend("torch"):
+                expected = ulr.ops.perturbed_linear(x, weight, own_bias, 0.1, 3, **how)
+            close = 1e-5 if dtype == torch.float32 else 4e-2
+            torch.testing.assert_close(found, expected, rtol=close, atol=close)

@@ -1,7 +1,8 @@
 """The ops with weight noise of the cpp back end: W' in a tile or in a panel of scratch, products by oneDNN.
 
 Few rows of x: each tile of W' is made in the first-level cache, multiplied by all rows there and thrown away. Many: the
-library makes a panel of W', for both members of an antithetic pair at once, and oneDNN multiplies it by all rows.
+library makes a panel of W', for both members of an antithetic pair at once, and oneDNN multiplies it by all rows; where
+the weight is small and there are many members, a panel holds the W' of many, and one call multiplies them all.
 Low rank: oneDNN's plain product, to which one pass adds sigma / sqrt(r) * (x B) A^T.
 """
 
@@ -20,6 +21,7 @@ from ulr_kernels.ops.perturbed_conv2d import window_of
 from ulr_kernels.ops.perturbed_embedding import check_range
 
 FEW_ROWS = 8  # up to here, a tile of W' used in the first-level cache beats a panel and oneDNN (docs/measured.md)
+SMALL_WEIGHT = 2**17  # bytes: up to here, many members' products in one call beat oneDNN's for each (docs/measured.md)
 PANEL = 2**20  # elements of a panel of W', and of a copy of x
 
 
@@ -38,6 +40,8 @@ def perturbed_linear(
         _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
         return None
 
+    if how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT and onednn.supports(x.dtype):
+        return _by_batches(y, x, weight, bias, sigma, key, how)
     return _by_panels(y, x, weight, bias, sigma, key, how)
 
 
@@ -57,6 +61,27 @@ def _one_panel(
     _launch("perturbed_weight", key, how, (panel, None, weight, sigma, None, None, None))
     product = onednn.linear(x, panel, bias if bias is None else bias.view(-1))
     return product if x.dim() == 3 else product[None]
+
+
+# Many members, whose weights are small: a panel holds those of many draws, and one call multiplies them all.
+
+
+def _by_batches(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+) -> None:
+    memory = weight.new_empty(2 if how.antithetic else 1, min(how.draws, PANEL // weight.numel()), *weight.shape)
+    for first in range(0, how.draws, memory.shape[1]):
+        panels = memory[:, : how.draws - first]
+        made = (panels[0], panels[1] if how.antithetic else None)
+        at = how._replace(draw=how.draw + first)
+        _launch("perturbed_weight", key, at, (*made, weight, sigma, how.mask, None, None))
+        for start, panel in zip((first, first + how.draws), panels, strict=False):
+            own = slice(start, start + len(panel))
+            own_x = x.expand(len(panel), *x.shape) if x.dim() == 2 else x[own]
+            if bias is None:
+                torch.bmm(own_x, panel.mT, out=y[own])
+            else:
+                torch.baddbmm((bias if bias.dim() == 1 else bias[own, None]), own_x, panel.mT, out=y[own])
 
 
 # Any other call.
