@@ -222,7 +222,7 @@ def test_tied_weights_are_one_layer():
         ulr.ULR(model, sigma={"encode.weight": 0.1})
     estimator.backward(batch()[0], targets, half_squares)
     (plan,) = estimator._plans.values()
-    assert plan.layers == ("encode",)
+    assert plan.names == ("encode",)
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 

@@ -88,7 +88,7 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     Args:
         model, x, y, loss_fn: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as they were.
         steps: estimates to make, at least 2; each has its own noise.
-        settings: of `ulr.ULR`.
+        settings: of `ulr.ULR`; noise on outputs only, whose law it knows.
 
     Returns:
         A report whose `str()` is a table and a verdict. Where the estimator refuses the model, the batch or the loss,
@@ -100,6 +100,8 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     if steps < 2:
         raise ValueError(f"ulr.check: 'steps' must be at least 2, got {steps}")
     estimator = ULR(model, **settings)
+    if any(estimator.settings.noise_of(layer) != "logits" for layer in estimator.layers.values()):
+        raise ValueError(f"ulr.check: 'noise' must be 'logits', got {estimator.settings.noise!r}")
     saved = [(p, p.grad) for p in estimator.model.parameters()]
     try:
         truth = Truth(estimator, x, y, loss_fn)

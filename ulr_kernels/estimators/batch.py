@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ def repeat(value: Any, copies: int) -> Any:
         return leaf.repeat(copies, *(1 for _ in leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
 
     return _pytree.tree_map(one, value)
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of forwards as those of one, one behind the other."""
+    return _pytree.tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
 
 def apply(model: nn.Module, x: Any) -> Any:

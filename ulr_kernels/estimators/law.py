@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.estimators.evaluation import evaluation
 from ulr_kernels.estimators.meeting import Meeting
-from ulr_kernels.estimators.ulr import ULR, evaluation
+from ulr_kernels.estimators.ulr import ULR
 from ulr_kernels.nn.call import Call
 
 # E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.

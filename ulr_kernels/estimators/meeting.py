@@ -95,7 +95,7 @@ class Meeting(TorchFunctionMode):
     def _sort(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Owned], list[tuple[Tensor, int]], int]:
         """The tensors among the arguments: those owed to parameters alone; the others with their marks; all marks."""
         owned, marks, bits = [], [], 0
-        for tensor in _flat(args) + _flat(kwargs.values()):
+        for tensor in flat(args) + flat(kwargs.values()):
             each = self._owned.get(id(tensor))
             if each is not None:
                 owned.append(each)
@@ -108,7 +108,7 @@ class Meeting(TorchFunctionMode):
         with torch.enable_grad():
             result = func(*args, **kwargs)
         parameters = tuple({id(p): p for each in owned for p in each.parameters}.values())
-        for tensor in _flat((result,)):
+        for tensor in flat((result,)):
             if tensor.requires_grad and id(tensor) not in self._owned:
                 rows = any(_has_rows(func, each, tensor) for each in owned)
                 self._owned[id(tensor)] = Owned(tensor, parameters, rows)
@@ -141,7 +141,7 @@ class Meeting(TorchFunctionMode):
         reader = READERS.get(func)
         call = reader(args, kwargs, self.origin) if reader is not None else None
         if call is None and func not in LIKES and any(each.tensor.requires_grad for each in owned):
-            samples = {id(t): t for t in _flat(args) + _flat(kwargs.values()) if self.marks(t) & SAMPLE}
+            samples = {id(t): t for t in flat(args) + flat(kwargs.values()) if self.marks(t) & SAMPLE}
             call = LocalCall(func, args, kwargs, list(samples.values()), owned)
         return call
 
@@ -154,14 +154,14 @@ class Meeting(TorchFunctionMode):
                 self._marks.pop(_storage(tensor), None)
 
 
-def _flat(values: Iterable) -> list[Tensor]:
+def flat(values: Iterable) -> list[Tensor]:
     """The tensors in arguments; quicker than a tree of any depth."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, tuple | list):
-            found += _flat(value)
+            found += flat(value)
     return found
 
 

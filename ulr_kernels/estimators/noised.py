@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from ulr_kernels import ops
-from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting
+from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting, flat
+from ulr_kernels.nn import COMPOSITES
 from ulr_kernels.nn.call import Call, Known, Noise
 from ulr_kernels.nn.local import RowsCall
+from ulr_kernels.optim.probing import Probing
 
 
 class Replay(NamedTuple):
@@ -47,6 +49,7 @@ class NoisedPass(Meeting):
         cut: the model is given one copy, and the first noised call makes the others.
         keep: remember the calls, and what they read, for their gradients.
         replay: add the gradients now.
+        probing: makes the noise of weights, if any have some.
 
     Attributes:
         order: the layers of the noised calls, in their order.
@@ -65,15 +68,34 @@ class NoisedPass(Meeting):
         cut: bool,
         keep: bool,
         replay: Replay | None,
+        probing: Probing | None,
     ) -> None:
         super().__init__(layers, parameters, inputs)
         self._noises = noises
         self._riders = riders
         self._samples = samples
         self._cut, self._keep, self._replay = cut, keep, replay
+        self.probing = probing
         self._counts: dict[str, int] = {}
         self.order: list[str] = []
         self.calls: list[tuple[str, Call]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = flat(args) + flat(kwargs.values())
+        if self.probing is None or not any(id(tensor) in self.probing.sites for tensor in given):
+            return super().__torch_function__(func, types, args, kwargs)
+        if func in COMPOSITES:
+            with self:
+                result = COMPOSITES[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        bits = NOISED
+        for tensor in given:
+            bits |= self.marks(tensor)
+        result = self.probing.__torch_function__(func, types, args, kwargs)
+        self._mark(result, bits)
+        return result
 
     def met(self, call: Call) -> tuple[Tensor, int]:
         layer = self.trained_layer(call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,43 +12,47 @@ from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
-from ulr_kernels.nn.names import parameter_names
 
 if TYPE_CHECKING:
     from ulr_kernels.estimators.ulr import ULR
 
 
-ACTIVATION = (
-    4 * 2**20
-)  # bytes: on a CPU a few such tensors stay in the caches; much smaller ones cost more than that saves
+ACTIVATION = 4 * 2**20
+"""Bytes of a tensor on a CPU: a few such stay in its caches; to run much smaller ones costs more than that saves."""
 
 
 class Pass(NamedTuple):
     """One noised forward.
 
     Attributes:
-        layers: those that get a gradient.
+        layers: those that get a gradient from noise on their outputs.
+        weights: names of the parameters that have noise themselves.
+        copies: of each sample.
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
         cut: the layers before the first noise run on one copy only.
         shared: what the noised layers read is the same in all copies.
+        apart: forwards have one copy each, as this model's functions of noised weights cannot be split by copy.
         rows: the most, copies times samples, that the model is given at once; None: all.
         part: the most samples at once, likewise.
     """
 
     layers: tuple[str, ...]
+    weights: tuple[str, ...]
+    copies: int
     riders: Mapping[str, str]
     cut: bool = False
     shared: bool = False
+    apart: bool = False
     rows: int | None = None
     part: int | None = None
 
 
 class Plan(NamedTuple):
-    """The passes; the clean one for the baseline; and the noised layers with their site numbers."""
+    """The passes; the clean one for the baseline; and what is noised, layers and parameters, with the site numbers."""
 
     passes: tuple[Pass, ...]
     clean: Pass
-    layers: tuple[str, ...]
+    names: tuple[str, ...]
     sites: Tensor
 
 
@@ -56,29 +60,42 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
     recording = _watch(estimator, batch, loss_fn)
     s = estimator.settings
-    if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values()) > 1:
+    if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values(), default=0) > 1:
         fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
-    layers = tuple(recording.calls)
-    for layer in layers:  # both raise where a mapping has no entry
+    layers, weights = tuple(recording.calls), {name: estimator.layers[id(p)] for name, p in estimator.weights.items()}
+    for layer in (*layers, *weights.values()):  # both raise where a mapping has no entry
         s.copies_of(layer)
         s.sigma_of(layer)
     estimator.riders = riders = recording.riders()
-    groups = [layers]
-    if s.injection == "layerwise":
-        leads = [layer for layer in layers if layer not in riders]
-        groups = [(lead, *(layer for layer in riders if riders[layer] == lead)) for lead in leads]
+    names = (*layers, *weights)
     device = estimator.device
-    sites = torch.tensor([contract.signed64(contract.site_id(layer)) for layer in layers], device=device)
-    keys = estimator.keys(layers, sites)
-    passes = [_tried(estimator, Pass(group, riders), keys, batch) for group in groups]
-    clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), {}, shared=True), *passes))
-    return Plan(tuple(bounded), clean, layers, sites)
+    sites = torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
+    keys = estimator.keys(names, sites)
+    passes = [_tried(estimator, item, keys, batch) for item in _passes(layers, weights, riders, s)]
+    clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), (), 1, {}, shared=True), *passes))
+    return Plan(tuple(bounded), clean, names, sites)
+
+
+def _passes(
+    layers: tuple[str, ...], weights: Mapping[str, str], riders: Mapping[str, str], settings: Settings
+) -> Iterator[Pass]:
+    """`layers` have noise on their outputs; `weights`: name of a parameter with noise -> its layer."""
+    if settings.injection == "joint":
+        yield Pass(layers, tuple(weights), settings.copies_of(""), riders)
+        return
+    for lead in layers:
+        if lead not in riders:
+            group = (lead, *(layer for layer in riders if riders[layer] == lead))
+            yield Pass(group, (), settings.copies_of(lead), riders)
+    for layer in dict.fromkeys(weights.values()):
+        own = tuple(name for name in weights if weights[name] == layer)
+        yield Pass((), own, settings.copies_of(layer), riders)
 
 
 def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
     """A clean forward of two copies; whether the model and the loss keep the rules shows in it."""
     inputs = repeat(batch.x, 2)
-    recording = Recording(estimator.layers, estimator.model_parameters, inputs, batch.samples)
+    recording = Recording(estimator.layers, estimator.followed, inputs, batch.samples)
     with recording:
         outputs = apply(estimator.model, inputs)
     for call in recording.met_calls:
@@ -86,7 +103,9 @@ def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
     losses = batch.losses(outputs, loss_fn, 2)
     if not same(losses[0], losses[1]):
         fail_rows("the loss")
-    refuse_unreached(estimator.model_parameters, parameter_names(estimator.model), recording)
+    refuse_unreached(estimator.followed, estimator.names, recording)
+    if not recording.calls and not estimator.weights:
+        fail("model", "have a trained parameter", "none")
     again = batch.losses(apply(estimator.model, repeat(batch.x, 2)), loss_fn, 2)
     if not same(losses, again):
         fail("model", "compute the same in every forward, as each pass runs its own", "other losses the second time")
@@ -95,14 +114,38 @@ def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
 
 def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
     """A pass and how it can run, found by running it with two copies."""
+    if item.weights:
+        return _tried_weights(estimator, item, keys, batch)
     noised, outputs = estimator.noised(item, keys, batch, 2)
     cut = can_cut(estimator, item, keys, batch, tensors(outputs))
     return item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
 
 
+def _tried_weights(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
+    """A pass with noise on weights: its forwards have several copies if that gives what one for each copy gives."""
+    apart = item._replace(layers=(), apart=True)
+    noised, outputs = estimator.noised(apart, keys, batch, 2)
+    assert noised.probing is not None
+    unmet = [name for name in item.weights if name not in noised.probing.met]
+    if unmet:
+        fail(
+            "model", "use each trained parameter in its forward, through torch functions", f"none of {', '.join(unmet)}"
+        )
+    if not _equal(estimator, item._replace(layers=()), keys, batch, tensors(outputs)):
+        if item.layers:
+            rule = "be the same for all layers, or injection 'layerwise': some weights are used where no samples are"
+            fail("noise", rule, estimator.settings.noise)
+        return apart._replace(shared=True)
+    noised, _ = estimator.noised(item, keys, batch, 2)
+    if set(noised.order) != set(item.layers):
+        missing = ", ".join(sorted(set(item.layers) - set(noised.order)))
+        fail("noise", f"be the same for all parameters of a function, also for {missing}", estimator.settings.noise)
+    return item._replace(shared=all(call.shared for _, call in noised.calls))
+
+
 def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch.device) -> Pass:
     """A pass whose memory is bounded: by `max_rows`, or on a CPU so that a tensor has about `ACTIVATION` bytes."""
-    together = settings.by_draw if item.layers else 1  # copies of a part that must share a forward
+    together = min(settings.by_draw, item.copies)  # copies of a part that must share a forward
     if settings.max_rows is not None:
         rows = samples = settings.max_rows
     elif device.type != "cpu":
@@ -112,9 +155,8 @@ def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch
         rows = max(together, ACTIVATION // max(1, *recording.sizes[begin:]))
         samples = max(1, ACTIVATION // max(1, *recording.sizes))
     if not item.shared and settings.memory == "keep":  # copies in several forwards would all be run once more
-        copies = settings.copies_of(item.layers[0])
-        rows = max(rows, copies) if settings.max_rows is None else rows
-        together = copies if copies <= rows else together
+        rows = max(rows, item.copies) if settings.max_rows is None else rows
+        together = item.copies if item.copies <= rows else together
     return item._replace(rows=rows, part=min(samples, rows // together))
 
 
@@ -124,8 +166,13 @@ def can_cut(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch
     They do where the layer's output is all that is used afterwards. Anything else that is alive there (a residual
     branch, a batch size read before) has the rows of one copy, and either fails or shows in the outputs.
     """
+    return _equal(estimator, item._replace(cut=True), keys, batch, expected)
+
+
+def _equal(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, expected: list[Tensor]) -> bool:
+    """Whether a pass gives these outputs for two copies."""
     try:
-        outputs = tensors(estimator.noised(item._replace(cut=True), keys, batch, 2)[1])
+        outputs = tensors(estimator.noised(item, keys, batch, 2)[1])
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
         return False
     return len(outputs) == len(expected) and all(
@@ -149,8 +196,6 @@ def refuse_unreached(parameters: Sequence[Tensor], names: Mapping[int, str], rec
             "model",
             "bring each trained parameter together with the samples in a function with one output, samples first, and "
             "a derivative in the parameter. Those that it does not can be frozen (requires_grad_(False)), or trained "
-            "by noise on the weights (ulr.optim.MeZO), or left out of the model",
+            "by noise on the weights (noise={name: 'weights'}, ulr.optim), or left out of the model",
             ", ".join(problems),
         )
-    if not recording.calls:
-        fail("model", "have a trained parameter", "none")

@@ -12,6 +12,7 @@ from ulr_kernels.baselines import BASELINES
 
 INJECTIONS = ("layerwise", "joint")
 MEMORIES = ("keep", "replay")
+NOISES = ("logits", "weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Settings:
     copies: int | Mapping[str, int] = 32
     antithetic: bool = True
     injection: str = "layerwise"
-    noise: str = "logits"
+    noise: str | Mapping[str, str] = "logits"
     dist: str = "normal"
     sampler: str = "iid"
     baseline: str = "mean"
@@ -33,7 +34,6 @@ class Settings:
     def __post_init__(self) -> None:
         for argument, allowed in (
             ("injection", INJECTIONS),
-            ("noise", ("logits",)),
             ("dist", contract.DISTRIBUTIONS),
             ("sampler", contract.SAMPLERS),
             ("baseline", BASELINES),
@@ -44,6 +44,9 @@ class Settings:
         for argument in ("antithetic", "learn_sigma"):
             if not isinstance(getattr(self, argument), bool):
                 fail(argument, "be True or False", repr(getattr(self, argument)))
+        for noise in _values(self.noise):
+            if noise not in NOISES:
+                fail("noise", "be 'logits' or 'weights', or a mapping from layer names to such", repr(noise))
         for sigma in _values(self.sigma):
             if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
                 fail("sigma", "be a finite number above 0, or a mapping from layer names to such", repr(sigma))
@@ -65,6 +68,11 @@ class Settings:
         if self.dist == "rademacher" and self.sampler == "sobol":
             fail("sampler", "be 'iid' where dist is 'rademacher'", repr(self.sampler))
         self._check_sobol_baseline()
+        if "weights" in _values(self.noise):
+            if self.learn_sigma:
+                fail("learn_sigma", "be False where noise is 'weights'", True)
+            if self.sampler == "sobol":
+                fail("sampler", "be 'iid' where noise is 'weights'", repr(self.sampler))
 
     def _check_sobol_baseline(self) -> None:
         """Sobol's copies are stratified, so the other copies know about this one's noise.
@@ -93,6 +101,10 @@ class Settings:
     def copies_of(self, layer: str) -> int:
         return self._of("copies", layer)
 
+    def noise_of(self, layer: str) -> str:
+        """Layers that a mapping does not name have noise on their outputs."""
+        return self.noise.get(layer, "logits") if isinstance(self.noise, Mapping) else self.noise
+
     def _of(self, argument: str, layer: str) -> Any:
         value = getattr(self, argument)
         if not isinstance(value, Mapping):
@@ -103,7 +115,7 @@ class Settings:
 
     def check_names(self, layers: set[str]) -> None:
         """Raise if a mapping names a layer that the model does not have."""
-        for argument in ("sigma", "copies"):
+        for argument in ("sigma", "copies", "noise"):
             value = getattr(self, argument)
             unknown = sorted(set(value) - layers) if isinstance(value, Mapping) else []
             if unknown:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,14 +10,17 @@ from torch import Tensor, nn
 
 from ulr_kernels import contract, ops
 from ulr_kernels.baselines import loss_weights
-from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.estimators.batch import Batch, LossFunction, apply, joined, repeat
 from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_of
+from ulr_kernels.estimators.evaluation import evaluation
 from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
 from ulr_kernels.estimators.plan import Pass, Plan, make_plan
 from ulr_kernels.estimators.replicas import Replicas
 from ulr_kernels.estimators.settings import Settings, fail
+from ulr_kernels.estimators.weights import WeightNoise
 from ulr_kernels.nn.call import Noise
-from ulr_kernels.nn.names import layer_names, per_feature, unwrapping
+from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrapping
+from ulr_kernels.optim.probing import Probing, Site
 
 MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
 
@@ -49,7 +50,10 @@ class ULR:
         copies: noised copies of each sample per pass; a number or (layer-wise) such a mapping.
         antithetic: copies come as pairs eps, -eps; the number of copies must be even.
         injection: "layerwise": one pass per layer, in which only that layer is noised; "joint": one pass for all.
-        noise: "logits": noise on the layer's outputs.
+        noise: "logits": noise on the layer's outputs; "weights": on its parameters, W + sigma * eps, which all samples
+            of a copy share (evolution strategies: the gradient is E[L * score(eps)] / sigma), for functions that cannot
+            have it on their outputs, and layers with fewer weights than outputs; or a mapping from layer names to
+            either, in which the others have "logits". sigma is then in units of the weights.
         dist: "normal", "laplace" or "rademacher".
         sampler: "iid", or "sobol": the copies of a sample are a scrambled Sobol sequence.
         baseline: "mean": of the other copies or pairs of the sample; "clean": the loss without noise; "none".
@@ -78,7 +82,7 @@ class ULR:
         copies: int | Mapping[str, int] = 32,
         antithetic: bool = True,
         injection: str = "layerwise",
-        noise: str = "logits",
+        noise: str | Mapping[str, str] = "logits",
         dist: str = "normal",
         sampler: str = "iid",
         baseline: str = "mean",
@@ -99,10 +103,12 @@ class ULR:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
         self.model_parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
-        self.layers = layer_names(self.model)
+        self.layers, self.names = layer_names(self.model), parameter_names(self.model)
         self.settings.check_names(set(self.layers.values()))
         self._log_sigma = self._make_log_sigma() if learn_sigma else {}
         self._plans: dict[tuple, Plan] = {}
+        self.weights: dict[str, nn.Parameter] = {}  # those that have noise themselves, by name
+        self.followed: list[nn.Parameter] = []  # the others: calls of layers are known by them
         self.riders: dict[str, str] = {}  # layer -> the layer whose noise serves it too, in the latest new batch
 
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
@@ -166,7 +172,7 @@ class ULR:
             self._replicas.place(batch, self.device)
         with evaluation(self.model):
             plan = self._plan(batch, loss_fn)
-            keys = self.keys(plan.layers, plan.sites)
+            keys = self.keys(plan.names, plan.sites)
             clean = None
             if self.settings.baseline == "clean":
                 clean = self._clean(plan.clean, batch, loss_fn)
@@ -196,9 +202,9 @@ class ULR:
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
     ) -> Tensor:
         """One pass over some samples, and its gradients; their mean loss."""
-        s, copies = self.settings, self.settings.copies_of(item.layers[0])
-        chunks = chunks_of(copies, batch.samples, item.rows, s.by_draw)
-        replays = s.memory == "replay" or (len(chunks) > 1 and not item.shared)
+        s = self.settings
+        chunks = chunks_of(item.copies, batch.samples, item.rows, s.by_draw)
+        replays = bool(item.layers) and (s.memory == "replay" or (len(chunks) > 1 and not item.shared))
         parts, kept = [], None
         for draw, size in chunks:
             keep = not replays and kept is None  # what one chunk reads is what all read
@@ -209,6 +215,8 @@ class ULR:
         losses = in_order(parts, s.antithetic)
         weights = loss_weights(losses, clean, s.baseline, s.antithetic)
         weights *= batch.share
+        if item.weights:
+            self._weight_noise(item, keys).add_gradients(weights)
         if kept is not None:
             self._add_gradients(kept, item, weights)
         elif len(noised.order) == 1:  # it reads what no noise has changed
@@ -259,11 +267,30 @@ class ULR:
             for layer in item.layers
             if layer not in item.riders
         }
-        inputs = repeat(batch.x, 1 if item.cut else copies)
-        arguments = (self.layers, self.model_parameters, inputs, noises, item.riders, batch.samples)
-        noised = NoisedPass(*arguments, cut=item.cut, keep=keep, replay=replay)
-        with noised:
-            return noised, apply(self.model, inputs)
+
+        def forward(probing: Probing | None, inputs: Any) -> tuple[NoisedPass, Any]:
+            arguments = (self.layers, self.followed, inputs, noises, item.riders, batch.samples)
+            noised = NoisedPass(*arguments, cut=item.cut, keep=keep, replay=replay, probing=probing)
+            with noised:
+                return noised, apply(self.model, inputs)
+
+        probing = None
+        if item.weights:
+            on_weights = self._weight_noise(item, keys)
+            if item.apart:
+                modes = on_weights.by_copy(self.model, copies, draw)
+                done = [forward(mode, repeat(batch.x, 1)) for mode in modes]
+                return done[0][0], joined([outputs for _, outputs in done])
+            probing = on_weights.together(self.model, copies, draw, batch.samples)
+        return forward(probing, repeat(batch.x, 1 if item.cut else copies))
+
+    def _weight_noise(self, item: Pass, keys: Mapping[str, Tensor]) -> WeightNoise:
+        sites = []
+        for name in item.weights:
+            parameter = self.weights[name]
+            sigma = torch.full((), self.settings.sigma_of(self.layers[id(parameter)]), device=parameter.device)
+            sites.append(Site(name, parameter, keys[name].to(parameter.device), sigma, None))
+        return WeightNoise(sites, self.settings.antithetic, self.settings.dist)
 
     def keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
         """The site keys of this step, made on the device from the step that is counted there."""
@@ -273,7 +300,10 @@ class ULR:
         return dict(zip(layers, ops.fold_in(ops.fold_in(seed, self._step), sites).unbind(), strict=True))
 
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
-        """What a batch of these shapes does in this model."""
+        """What a batch of these shapes does in this model; and which parameters have noise themselves."""
+        on_weights = {id(p) for p in self.model_parameters if self.settings.noise_of(self.layers[id(p)]) == "weights"}
+        self.weights = {self.names[id(p)]: p for p in self.model_parameters if p.requires_grad and id(p) in on_weights}
+        self.followed = [p for p in self.model_parameters if id(p) not in on_weights]
         if [*map(id, self.model.parameters())] != [*map(id, self.model_parameters)]:
             fail("model", "have the parameters that it had (make a new estimator after replacing any)", "other ones")
         signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self.model_parameters))
@@ -314,22 +344,3 @@ class ULR:
         for name, value in log_sigma.items():
             self._log_sigma[name].copy_(value)
         self._plans.clear()
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, each module's own flag again after it; compiled parts run as they were written.
-
-    A compiled graph hides its calls. The compiler is asked only where it is imported already, which takes seconds.
-    """
-    training = [module for module in model.modules() if module.training]
-    with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True

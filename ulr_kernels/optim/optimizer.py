@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.estimators.evaluation import evaluation
 from ulr_kernels.estimators.recording import same
-from ulr_kernels.estimators.ulr import evaluation
 from ulr_kernels.nn.names import parameter_names, unwrap
 from ulr_kernels.optim.probes import Probe, Probed, Together, together
 from ulr_kernels.optim.probing import Draws, Probing, Site

@@ -229,7 +229,7 @@ class Probing(TorchFunctionMode):
         members, axis = self._draws.members, _SAMPLE_AXIS.get(func, 0)
 
         def holds_samples(leaf: Any) -> bool:
-            if not isinstance(leaf, Tensor) or id(leaf) in self.sites or leaf.dim() <= axis:
+            if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter) or leaf.dim() <= axis:
                 return False
             return leaf.shape[axis] > 0 and leaf.shape[axis] % self._rows == 0
 
