@@ -39,9 +39,9 @@ def perturbed_linear(
         xs, biases = _members(x, 2, how), _members(bias, 1, how)
         _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
         return None
-
     if how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT and onednn.supports(x.dtype):
-        return _by_batches(y, x, weight, bias, sigma, key, how)
+        _by_batches(y, x, weight, bias, sigma, key, how)
+        return None
     return _by_panels(y, x, weight, bias, sigma, key, how)
 
 
