@@ -27,6 +27,7 @@ _MODULES = {
     "perturbed_embedding": "perturbed_embedding",
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
+    "noisy_linear_cross_entropy_": "noisy_linear_cross_entropy_",
     "noisy_linear_grads_": "noisy_linear_grads_",
     "noisy_linear_replay_": "noisy_linear_grad_",
     "perturb_": "parameters",
@@ -34,10 +35,16 @@ _MODULES = {
 }
 
 
+_WITHOUT = {
+    "noisy_mlp_step": "a step whose layers follow one another in one launch needs a barrier of the grid after each, and "
+    "a table of layers whose tiles differ: that is CUDA C++",
+}
+
+
 def provider(op: str, device: str) -> Callable | str:
     """The function that runs `op` on tensors of `device`, or the reason why there is none."""
     if op not in _MODULES:
-        return f"there is no Triton kernel for {op}"
+        return _WITHOUT.get(op, f"there is no Triton kernel for {op}")
     reason = _absence(device)
     if reason:
         return reason

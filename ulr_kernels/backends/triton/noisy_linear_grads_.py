@@ -121,7 +121,7 @@ def launches(*args) -> Iterator[Launch]:
 def _launch(form: Form, members: list[tuple]) -> Launch:
     x = members[0][3]
     antithetic, dist, sampler, _, draw = members[0][7:12]
-    tile = (tiles.GRADIENT if form.shared else tiles.GRADIENT_PER_DRAW)[dist, x.element_size()]
+    tile = (tiles.GRADIENTS if form.shared else tiles.GRADIENTS_PER_DRAW)[dist, x.element_size()]
     entries: list[tuple[int, ...]] = []
     programs: list[int] = []
     for call in members:
