@@ -164,6 +164,15 @@ def measure_loops() -> dict[str, float]:
             replay = f"gradient-{dtype}-quantile-replay"
             body = noise_loop("noisy_linear_replay_", replay, conversions=8, loads=copies, stores=copies * stores)
             result[f"noisy_linear_replay_-{dtype}{name}"] = len(body) / 8
+            # Channels last: the outputs' octets are stored at once.
+            body = noise_loop(
+                "noisy_conv2d", f"noisy_conv2d-{dtype}-quantile", conversions=8, loads=0, stores=copies * stores
+            )
+            result[f"noisy_conv2d-{dtype}{name}"] = len(body) / 8
+            body = noise_loop(
+                "noisy_conv2d_grad_", f"conv_gradient-{dtype}-quantile", conversions=8, loads=copies, stores=0
+            )
+            result[f"noisy_conv2d_grad_-{dtype}{name}"] = len(body) / 8
     for name, copies in (("", 1), ("-pairs", 2)):
         body = noise_loop("noisy_linear_grad_", "signs_gradient-bf16", loads=copies, shared_stores=16 * copies)
         result[f"packed-signs{name}"] = len(body) / (128 * copies)
@@ -180,7 +189,7 @@ def test_loops_stay_within_their_budget() -> None:
     over = {name: (value, budget[name]) for name, value in measured.items() if value > budget[name]}
     assert not over, f"measured, budget: {over}"
     for name, most in budget.items():
-        if name in ("noise", "noisy_linear_grad_-bf16", "noisy_linear_grad_-fp32"):
+        if name == "noise" or name.endswith(("grad_-bf16", "grad_-fp32")):
             assert most <= MOST_INSTRUCTIONS_PER_NORMAL, name
         elif name.startswith("packed"):
             assert most <= MOST_INSTRUCTIONS_PER_PACKED_SIGN, name
@@ -211,12 +220,16 @@ def test_table_reads_do_not_conflict() -> None:
 
 
 PRODUCTS = (
+    "noisy_conv2d",
+    "noisy_conv2d_grad_",
+    "noisy_conv2d_replay_",
     "noisy_linear",
     "noisy_linear_grad_",
+    "noisy_linear_grads_",
     "noisy_linear_replay_",
     "noisy_mlp_step",
-    "perturbed_linear",
     "perturbed_conv2d",
+    "perturbed_linear",
 )
 
 
@@ -227,7 +240,7 @@ def test_products_run_on_tensor_cores_and_nothing_is_atomic(source) -> None:
         assert tensor_cores == (is_half and "partials" not in kernel), kernel
         assert (".BF16" in code) == ("bf16" in kernel), kernel
         # A barrier of the grid counts blocks by integers; sums in an order of their own would not repeat.
-        kinds = r"\S*\.F(16|32|64)" if kernel.startswith("mlp_step") else ""
+        kinds = r"\S*\.F(16|32|64)" if kernel.startswith(("mlp_step", "conv_gradient")) else ""
         assert not re.search(rf"\b(ATOM|ATOMG|ATOMS|RED)\b{kinds}", code), kernel
 
 

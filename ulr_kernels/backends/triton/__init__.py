@@ -35,9 +35,10 @@ _MODULES = {
 }
 
 
+# Why an op that this back end lacks is not here.
 _WITHOUT = {
-    "noisy_mlp_step": "a step whose layers follow one another in one launch needs a barrier of the grid after each, and "
-    "a table of layers whose tiles differ: that is CUDA C++",
+    "noisy_mlp_step": "a step in one launch is CUDA C++ alone: what it is told of each layer travels in the kernel's "
+    "arguments, which in Triton hold no table; ulr.ULR runs the same step op by op",
 }
 
 
