@@ -144,6 +144,21 @@ class Noise {
     KeySchedule key_;
 };
 
+// The noise of eight neighbouring columns of a row, octet number `octet` of the whole noise.
+template <Kind kind>
+__device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& noise, uint32_t row, uint32_t octet,
+                                            uint32_t draw) {
+    if constexpr (kind == Kind::kSigns) {
+        noise.signs_to_floats(eps, noise.sign_word(row, octet >> 2, draw) >> 8 * (octet & 3));
+    } else {
+        float low[4], high[4];
+        noise.quad(low, row, 2 * octet, draw);
+        noise.quad(high, row, 2 * octet + 1, draw);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) eps[i] = low[i], eps[4 + i] = high[i];
+    }
+}
+
 // The noise of eight neighbouring columns of a row, the first a multiple of eight in the whole noise, draw after draw.
 template <Kind kind>
 class Octet {

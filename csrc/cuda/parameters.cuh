@@ -141,7 +141,7 @@ class UnitNoise {
             for (uint32_t i = 0; i < how_.rank; ++i) {
                 float a[kHeight], b[8];
                 by_row_.quad(a, i, group, draw);
-                make_row(b, i, octet, draw);
+                octet_noise(b, by_col_, i, octet, draw);
 #pragma unroll
                 for (int h = 0; h < kHeight; ++h)
 #pragma unroll
@@ -152,7 +152,7 @@ class UnitNoise {
 #pragma unroll
                 for (int c = 0; c < 8; ++c) eps[h][c] *= how_.scale;
         } else {
-            make_row(eps[0], group, octet, draw);
+            octet_noise(eps[0], by_col_, group, octet, draw);
         }
     }
 
@@ -164,18 +164,6 @@ class UnitNoise {
     }
 
   private:
-    __device__ __forceinline__ void make_row(float (&eps)[8], uint32_t row, uint32_t octet, uint32_t draw) const {
-        if constexpr (kind == Kind::kSigns) {
-            by_col_.signs_to_floats(eps, by_col_.sign_word(row, octet >> 2, draw) >> 8 * (octet & 3));
-        } else {
-            float low[4], high[4];
-            by_col_.quad(low, row, 2 * octet, draw);
-            by_col_.quad(high, row, 2 * octet + 1, draw);
-#pragma unroll
-            for (int c = 0; c < 4; ++c) eps[c] = low[c], eps[4 + c] = high[c];
-        }
-    }
-
     const ListNoise& how_;
     const Noise<kind> by_col_, by_row_;
 };

@@ -28,21 +28,6 @@ struct Gather {
     int64_t total;   // octets of all rows of all members, or of all pairs
 };
 
-// The noise of eight neighbouring columns of a row, the first a multiple of eight in the whole noise.
-template <Kind kind>
-__device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& noise, uint32_t row, uint32_t octet,
-                                            uint32_t draw) {
-    if constexpr (kind == Kind::kSigns) {
-        noise.signs_to_floats(eps, noise.sign_word(row, octet >> 2, draw) >> 8 * (octet & 3));
-    } else {
-        float low[4], high[4];
-        noise.quad(low, row, 2 * octet, draw);
-        noise.quad(high, row, 2 * octet + 1, draw);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) eps[i] = low[i], eps[4 + i] = high[i];
-    }
-}
-
 template <typename T, Kind kind>
 __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gather<T> p) {
     __shared__ WeightTables tables;
