@@ -71,10 +71,9 @@ def compilable(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, copies: in
     return clean + sigma * torch.randn(copies, *clean.shape, device=x.device, dtype=x.dtype)
 
 
-def perturbed_linear(x: Tensor, weight: Tensor, bias: Tensor, sigma: float, source: torch.Generator) -> Tensor:
-    """A perturbed copy of the weight, then the product."""
-    noise = torch.randn(weight.shape, generator=source, device=weight.device, dtype=weight.dtype)
-    return F.linear(x, weight + sigma * noise, bias)
+def perturbed(weight: Tensor, sigma: float, source: torch.Generator) -> Tensor:
+    """A perturbed copy of a weight, from which the rivals of the perturbed ops compute."""
+    return weight + sigma * torch.randn(weight.shape, generator=source, device=weight.device, dtype=weight.dtype)
 
 
 def fitness(y: Tensor) -> Tensor:

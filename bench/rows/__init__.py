@@ -18,7 +18,7 @@ from bench.rows.linear import gradient_row, linear_row, replay_row
 from bench.rows.mezo import installed, mezo_row
 from bench.rows.noise import noise_row, randn_row
 from bench.rows.parameters import combine_row, language_model, perturb_row
-from bench.rows.perturbed import perturbed_row
+from bench.rows.perturbed import perturbed_conv_row, perturbed_embedding_row, perturbed_row
 from bench.rows.population import eggroll_row, full_rank_row
 from bench.rows.row import Contestant, Row, kind_of
 from bench.rows.step import step_row, vgg_row
@@ -68,6 +68,9 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
                 perturbed_row, 1024, inputs, features, dist
             )
     makers["perturbed-few-rows"] = lambda: perturbed_row(4, 576, 1536)
+    for dist in ("normal", "rademacher"):
+        makers[f"perturbed-conv-{dist}"] = functools.partial(perturbed_conv_row, (8, 64, 28, 128), dist)
+        makers[f"perturbed-embedding-{dist}"] = functools.partial(perturbed_embedding_row, 1024, (30522, 384), dist)
     makers["eggroll"] = lambda: eggroll_row(1024, 256, 1, 16)
     makers["population"] = lambda: full_rank_row(256, 64, 16)
     for model in installed():
@@ -100,6 +103,12 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
         for dist in ("normal", "rademacher"):
             makers[f"perturbed-{dist}-{kind}"] = functools.partial(
                 perturbed_row, rows, wide, wide, dist, dtype, device, None, names
+            )
+            makers[f"perturbed-conv-{dist}-{kind}"] = functools.partial(
+                perturbed_conv_row, (4, 16, 8, 16) if small else (64, 128, 32, 128), dist, dtype, device, names
+            )
+            makers[f"perturbed-embedding-{dist}-{kind}"] = functools.partial(
+                perturbed_embedding_row, rows, (8 * wide, wide // 4), dist, dtype, device, names
             )
     tokens, image = (rows // 8, 16, wide // 4), (rows // 8, wide // 64, 16, 16)
     for name, row in (("add", add_row), ("dot", dot_row)):

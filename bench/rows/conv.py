@@ -17,18 +17,18 @@ Sizes = tuple[int, int, int, int]  # images, input channels, height and width, o
 WINDOW = ([1, 1], [1, 1, 1, 1], [1, 1], 1, False)
 
 
-def _text(sizes: Sizes, copies: int, last: bool) -> str:
+def text_of(sizes: Sizes, copies: int, last: bool) -> str:
     images, inputs, side, features = sizes
     text = f"{images}x{inputs}x{side}x{side} to {features}"
     return text + (", channels last" if last else "") + (f", {copies} copies" if copies > 1 else "")
 
 
-def _shapes(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def shapes(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     images, inputs, side, features = sizes
     return shaped(images, inputs, side, side, dtype=dtype), shaped(features, inputs, 3, 3, dtype=dtype)
 
 
-def _operands(i: int, sizes: Sizes, dtype: torch.dtype, device: str, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+def operands(i: int, sizes: Sizes, dtype: torch.dtype, device: str, last: bool) -> tuple[Tensor, Tensor, Tensor]:
     images, inputs, side, features = sizes
     x = normal(3 * i, images, inputs, side, side, device=device).to(dtype)
     weight = normal(3 * i + 1, features, inputs, 3, 3, device=device) / (9 * inputs) ** 0.5
@@ -48,10 +48,10 @@ def conv_row(
         )
     name = "eager, product repeated" if copies > 1 else "eager"
     contestants[name] = Contestant(lambda x, w, b, key: rivals.repeat_conv_product(x, w, b, SIGMA, copies, source))
-    x, weight = _shapes(sizes, dtype)
+    x, weight = shapes(sizes, dtype)
     return Row(
-        name=f"noisy_conv2d {kind_of(dtype)} {_text(sizes, copies, last)}",
-        inputs=lambda i: (*_operands(i, sizes, dtype, device, last), key_of(i, device)),
+        name=f"noisy_conv2d {kind_of(dtype)} {text_of(sizes, copies, last)}",
+        inputs=lambda i: (*operands(i, sizes, dtype, device, last), key_of(i, device)),
         contestants=contestants,
         cost=OPS["noisy_conv2d"].cost(x, weight, None, None, None, *WINDOW, copies, False),
         kind=kind_of(dtype),
@@ -69,7 +69,7 @@ def conv_gradient_row(
     def make(i: int) -> tuple:
         buffers = torch.zeros(features, inputs, 3, 3, device=device), torch.zeros(features, device=device)
         loss_weight = normal(3 * i + 2, copies, images, device=device) / (copies * images)
-        return *buffers, _operands(i, sizes, dtype, device, last)[0], loss_weight, key_of(i, device)
+        return *buffers, operands(i, sizes, dtype, device, last)[0], loss_weight, key_of(i, device)
 
     def keep(repeat: bool, half: bool) -> Callable:
         def kept(gw: Tensor, gb: Tensor, x: Tensor, lw: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,10 +85,10 @@ def conv_gradient_row(
     def run(gw: Tensor, gb: Tensor, x: Tensor, lw: Tensor, key: Tensor) -> None:
         ulr.ops.noisy_conv2d_grad_(gw, gb, x, lw, SIGMA, key, padding=1, antithetic=True)
 
-    x, weight = _shapes(sizes, dtype)
+    x, weight = shapes(sizes, dtype)
     cost = OPS["noisy_conv2d_grad_"].cost
     return Row(
-        name=f"conv gradient {kind_of(dtype)} {_text(sizes, copies, last)}",
+        name=f"conv gradient {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=make,
         contestants={
             **ours(run, names),
@@ -113,7 +113,7 @@ def conv_replay_row(
 
     def make(i: int) -> tuple:
         gw, gb, x, lw, key = gradient.inputs(i)
-        return gw, gb, x, *_operands(i, sizes, dtype, device, last)[1:], lw, key
+        return gw, gb, x, *operands(i, sizes, dtype, device, last)[1:], lw, key
 
     def fused(gw, gb, x, w, b, lw, key):
         return ulr.ops.noisy_conv2d_replay_(gw, gb, x, w, b, lw, SIGMA, key, padding=1, antithetic=True)
@@ -123,10 +123,10 @@ def conv_replay_row(
         ulr.ops.noisy_conv2d_grad_(gw, gb, x, lw, SIGMA, key, padding=1, antithetic=True)
         return y
 
-    x, weight = _shapes(sizes, dtype)
+    x, weight = shapes(sizes, dtype)
     window = (weight, None, shaped(copies, sizes[0]), None, None, *WINDOW, True)
     return Row(
-        name=f"conv replay {kind_of(dtype)} {_text(sizes, copies, last)}",
+        name=f"conv replay {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=make,
         contestants={**ours(fused, names), "two ops": Contestant(apart, backend=names[0])},
         cost=OPS["noisy_conv2d_replay_"].cost(weight, None, None, x, *window),

@@ -1,4 +1,4 @@
-"""Weight noise: a linear layer of one perturbed weight."""
+"""Weight noise: a layer of one perturbed weight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 import ulr_kernels as ulr
 from bench import rivals
+from bench.rows.conv import Sizes, operands, shapes, text_of
 from bench.rows.row import Contestant, Row, key_of, kind_of, normal, ours, shaped, threads_text
 from ulr_kernels.ops._op import OPS
 
@@ -39,7 +40,7 @@ def perturbed_row(
     contestants["noiseless F.linear"] = Contestant(lambda x, w, b, key: F.linear(x, w, b))
     if device == "cpu":
         contestants["noiseless oneDNN"] = Contestant(lambda x, w, b, key: rivals.onednn_linear(x, w, b))
-    contestants["eager"] = Contestant(lambda x, w, b, key: rivals.perturbed_linear(x, w, b, SIGMA, source))
+    contestants["eager"] = Contestant(lambda x, w, b, key: F.linear(x, rivals.perturbed(w, SIGMA, source), b))
     x, weight = shaped(rows, inputs, dtype=dtype), shaped(features, inputs, dtype=dtype)
     return Row(
         name=f"perturbed_linear {dist} {kind_of(dtype)} {rows}x{inputs}x{features}" + threads_text(threads),
@@ -49,4 +50,58 @@ def perturbed_row(
         dist=dist,
         kind=kind_of(dtype),
         threads=threads,
+    )
+
+
+def perturbed_conv_row(
+    sizes: Sizes, dist: str, dtype: torch.dtype = torch.float32, device: str = "cpu", names=(None,)
+) -> Row:
+    """The same of a convolution, 3 x 3 with padding 1."""
+    source = rivals.generator(device)
+
+    def run(x: Tensor, w: Tensor, b: Tensor, key: Tensor) -> Tensor:
+        return ulr.ops.perturbed_conv2d(x, w, b, SIGMA, key, padding=1, dist=dist)
+
+    contestants = ours(run, names)
+    contestants["noiseless F.conv2d"] = Contestant(lambda x, w, b, key: F.conv2d(x, w, b, padding=1))
+    contestants["eager"] = Contestant(
+        lambda x, w, b, key: F.conv2d(x, rivals.perturbed(w, SIGMA, source), b, padding=1)
+    )
+    x, weight = shapes(sizes, dtype)
+    return Row(
+        name=f"perturbed_conv2d {dist} {kind_of(dtype)} {text_of(sizes, 1, False)}",
+        inputs=lambda i: (*operands(i, sizes, dtype, device, False), key_of(i, device)),
+        contestants=contestants,
+        cost=OPS["perturbed_conv2d"].cost(x, weight, None, None, None, [1, 1], [1] * 4, [1, 1], 1),
+        dist=dist,
+        kind=kind_of(dtype),
+    )
+
+
+def perturbed_embedding_row(
+    rows: int,
+    table: tuple[int, int],
+    dist: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    names=(None,),
+) -> Row:
+    """The same of an embedding: rows of a table."""
+    source = rivals.generator(device)
+
+    def make(i: int) -> tuple:
+        ids = torch.arange(rows, device=device) * 7919 % table[0]
+        return ids, normal(i, *table, device=device).to(dtype), key_of(i, device)
+
+    contestants = ours(lambda ids, w, key: ulr.ops.perturbed_embedding(ids, w, SIGMA, key, dist=dist), names)
+    contestants["noiseless F.embedding"] = Contestant(lambda ids, w, key: F.embedding(ids, w))
+    contestants["eager"] = Contestant(lambda ids, w, key: F.embedding(ids, rivals.perturbed(w, SIGMA, source)))
+    contestants["eager, rows alone"] = Contestant(lambda ids, w, key: rivals.perturbed(w[ids], SIGMA, source))
+    return Row(
+        name=f"perturbed_embedding {dist} {kind_of(dtype)} {rows} of {table[0]}x{table[1]}",
+        inputs=make,
+        contestants=contestants,
+        cost=OPS["perturbed_embedding"].cost(torch.empty(rows, device="meta"), shaped(*table, dtype=dtype), None, None),
+        dist=dist,
+        kind=kind_of(dtype),
     )

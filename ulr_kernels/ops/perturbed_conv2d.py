@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -109,11 +108,12 @@ def reference(y, x, weight, bias, sigma, key, stride, padding, dilation, groups,
 
 
 def cost(x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> Cost:
-    how = Members(*rest)
-    out = check(x, weight, None, sigma, key, stride, padding, dilation, groups, *rest).numel()
+    how, window = Members(*rest), window_of(stride, padding, dilation, groups)
+    sizes = _conv.sizes_of(x, weight.shape, window, how.members)
+    out = how.members * sizes.rows * sizes.features
     rows, cols = grid(weight)
     noise = how.draws * (rows * cols if how.rank is None else how.rank * (rows + cols))
-    return Cost(x.element_size() * (x.numel() + weight.numel() + out), 2 * out * math.prod(weight.shape[1:]), noise)
+    return Cost(x.element_size() * (x.numel() + weight.numel() + out), 2 * out * sizes.inputs, noise)
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
