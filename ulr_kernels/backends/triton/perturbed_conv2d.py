@@ -67,7 +67,8 @@ def perturbed_conv2d_kernel(
         y_inside = (top[:, None] + down[None, :]).to(tl.uint32) < tl.cast(window[7], tl.uint32)
         x_inside = (left[:, None] + right[None, :]).to(tl.uint32) < tl.cast(window[8], tl.uint32)
         seen = y_inside & x_inside & row_inside[:, None] & k_inside[None, :]
-        x_tile = x + corner[:, None] + (channel * x_strides[1] + down * x_strides[2] + right * x_strides[3])[None, :]
+        at = channel.to(tl.int64) * x_strides[1] + down.to(tl.int64) * x_strides[2] + right * x_strides[3]
+        x_tile = x + corner[:, None] + at[None, :]
         a = tl.load(x_tile, mask=seen, other=0)
         total = tl.dot(a, tl.trans(perturbed(w, scale, eps, noised)), total, input_precision="ieee")
         if ANTITHETIC:
