@@ -121,3 +121,18 @@ def test_training(make, steps, threshold):
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
         optimizer.step()
     assert loss < threshold
+
+
+def test_training_a_residual_network():
+    """Eleven million parameters as torchvision initialises them, small steps, and few of them for the time they take."""
+    torch.manual_seed(0)
+    model, x, y, loss_fn = resnet18()
+    estimator = ulr.ULR(model, sigma=0.01, copies=64, injection="joint")
+    optimizer = torch.optim.Adam(model.parameters(), lr=8e-4)
+    losses = []
+    for _ in range(24):
+        optimizer.zero_grad()
+        losses.append(float(estimator.backward(x[:3, :, :8, :8], y[:3], loss_fn)))
+        optimizer.step()
+    assert losses[0] > 1.05  # ln 3 is 1.099
+    assert losses[-1] < 1.0
