@@ -124,7 +124,7 @@ def test_training(make, steps, threshold):
 
 
 def test_training_a_residual_network():
-    """Eleven million parameters as torchvision initialises them, small steps, and few of them for the time they take."""
+    """Eleven million parameters as torchvision initialises them, and few small steps, for the time that they take."""
     torch.manual_seed(0)
     model, x, y, loss_fn = resnet18()
     estimator = ulr.ULR(model, sigma=0.01, copies=64, injection="joint")

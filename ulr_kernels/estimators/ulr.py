@@ -19,6 +19,7 @@ from ulr_kernels.estimators.replicas import Replicas
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.estimators.weights import WeightNoise
 from ulr_kernels.nn.call import Noise
+from ulr_kernels.nn.linear import LinearCall, add_gradients
 from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrapping
 from ulr_kernels.optim.probing import Probing, Site
 
@@ -231,8 +232,11 @@ class ULR:
         for _, call in noised.calls:
             call.check_unchanged()
         log_sigma = self._learnt(item)
+        together = [call for layer, call in noised.calls if isinstance(call, LinearCall) and layer not in log_sigma]
+        add_gradients(together, weights, 0)
         for layer, call in noised.calls:
-            call.add_gradient(weights, 0, log_sigma.get(layer))
+            if call not in together:
+                call.add_gradient(weights, 0, log_sigma.get(layer))
 
     def _replay(
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, weights: Tensor, draw: int, order: list[str]

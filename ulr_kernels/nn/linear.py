@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ulr_kernels import ops
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
+from ulr_kernels.ops._op import sigma_tensor
 
 
 class LinearCall(Call):
@@ -76,6 +77,15 @@ class LinearCall(Call):
         with gradient_buffers(self._weight, self._bias) as (weight, bias):
             yield weight.T if weight is not None and self._columns else weight, bias
 
+    def joins(self, others: Sequence[LinearCall]) -> bool:
+        """Whether one launch can add the gradients of this and others: each trained weight is one's only."""
+        weights = [call._weight for call in (self, *others)]
+        if any(weight is None or not weight.tensor.requires_grad for weight in weights):
+            return False
+        known = {id(p) for call in others for p in call.parameters}
+        (x,), (y,) = self._operands, others[0]._operands
+        return (x.dtype, x.device) == (y.dtype, y.device) and not any(id(p) in known for p in self.parameters)
+
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         rows, noise = self._rows(), self.noise
         with self._buffers() as (weight, bias):
@@ -90,6 +100,44 @@ class LinearCall(Call):
                 grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
                 **self._spec(rows.shape[-2] // self._samples),
             )
+
+
+def add_gradients(calls: Iterable[LinearCall], loss_weight: Tensor, draw: int) -> None:
+    """`add_gradient` of each, of many in one launch: the gradients of small layers fill a device only together."""
+    groups: list[list[LinearCall]] = []
+    for call in calls:
+        group = next((group for group in groups if call.joins(group)), None)
+        if group is None:
+            groups.append([call])
+        else:
+            group.append(call)
+    for group in groups:
+        if len(group) == 1:
+            group[0].add_gradient(loss_weight, draw, None)
+        else:
+            _add_together(group, loss_weight, draw)
+
+
+def _add_together(calls: list[LinearCall], loss_weight: Tensor, draw: int) -> None:
+    rows = [call._rows() for call in calls]
+    positions = [x.shape[-2] // call._samples for call, x in zip(calls, rows, strict=True)]
+    noise = calls[0].noise
+    with contextlib.ExitStack() as stack:
+        buffers = [stack.enter_context(call._buffers()) for call in calls]
+        ops.noisy_linear_grads_(
+            [weight for weight, _ in buffers if weight is not None],
+            [bias for _, bias in buffers],
+            rows,
+            [loss_weight] * len(calls),
+            [sigma_tensor("noisy_linear_grads_", call.noise.sigma, rows[0].device, zero=False) for call in calls],
+            [call.noise.key for call in calls],
+            antithetic=noise.antithetic,
+            dist=noise.dist,
+            sampler=noise.sampler,
+            positions=positions,
+            draw=draw,
+            row_offset=[noise.first * each for each in positions],
+        )
 
 
 def _linear(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
