@@ -3,12 +3,14 @@
 import pytest
 import small_models
 import torch
+import torch.nn.functional as F
 from small_models import Junction, Residual, Twice, assert_same, batch, cross_entropy, filled, gradients, mlp, v
 from test_cpp_backend import MEGABYTE, peak_bytes
 from torch import nn
 
 import ulr_kernels as ulr
 from ulr_kernels import ops
+from ulr_kernels.nn.linear import LinearCall
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 
@@ -153,6 +155,46 @@ def test_chunks_bound_the_memory():
     assert peak(ALL) > 2 * 600 * 32 * 1024
 
 
+class Front(nn.Module):
+    """Frozen functions in front of a layer, some of them in place, whose results are used behind it too."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.front, self.layer, self.head, self.writes = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3), writes
+        self.front.requires_grad_(False)
+
+    def forward(self, x):
+        h = F.relu_(self.front(x))
+        if self.writes == "new":  # into a tensor that each forward makes anew
+            room = torch.ones(h.shape)
+            room.mul_(h)
+            h = room
+        first, second = h.chunk(2, -1)
+        y = torch.tanh(self.layer(torch.cat((second, first), -1)))
+        if self.writes == "behind":  # the noise, what all chunks would read
+            h.mul_(2)
+        return self.head(y + h)
+
+
+@pytest.mark.parametrize("writes, resumes, fronts", [("", True, 2), ("new", False, 8), ("behind", False, 5)])
+def test_chunks_share_what_is_in_front_of_the_noise(writes, resumes, fronts, monkeypatch):
+    """It runs for the first of them, where that is found to change nothing."""
+    model, forwards = filled(Front(writes)), []
+    forward = LinearCall.forward
+    monkeypatch.setattr(LinearCall, "forward", lambda self, *xs: forwards.append(self) or forward(self, *xs))
+    estimator = ulr.ULR(model, copies=8, max_rows=6)
+    estimator.backward(*batch(), cross_entropy)
+    (plan,) = estimator._plans.values()
+    assert plan.passes[0].cut and plan.passes[0].resumes is resumes
+    forwards.clear()
+    estimator.backward(*batch(), cross_entropy)
+    of_front = [call for call in forwards if call._w is model.front.weight]
+    assert len(of_front) == fronts
+    _, whole = gradients(model, copies=8, max_rows=ALL)
+    _, found = gradients(model, copies=8, max_rows=6)
+    assert_same(whole, found, 1e-5)
+
+
 class Counter(nn.Module):
     """Computes something else each time."""
 
@@ -165,7 +207,7 @@ class Counter(nn.Module):
         if self.varies == "value":
             return self.other(self.calls * self.fc(x))
         h = self.fc(x)
-        return self.other(h) if self.calls < 6 else self.other(self.fc(x) + h)  # 6: the replay of the first step
+        return self.other(h) if self.calls < 8 else self.other(self.fc(x) + h)  # 8: the replay of the first step
 
 
 def test_a_forward_that_changes_is_refused():

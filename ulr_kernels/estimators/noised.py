@@ -12,6 +12,7 @@ from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting, flat
+from ulr_kernels.estimators.prefix import Prefix
 from ulr_kernels.nn import COMPOSITES
 from ulr_kernels.nn.call import Call, Known, Noise
 from ulr_kernels.nn.local import RowsCall
@@ -50,6 +51,7 @@ class NoisedPass(Meeting):
         keep: remember the calls, and what they read, for their gradients.
         replay: add the gradients now.
         probing: makes the noise of weights, if any have some.
+        prefix: what earlier forwards of this pass have found in front of the noise, or is to be found for later ones.
 
     Attributes:
         order: the layers of the noised calls, in their order.
@@ -69,6 +71,7 @@ class NoisedPass(Meeting):
         keep: bool,
         replay: Replay | None,
         probing: Probing | None,
+        prefix: Prefix | None,
     ) -> None:
         super().__init__(layers, parameters, inputs)
         self._noises = noises
@@ -76,6 +79,7 @@ class NoisedPass(Meeting):
         self._samples = samples
         self._cut, self._keep, self._replay = cut, keep, replay
         self.probing = probing
+        self._prefix = prefix  # until the noise is reached
         self._counts: dict[str, int] = {}
         self.order: list[str] = []
         self.calls: list[tuple[str, Call]] = []
@@ -103,6 +107,9 @@ class NoisedPass(Meeting):
         noise = self._noises.get(lead) if lead is not None else None
         if layer is None or noise is None:
             return call.clean(), 0
+        if self._prefix is not None:
+            self._prefix.reached()
+            self._prefix = None
         count = self._counts.get(layer, 0)
         self._counts[layer] = count + 1
         key = ops.fold_in(noise.key, count) if count else noise.key
@@ -122,6 +129,13 @@ class NoisedPass(Meeting):
         if last:
             raise Finished
         return result, 0 if rides else NOISED
+
+    def recalled(self, bits: int) -> tuple[Any, int] | None:
+        return self._prefix.recall() if self._prefix is not None and bits & SAMPLE else None
+
+    def returned(self, result: Any, bits: int) -> None:
+        if self._prefix is not None and bits & SAMPLE:
+            self._prefix.remember(result, bits)
 
     def _known(self, layer: str) -> Known | None:
         if self._replay is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
+from ulr_kernels.estimators.prefix import Prefix
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
 
@@ -30,6 +31,7 @@ class Pass(NamedTuple):
         copies: of each sample.
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
         cut: the layers before the first noise run on one copy only.
+        resumes: chunks of copies share what the layers before the first noise have made (`estimators/prefix.py`).
         shared: what the noised layers read is the same in all copies.
         apart: forwards have one copy each, as this model's functions of noised weights cannot be split by copy.
         rows: the most, copies times samples, that the model is given at once; None: all.
@@ -41,6 +43,7 @@ class Pass(NamedTuple):
     copies: int
     riders: Mapping[str, str]
     cut: bool = False
+    resumes: bool = False
     shared: bool = False
     apart: bool = False
     rows: int | None = None
@@ -118,7 +121,19 @@ def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch)
         return _tried_weights(estimator, item, keys, batch)
     noised, outputs = estimator.noised(item, keys, batch, 2)
     cut = can_cut(estimator, item, keys, batch, tensors(outputs))
-    return item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
+    item = item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
+    return item._replace(resumes=cut and can_resume(estimator, item, keys, batch))
+
+
+def can_resume(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> bool:
+    """Whether a forward that is handed the results in front of the noise gives what the forward gave that made them.
+
+    Not where some of these were written into tensors that are made anew each time, or were changed behind the noise.
+    """
+    prefix = Prefix()
+    _, outputs = estimator.noised(item, keys, batch, 2, prefix=prefix)
+    expected = [output.clone() for output in tensors(outputs)]
+    return _equal(estimator, item, keys, batch, expected, prefix)
 
 
 def _tried_weights(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
@@ -169,10 +184,17 @@ def can_cut(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch
     return _equal(estimator, item._replace(cut=True), keys, batch, expected)
 
 
-def _equal(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, expected: list[Tensor]) -> bool:
+def _equal(
+    estimator: ULR,
+    item: Pass,
+    keys: Mapping[str, Tensor],
+    batch: Batch,
+    expected: list[Tensor],
+    prefix: Prefix | None = None,
+) -> bool:
     """Whether a pass gives these outputs for two copies."""
     try:
-        outputs = tensors(estimator.noised(item, keys, batch, 2)[1])
+        outputs = tensors(estimator.noised(item, keys, batch, 2, prefix=prefix)[1])
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
         return False
     return len(outputs) == len(expected) and all(

@@ -15,6 +15,7 @@ from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_o
 from ulr_kernels.estimators.evaluation import evaluation
 from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
 from ulr_kernels.estimators.plan import Pass, Plan, make_plan
+from ulr_kernels.estimators.prefix import Prefix
 from ulr_kernels.estimators.replicas import Replicas
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.estimators.weights import WeightNoise
@@ -206,10 +207,10 @@ class ULR:
         s = self.settings
         chunks = chunks_of(item.copies, batch.samples, item.rows, s.by_draw)
         replays = bool(item.layers) and (s.memory == "replay" or (len(chunks) > 1 and not item.shared))
-        parts, kept = [], None
+        parts, kept, prefix = [], None, Prefix() if item.resumes and len(chunks) > 1 else None
         for draw, size in chunks:
             keep = not replays and kept is None  # what one chunk reads is what all read
-            noised, outputs = self.noised(item, keys, batch, size, draw, keep=keep)
+            noised, outputs = self.noised(item, keys, batch, size, draw, keep=keep, prefix=prefix)
             parts.append(batch.losses(outputs, loss_fn, size))
             del outputs  # before the next chunk makes its own
             kept = noised if keep else kept
@@ -263,6 +264,7 @@ class ULR:
         *,
         keep: bool = True,
         replay: Replay | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[NoisedPass, Any]:
         """One forward of a pass, for `copies` copies from a draw on; and the model's output."""
         s = self.settings
@@ -274,26 +276,24 @@ class ULR:
 
         def forward(probing: Probing | None, inputs: Any) -> tuple[NoisedPass, Any]:
             arguments = (self.layers, self.followed, inputs, noises, item.riders, batch.samples)
-            noised = NoisedPass(*arguments, cut=item.cut, keep=keep, replay=replay, probing=probing)
+            noised = NoisedPass(*arguments, cut=item.cut, keep=keep, replay=replay, probing=probing, prefix=prefix)
             with noised:
                 return noised, apply(self.model, inputs)
 
-        probing = None
-        if item.weights:
-            on_weights = self._weight_noise(item, keys)
-            if item.apart:
-                modes = on_weights.by_copy(self.model, copies, draw)
-                done = [forward(mode, repeat(batch.x, 1)) for mode in modes]
-                return done[0][0], joined([outputs for _, outputs in done])
-            probing = on_weights.together(self.model, copies, draw, batch.samples)
-        return forward(probing, repeat(batch.x, 1 if item.cut else copies))
+        if not item.weights:
+            return forward(None, repeat(batch.x, 1 if item.cut else copies))
+        on_weights = self._weight_noise(item, keys)
+        if not item.apart:
+            return forward(on_weights.together(self.model, copies, draw, batch.samples), repeat(batch.x, copies))
+        done = [forward(mode, repeat(batch.x, 1)) for mode in on_weights.by_copy(self.model, copies, draw)]
+        return done[0][0], joined([outputs for _, outputs in done])
 
     def _weight_noise(self, item: Pass, keys: Mapping[str, Tensor]) -> WeightNoise:
-        sites = []
-        for name in item.weights:
-            parameter = self.weights[name]
+        def site(name: str, parameter: nn.Parameter) -> Site:
             sigma = torch.full((), self.settings.sigma_of(self.layers[id(parameter)]), device=parameter.device)
-            sites.append(Site(name, parameter, keys[name].to(parameter.device), sigma, None))
+            return Site(name, parameter, keys[name].to(parameter.device), sigma, None)
+
+        sites = [site(name, self.weights[name]) for name in item.weights]
         return WeightNoise(sites, self.settings.antithetic, self.settings.dist)
 
     def keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
