@@ -25,7 +25,8 @@ import torch
 
 import ulr_kernels as ulr
 from bench import machine, rows
-from bench.rows import linear, noise
+from bench.probes import probes
+from bench.rows import conv, linear, noise
 from bench.rows.row import key_of, normal
 from ulr_kernels import bench
 from ulr_kernels.backends.triton import tiles
@@ -97,8 +98,9 @@ def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]
         yield bench.Measurement(key, row.name, name, sweep, seconds, row.floor(), device, held.get(name))
 
 
-def ceilings(device: str, small: bool, backend: str) -> dict[str, Any]:
-    """Bytes/s of a copy, operations/s of plain products, and noise values/s into a buffer that fits the cache."""
+def ceilings(device: str, small: bool, backends: tuple[str, ...]) -> dict[str, Any]:
+    """Bytes/s of a copy, operations/s of plain products, noise values/s into a buffer that fits the cache, and what
+    `probes` says."""
     size, side = (2**16, 128) if small else (2**28, 8192)
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     result = {"overlap": True, "bytes": 8 * size / median(target.copy_, itertools.repeat((source,)), device)}
@@ -106,16 +108,18 @@ def ceilings(device: str, small: bool, backend: str) -> dict[str, Any]:
         a = normal(0, side, side, device=device).to(dtype)
         result[f"flops {kind}"] = 2 * side**3 / median(torch.mm, itertools.repeat((a, a)), device)
     out, key = torch.empty(size >> 6, device=device).view(-1, 1024), key_of(0, device)
-    with ulr.use_backend(backend):
+    with ulr.use_backend(backends[0]):
         for dist in ("normal", "laplace", "rademacher"):
             result[dist] = out.numel() / median(noise.fill, itertools.repeat((out, key, dist)), device)
+    if "triton" in backends:
+        result |= probes(device, small, lambda run: median(run, itertools.repeat(()), device))
     return result
 
 
 def run_rows(options: argparse.Namespace) -> None:
     """The table of the GPU's rows."""
     facts = machine.facts(options.device)
-    limits = {options.device: ceilings(options.device, options.small, options.backends[0])}
+    limits = {options.device: ceilings(options.device, options.small, options.backends)}
     found: list[bench.Measurement] = []
     failed: list[str] = []
     for key, make in rows.gpu_rows(options.backends, options.small, options.device).items():
@@ -166,7 +170,7 @@ def candidates(table: dict, key: Any) -> list[Tile]:
     }
     if table is tiles.NOISE:
         choices |= {"rows": (8, 16, 32, 64), "cols": (64, 128, 256), "inputs": (0,), "stages": (1,)}
-    if table is tiles.GRADIENT:
+    if any(table is gradients for gradients in (tiles.GRADIENT, tiles.CONV_GRADIENT)):
         choices["stages"] = (1, 2)
     found = {used: 0}
     for sizes in itertools.product(*choices.values()):
@@ -189,6 +193,24 @@ def searches(device: str, small: bool) -> Iterator[tuple[str, dict, Any, rows.Ro
         gradient = linear.gradient_row(side // 2, side // 2, side, copies, dtype, device, triton)
         yield "FORWARD", tiles.FORWARD, ("normal", dtype.itemsize), forward
         yield "GRADIENT", tiles.GRADIENT, ("normal", dtype.itemsize), gradient
+        sizes, images = ((4, 16, 8, 16), 4) if small else ((64, 128, 32, 128), 16)
+        convolution = conv.conv_row(sizes, images, dtype, device, triton)
+        conv_gradient = conv.conv_gradient_row(sizes, images, dtype, device, triton)
+        yield "CONV", tiles.CONV, ("normal", dtype.itemsize), convolution
+        yield "CONV_GRADIENT", tiles.CONV_GRADIENT, ("normal", dtype.itemsize), conv_gradient
+
+
+def chosen(results: list[dict]) -> list[dict]:
+    """Of each table's key the fastest tile so far, beside the time of the one in use: what tiles.py should hold."""
+    best: dict[tuple[str, str], dict] = {}
+    used: dict[tuple[str, str], float] = {}
+    for entry in filter(lambda e: "seconds" in e, results):
+        key = entry["table"], entry["key"]
+        if entry["used"]:
+            used[key] = entry["seconds"]
+        if _seconds(entry) < _seconds(best.get(key, {})):
+            best[key] = entry
+    return [entry | {"seconds in use": used.get(key)} for key, entry in best.items()]
 
 
 def run_tiles(options: argparse.Namespace) -> None:
@@ -211,7 +233,7 @@ def run_tiles(options: argparse.Namespace) -> None:
             except Exception as error:  # a tile that does not fit the device is a result
                 entry["error"] = str(error).splitlines()[0][:200]
             results.append(entry)
-            content = {"ulr": machine.facts(options.device), "tiles": results}
+            content = {"ulr": machine.facts(options.device), "chosen": chosen(results), "tiles": results}
             (options.out / "tiles.json").write_text(json.dumps(content, indent=1) + "\n")
         table[key] = used
         timed = sorted(

@@ -177,6 +177,8 @@ def test_floor_adds_arithmetic_on_a_cpu_and_overlaps_it_on_a_gpu() -> None:
 
 def test_every_goal_has_its_row_and_rival() -> None:
     made = {key: make() for key, make in rows.cpu_rows().items()}
+    on_gpu, wanted = rows.gpu_rows(("torch",), small=True, device="cpu"), {goal.row for goal in bench.GOALS}
+    made |= {f"gpu-{key}": make() for key, make in on_gpu.items() if f"gpu-{key}" in wanted}
     for goal in bench.GOALS:
         if goal.row == "normal-2-threads" and goal.row not in made:
             continue  # this machine has one core
@@ -228,6 +230,15 @@ def test_gpu_script_names_its_stages(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "bench/gpu.sh", str(tmp_path), "nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown stage 'nonsense'" in done.stderr
     assert subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+def test_every_row_of_the_gpu_runs_in_small() -> None:
+    for key, make in rows.gpu_rows(("torch",), small=True, device="cpu").items():
+        row = make()
+        mine = [c for name, c in row.contestants.items() if name.startswith("ulr torch")]
+        assert mine, key
+        with mine[0].settings(row), torch.no_grad():
+            mine[0].run(*row.inputs(0))
 
 
 def test_tile_candidates_begin_with_the_one_in_use() -> None:

@@ -67,6 +67,8 @@ GOALS = (
     Goal("perturb-normal", "mul_", 1 / 1.9),
     Goal("perturb-rademacher", "mul_", 1 / 1.2),
     Goal("combine-16", "noise of each probe, one pass", 1 / 1.15),
+    Goal("gpu-step-small", "eager, product repeated", 10),
+    Goal("gpu-step-small", "torch.compile, CUDA graph", 3),
 )
 
 

@@ -94,15 +94,15 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
         kind = kind_of(dtype)
         for inputs in (64, wide // 4, wide):
             makers[f"linear-{kind}-{inputs}"] = functools.partial(
-                linear_row, 2 * wide, inputs, wide, 1, dtype, device, names
+                linear_row, 2 * wide, inputs, wide, 1, dtype, device, names=names
             )
         for prefix, function in (("linear-copies", linear_row), ("gradient", gradient_row), ("replay", replay_row)):
             makers[f"{prefix}-{kind}"] = functools.partial(
-                function, rows, wide // 4, wide // 2, copies, dtype, device, names
+                function, rows, wide // 4, wide // 2, copies, dtype, device, names=names
             )
         for dist in ("normal", "rademacher"):
             makers[f"perturbed-{dist}-{kind}"] = functools.partial(
-                perturbed_row, rows, wide, wide, dist, dtype, device, None, names
+                perturbed_row, rows, wide, wide, dist, dtype, device, names=names
             )
             makers[f"perturbed-conv-{dist}-{kind}"] = functools.partial(
                 perturbed_conv_row, (4, 16, 8, 16) if small else (64, 128, 32, 128), dist, dtype, device, names
@@ -125,6 +125,6 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
     for dist in ("normal", "rademacher"):
         makers[f"perturb-{dist}"] = functools.partial(perturb_row, dist, shapes, device, names)
     makers["combine-16"] = lambda: combine_row(16, shapes, device, names)
-    makers["step"] = lambda: step_row(100, copies, device, names=names)
-    makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names)
+    makers["step"] = lambda: step_row(100, copies, device, names=names, plain=True)
+    makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names, plain=True)
     return makers

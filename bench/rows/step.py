@@ -63,8 +63,22 @@ def one_call(model: nn.Sequential, copies: int) -> Callable[[Tensor, Tensor], Te
     return lambda x, y: ulr.ops.noisy_mlp_step(*buffers, x, y, weights, biases, SIGMA, keys, **settings)
 
 
-def step_row(batch: int, copies: int, device: str = "cpu", names=(None,)) -> Row:
-    """Gradients of all layers of the MLP by layer-wise noise, antithetic, relative to the clean loss."""
+def plain_contestants(model: nn.Sequential, copies: int) -> dict[str, Contestant]:
+    """The careful way, eagerly and in a CUDA graph of what torch.compile makes of it (without a GPU: compiled only)."""
+    parameters = [p.detach() for p in model.parameters()]
+
+    def run(step: Callable) -> Contestant:
+        return Contestant(lambda x, y: step(parameters, x, y, SIGMA, copies))
+
+    graph = torch.compile(rivals.plain_step, dynamic=False, mode="reduce-overhead")
+    return {"eager, product repeated": run(rivals.plain_step), "torch.compile, CUDA graph": run(graph)}
+
+
+def step_row(batch: int, copies: int, device: str = "cpu", names=(None,), plain: bool = False) -> Row:
+    """Gradients of all layers of the MLP by layer-wise noise, antithetic, relative to the clean loss.
+
+    `plain`: beside `plain_contestants` too.
+    """
     source = rivals.generator(device)
     loss_fn = functools.partial(F.cross_entropy, reduction="none")
     model, theirs = rivals.mlp(MLP).to(device), rivals.mlp(MLP, rivals.NoisyLinear).to(device)
@@ -89,6 +103,7 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,)) -> Row
                 if contestant.backend != "triton"
             },
             "authors' way": Contestant(lambda x, y: rivals.authors_step(theirs, x, y, loss_fn, SIGMA, copies, source)),
+            **(plain_contestants(model, copies) if plain else {}),
             "backpropagation": Contestant(lambda x, y: rivals.backprop_step(model, x, y, loss_fn)),
         },
         cost=layerwise_cost(layers_of(model, normal(0, 1, MLP[0], device=device)), batch, [copies] * 3),
