@@ -70,8 +70,7 @@ class ULR:
         memory: "keep": what the noised layers read is kept until the losses are known; "replay": nothing is, and each
             forward runs once more with known losses, in which a layer adds its gradients as it makes its noise again:
             training in the memory of inference. The gradients are the same, to rounding. Layer-wise the second forward
-            ends at its layer, and costs little; jointly it is a whole one, where the first is what is gained: no
-            activation outlives the layer that reads it.
+            ends at its layer, and costs little; jointly it is a whole one, and no activation outlives what reads it.
 
     Raises:
         ValueError: an argument breaks these rules.
