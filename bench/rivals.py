@@ -172,7 +172,8 @@ def mlp(sizes: tuple[int, ...], linear: type[nn.Linear] = nn.Linear, seed: int =
     source = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in zip(sizes, sizes[1:], strict=False):
-        layer = nn.utils.skip_init(linear, inputs, outputs)
+        with torch.random.fork_rng(devices=[]):
+            layer = linear(inputs, outputs)
         for parameter in layer.parameters():
             bound = 1 / math.sqrt(inputs)
             nn.init.uniform_(parameter, -bound, bound, generator=source)

@@ -272,8 +272,9 @@ def transformers() -> Any:
 
 
 def _head(rows: Tensor) -> nn.Linear:
-    """A linear layer with these weights and no bias yet; torch's own initial values would advance its generator."""
-    head = nn.Linear(rows.shape[1], rows.shape[0], device="meta").to_empty(device="cpu").to(rows.dtype)
+    """A linear layer with these weights and no bias yet."""
+    with torch.random.fork_rng(devices=[]):  # torch's own initial values would advance its generator
+        head = nn.Linear(rows.shape[1], rows.shape[0], dtype=rows.dtype)
     with torch.no_grad():
         head.weight.copy_(rows)
         head.bias.zero_()

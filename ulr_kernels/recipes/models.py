@@ -111,7 +111,9 @@ def build(
     Raises:
         RecipeError: the model does not take such images, or its weights cannot be had.
     """
-    with torch.device("meta"):  # torch's own initial values would come from, and advance, its global generator
+    # torch's own initial values would come from, and advance, its global generator; after some of torch.compile's
+    # graphs they do on the meta device too.
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = MODELS[name](shape, classes) if name in MODELS else PRETRAINED[name](shape, classes, blocks)
     model.to_empty(device=device)
     if isinstance(model, EfficientNetLite0):
