@@ -77,7 +77,7 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         makers[f"mezo-{model}-gaussian"] = functools.partial(mezo_row, model, "normal")
         makers[f"mezo-{model}-signs"] = functools.partial(mezo_row, model, "rademacher")
     if len(os.sched_getaffinity(0)) > 1:
-        makers["normal-2-threads"] = lambda: noise_row("normal", 2**20, threads=2, in_cache=True)
+        makers["normal-2-threads"] = lambda: noise_row("normal", 2**22, threads=2, in_cache=True)
     return makers
 
 

@@ -24,6 +24,17 @@ class BackendError(RuntimeError):
     """A back end was asked for that cannot run this op here; the message says why."""
 
 
+def allocating(provider: Callable) -> Callable:
+    """Mark a provider that is handed what the output is like, on the meta device, and allocates and returns it itself:
+    where a product of another library becomes the output, memory taken before it would be taken twice."""
+    provider.allocates = True  # type: ignore[attr-defined]
+    return provider
+
+
+def allocates(provider: Callable) -> bool:
+    return getattr(provider, "allocates", False)
+
+
 def add_op(name: str, reference: Callable) -> None:
     """Enter an op, with the provider that every device has."""
     _references[name] = reference

@@ -287,7 +287,7 @@ def new_output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Tenso
     flat = torch.empty(
         (sizes.copies * x.shape[-4], sizes.features, *size),
         dtype=x.dtype,
-        device=x.device,
+        device="meta",
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
     return flat.unflatten(0, (sizes.copies, x.shape[-4]))

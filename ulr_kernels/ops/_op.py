@@ -56,9 +56,9 @@ class Op:
         name: `torch.ops.ulr.<name>`; also the stem of the files that implement it.
         schema: arguments and results, in torch's schema language; all arguments are positional.
         function: what users call: `ulr.ops.<name>`.
-        check: takes the schema's arguments; raises on bad input, else returns the outputs, allocated (None if the op
-            only writes into its arguments). It reads no tensor's values, so it is the fake as well.
-        reference: the torch back end. Takes the outputs (where there are any), then the schema's arguments. Like any
+        check: takes the schema's arguments; raises on bad input, else returns what the output is like, on the meta
+            device (None if the op only writes into its arguments). It reads no tensor's values, so it is the fake too.
+        reference: the torch back end. Takes the output (where there is one), then the schema's arguments. Like any
             provider it may return an output of its own instead of filling the one that it was given.
         samples: for a device and a dtype, calls of `function`, good and bad.
         mutates: positions of the arguments that the op writes; of a list, all its tensors.
@@ -87,18 +87,29 @@ def register(op: Op) -> None:
     def full(args: tuple) -> tuple:  # the dispatcher leaves off trailing arguments that equal their defaults
         return args + defaults[len(args) :]
 
+    def device_of(args: tuple) -> torch.device:
+        return next(t for a in args for t in _tensors(a)).device
+
+    def fake(*args):
+        args = full(args)
+        like = op.check(*args)
+        return torch.empty_like(like, device=device_of(args)) if returns else None
+
     def run(*args):
         args = full(args)
-        out = op.check(*args)
+        like, device = op.check(*args), device_of(args)
         if op.mutates:
             written = [t for i in op.mutates for t in _tensors(args[i])]
             refuse_overlap(op, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
-        provider = backends.lookup(op.name, next(t for a in args for t in _tensors(a)).device.type)
+        provider = backends.lookup(op.name, device.type)
         with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
             if not returns:
                 return provider(*args)
+            if backends.allocates(provider):
+                return provider(like, *args)
+            out = torch.empty_like(like, device=device)
             made = provider(out, *args)
         return out if made is None else made
 
@@ -117,7 +128,7 @@ def register(op: Op) -> None:
     for key in ("CPU", "CUDA"):
         _library.impl(op.name, run, key)
         _library.impl(op.name, functools.partial(cast, key.lower()), f"Autocast{key}")
-    torch.library.register_fake(f"ulr::{op.name}", lambda *args: op.check(*full(args)), lib=_library)
+    torch.library.register_fake(f"ulr::{op.name}", fake, lib=_library)
     backends.add_op(op.name, op.reference)
     OPS[op.name] = op
 

@@ -42,7 +42,7 @@ def _philox_check(counter: Tensor, key: Tensor) -> Tensor:
     check.dtype("key", key, (torch.int64,))
     check.shape("key", key, (2,), "its low and its high word")
     check.device("counter", counter.device, key=key)
-    return torch.empty(counter.shape, dtype=torch.int64, device=counter.device)
+    return torch.empty(counter.shape, dtype=torch.int64, device="meta")
 
 
 def _philox_reference(out: Tensor, counter: Tensor, key: Tensor) -> None:
@@ -101,7 +101,7 @@ def _fold_check(key: Tensor, data: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(key.shape, data.shape)
     except RuntimeError:
         check.fail("data", f"broadcast with key {list(key.shape)}", list(data.shape))
-    return torch.empty(shape, dtype=torch.int64, device=key.device)
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _fold_reference(out: Tensor, key: Tensor, data: Tensor) -> None:
@@ -201,7 +201,7 @@ def _noise_check(
         check.fail("shape", "have sizes of at least 0", list(shape))
     rows, cols = _grid(shape)
     check.noise(key, rows, cols, 1, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(shape, dtype=torch.float32, device=key.device)
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def _noise_reference(

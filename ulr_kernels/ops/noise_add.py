@@ -127,8 +127,8 @@ def check(
     last = x.movedim(axis if shared else axis + 1, -1)
     if last.is_contiguous() and not x.is_contiguous():
         order = (*(size for i, size in enumerate(shape) if i != axis + 1), cols)
-        return torch.empty(order, dtype=x.dtype, device=x.device).movedim(-1, axis + 1)
-    return torch.empty(shape, dtype=x.dtype, device=x.device)
+        return torch.empty(order, dtype=x.dtype, device="meta").movedim(-1, axis + 1)
+    return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 def check_copies(check: Check, x: Tensor, copies: int, shared: bool) -> None:

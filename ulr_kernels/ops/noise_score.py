@@ -84,7 +84,7 @@ def check(
     _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
     rules.device("loss_weight", loss_weight.device, sigma=sigma, key=key)
     rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(shape, dtype=torch.float32, device=loss_weight.device)
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def reference(out, loss_weight, sigma, key, shape, feature_dim, antithetic, dist, sampler, positions, *at) -> None:

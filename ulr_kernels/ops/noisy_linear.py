@@ -124,7 +124,7 @@ def check(
     _linear.check_sigma(rules, "sigma", sigma, features, (torch.float32,))
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
     rules.noise(key, rows, features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(copies, rows, features, dtype=x.dtype, device=x.device)
+    return torch.empty(copies, rows, features, dtype=x.dtype, device="meta")
 
 
 def reference(y, x, weight, bias, sigma, key, copies, antithetic, *spec) -> None:

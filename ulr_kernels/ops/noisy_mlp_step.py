@@ -130,7 +130,7 @@ def check_step(
     for weight in weights:
         rules.room("weights", 0, weight.shape[0], COL_BITS)
     passes = len(weights) if injection == "layerwise" else 1
-    return torch.empty(passes, copies, x.shape[0], dtype=torch.float32, device=x.device)
+    return torch.empty(passes, copies, x.shape[0], dtype=torch.float32, device="meta")
 
 
 def _check_layers(

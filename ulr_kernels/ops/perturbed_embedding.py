@@ -68,7 +68,7 @@ def check(indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) ->
     if indices.dim() == 2 and indices.shape[0] != how.members:
         rules.fail("indices", f"have {how.members} members on its first axis, or no such axis", list(indices.shape))
     rules.device("weight", weight.device, indices=indices, sigma=sigma, key=key, mask=how.mask)
-    return torch.empty(how.members, indices.shape[-1], weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return torch.empty(how.members, indices.shape[-1], weight.shape[1], dtype=weight.dtype, device="meta")
 
 
 def check_range(indices: Tensor, weight: Tensor) -> None:

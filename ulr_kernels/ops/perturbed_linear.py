@@ -83,7 +83,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Te
         rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
     _perturbed.check_bias(rules, weight, bias, how.members)
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
-    return torch.empty(how.members, x.shape[-2], weight.shape[0], dtype=x.dtype, device=x.device)
+    return torch.empty(how.members, x.shape[-2], weight.shape[0], dtype=x.dtype, device="meta")
 
 
 def reference(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest) -> None:

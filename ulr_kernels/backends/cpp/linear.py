@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _native
+from ulr_kernels.backends import _native, allocating
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles
 from ulr_kernels.ops.noisy_linear_grads_ import calls
@@ -26,17 +26,18 @@ _FP32 = torch.float32
 FEWEST = 32  # rows or features of a tile, however long they are: below this a product is inefficient
 
 
-def noisy_linear(y, x, weight, bias, sigma, key, copies, antithetic, *noise) -> Tensor | None:
-    """Where one product makes every row of y, it becomes the output, and y's memory is given back before: oneDNN
-    allocates its result, and a second tensor of y's size would cost more than the noise."""
+@allocating
+def noisy_linear(like, x, weight, bias, sigma, key, copies, antithetic, *noise) -> Tensor:
+    """Where one product makes every row of y, it becomes the output."""
     if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
-        add_noise = _noise_adder(y, sigma, key, antithetic, *noise)
-        y.untyped_storage().resize_(0)
-        made = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous()).view(y.shape)
+        add_noise = _noise_adder(like, sigma, key, antithetic, *noise)
+        product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
+        made = product.view(like.shape)
         add_noise(made.data_ptr())
         return made
+    y = torch.empty_like(like, device=x.device)
     _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
-    return None
+    return y
 
 
 def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *noise) -> None:
@@ -144,13 +145,13 @@ def _in_one_product(x: Tensor, weight: Tensor) -> bool:
     return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
 
 
-def _noise_adder(y: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> Callable[[int], None]:
-    """What adds sigma * eps, for all copies, to contiguous values of y's shape and dtype at an address. All that can be
+def _noise_adder(like: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> Callable[[int], None]:
+    """What adds sigma * eps, for all copies, to contiguous values of such a tensor at an address. All that can be
     prepared is, because this runs before the product, and that after it."""
-    copies, rows, features = y.shape
-    dtype, strides = _native.DTYPES[y.dtype], (rows * features, features, 1)
+    copies, rows, features = like.shape
+    dtype, strides = _native.DTYPES[like.dtype], (rows * features, features, 1)
     half = (copies // 2, rows, features) if antithetic else (copies, rows, features)
-    offset = half[0] * strides[0] * y.element_size()
+    offset = half[0] * strides[0] * like.element_size()
     scale = (sigma.data_ptr(), _native.DTYPES[_FP32], (features,), sigma.stride() or (0,))
     spec = _native.noise_spec(key, *noise, width=noise[-1] + features, antithetic=antithetic)
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _native
+from ulr_kernels.backends import _native, allocating
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.ops._conv import Window
 from ulr_kernels.ops._perturbed import Members, of_member
@@ -25,24 +25,31 @@ SMALL_WEIGHT = 2**17  # bytes: up to here, many members' products in one call be
 PANEL = 2**20  # elements of a panel of W', and of a copy of x
 
 
+@allocating
 def perturbed_linear(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
-) -> Tensor | None:
+    like: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
+) -> Tensor:
+    """Where one product makes all of y, it becomes the output."""
     how = Members(*rest)
-    if not y.numel():
-        return None
-    if how.members == 1 and how.rank is None and how.mask is None and _in_one_panel(x, weight):
-        return _one_panel(y, x, weight, bias, sigma, key, how)
-    if how.rank is not None:
-        return _low_rank(y, x, weight, bias, sigma, key, how)
+    some = like.numel() > 0
+    if some and how.members == 1 and how.rank is None and how.mask is None and _in_one_panel(x, weight):
+        return _one_panel(x, weight, bias, sigma, key, how)
+    if some and how.rank is not None:
+        return _low_rank(like, x, weight, bias, sigma, key, how)
+    if some and _by_one_panel(x, weight, how):
+        return next(_by_panels(x, weight, bias, sigma, key, how))[-1][None]
+    y = torch.empty_like(like, device=x.device)
+    if not some:
+        return y
     if x.shape[-2] <= FEW_ROWS:
         xs, biases = _members(x, 2, how), _members(bias, 1, how)
         _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
-        return None
-    if how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT and onednn.supports(x.dtype):
+    elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT and onednn.supports(x.dtype):
         _by_batches(y, x, weight, bias, sigma, key, how)
-        return None
-    return _by_panels(y, x, weight, bias, sigma, key, how)
+    else:
+        for member, part, product in _by_panels(x, weight, bias, sigma, key, how):
+            y[member, :, part] = product
+    return y
 
 
 # A member whose weight is one panel, in as few steps as there are: right after a large product the interpreter's own
@@ -53,10 +60,7 @@ def _in_one_panel(x: Tensor, weight: Tensor) -> bool:
     return x.shape[-2] > FEW_ROWS and 0 < weight.numel() <= PANEL and onednn.supports(x.dtype)
 
 
-def _one_panel(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
-) -> Tensor:
-    y.untyped_storage().resize_(0)
+def _one_panel(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members) -> Tensor:
     panel = torch.empty(weight.shape, dtype=weight.dtype)
     _launch("perturbed_weight", key, how, (panel, None, weight, sigma, None, None, None))
     product = onednn.linear(x, panel, bias if bias is None else bias.view(-1))
@@ -87,24 +91,22 @@ def _by_batches(
 # Any other call.
 
 
+def _by_one_panel(x: Tensor, weight: Tensor, how: Members) -> bool:
+    """Whether the first of the products below is the whole output."""
+    return x.shape[-2] > FEW_ROWS and how.members == 1 and len(_feature_parts(weight)) == 1 and onednn.supports(x.dtype)
+
+
 def _by_panels(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
-) -> Tensor | None:
-    """Where one product makes all of y it becomes the output, as oneDNN allocates its result."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """A member, some features, and the product that makes these of it."""
     parts = _feature_parts(weight)
     panels = _Panels(weight, sigma, key, how, parts[0].stop)
-    alone = how.members == 1 and len(parts) == 1 and onednn.supports(x.dtype)
-    if alone:
-        y.untyped_storage().resize_(0)
     for draw in range(how.draws):
         for part in parts:
             members = (draw, draw + how.draws) if how.antithetic else (draw,)
             for member, panel in zip(members, panels.make(draw, part), strict=True):
-                product = _product(of_member(x, member, 2), panel, of_member(bias, member, 1), part)
-                if alone:
-                    return product[None]
-                y[member, :, part] = product
-    return None
+                yield member, part, _product(of_member(x, member, 2), panel, of_member(bias, member, 1), part)
 
 
 def _feature_parts(weight: Tensor) -> list[slice]:
@@ -139,18 +141,17 @@ class _Panels:
 
 
 def _low_rank(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+    like: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
 ) -> Tensor:
     own = bias if bias is not None and bias.dim() == 2 else None  # one for each member, added by the pass
     shared = bias if own is None else None
     in_place = x.dim() == 3 or how.members == 1  # else the members share the plain product
     if x.is_contiguous() and x.numel() and onednn.dense(weight) and onednn.supports(x.dtype):
-        if in_place:
-            y.untyped_storage().resize_(0)
         base = onednn.linear(x.view(-1, x.shape[-1]), weight, shared if shared is None else shared.contiguous())
         base = base.view(-1, x.shape[-2], len(weight))
-        y = base if in_place else y
+        y = base if in_place else torch.empty_like(like, device=x.device)
     else:
+        y = torch.empty_like(like, device=x.device)
         base = y if in_place else y.new_empty(1, *y.shape[1:])
         for part in _feature_parts(weight):
             panel = weight[part].contiguous()
