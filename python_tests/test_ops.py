@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -27,13 +28,16 @@ def pick(op: str, sample_id: str, device: str, dtype: torch.dtype) -> Sample:
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh outputs hold NaN, so that an element that nobody writes is seen."""
-    empty = torch.empty
 
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-1)
+    def poisoned(make: Callable) -> Callable:
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(-1)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 def clone(value):
