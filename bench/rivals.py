@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+PACKAGES = {"torcheggroll": "torcheggroll", "eggroll-es": "eggroll", "EvoX": "evox"}  # rival -> its module
+
+
 def installed(module: str) -> bool:
-    """Whether a rival's package is there (`make bench` installs them); its column is left out otherwise."""
+    """Whether a package is there (`make bench` installs all); what needs it is left out otherwise."""
     return importlib.util.find_spec(module) is not None
 
 

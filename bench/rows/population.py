@@ -38,9 +38,9 @@ def eggroll_row(width: int, population: int, rank: int, rows: int, device: str =
         contestants["plain forward, oneDNN"] = Contestant(
             lambda x, w, key: torch.ops.mkldnn._linear_pointwise(x.flatten(0, 1), w, None, "none", [], "")
         )
-    if rivals.installed("torcheggroll"):
+    if rivals.installed(rivals.PACKAGES["torcheggroll"]):
         contestants["torcheggroll"] = Contestant(functools.partial(_torcheggroll, population, rank))
-    if rivals.installed("eggroll"):
+    if rivals.installed(rivals.PACKAGES["eggroll-es"]):
         contestants["eggroll-es"] = Contestant(functools.partial(_eggroll_es, population, rank))
     x, weight = shaped(population, rows, width), shaped(width, width)
     forward = OPS["perturbed_linear"].cost(x, weight, None, None, None, population, True, rank)
@@ -95,7 +95,7 @@ def full_rank_row(width: int, population: int, rows: int, names=(None,)) -> Row:
     contestants = {
         label: Contestant(mine.run, optimizer, backend=mine.backend) for label, mine in ours(step, names).items()
     }
-    if rivals.installed("evox"):
+    if rivals.installed(rivals.PACKAGES["EvoX"]):
         contestants["EvoX"] = Contestant(
             lambda x, targets, workflow: workflow.step(), functools.partial(_evox, width, population)
         )

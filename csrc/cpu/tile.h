@@ -90,8 +90,8 @@ inline const Octaves& octaves_of(int32_t dist) {
     return dist == ULR_LAPLACE ? laplace : normal;
 }
 
-// The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. Inlined by force:
-// called, its steps would wait for one another's places in memory, and noise would take half as long again.
+// The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. Inlined by force, as
+// is its caller: called, steps would wait for one another's places in memory, and noise take half as long again.
 template <typename Order, int streams>
 __attribute__((always_inline)) inline void philox_step(const KeySchedule& key, U block0, U row0, U draw0, Calls& calls,
                                                        uint32_t* words, int64_t call, int64_t plane) {
@@ -124,8 +124,8 @@ __attribute__((always_inline)) inline void philox_step(const KeySchedule& key, U
 // The words of `count` calls in sequence, to `words`, which has room for 2 kLanes calls more (`plane`: from one plane
 // of words to the next, where there are any).
 template <typename Order>
-inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls, int64_t count, uint32_t* words,
-                         int64_t plane = 0) {
+__attribute__((always_inline)) inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls,
+                                                        int64_t count, uint32_t* words, int64_t plane = 0) {
     int64_t done = 0;
     for (; done + kStreams * kLanes <= count; done += kStreams * kLanes)
         philox_step<Order, kStreams>(key, block0, row0, draw0, calls, words, done, plane);
