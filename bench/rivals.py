@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 PACKAGES = {"torcheggroll": "torcheggroll", "eggroll-es": "eggroll", "EvoX": "evox"}  # rival -> its module
 
 
