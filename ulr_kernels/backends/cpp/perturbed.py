@@ -31,24 +31,20 @@ def perturbed_linear(
 ) -> Tensor:
     """Where one product makes all of y, it becomes the output."""
     how = Members(*rest)
-    some = like.numel() > 0
-    if some and how.members == 1 and how.rank is None and how.mask is None and _in_one_panel(x, weight):
+    if not like.numel():
+        return torch.empty_like(like, device=x.device)
+    if how.members == 1 and how.rank is None and _in_one_panel(x, weight):
         return _one_panel(x, weight, bias, sigma, key, how)
-    if some and how.rank is not None:
+    if how.rank is not None:
         return _low_rank(like, x, weight, bias, sigma, key, how)
-    if some and _by_one_panel(x, weight, how):
-        return next(_by_panels(x, weight, bias, sigma, key, how))[-1][None]
     y = torch.empty_like(like, device=x.device)
-    if not some:
-        return y
     if x.shape[-2] <= FEW_ROWS:
         xs, biases = _members(x, 2, how), _members(bias, 1, how)
         _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
     elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT and onednn.supports(x.dtype):
         _by_batches(y, x, weight, bias, sigma, key, how)
     else:
-        for member, part, product in _by_panels(x, weight, bias, sigma, key, how):
-            y[member, :, part] = product
+        _by_panels(y, x, weight, bias, sigma, key, how)
     return y
 
 
@@ -62,7 +58,7 @@ def _in_one_panel(x: Tensor, weight: Tensor) -> bool:
 
 def _one_panel(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members) -> Tensor:
     panel = torch.empty(weight.shape, dtype=weight.dtype)
-    _launch("perturbed_weight", key, how, (panel, None, weight, sigma, None, None, None))
+    _launch("perturbed_weight", key, how, (panel, None, weight, sigma, how.mask, None, None))
     product = onednn.linear(x, panel, bias if bias is None else bias.view(-1))
     return product if x.dim() == 3 else product[None]
 
@@ -91,22 +87,16 @@ def _by_batches(
 # Any other call.
 
 
-def _by_one_panel(x: Tensor, weight: Tensor, how: Members) -> bool:
-    """Whether the first of the products below is the whole output."""
-    return x.shape[-2] > FEW_ROWS and how.members == 1 and len(_feature_parts(weight)) == 1 and onednn.supports(x.dtype)
-
-
 def _by_panels(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """A member, some features, and the product that makes these of it."""
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+) -> None:
     parts = _feature_parts(weight)
     panels = _Panels(weight, sigma, key, how, parts[0].stop)
     for draw in range(how.draws):
         for part in parts:
             members = (draw, draw + how.draws) if how.antithetic else (draw,)
             for member, panel in zip(members, panels.make(draw, part), strict=True):
-                yield member, part, _product(of_member(x, member, 2), panel, of_member(bias, member, 1), part)
+                y[member, :, part] = _product(of_member(x, member, 2), panel, of_member(bias, member, 1), part)
 
 
 def _feature_parts(weight: Tensor) -> list[slice]:
