@@ -16,6 +16,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native, allocating
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles
+from ulr_kernels.ops._op import allocate
 from ulr_kernels.ops.noisy_linear_grads_ import calls
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
@@ -35,7 +36,7 @@ def noisy_linear(like, x, weight, bias, sigma, key, copies, antithetic, *noise) 
         made = product.view(like.shape)
         add_noise(made.data_ptr())
         return made
-    y = torch.empty_like(like, device=x.device)
+    y = allocate(like, x.device)
     _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
     return y
 
