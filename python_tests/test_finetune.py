@@ -351,12 +351,15 @@ def test_damaged_weights_are_refused(files: Path, tmp_path: Path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_steps_kept(files: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr("ulr_kernels.finetune.job._loss_of_rows", lambda logits, labels: logits.sum(1) * torch.inf)
-    arguments = ["--data", files / "set", "--model", files / "encoder", "--max-tokens", 32, "--out", tmp_path / "run"]
+    arguments = ["--data", files / "set", "--model", files / "encoder", "--max-tokens", 32, "--steps", 4]
+    arguments += ["--out", tmp_path / "run"]
     assert ulr("finetune", *arguments) == 1
     error = capsys.readouterr().err
     assert "the loss is" in error
     assert "ulr finetune --resume" in error
     assert not trajectory.read(tmp_path / "run" / runs.LOG).updates
+    monkeypatch.undo()
+    runs.resume(tmp_path / "run", "")  # in the same process, which has let go of the log
 
 
 BAD = {

@@ -126,7 +126,7 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options
         raise KeyboardInterrupt
 
     stopped = tmp_path / "stopped"
-    folders.prepare(stopped, CHECKPOINT)
+    stopped.mkdir()
     with pytest.raises(KeyboardInterrupt):  # after the checkpoint of epoch 1
         fit(Trainer(settings), stopped, say=interrupt)
     assert restore(stopped).epoch == 1
@@ -144,7 +144,7 @@ def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatc
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     save = checkpoint.save
     stopped = tmp_path / "stopped"
-    folders.prepare(stopped, CHECKPOINT)
+    stopped.mkdir()
 
     def interrupt_in_epoch_2(path: Path, state: dict) -> None:
         save(path, state)
@@ -268,7 +268,6 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, images: Path):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, images: Path, monkeypatch):
     settings = Settings(data=str(images), epochs=3, **SMALL)
-    folders.prepare(tmp_path, CHECKPOINT)
     trainer = Trainer(settings)
     written = checkpoint.write_atomically
 
@@ -291,6 +290,18 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, images: Path):
         jobs.train(settings, tmp_path, "")
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     jobs.train(settings, tmp_path, "", overwrite=True)
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path, images: Path):
+    settings = Settings(data=str(images), epochs=1, **SMALL)
+    jobs.train(settings, tmp_path, "")
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with folders.held(tmp_path):
+        for work in (lambda: jobs.train(settings, tmp_path, "", overwrite=True), lambda: jobs.resume(tmp_path, "")):
+            with pytest.raises(RecipeError, match="another process works on the run there"):
+                work()
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    jobs.resume(tmp_path, "")
 
 
 # --- demonstration ---------------------------------------------------------------------------------------------------
@@ -320,5 +331,5 @@ def test_the_demonstration_compares_both_methods(tmp_path: Path, images: Path, m
 
 def test_the_demonstration_says_which_run_failed(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(demo, "SHARED", "--data nowhere")
-    with pytest.raises(RecipeError, match="ended with exit code 2"):
+    with pytest.raises(ChildProcessError, match="ended with exit code 2"):
         demo.run(tmp_path)

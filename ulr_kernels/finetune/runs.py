@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -65,22 +66,23 @@ def start(settings: Settings, out: Path, command: str, overwrite: bool = False) 
             the log.
     """
     job = Job(settings)
-    folders.prepare(out, LOG, overwrite)
-    for name in (HISTORY, FEATURES):
-        (out / name).unlink(missing_ok=True)
-    writer = trajectory.Writer.create(out / LOG, job.header)
-    _Run(job, out, writer, History([command], []), []).finish()
+    with folders.prepare(out, LOG, overwrite):
+        for name in (HISTORY, FEATURES):
+            (out / name).unlink(missing_ok=True)
+        with contextlib.closing(trajectory.Writer.create(out / LOG, job.header)) as writer:
+            _Run(job, out, writer, History([command], []), []).finish()
 
 
 def resume(folder: Path, command: str) -> None:
     """Continue the run in a folder, bitwise as if it had never stopped, and write its report. Raises as `start`."""
-    log = trajectory.read(folder / LOG, torn=True)
-    job = Job(Settings(**log.header.settings["run"]), log.header)
-    writer = trajectory.Writer(folder / LOG, log)
-    job.replay(log)
-    history = History.load(folder, job.step)
-    history.commands.append(command)
-    _Run(job, folder, writer, history, list(log.losses)).finish()
+    with folders.held(folder):
+        log = trajectory.read(folder / LOG, torn=True)
+        job = Job(Settings(**log.header.settings["run"]), log.header)
+        job.replay(log)
+        history = History.load(folder, job.step)
+        history.commands.append(command)
+        with contextlib.closing(trajectory.Writer(folder / LOG, log)) as writer:
+            _Run(job, folder, writer, history, list(log.losses)).finish()
 
 
 class _Run:
@@ -107,7 +109,6 @@ class _Run:
             while job.step < job.settings.steps:
                 self._step(bar)
                 self._evaluate_if_due(bar)
-        self.writer.close()
         for path in report.write(self.folder, job, self.history.commands, self.history.evaluations, self.losses):
             print(path)
 

@@ -203,12 +203,15 @@ class Writer:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._file).st_size != trajectory.size + trajectory.rest:
                 raise BlockingIOError  # it has grown since it was read
+            if trajectory.rest:
+                os.ftruncate(self._file, trajectory.size)
+                os.fsync(self._file)
         except BlockingIOError:
             self.close()
             raise RecipeError(f"{path}: another process writes to it") from None
-        if trajectory.rest:
-            os.ftruncate(self._file, trajectory.size)
-            os.fsync(self._file)
+        except OSError:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, path: Path, header: Header) -> Writer:

@@ -31,13 +31,14 @@ def train(settings: Settings, out: Path, command: str, overwrite: bool = False) 
         OSError: a file could not be written; finished epochs are in the last checkpoint.
     """
     trainer = Trainer(settings)
-    folders.prepare(out, CHECKPOINT, overwrite)
-    _finish(trainer, out, command)
+    with folders.prepare(out, CHECKPOINT, overwrite):
+        _finish(trainer, out, command)
 
 
 def resume(folder: Path, command: str) -> None:
     """Continue the run in a folder, bitwise as if it had never stopped, and write its report. Raises as `train`."""
-    _finish(restore(folder), folder, command)
+    with folders.held(folder):
+        _finish(restore(folder), folder, command)
 
 
 def _finish(trainer: Trainer, out: Path, command: str) -> None:
