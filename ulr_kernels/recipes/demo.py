@@ -30,7 +30,8 @@ def run(out: Path, seeds: int = 1) -> None:
         seeds: runs of each method, with the seeds 0, 1, ...
 
     Raises:
-        RecipeError: `seeds` is below 1, or a run failed (it has said why).
+        RecipeError: `seeds` is below 1.
+        ChildProcessError: a run failed (it has said why); those before it are there.
     """
     if seeds < 1:
         raise RecipeError(f"seeds must be at least 1, got {seeds}")
@@ -60,7 +61,7 @@ def _run(job: str, folder: Path, options: str) -> dict[str, Any]:
     # (docs/measured.md: a step of two threads took 5 to 14 times as long as with waiting threads asleep).
     done = subprocess.run(command, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ}, check=False)
     if done.returncode:
-        raise RecipeError(f"the run in {folder} ended with exit code {done.returncode}")
+        raise ChildProcessError(f"the run in {folder} ended with exit code {done.returncode}")
     return json.loads((folder / report.REPORT).read_text())
 
 
