@@ -8,14 +8,11 @@ inline namespace ULR_ISA {
 
 enum PerturbTensor { kPerturbKeys, kScale, kPerturbFirst };
 
-// Asks for the elements of a tile while the one before it gets its noise.
+// The elements of a tile, while the one before it gets its noise.
 template <typename T>
 void prefetch(const ulr_tensor& t, const Extent& tile) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t r = 0; r < tile.rows; ++r) {
-        const T* row = static_cast<const T*>(t.data) + (tile.row + r) * t.stride[0] + tile.col;
-        for (int64_t c = 0; c < tile.cols; c += kLine) __builtin_prefetch(row + c, 1);
-    }
+    for (int64_t r = 0; r < tile.rows; ++r)
+        prefetch_bytes(at<T>(t, tile.row + r, 0, 0) + tile.col, tile.cols * static_cast<int64_t>(sizeof(T)));
 }
 
 template <typename T>
