@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import random
@@ -274,6 +276,20 @@ def test_a_run_can_begin_where_another_ended(files: Path, tmp_path: Path):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     with pytest.raises(RecipeError, match="is of another model: it has backbone"):
         Job(settings(files, start=str(tmp_path / "lora" / report.WEIGHTS)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="replays there")
+def test_the_log_of_a_gpu_is_replayed_without_one(files: Path, tmp_path: Path):
+    runs.start(settings(files), tmp_path / "run", "")
+    found = trajectory.read(tmp_path / "run" / runs.LOG)
+    run = found.header.settings["run"] | {"device": "cuda"}
+    header = dataclasses.replace(found.header, settings=found.header.settings | {"run": run})
+    with contextlib.closing(trajectory.Writer.create(tmp_path / "log", header)) as writer:
+        for update, loss in zip(found.updates, found.losses, strict=True):
+            writer.append(update, loss)
+    got, _ = replay(str(files / "encoder"), tmp_path / "log")
+    expected = weights.load(tmp_path / "run" / report.WEIGHTS)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 def test_until_and_revert(files: Path, tmp_path: Path):

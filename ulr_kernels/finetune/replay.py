@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ def replay(
     base: str, log: Path, *, until: int | None = None, revert: int = 0, backend: str | None = None, threads: int = 0
 ) -> tuple[dict[str, Tensor], trajectory.Trajectory]:
     """The tuned parameters of a run after some of its steps: bitwise those that the run had, on any back end.
+
+    They are made on the run's device; on the CPU where that is a GPU and there is none here.
 
     Args:
         base: the model that the run began with, as `models.build` takes it.
@@ -47,7 +50,10 @@ def replay(
         until = steps - revert
     run = trajectory.read(log, until)
     settings = run.header.settings
-    loaded = build(Settings(**settings["run"]), len(settings["classes"]), settings["calibration"], base)
+    own = Settings(**settings["run"])
+    if not torch.cuda.is_available():  # the bits are the same on a CPU
+        own = dataclasses.replace(own, device="cpu")
+    loaded = build(own, len(settings["classes"]), settings["calibration"], base)
     parameters = named_parameters(loaded.model)
     if trajectory.weights_digest(parameters) != run.header.weights:
         raise RecipeError(f"'{base}' is not the model that {log} began with: its weights are others")
