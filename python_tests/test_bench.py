@@ -18,6 +18,7 @@ from torch import Tensor
 import ulr_kernels as ulr
 from ulr_kernels import backends, bench
 from ulr_kernels.bench import Goal, Measurement
+from ulr_kernels.recipes import RecipeError
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -212,6 +213,16 @@ def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureF
         assert next(csv.DictReader(file))["row"] == found[0].row
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
     assert "tensor.bernoulli_" in capsys.readouterr().out
+
+
+def test_rows_without_rivals_make_no_table(tmp_path: Path, monkeypatch) -> None:
+    alone = Measurement("population", "a row", "ulr", 0, 1.0, {}, "2")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *command, **options: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(bench, "read", lambda path: ([alone], {"ulr": {}, "ceilings": CEILINGS}))
+    monkeypatch.setattr(bench, "floor_seconds", lambda cost, ceilings: 1.0)
+    with pytest.raises(RecipeError, match="no rival was measured"):
+        bench.run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @native

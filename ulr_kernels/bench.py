@@ -302,7 +302,8 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         only: an expression of pytest's -k that chooses rows.
 
     Raises:
-        RecipeError: this is no source checkout, pytest-benchmark or matplotlib is missing, or `only` matches no row.
+        RecipeError: this is no source checkout, pytest-benchmark or matplotlib is missing, or `only` matches no row or
+            no rival that is installed.
         ChildProcessError: a benchmark failed.
     """
     _need_sources()
@@ -323,6 +324,8 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
             raise ChildProcessError(f"a benchmark failed (pytest's exit code {done.returncode})")
         measurements, machine = read(path)
     found = list(lines(measurements, machine["ceilings"]))
+    if not found:
+        raise RecipeError("no rival was measured: `make bench` installs them, and --only must not leave them out")
     write(out, "bench", found, machine)
     draw(found, machine["ulr"], out / "bench.png")
     print(f"\n{(out / 'bench.txt').read_text()}\n{out / 'bench.txt'}, .csv, .json, .png")
