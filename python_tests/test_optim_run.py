@@ -223,6 +223,28 @@ def test_state_of_other_parameters_is_refused():
         MeZO(model).load_state_dict(MeZO(nn.Linear(2, 2)).state_dict())
     with pytest.raises(ValueError, match="'state_dict' must hold the settings"):
         MeZO(model).load_state_dict(FZOO(model).state_dict())
+    with pytest.raises(ValueError, match="'state_dict' must be one of an optimiser of ulr.optim"):
+        MeZO(model).load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+
+
+def test_a_group_that_is_refused_leaves_no_trace():
+    model, tokens, targets = reader()
+    optimizer = MeZO(model, params=model.body.parameters())
+    for bad, message in (
+        ({"params": nn.Linear(2, 2).parameters()}, "'params' must be parameters of the model"),
+        ({"params": model.norm.parameters(), "eps": 0.0}, "'eps' must be finite and above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group(bad)
+    optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+    assert optimizer.rule.names == (("body.weight", "body.bias"),)
+
+
+@pytest.mark.parametrize("chunk", [0, -2, 1.5])
+def test_a_chunk_is_a_number_of_probes(chunk):
+    model, tokens, targets = reader()
+    with pytest.raises(ValueError, match="'chunk' must be an integer of at least 1"):
+        MeZO(model).step_batch(tokens, targets, cross_entropy, chunk)
 
 
 def test_names_are_those_of_the_contract():

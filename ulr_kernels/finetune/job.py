@@ -172,7 +172,8 @@ class Job:
         """One update of the weights: the loss that the optimiser reports, and the `unit`s that its probes met.
 
         Raises:
-            FloatingPointError: the loss is not finite; the weights are those before the step.
+            FloatingPointError: the loss is not finite. The optimiser has taken the step, without its estimate: go on from
+                the log.
         """
         settings = self.settings
         x, labels, tokens = self.batch(self.step)

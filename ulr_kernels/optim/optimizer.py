@@ -94,7 +94,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._checked = False
+
+    def _check_group(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
             if id(parameter) not in self._names:
                 self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
@@ -107,7 +114,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         ):
             if not good(group[argument]):
                 self._fail(argument, rule, group[argument])
-        self._checked = False
 
     # --- what a subclass gives ---------------------------------------------------------------------------------------
 
@@ -191,7 +197,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 samples first.
             y: targets: a tensor, tuple or dict of tensors with samples first, or None.
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`; need not be differentiable.
-            chunk: probes in one forward; all of them if None.
+            chunk: probes in one forward, at least 1; all of them if None.
 
         Returns:
             The mean over the probes, a scalar.
@@ -204,7 +210,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         probes = self._probes()
         own = self._own(probes)
         losses = torch.zeros(len(probes), batch.samples, device=self._device())
-        for forward in together([probes[place] for place in own], chunk or len(probes)):
+        most = len(probes) if chunk is None else self._count("chunk", chunk, 1)
+        for forward in together([probes[place] for place in own], most):
             forward = forward._replace(places=[own[place] for place in forward.places])
             losses[forward.places] = self._evaluate(forward, batch, loss_fn).to(losses.device)
             if len(forward.places) > 1 and batch.signature not in self._checked_batches:
@@ -309,7 +316,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is one of other parameters or of another optimiser; nothing has been changed.
         """
-        own = state_dict["ulr"]
+        own = state_dict.get("ulr")
+        if own is None:
+            self._fail("state_dict", "be one of an optimiser of ulr.optim", f"one with {', '.join(state_dict)}")
         rule = Rule(**own["rule"])
         if rule.names != self.rule.names:
             self._fail("state_dict", f"be of the parameters {_some(self.rule.names)}", _some(rule.names))

@@ -21,7 +21,8 @@ class Workers:
     deals samples), and losses are summed in that order on every rank: the weights stay bitwise the same on all of
     them, and as in one process that accumulates the same micro-batches in that order.
 
-    What a rank sends in a step, `bytes_sent` in all: 12 bytes, and 4 for each of its probes and micro-batches.
+    What a rank sends in a step, `bytes_sent` in all: 12 bytes, and 4 for each loss: of its probes and micro-batches,
+    and after `accumulate_batch` of their samples.
 
     Args:
         group: a process group of gloo or NCCL; None for the default one. Its time-out is how long a rank waits for
