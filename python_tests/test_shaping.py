@@ -24,6 +24,11 @@ def test_ranks_are_evosax_centered_ranks(losses):
     close(shaping.rank(losses), torch.from_numpy(stats.rankdata(fitness.numpy()) - 1) / (len(fitness) - 1) - 0.5)
 
 
+def test_a_member_that_failed_is_the_worst():
+    ranks = shaping.rank(torch.tensor([1.0, torch.nan, 3.0, 2.0])[:, None])
+    close(ranks, torch.tensor([-0.5, 0.5, 1 / 6, -1 / 6]))
+
+
 def test_ranks_are_evotorch_centered_ranks():
     """EvoTorch, tools/ranking.py, centered: weights arange(n) / (n - 1) - 0.5 put where argsort says."""
     fitness = LOSSES.mean(1)

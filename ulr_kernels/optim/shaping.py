@@ -7,6 +7,8 @@ Means are taken in fp64, so that equal losses weigh nothing at all: a deviation 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,12 @@ def zscore(losses: Tensor) -> Tensor:
 
 
 def rank(losses: Tensor) -> Tensor:
-    """Centred ranks in [-0.5, 0.5] (Salimans et al., arXiv 1703.03864, 2.1); equal losses share their mean rank."""
+    """Centred ranks in [-0.5, 0.5] (Salimans et al., arXiv 1703.03864, 2.1); equal losses share their mean rank.
+
+    A member whose loss is NaN has failed, and is among the worst: what others lose still counts.
+    """
     means = losses.double().mean(1)
+    means = means.where(means == means, math.inf)
     ordered = means.sort().values
     below = torch.searchsorted(ordered, means)
     up_to = torch.searchsorted(ordered, means, right=True)
