@@ -2,7 +2,7 @@
 
     python -m bench.logit_finetune --data FOLDER          # train.tsv, dev.tsv, test.tsv: sentence<TAB>label
 
-Each method runs in a process of its own, so that its memory is its own. Packages: pip install 'ulr-kernels[finetune]'.
+Each method runs in a process of its own, so that its memory is its own. Packages: pip install '.[finetune]'.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise RecipeError(f"fine-tuning needs the package {error.name}: pip install 'ulr-kernels[finetune]'") from error
+        raise RecipeError(f"fine-tuning needs the package {error.name}: pip install '.[finetune]'") from error
 
 
 # --- heads and adapters ----------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def _add_adapters(backbone: nn.Module, rank: int, seed: int) -> None:
     try:
         import peft
     except ImportError as error:
-        raise RecipeError(f"tune 'lora' needs the package {error.name}: pip install 'ulr-kernels[finetune]'") from error
+        raise RecipeError(f"tune 'lora' needs the package {error.name}: pip install '.[finetune]'") from error
     try:
         with torch.random.fork_rng(devices=[]):  # peft's own initial values come from torch's generator
             peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0), backbone)

@@ -21,7 +21,7 @@ try:
     from ulr_kernels.finetune.job import Job
     from ulr_kernels.recipes import checkpoint, folders, memory
 except ImportError as error:
-    raise RecipeError(f"fine-tuning needs the package {error.name}: pip install 'ulr-kernels[finetune]'") from error
+    raise RecipeError(f"fine-tuning needs the package {error.name}: pip install '.[finetune]'") from error
 
 LOG, HISTORY, FEATURES = "trajectory.ulr", "history.json", "features.safetensors"
 

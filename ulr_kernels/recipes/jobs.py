@@ -14,7 +14,7 @@ try:
     from ulr_kernels.recipes import folders, memory, report
     from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, restore
 except ImportError as error:
-    raise RecipeError(f"training needs the package {error.name}: pip install 'ulr-kernels[train]'") from error
+    raise RecipeError(f"training needs the package {error.name}: pip install '.[train]'") from error
 
 
 def train(settings: Settings, out: Path, command: str, overwrite: bool = False) -> None:
