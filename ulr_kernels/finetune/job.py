@@ -172,7 +172,7 @@ class Job:
         """One update of the weights: the loss that the optimiser reports, and the `unit`s that its probes met.
 
         Raises:
-            FloatingPointError: the loss is not finite. The step has been taken without its estimate: go on from the log.
+            FloatingPointError: the loss is not finite. The step was taken without its estimate: go on from the log.
         """
         settings = self.settings
         x, labels, tokens = self.batch(self.step)
