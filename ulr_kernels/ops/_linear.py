@@ -94,11 +94,15 @@ def check_feature_gradients(
         features = grad_bias.shape[0]
     if features is None:
         check.fail("grad_weight", "be given where grad_bias is None", None)
+    check_density(check, grad_log_sigma, dist)
     if grad_log_sigma is not None:
-        if dist == "rademacher":
-            check.fail("grad_log_sigma", "be None where dist is 'rademacher', which has no density", "a tensor")
         check_sigma(check, "grad_log_sigma", grad_log_sigma, features, buffer_dtypes(x))
     return features
+
+
+def check_density(check: Check, grad_log_sigma: Tensor | None, dist: str) -> None:
+    if grad_log_sigma is not None and dist == "rademacher":
+        check.fail("grad_log_sigma", "be None where dist is 'rademacher', which has no density", "a tensor")
 
 
 # --- reference -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from ulr_kernels import backends, contract
+from ulr_kernels.ops._overlap import refuse_overlap, tensors_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NOISE_SCHEMA = 'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0'
@@ -93,7 +94,7 @@ def register(op: Op) -> None:
         return args + defaults[len(args) :]
 
     def device_of(args: tuple) -> torch.device:
-        return next(t for a in args for t in _tensors(a)).device
+        return next(t for a in args for t in tensors_of(a)).device
 
     def fake(*args):
         args = full(args)
@@ -104,8 +105,8 @@ def register(op: Op) -> None:
         args = full(args)
         like, device = op.check(*args), device_of(args)
         if op.mutates:
-            written = [t for i in op.mutates for t in _tensors(args[i])]
-            refuse_overlap(op, args)
+            written = [t for i in op.mutates for t in tensors_of(args[i])]
+            refuse_overlap(op.name, op.mutates, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
         provider = backends.lookup(op.name, device.type)
@@ -220,91 +221,6 @@ class Check:
         if antithetic and copies % 2:
             self.fail(argument, "be even where antithetic is set", copies)
         return copies // 2 if antithetic else copies
-
-
-def _tensors(argument: object) -> Sequence[Tensor]:
-    """The tensors of an argument, which may be a list of them, or None."""
-    if isinstance(argument, Tensor):
-        return (argument,)
-    return argument if isinstance(argument, list | tuple) and argument and isinstance(argument[0], Tensor) else ()
-
-
-class _Span(NamedTuple):
-    """A tensor of a call: its first byte and the one past its last, and where it stands in the arguments."""
-
-    start: int
-    end: int
-    position: int
-    place: int  # in a list
-    tensor: Tensor
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor and the one past its last."""
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        return start, start + tensor.nbytes
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _nests(tensor: Tensor) -> bool:
-    """Whether each axis steps over all that the faster ones reach, so that no two elements share memory."""
-    reach = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride < reach:
-            return False
-        reach += (size - 1) * stride
-    return True
-
-
-def _apart(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors whose extents intersect share no memory: they are column ranges of the same rows."""
-    pitch = max(first.stride()) * first.element_size()
-    if pitch != max(second.stride()) * second.element_size():
-        return False
-    places = []
-    for tensor in (first, second):
-        start, end = _extent(tensor.select(tensor.stride().index(max(tensor.stride())), 0))
-        places.append((start % pitch, end - start))
-    (low, width), (high, other_width) = sorted(places)
-    return low + width <= high and high + other_width <= low + pitch
-
-
-def refuse_overlap(op: Op, args: tuple) -> None:
-    """Raise if a written argument overlaps itself or any other argument: the result would depend on timing."""
-    spans = [
-        _Span(*_extent(tensor), position, place, tensor)
-        for position, argument in enumerate(args)
-        for place, tensor in enumerate(_tensors(argument))
-        if tensor.numel()
-    ]
-    spans.sort(key=lambda span: span.start)
-    before: list[_Span] = []  # those that reach past the start of the one at hand: few, where nothing overlaps
-    for span in spans:
-        before = [other for other in before if other.end > span.start]
-        if span.position in op.mutates and not (span.tensor.is_contiguous() or _nests(span.tensor)):
-            name = _name(op, args, span)
-            raise ValueError(f"ulr::{op.name}: '{name}' must not overlap itself, got strides {span.tensor.stride()}")
-        for other in before:
-            _refuse_shared_memory(op, args, *sorted((other, span), key=lambda s: (s.position, s.place)))
-        before.append(span)
-
-
-def _refuse_shared_memory(op: Op, args: tuple, first: _Span, second: _Span) -> None:
-    if first.position not in op.mutates:
-        first, second = second, first
-    a, b = first.tensor, second.tensor
-    if first.position not in op.mutates or a.device != b.device or (a.dim() and b.dim() and _apart(a, b)):
-        return
-    raise ValueError(
-        f"ulr::{op.name}: '{_name(op, args, first)}' must not overlap '{_name(op, args, second)}', got shared memory"
-    )
-
-
-def _name(op: Op, args: tuple, span: _Span) -> str:
-    name = getattr(torch.ops.ulr, op.name).default._schema.arguments[span.position].name
-    return name if isinstance(args[span.position], Tensor) else f"{name}[{span.place}]"
 
 
 def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:

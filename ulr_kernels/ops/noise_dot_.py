@@ -98,12 +98,10 @@ def check(
     buffers = {"grad_weight": grad_weight, "grad_bias": grad_bias, "grad_log_sigma": grad_log_sigma}
     if all(buffer is None for buffer in buffers.values()):
         rules.fail("grad_weight", "be given where grad_bias and grad_log_sigma are None", None)
-    if grad_log_sigma is not None and dist == "rademacher":
-        rules.fail("grad_log_sigma", "be None where dist is 'rademacher', which has no density", "a tensor")
+    _linear.check_density(rules, grad_log_sigma, dist)
     for name, buffer in buffers.items():
         if buffer is not None:
-            allowed = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
-            _linear.check_sigma(rules, name, buffer, cols, allowed)
+            _linear.check_sigma(rules, name, buffer, cols, _linear.buffer_dtypes(x))
     _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
     rules.device("x", x.device, **buffers, loss_weight=loss_weight, sigma=sigma, key=key)
     rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)

@@ -141,7 +141,7 @@ def _check_layers(
     weights: list[Tensor],
     biases: list[Tensor],
 ) -> None:
-    buffers = (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
+    buffers = _linear.buffer_dtypes(x)
     if len(biases) not in (0, len(weights)):
         rules.fail("biases", f"hold none or {len(weights)}, one per layer", len(biases))
     for argument, given, wanted in (
