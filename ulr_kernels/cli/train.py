@@ -6,7 +6,10 @@ import argparse
 import shlex
 from pathlib import Path
 
+from ulr_kernels.baselines import BASELINES
 from ulr_kernels.cli.parser import SettingsOptions, add_run_folder, given_settings, kept_in
+from ulr_kernels.contract import DISTRIBUTIONS, SAMPLERS
+from ulr_kernels.estimators.settings import INJECTIONS, MEMORIES
 from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.models import MODELS, PRETRAINED
 from ulr_kernels.recipes.settings import METHODS, OPTIMIZERS, SCHEDULES, Settings
@@ -36,15 +39,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("sigma", "scale of the noise")
     add("copies", "noisy copies of each image: a number, or LAYER=N,... by layer", type=_copies)
     add("antithetic", "copies in pairs of opposite noise")
-    add("injection", "noise in one layer at a time, or in all at once", choices=("layerwise", "joint"))
-    add("dist", "distribution of the noise", choices=("normal", "laplace", "rademacher"))
-    add("sampler", "independent or quasi-random noise", choices=("iid", "sobol"))
-    add("baseline", "what is subtracted from each loss", choices=("none", "clean", "mean"))
+    add("injection", "noise in one layer at a time, or in all at once", choices=INJECTIONS)
+    add("dist", "distribution of the noise", choices=DISTRIBUTIONS)
+    add("sampler", "independent or quasi-random noise", choices=SAMPLERS)
+    add("baseline", "what is subtracted from each loss", choices=BASELINES)
     add(
         "max_rows",
         "rows, copies times images, that the model is given at a time; 0: all, or on a CPU what its caches hold",
     )
-    add("memory", "keep what layers read, or run each forward again for its gradients", choices=("keep", "replay"))
+    add("memory", "keep what layers read, or run each forward again for its gradients", choices=MEMORIES)
     where, add = options.group("where")
     add("device", "the device", choices=("cpu", "cuda"))
     add("threads", "CPU threads; 0 leaves the choice to torch")
