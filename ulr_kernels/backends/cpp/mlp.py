@@ -47,10 +47,9 @@ class _Model:
         """The output of a layer, activated where another one follows, `[copies, R, N]` where it is noised."""
         weight, bias = self.weights[layer], self.biases[layer]
         if noised:
-            y = x.new_empty(self.copies, x.shape[-2], weight.shape[0])
+            like = x.new_empty(self.copies, x.shape[-2], weight.shape[0], device="meta")
             spec = (self.sigma[layer], self.keys[layer], self.copies, *self.noise(row))
-            made = linear.noisy_linear(y, x, weight, bias, *spec)
-            y = y if made is None else made
+            y = linear.noisy_linear(like, x, weight, bias, *spec)
         else:
             flat = x.reshape(-1, x.shape[-1])
             y = onednn.linear(flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
