@@ -169,6 +169,7 @@ def test_errors_name_the_argument():
         (lambda: EGGROLL(model, population=5), "ulr.optim.EGGROLL: 'population' must be even"),
         (lambda: ES(model, shaping="none at all"), "'shaping' must be 'none' or 'zscore' or 'rank' or 'group'"),
         (lambda: EGGROLL(model, rank=0), "'rank' must be an integer above 0, or None, got 0"),
+        (lambda: EGGROLL(model, rank=True), "'rank' must be an integer above 0, or None, got True"),
         (lambda: MeZO(model).step(), "'closure' must be given"),
         (lambda: MeZO(model).step(lambda: model(tokens)), "'closure' must return one loss"),
     ):
@@ -225,6 +226,11 @@ def test_state_of_other_parameters_is_refused():
         MeZO(model).load_state_dict(FZOO(model).state_dict())
     with pytest.raises(ValueError, match="'state_dict' must be one of an optimiser of ulr.optim"):
         MeZO(model).load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+
+
+def test_an_unknown_argument_is_the_optimisers():
+    with pytest.raises(TypeError, match="ulr.optim.MeZO: got an unexpected argument 'momentun'"):
+        MeZO(nn.Linear(2, 2), momentun=0.9)
 
 
 def test_a_group_that_is_refused_leaves_no_trace():

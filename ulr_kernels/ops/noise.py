@@ -28,8 +28,8 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     """
     if not isinstance(key, Tensor):
         for word in key:
-            if not 0 <= word <= contract.WORD:
-                raise ValueError(f"ulr::philox4x32: 'key' must hold words in [0, 2^32), got {word}")
+            if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word <= contract.WORD:
+                raise ValueError(f"ulr::philox4x32: 'key' must hold integers in [0, 2^32), got {word!r}")
         key = torch.tensor(tuple(key), dtype=torch.int64, device=counter.device)
     return torch.ops.ulr.philox4x32(counter, key)
 
@@ -56,7 +56,8 @@ def _philox_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("empty", (words[:0], (1, 2)))
     yield Sample("counter-dtype", (words.int(), (1, 2)), error="'counter' must be int64")
     yield Sample("counter-shape", (words[..., :3], (1, 2)), error=r"'counter' must be \[..., 4\]")
-    yield Sample("key-range", (words, (1, 2**32)), error=r"'key' must hold words in \[0, 2\^32\)")
+    yield Sample("key-range", (words, (1, 2**32)), error=r"'key' must hold integers in \[0, 2\^32\)")
+    yield Sample("key-float", (words, (0.5, 1)), error=r"'key' must hold integers in \[0, 2\^32\), got 0.5")
 
 
 register(

@@ -67,6 +67,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             self._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
+        if unknown := sorted(common.keys() - Common.__annotations__.keys()):
+            raise TypeError(f"ulr.optim.{type(self).__name__}: got an unexpected argument {unknown[0]!r}")
         self.model = unwrap(model)
         self.seed = seed
         self.steps = 0
@@ -173,7 +175,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """Evaluate the probes of the coming step on one more micro-batch; the step uses the mean of their losses.
 
         Returns:
-            The mean over the probes that this process evaluates, a scalar.
+            The mean over the probes that this process evaluates, a scalar; NaN where other ranks have them all.
         """
         probes = self._probes()
         losses = torch.zeros(len(probes), 1, device=self._device())

@@ -75,7 +75,7 @@ class Rule:
 
         if self.dist not in contract.DISTRIBUTIONS:
             fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}")
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             fail("rank", "be an integer above 0, or None")
         if not 0 <= self.momentum < 1:
             fail("momentum", "be in [0, 1)")
