@@ -20,7 +20,7 @@ def keep_freed() -> None:
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**30)
+            mallopt(parameter, 2**30) or mallopt(parameter, 2**25)  # older glibc takes no more
 
 
 def reset_peak(device: torch.device) -> None:
