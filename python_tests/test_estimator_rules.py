@@ -127,6 +127,8 @@ def test_learnt_sigma_has_a_parameter_per_feature():
     assert torch.equal(other.sigma("2"), estimator.sigma("2"))
     with pytest.raises(ValueError, match="'state' must hold ln sigma"):
         other.load_state_dict({**estimator.state_dict(), "log_sigma": {}})
+    with pytest.raises(ValueError, match="'state' must be that of an estimator, got none with seed, step"):
+        other.load_state_dict(torch.optim.SGD(other.model_parameters).state_dict())
     assert ulr.ULR(model).parameters() == []
 
 

@@ -333,8 +333,10 @@ class ULR:
         """Take over a state, its settings included.
 
         Raises:
-            ValueError: the settings are invalid, or the layers with a learnt sigma differ; nothing has been changed.
+            ValueError: it is no estimator's, settings are invalid, or layers with a learnt sigma differ; nothing is set.
         """
+        if missing := [name for name in ("seed", "step", "settings", "log_sigma") if name not in state]:
+            fail("state", "be that of an estimator", f"none with {', '.join(missing)}")
         settings = Settings(**state["settings"])
         settings.check_names(set(self.layers.values()))
         log_sigma = state["log_sigma"]
