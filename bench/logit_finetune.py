@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     loaded = models.build("minilm", len(dataset.classes), tune="head", max_tokens=args.max_tokens)
     model = Tail(loaded.model, args.layers)
     train, test = (
-        Split(part.head(count), loaded, args.batch, args.layers)
+        Split(part.first(count), loaded, args.batch, args.layers)
         for part, count in ((dataset.train, args.train_examples), (dataset.test, args.test_examples))
     )
     estimator = None

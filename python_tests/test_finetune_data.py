@@ -39,6 +39,14 @@ def test_a_file_is_split_by_position_within_each_class(tmp_path: Path):
     assert [found.test.labels.count(label) for label in range(3)] == [20] * 3
 
 
+def test_the_first_sentences_are_as_many_of_each_class():
+    """A set may be sorted by class."""
+    whole = data.Split(tuple("abcdefgh"), (0, 0, 0, 0, 0, 1, 1, 2))
+    assert whole.first(5) == data.Split(tuple("abfgh"), (0, 0, 1, 1, 2))
+    assert whole.first(7) == data.Split(tuple("abcdfgh"), (0, 0, 0, 0, 1, 1, 2))
+    assert whole.first(0) == whole.first(9) == whole
+
+
 def test_a_header_carriage_returns_and_empty_lines_are_no_sentences(tmp_path: Path):
     rows = "".join(f"good {row}\t1\r\nbad {row}\t0\r\n\r\n" for row in range(20))
     (tmp_path / "all.tsv").write_bytes(f"sentence\tlabel\r\n{rows}".encode())

@@ -25,9 +25,16 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def head(self, count: int) -> Split:
-        """The first `count`, or all where that is 0."""
-        return Split(self.sentences[:count], self.labels[:count]) if count else self
+    def first(self, count: int) -> Split:
+        """`count` of them, the first of each class, then the second ...; all, where there are no more or it is 0."""
+        if not 0 < count < len(self):
+            return self
+        places, seen = [], dict.fromkeys(self.labels, 0)
+        for label in self.labels:
+            places.append(seen[label])
+            seen[label] += 1
+        kept = sorted(sorted(range(len(self)), key=places.__getitem__)[:count])
+        return Split(tuple(self.sentences[row] for row in kept), tuple(self.labels[row] for row in kept))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,8 +64,8 @@ class Job:
         loaded = build(settings, len(self.classes), calibration)
         self.model, self.encoder = loaded.model, loaded.encoder
         parts = {
-            "train": dataset.train.head(settings.train_examples),
-            "dev": dataset.dev.head(settings.dev_examples),
+            "train": dataset.train.first(settings.train_examples),
+            "dev": dataset.dev.first(settings.dev_examples),
             "test": dataset.test,
         }
         self.splits = {name: self._examples(part) for name, part in parts.items()}

@@ -47,7 +47,7 @@ class Settings:
         words: of a causal model, the words that stand for the classes, in their order, with commas between.
         max_tokens: of a sentence in its prompt.
         dtype: of the weights.
-        train_examples: the first so many training sentences only; 0 for all.
+        train_examples: training sentences to use, the first of each class alike; 0 for all.
         dev_examples: likewise of the development sentences.
         evaluations: looks at the development sentences, the last one after the last step.
         seed: initial values, order of the sentences and noise all follow from it.
