@@ -333,7 +333,7 @@ class ULR:
         """Take over a state, its settings included.
 
         Raises:
-            ValueError: it is no estimator's, settings are invalid, or layers with a learnt sigma differ; nothing is set.
+            ValueError: it is no estimator's, settings are invalid, or layers with learnt sigma differ; nothing is set.
         """
         if missing := [name for name in ("seed", "step", "settings", "log_sigma") if name not in state]:
             fail("state", "be that of an estimator", f"none with {', '.join(missing)}")
