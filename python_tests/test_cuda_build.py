@@ -131,6 +131,14 @@ def test_kernels_stay_within_their_budget(source, architecture, compiled) -> Non
     assert all(values["stack"] == 0 and values["spills"] == 0 for values in budget.values())
 
 
+@pytest.mark.parametrize("source", ["noisy_linear_replay_", "noisy_conv2d_replay_"])
+def test_replay_fits_the_smallest_shared_memory(source) -> None:
+    """99 KiB a block on compute capability 8.6, 8.9 and 12.0. The emulation refuses more than 96 KiB of dynamic memory;
+    what is static comes on top."""
+    for values in budget_of(source).values():
+        assert all(kernel["shared"] <= 3 * 1024 for kernel in values.values())
+
+
 def noise_loop(source: str, kernel: str, **counts: int) -> list[str]:
     """The shortest innermost loop of a kernel that calls Philox and has these numbers of instructions: conversions
     (one a normal), loads and stores (of global memory), shared_stores."""

@@ -200,6 +200,15 @@ def test_a_failed_launch_is_an_error_with_its_reason(library, device) -> None:
         launch(torch.empty(2, 8, dtype=torch.float16), torch.tensor(1), [2, 8], "normal", "iid", 1, 0, 0, 0)
 
 
+def test_a_device_that_no_kernel_can_run_on_is_named(library, monkeypatch) -> None:
+    assert library.library.ulr_cuda_usable(0) == 0
+    code = library.library.ulr_cuda_usable(1)  # the emulation has one device
+    assert code
+    monkeypatch.setattr(cuda._native, "library", lambda part: library.library)
+    assert cuda._why_unusable(1) == "its kernels cannot run on this device: invalid argument"
+    cuda._why_unusable.cache_clear()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The emulator itself: it must see mistakes.
 

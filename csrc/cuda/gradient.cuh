@@ -70,9 +70,11 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
     constexpr int kDepth = Memory::kDepth, kStages = Memory::kStages;
     auto& memory = *dynamic_shared<typename Memory::Layout>();
     [[maybe_unused]] auto* clean_tiles = reinterpret_cast<typename Memory::Clean*>(&memory + 1);
+    // Before the first stage is loaded and after the last one is used: replay leaves no room for more on small devices.
+    auto& reduced = *reinterpret_cast<float (*)[2][kWarps][kGradFeatures]>(memory.stages[0]);
+    static_assert(sizeof reduced <= sizeof memory.stages);
     __shared__ NoiseTable table;
     alignas(16) __shared__ float sigma[kGradFeatures], inverse_sigma[kGradFeatures], bias[kGradFeatures];
-    __shared__ float reduced[2][kWarps][kGradFeatures];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t feature_tile = work.feature_tile;
     const int64_t aligned = p.noise.col_offset / kGradFeatures * kGradFeatures;

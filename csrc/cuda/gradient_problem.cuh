@@ -78,7 +78,7 @@ struct GradientMemory {
     static constexpr int kStageBytes = kDepth * kPanel * sizeof(T);
     static constexpr int kScoreBytes = kGradFeatures * sizeof(T);  // a row of S
     // Two of each: an antithetic pair with an x for each copy makes both from the same noise.
-    struct alignas(128) Layout {
+    struct alignas(16) Layout {
         char stages[kStages][kStageBytes];
         char score[2][kGradRows * kScoreBytes];
     };

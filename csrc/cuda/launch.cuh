@@ -1,4 +1,5 @@
-// What every launcher does: make the caller's device current, launch on the caller's stream, report what went wrong.
+// What every launcher does: make the caller's device current, launch on the caller's stream, report what went wrong. An
+// error is what a call itself returns: cudaGetLastError may still hold that of an earlier one.
 #pragma once
 
 #include "ptx.cuh"
@@ -37,14 +38,13 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
-constexpr int kStaticSharedLimit = 48 * 1024;  // what a kernel may use without asking
-
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid
 
-// Raises the limit of dynamic shared memory where a kernel needs more than it may use without asking.
+// Raises the limit of dynamic shared memory. Without asking, a kernel may use 48 KiB, its static memory counted in; and
+// each device has a limit of its own.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, int shared_bytes) {
-    if (shared_bytes <= kStaticSharedLimit) return cudaSuccess;
+    if (shared_bytes == 0) return cudaSuccess;
     return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 shared_bytes);
 }
@@ -60,11 +60,12 @@ int launch_kernel(void (*kernel)(Params), int64_t blocks, dim3 threads, int shar
     if (const cudaError_t error = allow_shared(kernel, shared_bytes); error != cudaSuccess) return report(error);
     const dim3 grid(static_cast<unsigned>(blocks));
 #ifdef __CUDACC__
-    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(params);
+    void* arguments[] = {const_cast<Params*>(&params)};
+    return report(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, threads, arguments,
+                                   static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(launch.stream)));
 #else
-    emulate::launch(kernel, grid, threads, shared_bytes, params);
+    return report(emulate::launch(kernel, grid, threads, shared_bytes, params));
 #endif
-    return report(cudaGetLastError());
 }
 
 // One launch of as many blocks as the device holds at once, which may then wait for each other (grid_sync).
@@ -84,12 +85,11 @@ int launch_together(void (*kernel)(Params), dim3 threads, int shared_bytes, cons
     const dim3 grid(static_cast<unsigned>(processors * blocks));
 #ifdef __CUDACC__
     void* arguments[] = {const_cast<Params*>(&params)};
-    error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, threads, arguments,
-                                        static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(launch.stream));
-    return report(error);
+    return report(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, threads, arguments,
+                                              static_cast<size_t>(shared_bytes),
+                                              static_cast<cudaStream_t>(launch.stream)));
 #else
-    emulate::launch(kernel, grid, threads, shared_bytes, params, true);
-    return report(cudaGetLastError());
+    return report(emulate::launch(kernel, grid, threads, shared_bytes, params, true));
 #endif
 }
 

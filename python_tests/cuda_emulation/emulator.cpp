@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -309,6 +310,12 @@ int run(const std::function<void()>& kernel, Index grid, Index block_size, size_
 }
 
 const char* failure() { return message.c_str(); }
+
+int& allowed_shared(const void* kernel) {
+    constexpr int kUnasked = 32 * 1024;  // of 48 KiB, which count a kernel's static memory too
+    static std::map<const void*, int> allowed;
+    return allowed.try_emplace(kernel, kUnasked).first->second;
+}
 
 }  // namespace emulate
 

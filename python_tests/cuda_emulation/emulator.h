@@ -50,11 +50,8 @@ void async_wait(int pending);
 int run(const std::function<void()>& kernel, Index grid, Index block, size_t shared_bytes, bool cooperative);
 const char* failure();
 
-template <typename Kernel, typename Dim, typename Params>
-int launch(Kernel kernel, Dim grid, Dim block, int shared_bytes, const Params& params, bool cooperative = false) {
-    return run([&] { kernel(params); }, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
-               static_cast<size_t>(shared_bytes), cooperative);
-}
+// How many bytes of dynamic shared memory a kernel may have, once it has been asked for.
+int& allowed_shared(const void* kernel);
 
 }  // namespace emulate
 

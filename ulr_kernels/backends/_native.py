@@ -67,6 +67,15 @@ def library(part: str) -> ctypes.CDLL | str:
     return opened
 
 
+def error(part: str, code: int) -> str:
+    """What an error code means; of the cuda library, in the words of the last failure."""
+    text = getattr(library(part), PREFIXES[part] + "error", None)
+    if text is None:
+        return ERRORS[code]
+    text.restype = ctypes.c_char_p
+    return text(code).decode()
+
+
 class Launcher:
     """One launcher of a library; raises RuntimeError with the library's reason if it fails."""
 
@@ -74,12 +83,9 @@ class Launcher:
         opened = library(part)
         if isinstance(opened, str):
             raise RuntimeError(opened)
-        self.name = name
+        self.part, self.name = part, name
         address = ctypes.cast(getattr(opened, PREFIXES[part] + name), ctypes.c_void_p).value
         self._launch = functools.partial(_C.launch, address)  # type: ignore[union-attr]
-        self._error = getattr(opened, PREFIXES[part] + "error", None)
-        if self._error is not None:
-            self._error.restype = ctypes.c_char_p
 
     def __call__(
         self,
@@ -93,8 +99,7 @@ class Launcher:
     ) -> None:
         code = self._launch(noise, tensors, numbers, threads, device, stream)
         if code:
-            why = self._error(code).decode() if self._error is not None else ERRORS[code]
-            raise RuntimeError(f"{self.name}: {why}")
+            raise RuntimeError(f"{self.name}: {error(self.part, code)}")
 
 
 @functools.cache

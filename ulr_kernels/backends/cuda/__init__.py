@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,13 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
 }
 
 
+@functools.cache
+def _why_unusable(device: int) -> str | None:
+    """Why no kernel of the library can run on a device: a driver that is too old, or one that it was not built for."""
+    code = _native.library("cuda").ulr_cuda_usable(device)  # type: ignore[union-attr]
+    return f"its kernels cannot run on this device: {_native.error('cuda', code)}" if code else None
+
+
 def provider(op: str, device: str) -> Callable | str:
     """The function that runs `op` on `device`, or the sentence that says why there is none."""
     if device != "cuda":
@@ -48,6 +56,8 @@ def provider(op: str, device: str) -> Callable | str:
     capability = torch.cuda.get_device_capability()
     if capability < NEEDED:
         return f"it needs compute capability {NEEDED[0]}.{NEEDED[1]}, this device has {capability[0]}.{capability[1]}"
+    if why := _why_unusable(torch.cuda.current_device()):
+        return why
     if op not in ARGUMENTS:
         return "it has no kernel for this op"
     launcher, arguments = _native.launcher("cuda", op), ARGUMENTS[op]
