@@ -3,7 +3,8 @@
 #
 # Stages, by value: build tests rows memcheck racecheck tiles. Without a list all of them run, in this order. A stage
 # that fails or runs out of its time does not stop the next; what it had written stays. Nothing is downloaded: needs
-# python3 with torch for CUDA, triton, pytest, pybind11 and ninja, and nvcc.
+# python3 with torch for CUDA, triton, pytest, pybind11, setuptools and ninja, and nvcc.
+# `build`, `tests` and the others each end within ten minutes; where a machine is lent for a time, ask for few at once.
 # Each result file begins with the device, the driver, the versions and the commit. Where the sources come without
 # their repository, ULR_COMMIT names the commit.
 # Results: build.txt tests.txt gpu.json gpu.csv gpu.txt memcheck.txt racecheck.txt tiles.json
@@ -34,7 +35,7 @@ stage() {
         $PYTHON -m bench.gpu_bench facts 2>&1 | tail -1
         echo "\$ $*"
     } >"$out/$file"
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$out/$file" | tail -40
+    timeout --signal=INT --kill-after=20 "$seconds" "$@" 2>&1 | tee -a "$out/$file" | tail -40 # INT: pytest reports
     code=${PIPESTATUS[0]}
     echo "== $name: exit code $code after $((SECONDS - start)) s" | tee -a "$out/$file"
     [ "$code" -eq 0 ] || failed+=("$name")
@@ -42,29 +43,37 @@ stage() {
 
 build() {
     local capability
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+    capability=$($PYTHON -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
     [ "$capability" = 9.0 ] && capability=9.0a
     ULR_BUILD=cpp,cuda TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} \
         stage build 240 build.txt $PYTHON setup.py build_ext --inplace
 }
 
 tests() {
-    local workers=() # kernels compile on the host, so more processes help where pytest-xdist is there
-    $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
-    stage tests 400 tests.txt $PYTHON -m pytest python_tests -q -p no:cacheprovider --require cuda,triton \
-        -k "cuda/cuda or triton/cuda" --durations=10 "${workers[@]}"
+    local workers=() pair # kernels compile on the host, so more processes help where pytest-xdist is there
+    $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
+    : >"$out/tests.txt"
+    for pair in cuda/cuda triton/cuda; do
+        # A module of tests whose packages are absent is an error of its own; a test that hangs shows where it is.
+        stage "tests of $pair" 270 tests.part $PYTHON -m pytest python_tests -q -p no:cacheprovider \
+            --require "$pair" -k "$pair" --continue-on-collection-errors -o faulthandler_timeout=60 \
+            --durations=10 "${workers[@]}"
+        cat "$out/tests.part" >>"$out/tests.txt"
+    done
+    rm -f "$out/tests.part"
 }
 
 rows() {
-    stage rows 300 rows.log $PYTHON -m bench.gpu_bench rows --out "$out"
+    stage rows 560 rows.log $PYTHON -m bench.gpu_bench rows --out "$out"
     # The table repeats what the log shows; keep what the log alone knows.
     grep -E "cannot run|failed rows|exit code|Error" "$out/rows.log" >>"$out/gpu.txt" || true
     rm -f "$out/rows.log"
 }
 
 memcheck() {
+    # Errors of calls are the launchers' own to report; other libraries make calls that may fail.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage memcheck 240 memcheck.txt \
-        compute-sanitizer --tool memcheck --error-exitcode 1 --print-limit 20 \
+        compute-sanitizer --tool memcheck --error-exitcode 1 --print-limit 20 --report-api-errors no \
         $PYTHON -m bench.gpu_bench samples --backends cuda
 }
 

@@ -74,8 +74,13 @@ def extra_bytes(run: Callable[[], object], device: str) -> int | None:
 
 
 def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]:
-    """A row's contestants in turn, sweep by sweep, as on the CPU. A rival that cannot run is named, and left out."""
+    """A row's contestants in turn, sweep by sweep, as on the CPU. One that cannot run is named, and left out.
+
+    Raises:
+        RuntimeError: (after the others have been measured) one of ours cannot run.
+    """
     sets, calls, held = row.sets(), {}, {}
+    ours: list[str] = []  # that cannot run
     for name, contestant in row.contestants.items():
         keep = contestant.keep
         try:
@@ -89,13 +94,16 @@ def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]
             calls[name] = itertools.cycle(kept)
         except Exception as error:
             if bench.is_ours(name):
-                raise
-            print(f"{row.name}: {name} cannot run: {str(error).splitlines()[0]}", flush=True)
+                ours.append(name)
+                traceback.print_exc()
+            print(f"{row.name}: {name} cannot run: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
     for sweep, (name, arguments) in itertools.product(range(SWEEPS), calls.items()):
         contestant = row.contestants[name]
         with contestant.settings(row), torch.set_grad_enabled(name == "backpropagation"):
             seconds = median(contestant.run, arguments, device)
         yield bench.Measurement(key, row.name, name, sweep, seconds, row.floor(), device, held.get(name))
+    if ours:
+        raise RuntimeError(f"{row.name}: {', '.join(ours)} cannot run")
 
 
 def ceilings(device: str, small: bool, backends: tuple[str, ...]) -> dict[str, Any]:
@@ -116,6 +124,17 @@ def ceilings(device: str, small: bool, backends: tuple[str, ...]) -> dict[str, A
     return result
 
 
+def lost() -> bool:
+    """Whether a kernel has ended the device for this process: every call from then on fails with the same error."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print(str(error).splitlines()[0], flush=True)
+        return True
+    return False
+
+
 def run_rows(options: argparse.Namespace) -> None:
     """The table of the GPU's rows."""
     facts = machine.facts(options.device)
@@ -128,28 +147,36 @@ def run_rows(options: argparse.Namespace) -> None:
         except Exception:  # the rows after it may still tell something
             failed.append(key)
             traceback.print_exc()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
         lines = list(bench.lines(found, limits))
         if lines:
             bench.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": limits})
+        if options.device == "cuda" and lost():
+            print(f"the device is lost after {key}: rows after it have not run", flush=True)
+            break
     print(bench.table(list(bench.lines(found, limits))))
     if failed:
         raise SystemExit(f"failed rows: {', '.join(failed)}")
 
 
 def run_samples(options: argparse.Namespace) -> None:
-    """Every good sample of every op, on each back end."""
+    """Every good sample of every op, on each back end. What fails does not keep the others from running."""
+    failed: list[str] = []
     for backend, op, dtype in itertools.product(options.backends, OPS.values(), (torch.float32, torch.bfloat16)):
         count = 0
-        with ulr.use_backend(backend):
-            for sample in op.samples(options.device, dtype):
-                if sample.error is None:
-                    op.function(*sample.args, **sample.kwargs)
-                    count += 1
-        if options.device == "cuda":
-            torch.cuda.synchronize()
+        try:
+            with ulr.use_backend(backend):
+                for sample in op.samples(options.device, dtype):
+                    if sample.error is None:
+                        op.function(*sample.args, **sample.kwargs)
+                        count += 1
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception:
+            failed.append(f"{backend} {op.name} {dtype}")
+            traceback.print_exc()
         print(f"{backend} {op.name} {dtype}: {count} samples", flush=True)
+    if failed:
+        raise SystemExit(f"failed samples: {', '.join(failed)}")
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------

@@ -82,7 +82,8 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
 
 
 def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") -> dict[str, Callable[[], Row]]:
-    """Makers of the GPU's rows, for the back ends named; `small` sizes check the script where there is no GPU."""
+    """Makers of the GPU's rows, for the back ends named, those that a limit of time must not cut off first; `small`
+    sizes check the script where there is no GPU."""
     f32, bf16 = torch.float32, torch.bfloat16
     size, wide, rows, copies = (2**14, 64, 32, 4) if small else (2**27, 4096, 1024, 64)
     makers: dict[str, Callable[[], Row]] = {
@@ -90,6 +91,8 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
         for dist in ("normal", "laplace", "rademacher")
     }
     makers["randn"] = lambda: randn_row(size, device, names=names)
+    makers["step"] = lambda: step_row(100, copies, device, names=names, plain=True)
+    makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names, plain=True)
     for dtype in (bf16, f32):
         kind = kind_of(dtype)
         for inputs in (64, wide // 4, wide):
@@ -125,6 +128,4 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
     for dist in ("normal", "rademacher"):
         makers[f"perturb-{dist}"] = functools.partial(perturb_row, dist, shapes, device, names)
     makers["combine-16"] = lambda: combine_row(16, shapes, device, names)
-    makers["step"] = lambda: step_row(100, copies, device, names=names, plain=True)
-    makers["step-small"] = lambda: step_row(128, 4 if small else 32, device, names=names, plain=True)
     return makers
