@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -57,10 +59,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("pair", [pytest.param(p, marks=pytest.mark.pair(p)) for p in HERE])
 
 
+def _leave_a_lost_device(config: pytest.Config) -> None:
+    """After a kernel's illegal access every call of the process fails: the tests that are left would all be blamed.
+    pytest-xdist puts a new process in the place of one that ends; without it the run ends here."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        why = f"an earlier test has ended the device for this process: {error}"
+        if hasattr(config, "workerinput"):
+            print(why, file=sys.__stderr__, flush=True)
+            os._exit(1)
+        pytest.exit(why, returncode=1)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("pair")
     if marker is None:
         return
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        _leave_a_lost_device(item.config)
     reason = why_absent(marker.args[0])
     if reason is None:
         return

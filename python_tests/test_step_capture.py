@@ -1,8 +1,8 @@
-"""A training step as a CUDA graph would take it: the same operations on the same memory, again and again.
+"""A training step as a CUDA graph takes it: the same operations on the same memory, again and again.
 
-A graph can be captured on a GPU alone; what may go wrong with one is looked for here. A recording runs a step once and
-then repeats its operations without the Python that made them, so that a key which the host had put in would come again,
-and a value that the host had read would be a synchronisation.
+A graph can be captured on a GPU alone; elsewhere what may go wrong with one is looked for. A recording runs a step once
+and then repeats its operations without the Python that made them, so that a key which the host had put in would come
+again, and a value that the host had read would be a synchronisation.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def filled(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def training(**settings) -> tuple[nn.Sequential, ulr.ULR, Callable[[], None]]:
+def training(device: str = "cpu", **settings) -> tuple[nn.Sequential, ulr.ULR, Callable[[], None]]:
     """A model, its estimator, and a step of training that keeps to the same memory."""
-    model = filled(8, 6, 3)
+    model = filled(8, 6, 3).to(device)
     estimator = ulr.ULR(model, copies=4, seed=7, **settings)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = ulr.noise((5, 8), 3), torch.arange(5) % 3
+    x, y = ulr.noise((5, 8), 3, device=device), torch.arange(5, device=device) % 3
     loss_fn = nn.CrossEntropyLoss(reduction="none")
 
     def step() -> None:
@@ -117,3 +117,69 @@ def test_a_key_from_the_host_is_seen(monkeypatch) -> None:
     recording.replay()
     assert recording.reads
     assert not torch.equal(bits(model), bits(expected))
+
+
+def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A graph of `step`, which has run before: on a stream of its own, as a capture wants it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def test_a_captured_step_goes_on_with_fresh_noise(device) -> None:
+    if device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    model, _, step = training(device)
+    step()
+    graph = captured(step)
+    graph.replay()
+    graph.replay()
+    expected, _, run = training(device)
+    for _ in range(4):
+        run()
+    assert torch.allclose(
+        torch.cat([p.detach().flatten() for p in model.parameters()]),
+        torch.cat([p.detach().flatten() for p in expected.parameters()]),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("op", ["noisy_mlp_step", "noise_dot_"])
+def test_what_blocks_leave_each_other_is_there_at_every_replay(op, device) -> None:
+    """Kernels whose blocks wait for each other, or of which the last one adds up."""
+    buffers, run = adding(op, device)
+    run()
+    once = [buffer.clone() for buffer in buffers]
+    replay = run if device == "cpu" else captured(run).replay
+    for buffer in buffers:
+        buffer.zero_()
+    for _ in range(3):
+        replay()
+    for buffer, first in zip(buffers, once, strict=True):
+        assert first.abs().max() > 0
+        assert torch.allclose(buffer, 3 * first, rtol=1e-4, atol=1e-5)
+
+
+def adding(op: str, device: str) -> tuple[list[Tensor], Callable[[], Any]]:
+    """Buffers, and a call that adds to them."""
+
+    def v(seed: int, *shape: int) -> Tensor:
+        return ulr.noise(shape, seed, device=device)
+
+    key, x = torch.tensor([7, 8], device=device), v(1, 70, 9)
+    if op == "noise_dot_":
+        bias = torch.zeros(9, device=device)
+        return [bias], lambda: ulr.ops.noise_dot_(None, bias, x, v(2, 4, 35), 0.1, key[0], positions=2)
+    weights, biases = [v(3, 40, 9), v(4, 5, 40)], [v(5, 40), v(6, 5)]
+    buffers = [torch.zeros_like(t) for t in (*weights, *biases)]
+    target = torch.arange(70, device=device) % 5
+    return buffers, lambda: ulr.ops.noisy_mlp_step(
+        buffers[:2], buffers[2:], x, target, weights, biases, 0.1, key, copies=4
+    )
