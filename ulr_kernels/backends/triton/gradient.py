@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""What the gradients of linear layers and of convolutions share: a draw's part in the sums, and the arguments of their
+"""What the gradients of linear layers and of convolutions share: the loop over draws, and the arguments of their
 launches."""
 
 from typing import Any
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels.backends.triton.contract import noise_parts, noise_tile, score
+from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.launch import strides
-from ulr_kernels.backends.triton.scores import log_weighted, weighted
+from ulr_kernels.backends.triton.scores import log_weighted, no_parts, weighted
 from ulr_kernels.backends.triton.tiles import Tile
 
 
@@ -24,35 +24,65 @@ def transposed_product(scores, x_tile, total):
 
 
 @triton.jit
-def weigh_draw(
-    raw, source, losses, mirror_loss, row_inside, reduced, reduced_log, grad_log_sigma, ANTITHETIC: tl.constexpr,
-    DIST: tl.constexpr,
+def add_rows(
+    total, by_bias, by_log_sigma, is_first, clean_tile: tl.constexpr, x, operands, y_tile, copy_size, inside, x_tile,
+    x_inside, stride_x_copy, losses, stride_loss_copy, row_inside, source, rows_of_noise, calls, directions, positions,
+    width, draw, draws, scale, grad_weight, grad_log_sigma, SHARED: tl.constexpr, ANTITHETIC: tl.constexpr,
+    DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The loss weights [BR, 1] of a draw's copy and of the negated one, and the sums over draws with theirs added.
+    """The sums over rows and draws with those of a tile of rows added: of the weights' gradient [BC, BK], and where
+    `is_first` of the biases' and of that by ln sigma [BC].
 
-    `losses` are the addresses of the copy's, those of the negated one lie `mirror_loss` further.
+    `x_tile` and `losses` are the addresses of the first copy's. With `y_tile` (replay), those of the outputs, the
+    forward's tile is stored too: noise on `clean_tile(x, *operands)`, of which copies that share x take one.
     """
-    parts = noise_parts(raw, source, DIST)
-    plus = tl.load(losses, mask=row_inside, other=0)[:, None]
-    minus = tl.zeros_like(plus)
-    if ANTITHETIC:
-        minus = tl.load(losses + mirror_loss, mask=row_inside, other=0)[:, None]
-    reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
-    if grad_log_sigma is not None:
-        reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
-    return plus, minus, reduced, reduced_log
-
-
-@triton.jit
-def own_products(
-    raw, source, plus, minus, x_copy, mirror_x, x_inside, total, ANTITHETIC: tl.constexpr, DIST: tl.constexpr
-):
-    """total + scores^T x of a draw whose copies have an x each; the negated one's lies `mirror_x` further."""
-    slope = score(noise_tile(raw, source, DIST), DIST)
-    total = transposed_product(plus * slope, tl.load(x_copy, mask=x_inside, other=0), total)
-    if ANTITHETIC:
-        total = transposed_product(-minus * slope, tl.load(x_copy + mirror_x, mask=x_inside, other=0), total)
-    return total
+    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
+    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy  # from a copy to the one whose noise is its own negated
+    mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
+    reduced = no_parts(P, BR, BC)
+    reduced_log = no_parts(P, BR, BC)
+    if y_tile is not None and SHARED:
+        clean = clean_tile(x, *operands)
+    for d in range(draws):
+        this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+        raw = raw_noise(
+            rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
+        )
+        copy = tl.cast(d, tl.int64)
+        own_x = copy * stride_x_copy
+        parts = noise_parts(raw, source, DIST)
+        plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
+        minus = tl.zeros_like(plus)
+        if ANTITHETIC:
+            minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
+        reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
+        if grad_log_sigma is not None:
+            reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
+        if not SHARED and grad_weight is not None:
+            slope = score(noise_tile(raw, source, DIST), DIST)
+            total = transposed_product(plus * slope, tl.load(x_tile + own_x, mask=x_inside, other=0), total)
+            if ANTITHETIC:
+                mirrored = tl.load(x_tile + own_x + mirror_x, mask=x_inside, other=0)
+                total = transposed_product(-minus * slope, mirrored, total)
+        if y_tile is not None:
+            eps = noise_tile(raw, source, DIST)
+            if not SHARED:
+                clean = clean_tile(x + own_x, *operands)
+            noised = tl.fma(scale[None, :], eps, clean)
+            tl.store(y_tile + copy * copy_size, noised.to(y_tile.dtype.element_ty), mask=inside)
+            if ANTITHETIC:
+                if not SHARED:
+                    clean = clean_tile(x + own_x + mirror_x, *operands)
+                noised = tl.fma(-scale[None, :], eps, clean)
+                tl.store(y_tile + (copy + draws) * copy_size, noised.to(y_tile.dtype.element_ty), mask=inside)
+    reduced_tile = join_parts(reduced)
+    if SHARED and grad_weight is not None:
+        total = transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
+    if is_first:
+        by_bias += tl.sum(reduced_tile, 0)
+        if grad_log_sigma is not None:
+            by_log_sigma += tl.sum(join_parts(reduced_log), 0)
+    return total, by_bias, by_log_sigma
 
 
 @triton.jit

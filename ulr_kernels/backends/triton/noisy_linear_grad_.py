@@ -8,17 +8,11 @@ from torch import Tensor
 
 from ulr_kernels.backends.ticket import ticket
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_tile, open_source, raw_noise
-from ulr_kernels.backends.triton.gradient import (
-    add_scalar,
-    gradient_arguments,
-    own_products,
-    transposed_product,
-    weigh_draw,
-)
+from ulr_kernels.backends.triton.contract import RADEMACHER, open_source
+from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
-from ulr_kernels.backends.triton.scores import add, no_parts
+from ulr_kernels.backends.triton.scores import add
 
 
 @triton.jit
@@ -37,7 +31,6 @@ def gradient_tile(
     that share features, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
-    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
     input_tiles = tl.cdiv(inputs, BK) if grad_weight is not None else 1
     input_tiles = tl.maximum(input_tiles, 1)
     col_tiles = tl.cdiv(features + shift, BC)
@@ -50,8 +43,6 @@ def gradient_tile(
     calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
     source = open_source(key, table)
     scale = tl.load(sigma + col * stride_sigma, mask=col_inside, other=1)
-    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy
-    mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
     copy_size = tl.cast(rows, tl.int64) * features
 
     total = tl.zeros([BC, BK], tl.float32)
@@ -63,58 +54,23 @@ def gradient_tile(
         x_tile = x + row[:, None] * stride_x_row + k[None, :] * stride_x_input
         x_inside = row_inside[:, None] & k_inside[None, :]
         losses = loss_weight + row // positions * stride_loss_sample
-        reduced = no_parts(P, BR, BC)
-        reduced_log = no_parts(P, BR, BC)
+        y_tile, inside, depth = None, None, 0
         if y is not None:
             mine = row_tile % input_tiles == input_tile
             inside = (row < tl.where(mine, rows, 0))[:, None] & col_inside[None, :]
             y_tile = y + row[:, None] * features + col[None, :]
             depth = tl.where(mine, inputs, 0)
-            if SHARED:
-                clean = product_tile(
-                    x, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row, stride_x_input,
-                    stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
-                )  # fmt: skip
-        for d in range(draws):
-            rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
-            this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
-            raw = raw_noise(
-                rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
-            )
-            copy = tl.cast(d, tl.int64)
-            plus, minus, reduced, reduced_log = weigh_draw(
-                raw, source, losses + copy * stride_loss_copy, mirror_loss, row_inside, reduced, reduced_log,
-                grad_log_sigma, ANTITHETIC, DIST,
-            )  # fmt: skip
-            if not SHARED and grad_weight is not None:
-                total = own_products(
-                    raw, source, plus, minus, x_tile + copy * stride_x_copy, mirror_x, x_inside, total, ANTITHETIC, DIST
-                )
-            if y is not None:
-                eps = noise_tile(raw, source, DIST)
-                if not SHARED:
-                    clean = product_tile(
-                        x + copy * stride_x_copy, weight, bias, row, row_inside, col, col_inside, depth, stride_x_row,
-                        stride_x_input, stride_weight_col, stride_weight_input, stride_bias, BR, BC, BK,
-                    )  # fmt: skip
-                noised = tl.fma(scale[None, :], eps, clean)
-                tl.store(y_tile + copy * copy_size, noised.to(y.dtype.element_ty), mask=inside)
-                if ANTITHETIC:
-                    if not SHARED:
-                        clean = product_tile(
-                            x + copy * stride_x_copy + mirror_x, weight, bias, row, row_inside, col, col_inside, depth,
-                            stride_x_row, stride_x_input, stride_weight_col, stride_weight_input, stride_bias,
-                            BR, BC, BK,
-                        )  # fmt: skip
-                    noised = tl.fma(-scale[None, :], eps, clean)
-                    tl.store(y_tile + (copy + draws) * copy_size, noised.to(y.dtype.element_ty), mask=inside)
-        reduced_tile = join_parts(reduced)
-        if SHARED and grad_weight is not None:
-            total = transposed_product(reduced_tile, tl.load(x_tile, mask=x_inside, other=0), total)
-        if input_tile == 0:
-            by_bias += tl.sum(reduced_tile, 0)
-            if grad_log_sigma is not None:
-                by_log_sigma += tl.sum(join_parts(reduced_log), 0)
+        rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
+        total, by_bias, by_log_sigma = add_rows(
+            total, by_bias, by_log_sigma, input_tile == 0, product_tile, x,
+            (  # here and not in a variable, which would hold no constexpr
+                weight, bias, row, row_inside, col, col_inside, depth, stride_x_row, stride_x_input, stride_weight_col,
+                stride_weight_input, stride_bias, BR, BC, BK,
+            ),
+            y_tile, copy_size, inside, x_tile, x_inside, stride_x_copy, losses, stride_loss_copy, row_inside, source,
+            rows_of_noise, calls, directions, positions, width, draw, draws, scale, grad_weight, grad_log_sigma, SHARED,
+            ANTITHETIC, DIST, BR, BC,
+        )  # fmt: skip
 
     if grad_weight is not None:
         grad_tile = grad_weight + col[:, None] * stride_grad_col + k[None, :] * stride_grad_input
