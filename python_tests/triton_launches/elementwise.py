@@ -52,6 +52,7 @@ def launches() -> dict[str, Callable]:
     return {
         "add-tokens-bf16-normal": add("tokens", "bf16", "normal"),
         "add-tokens-fp32-rademacher": add("tokens", "fp32", "rademacher"),
+        "add-tokens-fp32-rademacher-separate": add("tokens", "fp32", "rademacher", shared=False),
         "add-image-fp32-normal": add("image", "fp32", "normal"),
         "add-image-fp16-laplace-separate": add("image", "fp16", "laplace", shared=False),
         "add-image-bf16-sobol": add("tokens", "bf16", "normal", sampler="sobol"),

@@ -97,7 +97,7 @@ def noise_score_launch(
     (grid,) = images(feature_dim % out.dim(), out[None])
     features = grid.shape[2]
     rows = grid.numel() // features
-    tile = tiles.NOISE[dist]
+    tile = tiles.SCORES[dist]
     noise = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
     arguments = grid_arguments("out", grid)
     del arguments["stride_out_copy"]  # there is one

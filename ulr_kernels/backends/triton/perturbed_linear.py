@@ -18,7 +18,7 @@ from ulr_kernels.ops._perturbed import Members
 RANKS = tl.constexpr(16)  # of low-rank noise at a time: the least that a product of tiles takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first"])
 def perturbed_linear_kernel(
     y, x, weight, bias, sigma, mask, key, table, rows, features, inputs, draws: tl.uint32, draw: tl.uint32,
     row_offset: tl.uint32, first: tl.uint32, shift, stride_x_member, stride_x_row, stride_x_input,
@@ -77,7 +77,7 @@ def perturbed_linear_kernel(
         tl.store(to + second * rows * features, mirror.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "first", "first_feature", "members_here"])
 def low_rank_kernel(
     y, x, weight, bias, sigma, key, table, rows, features, inputs, draws: tl.uint32, draw: tl.uint32, first: tl.uint32,
     shift, first_feature: tl.uint32, feature_shift, rank, root, members_here, stride_x_member, stride_x_row,
@@ -170,7 +170,7 @@ def perturbed_linear_launch(
         }
         kernel, programs = low_rank_kernel, tile_count * (1 if shared else how.members)
     else:
-        tile = tiles.PERTURBED[how.dist]
+        tile = tiles.PERTURBED[how.dist, x.element_size()]
         programs = cdiv(rows, tile.rows) * cdiv(features, tile.cols) * how.draws
         mask = how.mask if how.mask is None else how.mask.view(torch.uint8)
         arguments |= {

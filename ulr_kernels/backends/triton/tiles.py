@@ -19,7 +19,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-NOISE = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(64, 128, 0, 4, 1)}
+NOISE = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(64, 128, 0, 8, 1)}
+# Scores: nothing is read for an element, which leaves registers for more signs a thread.
+SCORES = NOISE | {"rademacher": Tile(64, 128, 0, 4, 1)}
 # Parameters, updated in place or gathered: their elements and states take registers beside the noise.
 PARAMETERS = {
     "normal": Tile(32, 64, 0, 8, 1),
@@ -72,17 +74,20 @@ HEAD_GRADIENT = GRADIENTS | {("normal", 2): Tile(64, 64, 64, 8, 1), ("laplace", 
 # Where scores are summed over draws and rows, with no product.
 SUMS = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(32, 128, 0, 8, 1)}
 
-# Where the weight is noised: noise of cols x inputs.
+# Where the weight is noised: noise of cols x inputs, by bytes of an element.
 PERTURBED = {
-    "normal": Tile(64, 64, 32, 8, 2),
-    "laplace": Tile(64, 64, 32, 8, 2),
-    "rademacher": Tile(64, 32, 128, 8, 2),
+    ("normal", 2): Tile(64, 64, 32, 8, 2),
+    ("laplace", 2): Tile(64, 64, 32, 8, 2),
+    ("rademacher", 2): Tile(64, 32, 128, 8, 2),
+    ("normal", 4): Tile(64, 64, 16, 8, 1),
+    ("laplace", 4): Tile(64, 64, 16, 8, 1),
+    ("rademacher", 4): Tile(64, 16, 128, 8, 1),
 }
 # Its noise of low rank: 16 x inputs, 16 x cols.
 LOW_RANK = {
     "normal": Tile(64, 64, 32, 8, 1),
     "laplace": Tile(64, 64, 32, 8, 1),
-    "rademacher": Tile(32, 128, 128, 8, 1),
+    "rademacher": Tile(16, 128, 128, 8, 1),
 }
 # The convolutions': inputs are channels of a tap in the forward, places of the inner axis in a gradient.
 CONV = FORWARD | {("rademacher", 2): Tile(32, 128, 32, 8, 2)}
