@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import itertools
+import os
 import struct
 from pathlib import Path
 
@@ -150,6 +153,29 @@ def test_a_torn_last_record_is_run_again(log: Path):
     writer = Writer(log, read(log, torn=True))
     writer.append(update(STEPS - 1), (STEPS - 1) / 8)
     writer.close()
+    assert log.read_bytes() == content
+
+
+def test_nothing_is_written_behind_a_record_that_failed(log: Path, monkeypatch: pytest.MonkeyPatch):
+    content, write = log.read_bytes(), os.write
+    size = header(RULES["sgd"]).record.size + 4
+
+    def full(file: int, record: bytes) -> int:
+        if len(record) < size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, record[:7])
+
+    log.write_bytes(content[:-size])
+    with contextlib.closing(Writer(log, read(log))) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(OSError, match="No space left"):
+                writer.append(update(STEPS - 1), (STEPS - 1) / 8)
+        with pytest.raises(OSError, match="read it again to go on"):  # there is room again
+            writer.append(update(STEPS - 1), (STEPS - 1) / 8)
+    assert log.read_bytes() == content[: 7 - size]
+    with contextlib.closing(Writer(log, read(log))) as writer:
+        writer.append(update(STEPS - 1), (STEPS - 1) / 8)
     assert log.read_bytes() == content
 
 

@@ -197,7 +197,8 @@ class Writer:
     """
 
     def __init__(self, path: Path, trajectory: Trajectory) -> None:
-        self._header, self._form, self._crc = trajectory.header, trajectory.header.record, trajectory.crc
+        self._form, self._crc = trajectory.header.record, trajectory.crc
+        self._whole = True  # the file ends with a whole record
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,15 +224,20 @@ class Writer:
         """Add a step.
 
         Raises:
-            OSError: it could not be written whole; those before it are.
+            OSError: it could not be written whole; those before it are. Nor is any later one: what follows part of a
+                record could not be read. A new writer, of what `read` says then, cuts the part off.
         """
+        if not self._whole:
+            raise OSError("the log may end within a record, which could not be written: read it again to go on")
         numbers = [number for group in update.groups for number in (group.lr, group.sigma, group.weight_decay)]
         body = self._form.pack(update.step, update.key, *update.coefficients.tolist(), *numbers, loss)
-        self._crc = zlib.crc32(body, self._crc)
-        record = body + _CRC.pack(self._crc)
+        crc = zlib.crc32(body, self._crc)
+        record = body + _CRC.pack(crc)
+        self._whole = False
         while record:
             record = record[os.write(self._file, record) :]
         os.fsync(self._file)
+        self._whole, self._crc = True, crc
 
     def close(self) -> None:
         os.close(self._file)
