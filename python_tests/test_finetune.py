@@ -28,6 +28,7 @@ from ulr_kernels.finetune import models, report, runs, trajectory, weights  # no
 from ulr_kernels.finetune.job import Job, named_parameters  # noqa: E402
 from ulr_kernels.finetune.replay import replay  # noqa: E402
 from ulr_kernels.finetune.settings import Settings  # noqa: E402
+from ulr_kernels.optim import Rule  # noqa: E402
 from ulr_kernels.recipes import RecipeError  # noqa: E402
 
 QUICK = {"threads": 1, "steps": 12, "evaluations": 3, "batch": 8, "probes": 4, "max_tokens": 32}
@@ -351,6 +352,19 @@ def test_a_changed_model_or_changed_data_is_not_resumed(files: Path, tmp_path: P
     damage(tmp_path / "encoder" / "model.safetensors", 4000)
     with pytest.raises(RecipeError, match="the model must be as at the start of the run"):
         runs.resume(tmp_path / "run", "")
+
+
+def test_a_log_of_another_version_is_refused_in_one_line(files: Path, tmp_path: Path, capsys):
+    run = dataclasses.asdict(settings(files))
+    later, earlier = run | {"tempo": 3}, {name: value for name, value in run.items() if name != "chunk"}
+    for values, message in ((later, "it has the setting 'tempo'"), (earlier, "it lacks the setting 'chunk'")):
+        header = trajectory.Header(Rule((("head.weight",),)), 4, "", {"run": values})
+        (tmp_path / runs.LOG).write_bytes(header.encode())
+        for arguments in (("finetune", "--resume", tmp_path), ("replay", files / "encoder", tmp_path / runs.LOG)):
+            assert ulr(*arguments) == 2
+            printed = capsys.readouterr().err
+            assert message in printed
+            assert printed.count("\n") == 1
 
 
 def test_damaged_weights_are_refused(files: Path, tmp_path: Path):

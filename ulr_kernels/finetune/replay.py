@@ -50,7 +50,7 @@ def replay(
         until = steps - revert
     run = trajectory.read(log, until)
     settings = run.header.settings
-    own = Settings(**settings["run"])
+    own = Settings.of_log(log, settings["run"])
     if not torch.cuda.is_available():  # the bits are the same on a CPU
         own = dataclasses.replace(own, device="cpu")
     loaded = build(own, len(settings["classes"]), settings["calibration"], base)

@@ -77,7 +77,7 @@ def resume(folder: Path, command: str) -> None:
     """Continue the run in a folder, bitwise as if it had never stopped, and write its report. Raises as `start`."""
     with folders.held(folder):
         log = trajectory.read(folder / LOG, torn=True)
-        job = Job(Settings(**log.header.settings["run"]), log.header)
+        job = Job(Settings.of_log(folder / LOG, log.header.settings["run"]), log.header)
         job.replay(log)
         history = History.load(folder, job.step)
         history.commands.append(command)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ulr_kernels import contract
@@ -82,6 +84,19 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     threads: int = 0
+
+    @classmethod
+    def of_log(cls, path: Path, values: Mapping[str, Any]) -> Settings:
+        """Those that the log of a run holds.
+
+        Raises:
+            RecipeError: another version wrote them, with a setting more or less: the run would be another one here.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in sorted(values.keys() ^ names):
+            has = "has the setting" if name in values else "lacks the setting"
+            raise RecipeError(f"{path}: of another version: it {has} '{name}'")
+        return cls(**values)
 
     def __post_init__(self) -> None:
         rules.one_of(self, "method", METHODS)
