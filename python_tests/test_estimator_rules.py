@@ -378,3 +378,21 @@ def test_functions_of_other_tensors_pass_by():
     x, y = torch.ones(5, 4), torch.zeros(5, dtype=torch.long)
     loss = ulr.ULR(model, sigma=1e-3, copies=4).backward(x, y, lambda out, target: out[:, 0])
     assert abs(loss.item() - model(x)[:, 0].mean().item()) < 0.01
+
+
+def test_empty_tensors_are_not_taken_for_one_another():
+    """A mask that selects no sample is empty, and so is a buffer: the shift that this joins comes from no sample."""
+
+    class Selects(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.shift = nn.Linear(5, 3), nn.Parameter(torch.empty(3))
+            self.register_buffer("more", torch.zeros(0))
+
+        def forward(self, x):
+            assert not len(x[x > 100])
+            return self.layer(x) + torch.cat((self.shift, self.more))
+
+    model, (x, y) = filled(Selects()), batch(5)
+    report = ulr.check(model, x, y, cross_entropy, sigma=0.01, copies=32, steps=24)
+    assert report.ok, report

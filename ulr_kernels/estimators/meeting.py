@@ -177,10 +177,11 @@ def flat(values: Iterable) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
+    """The address of a tensor's memory, or where it has none its own, as empty tensors all share address 0."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        return tensor.untyped_storage().data_ptr() or id(tensor)
     except (NotImplementedError, RuntimeError):  # tensors without one: inside vmap, sparse
-        return 0
+        return id(tensor)
 
 
 def _has_rows(func: Callable, owned: Owned, result: Tensor) -> bool:
