@@ -70,6 +70,12 @@ def test_damaged_cifar_files_are_refused(tmp_path: Path):
     (tmp_path / "test_batch.bin").unlink()
     with pytest.raises(RecipeError, match=r"test_batch\.bin: cannot be read"):
         data.load(str(tmp_path))
+    (tmp_path / "batches.meta.txt").write_bytes("avião".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"batches\.meta\.txt: cannot be read: 'utf-8' codec"):
+        data.load(str(tmp_path))
+    (tmp_path / "batches.meta.txt").unlink()
+    with pytest.raises(RecipeError, match=r"test_batch\.bin: cannot be read"):  # classes need no names
+        data.load(str(tmp_path))
 
 
 def test_scale_is_that_of_the_training_pixels(images: Path):

@@ -184,7 +184,12 @@ def _read_idx(folder: Path, name: str, axes: int) -> Tensor:
 
 def _cifar_folder(folder: Path) -> Dataset:
     names = folder / "batches.meta.txt"
-    classes = tuple(names.read_text().split()) if names.is_file() else tuple(str(label) for label in range(10))
+    try:
+        classes = tuple(names.read_text("utf-8").split())
+    except FileNotFoundError:
+        classes = tuple(str(label) for label in range(10))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{names}: cannot be read: {error}") from error
     parts = (sorted(folder.glob("data_batch_*.bin")), [folder / "test_batch.bin"])
     splits = []
     for paths in parts:
