@@ -170,6 +170,10 @@ def test_errors_name_the_argument():
         (lambda: ES(model, shaping="none at all"), "'shaping' must be 'none' or 'zscore' or 'rank' or 'group'"),
         (lambda: EGGROLL(model, rank=0), "'rank' must be an integer above 0, or None, got 0"),
         (lambda: EGGROLL(model, rank=True), "'rank' must be an integer above 0, or None, got True"),
+        (lambda: MeZO(model, two_sided="no"), "ulr.optim.MeZO: 'two_sided' must be True or False, got 'no'"),
+        (lambda: ES(model, antithetic=0), "'antithetic' must be True or False, got 0"),
+        (lambda: EGGROLL(model, maximize=1), "ulr.optim.EGGROLL: 'maximize' must be True or False, got 1"),
+        (lambda: FZOO(model, stochastic="bf16"), "ulr.optim.FZOO: 'stochastic' must be True or False, got 'bf16'"),
         (lambda: MeZO(model).step(), "'closure' must be given"),
         (lambda: MeZO(model).step(lambda: model(tokens)), "'closure' must return one loss"),
     ):

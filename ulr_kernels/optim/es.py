@@ -52,11 +52,12 @@ class ES(ForwardOptimizer):
         **common: Unpack[Common],
     ) -> None:
         self.population = self._count("population", population, 2)
+        self.antithetic, self.maximize = self._flag("antithetic", antithetic), self._flag("maximize", maximize)
         if antithetic and population % 2:
             self._fail("population", "be even where antithetic is set", population)
         if shaping not in SHAPINGS:
             self._fail("shaping", f"be {' or '.join(map(repr, SHAPINGS))}", repr(shaping))
-        self.antithetic, self.shaping, self.maximize = antithetic, shaping, maximize
+        self.shaping = shaping
         super().__init__(model, lr, sigma, dist, rank, seed, common)
 
     def _probes(self) -> Sequence[Probe]:

@@ -53,7 +53,7 @@ class MeZO(ForwardOptimizer):
         **common: Unpack[Common],
     ) -> None:
         self.probes = self._count("probes", probes, 1)
-        self.two_sided = two_sided
+        self.two_sided = self._flag("two_sided", two_sided)
         super().__init__(model, lr, eps, dist, rank, seed, common)
 
     def _probes(self) -> Sequence[Probe]:

@@ -74,6 +74,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.last_update: Update | None = None
         settings = dict(common)
+        self._flag("stochastic", settings.get("stochastic", False))
         params, self.workers = settings.pop("params", None), settings.pop("workers", None)
         defaults = {"lr": lr, self.SCALE: scale, "weight_decay": settings.pop("weight_decay", 0.0)}
         self._rule = Rule(names=(), dist=dist, rank=rank, **settings)
@@ -92,6 +93,12 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def _count(cls, argument: str, value: int, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             cls._fail(argument, f"be an integer of at least {least}", repr(value))
+        return value
+
+    @classmethod
+    def _flag(cls, argument: str, value: bool) -> bool:
+        if not isinstance(value, bool):
+            cls._fail(argument, "be True or False", repr(value))
         return value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
