@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 from ulr_kernels import contract
 from ulr_kernels.baselines import BASELINES
+from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 
-INJECTIONS = ("layerwise", "joint")
 MEMORIES = ("keep", "replay")
 NOISES = ("logits", "weights")
 
