@@ -48,7 +48,7 @@ BAD = {
     "wide seed": (["--data", "digits", "--seed", str(2**64)], "seed must be in"),
     "no number": (["--data", "digits", "--batch", "many"], "invalid int value: 'many'"),
     "out is a file": (["--data", "digits", "--out", "file"], "out 'file' cannot be used"),
-    "nothing to resume": (["--resume", "empty"], "no such checkpoint"),
+    "nothing to resume": (["--resume", "empty"], "cannot be read as a checkpoint: no such file"),
     "resume with settings": (["--resume", "empty", "--lr", "1"], "drop --lr"),
 }
 

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -38,12 +37,7 @@ def load(path: Path) -> dict[str, Tensor]:
     Raises:
         RecipeError: no such file, or damaged, or something else.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RecipeError(f"{path}: cannot be read as weights: {error}") from error
+    metadata, tensors = checkpoint.read(path, "weights")
     if "ulr" not in metadata:
         raise RecipeError(f"{path}: must be tuned weights as finetune writes them, got other safetensors")
     if json.loads(metadata["ulr"])["digest"] != weights_digest(tensors):
