@@ -62,6 +62,6 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 def needs(device: str, *names: str) -> None:
     for name in names:
         try:
-            backends.lookup(name, device)
+            backends.lookup(name, torch.device(device))
         except backends.BackendError as error:
             pytest.skip(str(error))

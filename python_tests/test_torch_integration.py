@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch.utils._pytree import tree_map_only
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import backends, contract
 from ulr_kernels.backends import cpp, cuda, triton
 from ulr_kernels.ops._linear import values
 from ulr_kernels.ops._op import OPS
@@ -204,6 +204,20 @@ def test_an_absent_back_end_says_why() -> None:
         pytest.raises(ulr.BackendError, match="ulr::noise: back end 'cuda' cannot run on cpu: "),
     ):
         ulr.noise((3,), 1)
+
+
+def test_each_gpu_has_the_back_ends_that_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(cuda, "_why_unusable", lambda device: None)
+    for name in ("library", "launcher"):
+        monkeypatch.setattr(cuda._native, name, lambda *which: object())
+    assert backends.lookup("noise", torch.device("cuda", 0)).__module__ == cuda.__name__
+    assert backends.lookup("noise", torch.device("cuda", 1)).__module__ != cuda.__name__
+    reason = backends.find("cuda", "noise", "cuda:1")
+    assert reason == "it needs compute capability 8.0, this device has 7.5"
 
 
 def test_noise_like_views_a_parameter_as_rows_and_columns(device) -> None:

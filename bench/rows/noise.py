@@ -15,7 +15,7 @@ from ulr_kernels.ops._op import OPS
 
 def fill(out: Tensor, key: Tensor, dist: str) -> None:
     """The op without the allocation of its result, which `tensor.normal_()` does not have either."""
-    backends.lookup("noise", out.device.type)(out, key, list(out.shape), dist, "iid", 1, 0, 0, 0)
+    backends.lookup("noise", out.device)(out, key, list(out.shape), dist, "iid", 1, 0, 0, 0)
 
 
 def laplace_(out: Tensor, source: torch.Generator) -> Tensor:

@@ -12,11 +12,13 @@ import contextvars
 import importlib
 from collections.abc import Callable, Iterator
 
+import torch
+
 ORDER = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 NAMES = ("torch", "cpp", "cuda", "triton")
 
 _references: dict[str, Callable] = {}
-_chosen: dict[tuple[str, str], Callable] = {}
+_chosen: dict[tuple[str, torch.device], Callable] = {}  # one GPU of a machine may run what another cannot
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ulr_backend", default=None)
 
 
@@ -44,15 +46,15 @@ def op_names() -> list[str]:
     return sorted(_references)
 
 
-def find(backend: str, op: str, device: str) -> Callable | str:
+def find(backend: str, op: str, device: torch.device | str) -> Callable | str:
     """The provider, or the reason why there is none."""
     if backend == "torch":
         return _references[op]
     # Each of backends/cpp, cuda, triton has provider(op, device) -> a function, or a sentence that says why not.
-    return importlib.import_module(f"ulr_kernels.backends.{backend}").provider(op, device)
+    return importlib.import_module(f"ulr_kernels.backends.{backend}").provider(op, torch.device(device))
 
 
-def lookup(op: str, device: str) -> Callable:
+def lookup(op: str, device: torch.device) -> Callable:
     """The provider that runs `op` on tensors of `device` now."""
     forced = _forced.get()
     if forced is not None:
@@ -63,7 +65,7 @@ def lookup(op: str, device: str) -> Callable:
     provider = _chosen.get((op, device))
     if provider is None:
         provider = _chosen[op, device] = next(
-            p for p in (find(name, op, device) for name in ORDER[device]) if not isinstance(p, str)
+            p for p in (find(name, op, device) for name in ORDER[device.type]) if not isinstance(p, str)
         )
     return provider
 

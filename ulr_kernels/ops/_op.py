@@ -109,7 +109,7 @@ def register(op: Op) -> None:
             refuse_overlap(op.name, op.mutates, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
-        provider = backends.lookup(op.name, device.type)
+        provider = backends.lookup(op.name, device)
         with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
             if not returns:
                 return provider(*args)

@@ -124,9 +124,9 @@ _PROVIDERS: dict[str, Callable] = {
 }
 
 
-def provider(op: str, device: str) -> Callable | str:
+def provider(op: str, device: torch.device) -> Callable | str:
     """The function that runs `op` on `device`, or the sentence that says why there is none."""
-    if device != "cpu":
+    if device.type != "cpu":
         return "it runs on the CPU"
     library = _library()
     if isinstance(library, str):

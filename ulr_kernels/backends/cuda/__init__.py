@@ -44,19 +44,19 @@ def _why_unusable(device: int) -> str | None:
     return f"its kernels cannot run on this device: {_native.error('cuda', code)}" if code else None
 
 
-def provider(op: str, device: str) -> Callable | str:
+def provider(op: str, device: torch.device) -> Callable | str:
     """The function that runs `op` on `device`, or the sentence that says why there is none."""
-    if device != "cuda":
+    if device.type != "cuda":
         return "it runs on a CUDA device"
     library = _native.library("cuda")
     if isinstance(library, str):
         return library
     if not torch.cuda.is_available():
         return "torch sees no CUDA device" if torch.version.cuda else "this torch was built without CUDA"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability < NEEDED:
         return f"it needs compute capability {NEEDED[0]}.{NEEDED[1]}, this device has {capability[0]}.{capability[1]}"
-    if why := _why_unusable(torch.cuda.current_device()):
+    if why := _why_unusable(torch.cuda.current_device() if device.index is None else device.index):
         return why
     if op not in ARGUMENTS:
         return "it has no kernel for this op"

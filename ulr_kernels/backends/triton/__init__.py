@@ -42,7 +42,7 @@ _WITHOUT = {
 }
 
 
-def provider(op: str, device: str) -> Callable | str:
+def provider(op: str, device: torch.device) -> Callable | str:
     """The function that runs `op` on tensors of `device`, or the reason why there is none."""
     if op not in _MODULES:
         return _WITHOUT.get(op, f"there is no Triton kernel for {op}")
@@ -52,13 +52,13 @@ def provider(op: str, device: str) -> Callable | str:
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[op]}"), op)
 
 
-def _absence(device: str) -> str | None:
+def _absence(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     import triton
 
     interpreted = triton.knobs.runtime.interpret
-    if device == "cpu":
+    if device.type == "cpu":
         return None if interpreted else "Triton compiles for GPUs; TRITON_INTERPRET=1 runs its interpreter on the CPU"
     if interpreted:
         return "TRITON_INTERPRET=1 is set, which runs the kernels on the CPU"
