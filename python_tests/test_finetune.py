@@ -228,6 +228,8 @@ def test_a_resumed_run_and_a_replayed_log_are_bitwise_the_run(files: Path, tmp_p
         (stopped / runs.HISTORY).write_text(json.dumps(history))
         runs.resume(stopped, "rest")
         assert contents(stopped) == (log, tuned)
+        lost = kept // size - max((record["step"] for record in history["evaluations"]), default=0)
+        assert json.loads((stopped / report.REPORT).read_text())["timed_steps"] == 12 - lost
     for backend in (None, "torch"):
         got, _ = replay(str(files / model), whole / runs.LOG, backend=backend, threads=2)
         weights.save(tmp_path / "replayed", got, header.weights, 12)

@@ -41,7 +41,11 @@ def write(
 
 
 def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """All there is to say of a run, as JSON can hold it: times in seconds, memory in MiB, losses in nats."""
+    """All there is to say of a run, as JSON can hold it: times in seconds, memory in MiB, losses in nats.
+
+    `training_seconds` are those of `timed_steps`: all but the steps that a process which was stopped had done since its
+    last evaluation.
+    """
     first, last = evaluations[0], evaluations[-1]
     everything = sum(p.numel() * p.element_size() for p in job.model.parameters())
     tuned = sum(p.numel() for p in job.parameters.values())
@@ -55,6 +59,7 @@ def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) ->
         "test_accuracy": last["test_accuracy"],
         "test_loss_before": first["test_loss"],
         "test_loss": last["test_loss"],
+        "timed_steps": last["timed_steps"],
         "training_seconds": last["seconds"],
         f"{job.unit}_per_second": last["met"] / last["seconds"],
         "tuned_parameters": tuned,

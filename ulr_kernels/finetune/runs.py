@@ -94,8 +94,9 @@ class _Run:
         self.job, self.folder, self.writer, self.history, self.losses = job, folder, writer, history, losses
         steps, count = job.settings.steps, min(job.settings.evaluations, job.settings.steps)
         self.due = {steps * number // count for number in range(count + 1)}
-        last = history.evaluations[-1] if history.evaluations else {"seconds": 0.0, "met": 0}
-        self.seconds, self.met = last["seconds"], last["met"]
+        # A process that is stopped takes with it how long its steps since the last evaluation took.
+        last = history.evaluations[-1] if history.evaluations else {"timed_steps": 0, "seconds": 0.0, "met": 0}
+        self.timed_steps, self.seconds, self.met = last["timed_steps"], last["seconds"], last["met"]
 
     def finish(self) -> None:
         job = self.job
@@ -120,6 +121,7 @@ class _Run:
         self.losses.append(loss)
         self.seconds += time.perf_counter() - started
         self.met += met
+        self.timed_steps += 1
         if bar.update():
             bar.set_postfix(self._figures(), refresh=False)
 
@@ -137,7 +139,8 @@ class _Run:
         job, done = self.job, self.history.evaluations
         if job.step not in self.due or (done and done[-1]["step"] >= job.step):
             return
-        record: dict[str, Any] = {"step": job.step, "seconds": self.seconds, "met": self.met}
+        record: dict[str, Any] = {"step": job.step, "timed_steps": self.timed_steps}
+        record["seconds"], record["met"] = self.seconds, self.met
         record["memory_mib"] = memory.peak(job.device)
         record["inference_memory_mib"] = job.inference_memory
         recent = self.losses[done[-1]["step"] :] if done else []
