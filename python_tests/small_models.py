@@ -18,6 +18,15 @@ def modules_may_draw():
         yield
 
 
+def unfilled(kind: type[nn.Module], *args, **kwargs) -> nn.Module:
+    """A module whose parameters have no values yet.
+
+    `skip_init` makes it on the meta device first, where nothing is drawn; after some of torch.compile's graphs it is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return nn.utils.skip_init(kind, *args, **kwargs)
+
+
 def v(seed: int, *shape: int) -> Tensor:
     """Normal values that touch no generator of torch's."""
     return values(seed, *shape, device="cpu", dtype=torch.float32)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import unfilled
 from torch import Tensor
 
 import ulr_kernels as ulr
@@ -100,8 +101,7 @@ def mean_and_error(gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def linear_network() -> torch.nn.Sequential:
     """A convolution and a linear layer: 9 pixels, 4 outputs."""
-    skip = torch.nn.utils.skip_init
-    layers = skip(torch.nn.Conv2d, 1, 2, 3, padding=1), torch.nn.Flatten(), skip(torch.nn.Linear, 18, 4)
+    layers = unfilled(torch.nn.Conv2d, 1, 2, 3, padding=1), torch.nn.Flatten(), unfilled(torch.nn.Linear, 18, 4)
     for i, parameter in enumerate(p for layer in layers for p in layer.parameters()):
         parameter.data.copy_(normal(20 + i, *parameter.shape) / 4)
     return torch.nn.Sequential(layers[0], layers[1], layers[2])

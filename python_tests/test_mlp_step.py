@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import truth
+from small_models import unfilled
 from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison is a fixture
 from torch import Tensor, nn
 
@@ -148,7 +149,7 @@ def test_head(sample_id, dtype, device) -> None:
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 @pytest.mark.parametrize("baseline", ["mean", "clean"])
 def test_it_is_the_estimator_of_the_same_model(injection, baseline, device) -> None:
-    first, second, third = (nn.utils.skip_init(nn.Linear, k, n, device=device) for k, n in ((20, 13), (13, 9), (9, 5)))
+    first, second, third = (unfilled(nn.Linear, k, n, device=device) for k, n in ((20, 13), (13, 9), (9, 5)))
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
     x, y = (t.to(device) for t in (truth.noise((8, 20), 1), torch.arange(8) % 5))
     with torch.no_grad():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import unfilled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -55,7 +56,7 @@ def _tensors(result: Any) -> list[Tensor]:
 def filled(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
-        layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        layer = unfilled(nn.Linear, inputs, outputs)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(ulr.noise_like(parameter, number) / inputs**0.5)
