@@ -7,6 +7,8 @@ again, and a value that the host had read would be a synchronisation.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import backends, contract
+from ulr_kernels.backends.triton import listed
 
 READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")
 
@@ -184,3 +187,95 @@ def adding(op: str, device: str) -> tuple[list[Tensor], Callable[[], Any]]:
     return buffers, lambda: ulr.ops.noisy_mlp_step(
         buffers[:2], buffers[2:], x, target, weights, biases, 0.1, key, copies=4
     )
+
+
+def changing(op: str, device: str, seed: int = 1) -> tuple[list[Tensor], Callable[[], Any]]:
+    """Buffers, and a call that changes them all, told of them by a list."""
+
+    def v(number: int, *shape: int) -> Tensor:
+        return ulr.noise(shape, 10 * seed + number, device=device)
+
+    buffers, keys = [v(1, 30, 7), v(2, 9), v(3, 4, 5)], torch.tensor([7, 8, 9], device=device)
+    amounts = torch.tensor([0.1, -0.2], device=device)
+    if op == "perturb_":
+        return buffers, lambda: ulr.ops.perturb_(buffers, keys, amounts[0])
+    if op == "combine_":
+        return buffers, lambda: ulr.ops.combine_(buffers, keys, amounts)
+    weights, xs, losses, key = [buffers[0], buffers[2]], [v(4, 6, 7), v(5, 6, 5)], [v(6, 2, 6)] * 2, list(keys[:2])
+    return weights, lambda: ulr.ops.noisy_linear_grads_(weights, [None] * 2, xs, losses, [amounts[0]] * 2, key)
+
+
+@pytest.mark.parametrize("op", ["perturb_", "combine_", "noisy_linear_grads_"])
+def test_a_captured_list_is_there_at_every_replay_whatever_lists_follow(op, device) -> None:
+    if device == "cpu":
+        pytest.skip("graphs are CUDA's")
+    buffers, run = changing(op, device)
+    graph = captured(run)
+    others = [changing(op, device, seed) for seed in range(2, listed.LISTS + 8)]
+    for _, change in others:
+        change()
+    for _ in range(2):
+        graph.replay()
+    expected, run = changing(op, device)
+    for _ in range(3):  # the first as `captured` does
+        run()
+    for buffer, reference in zip(buffers, expected, strict=True):
+        assert torch.allclose(buffer, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def tables(monkeypatch) -> Callable[[int], listed.Tables]:
+    """Triton's tables of a list that a number stands for, with none at the start."""
+    monkeypatch.setattr(listed, "_recent", {})
+    monkeypatch.setattr(listed, "_captured", {})
+    return lambda number: listed.on_device(((number, 5), (number, 6)), (2, 1), torch.device("cpu"))
+
+
+def test_tables_of_a_list_are_kept_if_a_graph_reads_them(tables, monkeypatch) -> None:
+    entries, owners = tables(0)
+    assert entries.tolist() == [[0, 5], [0, 6]] and owners.tolist() == [0, 0, 1]
+    with monkeypatch.context() as capture:
+        capture.setattr(listed, "capturing", lambda device: True)
+        assert tables(0)[0] is entries
+    kept, dropped = weakref.ref(entries), weakref.ref(tables(1)[0])
+    del entries, owners
+    for number in range(2, listed.LISTS + 2):
+        tables(number)
+    assert kept() is not None and dropped() is None
+    monkeypatch.setattr(listed, "capturing", lambda device: True)
+    assert tables(0)[0] is kept()
+    with pytest.raises(backends.BackendError, match="run the same call on the same tensors once"):
+        tables(1)
+
+
+def test_tables_of_a_list_belong_to_a_stream(tables, monkeypatch) -> None:
+    """What one stream copies, another does not wait for; and memory is freed in the order of its own."""
+    first = tables(0)[0]
+    assert tables(0)[0] is first
+    monkeypatch.setattr(listed, "_stream", lambda device: 1)
+    second = tables(0)[0]
+    assert second is not first and tables(0)[0] is second
+
+
+def test_a_capture_is_that_of_the_list_s_device(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    assert listed.capturing(torch.device("cuda:1"))
+    assert not listed.capturing(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("why", ["captured", "long"])
+def test_layers_one_by_one_where_no_table_tells_of_them(why, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from ulr_kernels.backends.triton import noisy_linear_grads_ as module
+
+    rows, calls = 2**31 if why == "long" else 6, []
+    monkeypatch.setattr(module, "noisy_linear_grad_", lambda *call: calls.append(call))
+    monkeypatch.setattr(module, "launches", lambda *args: pytest.fail("a table was made"))
+    monkeypatch.setattr(module, "capturing", lambda device: why == "captured")
+    weights, xs = [torch.zeros(3, 2)] * 2, [torch.zeros(6, 2), torch.zeros(1, 2).expand(rows, 2)]
+    ones = [torch.ones(())] * 2
+    losses, biases = [torch.ones(2, 6), torch.ones(2, 1)], [torch.empty(0)] * 2
+    keys = [torch.tensor(1)] * 2
+    module.noisy_linear_grads_(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
+    assert [call[3].shape[0] for call in calls] == [6, rows]

@@ -55,7 +55,7 @@ def launches() -> dict[str, Callable]:
         "add-tokens-fp32-rademacher-separate": add("tokens", "fp32", "rademacher", shared=False),
         "add-image-fp32-normal": add("image", "fp32", "normal"),
         "add-image-fp16-laplace-separate": add("image", "fp16", "laplace", shared=False),
-        "add-image-bf16-sobol": add("tokens", "bf16", "normal", sampler="sobol"),
+        "add-image-bf16-sobol": add("image", "bf16", "normal", sampler="sobol"),
         "score-tokens-normal": score("tokens", "normal"),
         "score-image-normal": score("image", "normal"),
         "score-image-rademacher": score("image", "rademacher"),

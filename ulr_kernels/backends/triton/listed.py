@@ -1,22 +1,75 @@
-"""Tables of a list's tensors in device memory, and the entry that each program of a launch works on."""
+"""Tables of a list's tensors in device memory, and the entry that each program of a launch works on.
+
+The tables of the last lists are kept, for each stream its own: one is made, read and freed in the order of its stream.
+A CUDA graph reads at every replay the memory that its capture saw. So a capture takes a table that a call before it
+has made, which is then kept for as long as the process runs; it makes none itself, for that would be a copy from host
+memory which is gone at the next replay.
+"""
 
 from __future__ import annotations
 
-import functools
+import threading
 
 import torch
 from torch import Tensor
 
+from ulr_kernels.backends import BackendError
 
-@functools.lru_cache(maxsize=64)
-def on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int64, copied without waiting; the same list is not copied again, so that a graph holds no copy."""
-    host = torch.tensor(rows, dtype=torch.int64)
+Tables = tuple[Tensor, Tensor]
+Listed = tuple[torch.device, tuple[tuple[int, ...], ...], tuple[int, ...]]
+LISTS = 64
+_recent: dict[Listed, dict[int, Tables]] = {}  # by stream; the list that was used last comes last
+_captured: dict[Listed, Tables] = {}
+_lock = threading.Lock()
+
+
+def capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def on_device(entries: tuple[tuple[int, ...], ...], programs: tuple[int, ...], device: torch.device) -> Tables:
+    """int64 `entries`, copied without waiting; and int32, the entry of each program, of entries that take `programs`.
+
+    Raises:
+        BackendError: the current stream is being captured, and no call before has made this list's tables.
+    """
+    listed = (device, entries, programs)
+    with _lock:
+        if capturing(device):
+            return _for_a_graph(listed)
+        by_stream = _recent.pop(listed, {})
+        _recent[listed] = by_stream
+        if len(_recent) > LISTS:
+            del _recent[next(iter(_recent))]
+        stream = _stream(device)
+        if stream not in by_stream:
+            by_stream[stream] = _made(*listed)
+        return by_stream[stream]
+
+
+def _for_a_graph(listed: Listed) -> Tables:
+    """Of whichever stream: the call that made the tables wrote to the same tensors, so that replays come after it."""
+    if listed not in _captured:
+        if not _recent.get(listed):
+            raise BackendError(
+                "ulr::perturb_, ulr::combine_: before a CUDA graph captures Triton's kernels on a list of tensors, "
+                "run the same call on the same tensors once"
+            )
+        _captured[listed] = next(iter(_recent[listed].values()))
+    return _captured[listed]
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _made(device: torch.device, entries: tuple[tuple[int, ...], ...], programs: tuple[int, ...]) -> Tables:
+    table, counts = (_copied(torch.tensor(numbers, dtype=torch.int64), device) for numbers in (entries, programs))
+    return table, torch.repeat_interleave(counts, output_size=sum(programs)).to(torch.int32)
+
+
+def _copied(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-
-
-@functools.lru_cache(maxsize=64)
-def owners(programs: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32: the entry that each program works on, of entries that take so many."""
-    counts = on_device((programs,), device)[0]
-    return torch.repeat_interleave(counts, output_size=sum(programs)).to(torch.int32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ulr_kernels import contract
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table
-from ulr_kernels.backends.triton.listed import on_device, owners
+from ulr_kernels.backends.triton.listed import capturing, on_device
 from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_tile, noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_grads_ import calls
 
@@ -128,12 +128,13 @@ def _launch(form: Form, members: list[tuple]) -> Launch:
         entry, count = _entry(call, tile)
         entries.append((sum(programs), *entry))
         programs.append(count)
+    table_of_entries, owners = on_device(tuple(entries), tuple(programs), x.device)
     return Launch(
         gradients_kernel,
         sum(programs),
         {
-            "entries": on_device(tuple(entries), x.device),
-            "owners": owners(tuple(programs), x.device),
+            "entries": table_of_entries,
+            "owners": owners,
             "table": table(dist, x.device),
             "directions": contract.sobol_directions(x.device) if sampler == "sobol" else None,
             "draw": draw,
@@ -173,11 +174,13 @@ def _entry(call: tuple, tile: tiles.Tile) -> tuple[tuple[int, ...], int]:
 
 
 def noisy_linear_grads_(*args) -> None:
-    xs = args[2]
-    if xs[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A graph would copy the table anew at each replay, from host memory that is gone by then.
+    weights, xs = args[0], args[2]
+    # A capture's x and losses lie where no call before had them, so that no table of them can be there; and the kernel
+    # of several layers counts in 32 bits, that of one layer in as many as it takes.
+    largest = max(size for tensor in (*weights, *xs) for size in tensor.shape)
+    if capturing(xs[0].device) or largest > torch.iinfo(torch.int32).max:
         for call in calls(*args):
             noisy_linear_grad_(*call)
-        return
-    for launch in launches(*args):
-        launch.run()
+    else:
+        for launch in launches(*args):
+            launch.run()

@@ -27,7 +27,7 @@ from ulr_kernels.backends.triton.contract import (
     raw_noise,
 )
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
-from ulr_kernels.backends.triton.listed import on_device, owners
+from ulr_kernels.backends.triton.listed import on_device
 from ulr_kernels.backends.triton.noise import fold_in
 from ulr_kernels.backends.triton.weight_noise import low_rank_noise
 from ulr_kernels.ops._parameters import COLUMN_AXES, by_row
@@ -82,9 +82,9 @@ def _rounded(value, rows, first, draw, source, BR: tl.constexpr, BC: tl.constexp
 
 
 @triton.jit
-def _number(numbers, index: tl.constexpr):
-    """An fp32 number, whose bits are kept as an integer: a float argument is more than fp32 in the interpreter."""
-    return tl.load(numbers + index).to(tl.uint32).to(tl.float32, bitcast=True)
+def _number(bits):
+    """The fp32 number of these bits: a float argument is more than fp32 in the interpreter."""
+    return tl.cast(bits, tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -102,7 +102,10 @@ def _all(value, tile):
     return tl.where(tl.zeros_like(tile) == 0.0, value, 0.0)
 
 
-@triton.jit(do_not_specialize=["draw", "count", "probes"])
+NUMBERS = ("weight_decay", "momentum", "beta1", "beta2", "epsilon", "rank_scale")  # as the bits of fp32
+
+
+@triton.jit(do_not_specialize=["draw", "count", "probes", *NUMBERS])
 def parameters_kernel(
     entries,
     owners,
@@ -113,7 +116,12 @@ def parameters_kernel(
     probes,
     lr,
     step,
-    numbers,
+    weight_decay: tl.uint32,
+    momentum: tl.uint32,
+    beta1: tl.uint32,
+    beta2: tl.uint32,
+    epsilon: tl.uint32,
+    rank_scale: tl.uint32,
     count,
     draw: tl.uint32,
     rank,
@@ -141,7 +149,7 @@ def parameters_kernel(
     rows = (row_offset + row).to(tl.uint32)
     first = (col_offset // PER_CALL + (tile % across) * (BC // PER_CALL)).to(tl.uint32)
     draw = tl.cast(draw, tl.uint32)
-    rank_scale = _number(numbers, 5)
+    rank_scale = _number(rank_scale)
 
     view = entry + PLACE
     elements = _elements(view, row, col, PLAIN, DTYPE)
@@ -152,27 +160,27 @@ def parameters_kernel(
             eps = _noise(rows, first, draw + p, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
             total = tl.fma(_all(tl.load(amounts + p * stride_amount), eps), eps, total)
         if lr is None:
-            down = _number(numbers, 0) * -0.0
+            down = _number(weight_decay) * -0.0
         else:
             down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which makes 0 of it, not -0
-        new = tl.fma(_all(down * _number(numbers, 0), old), old, old)
+        new = tl.fma(_all(down * _number(weight_decay), old), old, old)
         if RULE == NO_STATE:
             new += total
         else:
             state = _elements(view + VIEW, row, col, PLAIN, tl.float32)
             mean = tl.load(state, mask=inside, other=0)
             if RULE == MOMENTUM:
-                mean = tl.fma(_all(_number(numbers, 1), old), mean, total)
+                mean = tl.fma(_all(_number(momentum), old), mean, total)
                 new = tl.fma(_all(down, old), mean, new)
             else:
-                number, beta1, beta2 = tl.load(step), _number(numbers, 2), _number(numbers, 3)
+                number, beta1, beta2 = tl.load(step), _number(beta1), _number(beta2)
                 down = tl.div_rn(down, 1.0 - _power(beta1, number))
                 root = tl.sqrt_rn(1.0 - _power(beta2, number))
                 other = _elements(view + 2 * VIEW, row, col, PLAIN, tl.float32)
                 square = tl.load(other, mask=inside, other=0)
                 mean = tl.fma(_all(beta1, old), mean, (1.0 - beta1) * total)
                 square = tl.fma(_all(beta2, old), square, ((1.0 - beta2) * total) * total)
-                below = tl.div_rn(tl.sqrt_rn(square), _all(root, old)) + _number(numbers, 4)
+                below = tl.div_rn(tl.sqrt_rn(square), _all(root, old)) + _number(epsilon)
                 new = tl.fma(_all(down, old), tl.div_rn(mean, below), new)
                 tl.store(other, square, mask=inside)
             tl.store(state, mean, mask=inside)
@@ -237,12 +245,13 @@ def launches(
                 entry += [view.data_ptr(), *view.stride(), *view.shape[-COLUMN_AXES + 1 :]]
             entries.append((*entry, *[0] * (ROW.value - len(entry))))
             programs.append(cdiv(rows, tile.rows) * cdiv(cols + shift, tile.cols))
+        table_of_entries, owners = on_device(tuple(entries), tuple(programs), keys.device)
         yield Launch(
             parameters_kernel,
             sum(programs),
             {
-                "entries": on_device(tuple(entries), keys.device),
-                "owners": owners(tuple(programs), keys.device),
+                "entries": table_of_entries,
+                "owners": owners,
                 "keys": keys,
                 "table": table(dist, keys.device),
                 "amounts": amounts,
@@ -250,7 +259,7 @@ def launches(
                 "probes": amounts.numel(),
                 "lr": rule[0],
                 "step": rule[1],
-                "numbers": on_device((tuple(map(bits, (*rule[2:], scale))),), keys.device),
+                **dict(zip(NUMBERS, map(bits, (*rule[2:], scale)), strict=True)),
                 "count": len(tensors),
                 "draw": draw,
                 "rank": rank if form.low_rank else None,
