@@ -238,6 +238,17 @@ def test_a_resumed_run_and_a_replayed_log_are_bitwise_the_run(files: Path, tmp_p
     assert any(not torch.equal(start[name], got[name]) for name in got)
 
 
+def test_a_run_that_lost_the_times_of_all_its_steps_is_reported(files: Path, tmp_path: Path):
+    runs.start(settings(files, evaluations=1), tmp_path, "")
+    expected, history = contents(tmp_path), json.loads((tmp_path / runs.HISTORY).read_text())
+    history["evaluations"] = history["evaluations"][:1]  # as if killed between the last step and its evaluation
+    (tmp_path / runs.HISTORY).write_text(json.dumps(history))
+    runs.resume(tmp_path, "")
+    assert contents(tmp_path) == expected
+    found = json.loads((tmp_path / report.REPORT).read_text())
+    assert (found["timed_steps"], found["training_seconds"], found["sentences_per_second"]) == (0, 0, None)
+
+
 def test_a_process_killed_at_any_moment_can_go_on(files: Path, tmp_path: Path):
     options = ["--data", files / "set", "--model", files / "encoder", "--tune", "lora", "--steps", 60]
     options += ["--batch", 8, "--probes", 2, "--threads", 1, "--max-tokens", 32, "--evaluations", 6]

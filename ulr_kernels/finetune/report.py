@@ -61,7 +61,7 @@ def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) ->
         "test_loss": last["test_loss"],
         "timed_steps": last["timed_steps"],
         "training_seconds": last["seconds"],
-        f"{job.unit}_per_second": last["met"] / last["seconds"],
+        f"{job.unit}_per_second": last["met"] / last["seconds"] if last["timed_steps"] else None,
         "tuned_parameters": tuned,
         "memory": {
             "weights_mib": everything / 2**20,
