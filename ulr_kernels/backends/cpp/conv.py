@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import onednn
-from ulr_kernels.backends.cpp.tiles import halves, part, row_tiles
+from ulr_kernels.backends.cpp.tiles import halves, part, row_tiles, store, sums_of
 from ulr_kernels.ops._conv import Window
 
 CHUNK = 2**19  # elements of a chunk's inputs or outputs, whichever are more
@@ -76,9 +76,8 @@ def _conv(
     last = (x[0] if y is None else y[0]).is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if last else torch.contiguous_format
     xs, ys, loss_weights = halves(x, antithetic and own_x), halves(y, antithetic), halves(loss_weight, antithetic)
-    # fp32, over all chunks, so that a bf16 buffer is rounded once; a scalar's sum has stride 0.
-    bias_sums = None if grad_bias is None else torch.zeros(features)
-    log_sigma = None if grad_log_sigma is None else torch.zeros(grad_log_sigma.shape)
+    bias_sums = None if grad_bias is None else sums_of(grad_bias)
+    log_sigma = None if grad_log_sigma is None else sums_of(grad_log_sigma)
     gradient = None if grad_weight is None else _Gradient(grad_weight, window)
 
     launch = _native.launcher("cpp", "noisy_linear" if last else "noisy_channels")
@@ -101,7 +100,7 @@ def _conv(
             *(part(half, use, sample) for half in loss_weights),
             *(_laid_out(score, last) for score in scores),
             bias_sums,
-            None if log_sigma is None else log_sigma.expand(features),
+            None if log_sigma is None else log_sigma.expand(features),  # a scalar's has stride 0
         )
         at = (draw + use.start, row_offset + image.start * pixels, col_offset)
         which = (key, dist, sampler, positions, *at)
@@ -114,10 +113,9 @@ def _conv(
         del bases, scores, pass_tensors  # before the next chunk's are allocated
     if gradient is not None:
         gradient.store()
-    if grad_bias is not None and bias_sums is not None:
-        grad_bias.add_(bias_sums)
-    if grad_log_sigma is not None and log_sigma is not None:
-        grad_log_sigma.add_(log_sigma)
+    if loss_weight is not None:
+        store(bias_sums, grad_bias)
+        store(log_sigma, grad_log_sigma)
 
 
 def _features(y: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, window: Window) -> int:
@@ -166,7 +164,7 @@ class _Gradient:
     def __init__(self, buffer: Tensor, window: Window) -> None:
         self.buffer = buffer
         self.window = window
-        self.sums = buffer if buffer.dtype == _FP32 else torch.zeros_like(buffer, dtype=_FP32)
+        self.sums = sums_of(buffer)
         self.like = torch.empty(buffer.shape)
 
     def add(self, scores: Tensor, x: Tensor) -> None:
@@ -176,5 +174,4 @@ class _Gradient:
         self.sums.add_(by_weight)
 
     def store(self) -> None:
-        if self.sums is not self.buffer:
-            self.buffer.add_(self.sums)
+        store(self.sums, self.buffer)

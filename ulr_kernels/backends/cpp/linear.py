@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native, allocating
 from ulr_kernels.backends.cpp import onednn
-from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles
+from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles, store, sums_of
 from ulr_kernels.ops._op import allocate
 from ulr_kernels.ops.noisy_linear_grads_ import calls
 
@@ -90,10 +90,9 @@ def _linear(
     ys = halves(y, antithetic)
     loss_weights = halves(loss_weight, antithetic)
     sigma = sigma.expand(features)
-    # fp32, over all tiles, so that a bf16 buffer is rounded once; a scalar's sum has stride 0.
-    bias_sums = None if grad_bias is None else torch.zeros(features)
-    log_sigma = None if grad_log_sigma is None else torch.zeros(grad_log_sigma.shape)
-    log_sigma_sums = None if log_sigma is None else log_sigma.expand(features)
+    bias_sums = None if grad_bias is None else sums_of(grad_bias)
+    log_sigma = None if grad_log_sigma is None else sums_of(grad_log_sigma)
+    log_sigma_sums = None if log_sigma is None else log_sigma.expand(features)  # a scalar's has stride 0
 
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
     for n in range(0, features, sizes.features):
@@ -131,10 +130,9 @@ def _linear(
             del bases, scores, tensors  # before the next tile's are allocated
         if gradient is not None:
             gradient.store()
-    if grad_bias is not None and bias_sums is not None:
-        grad_bias.add_(bias_sums)
-    if grad_log_sigma is not None and log_sigma is not None:
-        grad_log_sigma.add_(log_sigma)
+    if loss_weight is not None:
+        store(bias_sums, grad_bias)
+        store(log_sigma, grad_log_sigma)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +219,7 @@ class _Gradient:
 
     def __init__(self, buffer: Tensor, sizes: _Sizes) -> None:
         self.buffer = buffer
-        self.sums = buffer if buffer.dtype == _FP32 else torch.zeros_like(buffer, dtype=_FP32)
+        self.sums = sums_of(buffer)
         self.features = sizes.product_features
 
     def add(self, scores: Tensor, x: Tensor) -> None:
@@ -233,5 +231,4 @@ class _Gradient:
             self.sums[cols].add_(onednn.linear(scores[:, cols].T, rows.T))
 
     def store(self) -> None:
-        if self.sums is not self.buffer:
-            self.buffer.add_(self.sums)
+        store(self.sums, self.buffer)

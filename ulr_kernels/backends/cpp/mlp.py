@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ulr_kernels.backends.cpp import linear, onednn
+from ulr_kernels.backends.cpp.tiles import store, sums_of
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.ops._losses import activate_, losses_of
 from ulr_kernels.ops.noisy_linear_cross_entropy_ import as_mlp
@@ -89,8 +89,7 @@ def noisy_mlp_step(
     widest = copies * max(weight.shape[0] for weight in weights)
     step = -(-rows // -(-rows * widest // TILE))  # even tiles
     tiles = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    # fp32, over all tiles, so that a bf16 buffer is rounded once
-    weight_sums, bias_sums = [_fp32(g) for g in grad_weights], [_fp32(g) for g in grad_biases]
+    weight_sums, bias_sums = [sums_of(g) for g in grad_weights], [sums_of(g) for g in grad_biases]
 
     def add_gradient(layer: int, a: Tensor, loss_weight: Tensor, row: int) -> None:
         into = weight_sums[layer], bias_sums[layer] if biases else None, None
@@ -116,13 +115,8 @@ def noisy_mlp_step(
             for layer in layers:
                 add_gradient(layer, values[layer], weight, tile.start)
     for gradient, sums in zip((*grad_weights, *grad_biases), (*weight_sums, *bias_sums), strict=True):
-        if sums is not gradient:
-            gradient.add_(sums)
+        store(sums, gradient)
 
 
 def noisy_linear_cross_entropy_(losses: Tensor, *args) -> None:
     noisy_mlp_step(losses[None], *as_mlp(*args))
-
-
-def _fp32(buffer: Tensor) -> Tensor:
-    return buffer if buffer.dtype == torch.float32 else torch.zeros_like(buffer, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +43,14 @@ def row_tiles(copies: int, rows: int, limit: int, positions: int) -> Iterator[tu
             stop = min(start + step, sample_end)
             yield slice(copy, copy + 1), slice(start, stop)
             start = stop
+
+
+def sums_of(buffer: Tensor) -> Tensor:
+    """Where what tiles add to a buffer is summed: in fp32, so that a buffer of another dtype is rounded once."""
+    return buffer if buffer.dtype == torch.float32 else torch.zeros_like(buffer, dtype=torch.float32)
+
+
+def store(sums: Tensor | None, buffer: Tensor | None) -> None:
+    """Add what `sums_of` a buffer has gathered, once all tiles are done."""
+    if sums is not None and buffer is not None and sums is not buffer:
+        buffer.add_(sums)
