@@ -8,23 +8,16 @@ inline namespace ULR_ISA {
 
 enum PerturbTensor { kPerturbKeys, kScale, kPerturbFirst };
 
-// The elements of a tile, while the one before it gets its noise.
-template <typename T>
-void prefetch(const ulr_tensor& t, const Extent& tile) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-        prefetch_bytes(at<T>(t, tile.row + r, 0, 0) + tile.col, tile.cols * static_cast<int64_t>(sizeof(T)));
-}
-
 template <typename T>
 void perturb_tiles(const ulr_noise_spec& spec, const Parameter& p, int64_t first, int64_t last, F scale,
                    bool stochastic) {
     ParameterNoise noise(spec, p);
     Rounding<T> rounding(spec, p, stochastic);
-    // Signs are made faster than memory answers. Other noise takes longer, and there prefetching costs a fifth.
-    const bool ahead = spec.dist == ULR_RADEMACHER && side_by_side(p.tensors[0]);
+    // Memory rests while noise is made, so what the next tile will want is asked for line by line as this one's
+    // elements pass: all of it at once would have to wait. Beyond the tensor's end asking does nothing.
+    const bool ahead = side_by_side(p.tensors[0]);
     for (int64_t i = first; i < last; ++i) {
         const Extent tile = p.tile(i), at = p.whole(tile, spec.draw);
-        if (ahead && i + 1 < last) prefetch<T>(p.tensors[0], p.tile(i + 1));
         noise.make(at);
         rounding.make(at);
         for (int64_t r = 0; r < tile.rows; ++r) {
@@ -32,6 +25,7 @@ void perturb_tiles(const ulr_noise_spec& spec, const Parameter& p, int64_t first
             T* to = columns.data();
             const float* eps = noise.row(r);
             by_lanes(tile.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                if (ahead) __builtin_prefetch(to + c + kTileFloats, 1);
                 rounding.store(to + c, fma(scale, load(eps + c), load_part(to + c, n)), r, c, n);
             });
         }
