@@ -107,15 +107,16 @@ def test_a_residual_network_follows_the_law():
         assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
 
 
-@pytest.mark.parametrize(
-    "make, steps, threshold", [(bert, 100, 0.6), (gpt2, 100, 1.0), (vit, 100, 0.6), (transformer, 100, 4.0)]
-)
-def test_training(make, steps, threshold):
+STEPS = 200
+
+
+@pytest.mark.parametrize("make, threshold", [(bert, 0.1), (gpt2, 0.4), (vit, 0.1), (transformer, 2.5)])
+def test_training(make, threshold):
     """All parameters, joint injection. Before: ln 3 and ln 12 for classes and tokens."""
     model, x, y, loss_fn = make()
     estimator = ulr.ULR(lively(model), sigma=0.02, copies=64, injection="joint")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(steps):
+    for _ in range(STEPS):
         optimizer.zero_grad()
         loss = estimator.backward(x, y, loss_fn)
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
@@ -124,15 +125,15 @@ def test_training(make, steps, threshold):
 
 
 def test_training_a_residual_network():
-    """Eleven million parameters as torchvision initialises them, and few small steps, for the time that they take."""
+    """Eleven million parameters as torchvision initialises them."""
     torch.manual_seed(0)
     model, x, y, loss_fn = resnet18()
     estimator = ulr.ULR(model, sigma=0.01, copies=64, injection="joint")
-    optimizer = torch.optim.Adam(model.parameters(), lr=8e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
     losses = []
-    for _ in range(24):
+    for _ in range(STEPS):
         optimizer.zero_grad()
         losses.append(float(estimator.backward(x[:3, :, :8, :8], y[:3], loss_fn)))
         optimizer.step()
     assert losses[0] > 1.05  # ln 3 is 1.099
-    assert losses[-1] < 1.0
+    assert losses[-1] < 0.1
