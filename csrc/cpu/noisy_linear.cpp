@@ -54,15 +54,17 @@ void Pass::open(Unit& unit, bool is_new) const {
     memset(unit.log_sigma_sums, 0, sizeof unit.log_sigma_sums);
 }
 
-// The base of a tile: the product left it in a far cache.
+// Asks for the base of a tile, so that it is near by the time the noise is made: the product left it in a far cache.
 void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
+    constexpr int64_t kLine = 64;
     const ulr_tensor& base = t_[kBase];
     const int64_t size = base.dtype == ULR_F32 ? 4 : 2, shared = base.size[0] == 1 ? 1 : draws;
     for (int64_t d = 0; d < shared; ++d) {
         for (int64_t r = 0; r < unit.rows; ++r) {
             const int64_t first =
                 (shared == 1 ? 0 : draw + d) * base.stride[0] + (unit.row + r) * base.stride[1] + unit.col;
-            prefetch_bytes(static_cast<const char*>(base.data) + first * size, unit.cols * size);
+            const char* row = static_cast<const char*>(base.data) + first * size;
+            for (int64_t byte = 0; byte < unit.cols * size; byte += kLine) __builtin_prefetch(row + byte, 1);
         }
     }
 }

@@ -14,12 +14,6 @@ T* at(const ulr_tensor& t, int64_t i, int64_t j, int64_t k) {
     return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2];
 }
 
-// Asks for memory that will soon be read and written, so that it comes near while noise is made.
-inline void prefetch_bytes(const void* first, int64_t bytes) {
-    constexpr int64_t kLine = 64;
-    for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(static_cast<const char*>(first) + byte, 1);
-}
-
 // body(c, n): n lanes from column c on; n is a constant but for the last.
 template <typename Body>
 inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
