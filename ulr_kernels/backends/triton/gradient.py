@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.launch import strides
-from ulr_kernels.backends.triton.scores import log_weighted, no_parts, weighted
+from ulr_kernels.backends.triton.scores import no_parts, weigh
 from ulr_kernels.backends.triton.tiles import Tile
 
 
@@ -51,13 +51,10 @@ def add_rows(
         copy = tl.cast(d, tl.int64)
         own_x = copy * stride_x_copy
         parts = noise_parts(raw, source, DIST)
-        plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
-        minus = tl.zeros_like(plus)
-        if ANTITHETIC:
-            minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-        reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
-        if grad_log_sigma is not None:
-            reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
+        plus, minus, reduced, reduced_log = weigh(
+            reduced, reduced_log, parts, losses + copy * stride_loss_copy, mirror_loss, row_inside, grad_log_sigma,
+            DIST, ANTITHETIC,
+        )  # fmt: skip
         if not SHARED and grad_weight is not None:
             slope = score(noise_tile(raw, source, DIST), DIST)
             total = transposed_product(plus * slope, tl.load(x_tile + own_x, mask=x_inside, other=0), total)

@@ -19,7 +19,7 @@ from ulr_kernels.backends.triton.contract import (
 )
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
-from ulr_kernels.backends.triton.scores import add, log_weighted, no_parts, weighted
+from ulr_kernels.backends.triton.scores import add, no_parts, weigh
 from ulr_kernels.ops._grid import images
 
 
@@ -122,13 +122,10 @@ def noise_dot_kernel(
                 tl.cast(width, tl.int32), DIST, BR, BC,
             )  # fmt: skip
             parts = noise_parts(raw, source, DIST)
-            plus = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
-            minus = tl.zeros_like(plus)
-            if ANTITHETIC:
-                minus = tl.load(losses + copy * stride_loss_copy + mirror_loss, mask=row_inside, other=0)[:, None]
-            reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
-            if grad_log_sigma is not None:
-                reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
+            plus, minus, reduced, reduced_log = weigh(
+                reduced, reduced_log, parts, losses + copy * stride_loss_copy, mirror_loss, row_inside, grad_log_sigma,
+                DIST, ANTITHETIC,
+            )  # fmt: skip
             if not SHARED and grad_weight is not None:
                 slope = score(noise_tile(raw, source, DIST), DIST)
                 own = tl.load(x_tile + copy * stride_x_copy, mask=inside, other=0).to(tl.float32)

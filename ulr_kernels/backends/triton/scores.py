@@ -39,3 +39,20 @@ def log_weighted(total, factor, parts, DIST: tl.constexpr):
     for p in tl.static_range(len(parts)):
         result = result + (tl.fma(factor, parts[p] * score(parts[p], DIST) - 1, total[p]),)
     return result
+
+
+@triton.jit
+def weigh(
+    reduced, reduced_log, parts, losses, mirror, row_inside, grad_log_sigma, DIST: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+):  # fmt: skip
+    """A draw's loss weights of the rows at `losses`, and of its negative (0 where there is none), `mirror` further on;
+    and the sums over draws with its scores added, those by ln sigma where that has a gradient."""
+    plus = tl.load(losses, mask=row_inside, other=0)[:, None]
+    minus = tl.zeros_like(plus)
+    if ANTITHETIC:
+        minus = tl.load(losses + mirror, mask=row_inside, other=0)[:, None]
+    reduced = weighted(reduced, plus - minus, parts, DIST)  # the score is odd
+    if grad_log_sigma is not None:
+        reduced_log = log_weighted(reduced_log, plus + minus, parts, DIST)
+    return plus, minus, reduced, reduced_log
