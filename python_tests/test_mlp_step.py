@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from ulr_kernels import contract
+from ulr_kernels.backends import cpp
 from ulr_kernels.ops import noisy_linear_cross_entropy_, noisy_mlp_step
 from ulr_kernels.ops._losses import losses_of
 from ulr_kernels.ops._op import Sample
@@ -138,6 +139,38 @@ def compare_head(sample_id: str, device: str, dtype: torch.dtype) -> None:
     keys = torch.as_tensor(key, device=device).reshape(1)
     biases, grad_biases = ([] if t is None else [t] for t in (bias, grad_bias))
     compare(Sample(sample_id, ([grad], grad_biases, x, target, [weight], biases, sigma, keys), sample.kwargs), head)
+
+
+@pytest.mark.pair("cpp/cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_instruction_set_and_thread_count_on_the_cpu(dtype) -> None:
+    """Losses are bitwise those of one thread; sums of the gradients are oneDNN's, which splits them by threads."""
+    try:
+        for isa in cpp.available_isas():
+            cpp.set_isa(isa)
+            for sample in large(dtype):
+                torch.set_num_threads(1)
+                with ulr.use_backend("cpp"):
+                    losses = compare(sample)[0]
+                    torch.set_num_threads(3)
+                    assert torch.equal(compare(sample)[0], losses), (isa, sample.id)
+    finally:
+        cpp.set_isa(None)
+
+
+@pytest.mark.pair("cpp/cpu")
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_activations_on_the_cpu_are_torchs(activation: str) -> None:
+    """By a squared loss of one output whose weight is 1; small values keep their relative accuracy."""
+    x = torch.cat([torch.logspace(-6, 2, 400), -torch.logspace(-6, 2, 400), torch.tensor([0.0, torch.inf, -torch.inf])])
+    one = torch.ones(1, 1)
+    with ulr.use_backend("cpp"):
+        losses = noisy_mlp_step(
+            [one.clone(), one.clone()], [], x[:, None], torch.zeros(len(x), 1), [one, one], [], torch.full((2,), 1e-30),
+            torch.tensor([1, 2]), copies=1, antithetic=False, activation=activation, loss="squared",
+        )  # fmt: skip
+    expected = getattr(torch, activation)(x).double().square()
+    torch.testing.assert_close(losses[1, 0].double(), expected, rtol=2e-6, atol=1e-37)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -14,6 +14,7 @@
     X(set, noise_score)           \
     X(set, noisy_channels)        \
     X(set, noisy_linear)          \
+    X(set, noisy_mlp)             \
     X(set, perturb_)              \
     X(set, perturbed_linear)      \
     X(set, perturbed_weight)

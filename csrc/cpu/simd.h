@@ -1,11 +1,13 @@
 // The lanes of one instruction set, picked when this source is compiled: AVX-512, AVX2 with FMA, or portable C++.
 // Each of the three headers defines, in its own inline namespace, the same names:
 //     kLanes; U, F: vectors of uint32 and of float; M: a mask of lanes
-//     integers   set, load, store, operators + - & | ^, shift_right<n>, and_or (a & b | c), and_xor (a ^ b & c),
+//     integers   set, load, store, operators + - & | ^, shift_left<n>, shift_right<n>, and_or (a & b | c), and_xor (a ^
+//     b & c),
 //                not_less, subtract_where
 //     products   W: the lanes of a U in 64 bits each, of which the upper 32 are ignored, so that a product is itself
 //                the vector of its lower halves: widen, narrow, multiply, high_xor (upper half ^ a ^ k)
-//     floats     set, load, store, fma, operators + - * /, square_root, to_float (of int32), bits, as_float
+//     floats     set, load, store, fma, operators + - * /, square_root, larger and smaller (b where either is NaN),
+//                where_positive (b where a > 0, else 0), to_float (of int32), bits, as_float
 //     Octaves    the table of a distribution, held where an octave's coefficients can be looked up by lane: `exponent`
 //                is the biased exponent of 2^octave
 //     transpose  four vectors, one word of each of kLanes calls of Philox, into the order of columns

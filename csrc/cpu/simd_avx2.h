@@ -30,6 +30,10 @@ template <int n>
 U shift_right(U a) {
     return {_mm256_srli_epi32(a.v, n)};
 }
+template <int n>
+U shift_left(U a) {
+    return {_mm256_slli_epi32(a.v, n)};
+}
 inline M not_less(U a, U b) { return _mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v); }
 inline U subtract_where(M m, U a, U b) { return {_mm256_sub_epi32(a.v, _mm256_and_si256(m, b.v))}; }
 
@@ -56,6 +60,9 @@ inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F square_root(F a) { return {_mm256_sqrt_ps(a.v)}; }
+inline F larger(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F smaller(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F where_positive(F a, F b) { return {_mm256_and_ps(_mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_GT_OQ), b.v)}; }
 inline F to_float(U a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline U bits(F a) { return {_mm256_castps_si256(a.v)}; }
 inline F as_float(U a) { return {_mm256_castsi256_ps(a.v)}; }

@@ -30,6 +30,10 @@ template <int n>
 U shift_right(U a) {
     return {_mm512_srli_epi32(a.v, n)};
 }
+template <int n>
+U shift_left(U a) {
+    return {_mm512_slli_epi32(a.v, n)};
+}
 inline M not_less(U a, U b) { return _mm512_cmpge_epu32_mask(a.v, b.v); }
 inline U subtract_where(M m, U a, U b) { return {_mm512_mask_sub_epi32(a.v, m, a.v, b.v)}; }
 
@@ -54,6 +58,11 @@ inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F square_root(F a) { return {_mm512_sqrt_ps(a.v)}; }
+inline F larger(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F smaller(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F where_positive(F a, F b) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_GT_OQ), b.v)};
+}
 inline F to_float(U a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline U bits(F a) { return {_mm512_castps_si512(a.v)}; }
 inline F as_float(U a) { return {_mm512_castsi512_ps(a.v)}; }

@@ -49,6 +49,10 @@ template <int n>
 U shift_right(U a) {
     return each<uint32_t>([&](int i) { return a.v[i] >> n; });
 }
+template <int n>
+U shift_left(U a) {
+    return each<uint32_t>([&](int i) { return a.v[i] << n; });
+}
 inline M not_less(U a, U b) {
     return each<bool>([&](int i) { return a.v[i] >= b.v[i]; });
 }
@@ -95,6 +99,15 @@ inline F operator/(F a, F b) {
 }
 inline F square_root(F a) {
     return each<float>([&](int i) { return sqrtf(a.v[i]); });
+}
+inline F larger(F a, F b) {
+    return each<float>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F smaller(F a, F b) {
+    return each<float>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F where_positive(F a, F b) {
+    return each<float>([&](int i) { return a.v[i] > 0.0f ? b.v[i] : 0.0f; });
 }
 inline F to_float(U a) {
     return each<float>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.v[i])); });

@@ -11,9 +11,7 @@
 
 namespace ulr {
 
-constexpr int kMostLayers = 64, kMlpThreads = 256, kForwardStages = 4;
-
-enum class Activation { kRelu, kTanh, kSigmoid, kStep };  // in the order of ulr_kernels/ops/_losses.py
+constexpr int kMlpThreads = 256, kForwardStages = 4;
 
 __device__ __forceinline__ float activated(float y, Activation activation) {
     switch (activation) {

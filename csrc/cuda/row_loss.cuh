@@ -2,12 +2,11 @@
 #pragma once
 
 #include "element.cuh"
+#include "ulr/mlp.h"
 
 namespace ulr {
 
-// In the order of ulr_kernels/ops/_losses.py and ulr_kernels/baselines.py.
-enum class Loss { kCrossEntropy, kSquared, kZeroOne };
-enum class Baseline { kMean, kClean, kNone };
+enum class Baseline { kMean, kClean, kNone };  // in the order of ulr_kernels/baselines.py
 
 __device__ __forceinline__ float warp_sum(float value) {
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);

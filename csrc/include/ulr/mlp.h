@@ -1,0 +1,12 @@
+// What noisy_mlp_step is told by number.
+#pragma once
+
+namespace ulr {
+
+constexpr int kMostLayers = 64;
+
+// In the order of ulr_kernels/ops/_losses.py.
+enum class Activation { kRelu, kTanh, kSigmoid, kStep };
+enum class Loss { kCrossEntropy, kSquared, kZeroOne };
+
+}  // namespace ulr
