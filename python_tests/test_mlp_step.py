@@ -29,15 +29,17 @@ ACTIVATIONS = {
 }
 
 
-def true_loss(logits: Tensor, target: Tensor, loss: str) -> Tensor:
+def true_loss(logits: Tensor, target: Tensor, loss: str, smoothing: float) -> Tensor:
     """fp64 `[C, R]` of logits `[C, R, N]`."""
     if loss == "squared":
         return (logits - target.double()).pow(2).sum(-1) / logits.shape[-1]
+    ignored, target = target == -100, target.clamp(min=0)
     here = logits[:, torch.arange(len(target)), target]
     if loss == "zero_one":
         ahead = logits == logits.max(-1, keepdim=True).values
         return (ahead.int().cumsum(-1).eq(1) & ahead)[:, torch.arange(len(target)), target].logical_not().double()
-    return logits.exp().sum(-1).log() - here
+    expected = (1 - smoothing) * here + smoothing * logits.mean(-1)
+    return (logits.exp().sum(-1).log() - expected).masked_fill(ignored, 0)
 
 
 def true_weights(losses: Tensor, clean: Tensor, baseline: str, antithetic: bool) -> Tensor:
@@ -58,7 +60,7 @@ def compare(sample: Sample, step: Callable = noisy_mlp_step) -> list[Tensor]:
     """Run a sample on the back end in use: losses and buffers must be within rounding of the definition."""
     grads, grad_biases, x, target, weights, biases, sigma, keys = sample.args
     how = {"copies": 32, "antithetic": True, "injection": "layerwise", "activation": "relu", "loss": "cross_entropy"}
-    how |= {"baseline": "mean", "dist": "normal", "draw": 0, "row_offset": 0, **sample.kwargs}
+    how |= {"label_smoothing": 0.0, "baseline": "mean", "dist": "normal", "draw": 0, "row_offset": 0, **sample.kwargs}
     results, bias_results = [clone(g) for g in grads], [clone(g) for g in grad_biases]
     losses = step(results, bias_results, *sample.args[2:], **sample.kwargs)
 
@@ -87,10 +89,10 @@ def compare(sample: Sample, step: Callable = noisy_mlp_step) -> list[Tensor]:
         return values, magnitudes
 
     expected = [(g.cpu().double(), g.cpu().double().abs()) for g in (*grads, *grad_biases)]
-    clean = true_loss(forward([])[0][-1], target.cpu(), how["loss"])[0]
+    clean = true_loss(forward([])[0][-1], target.cpu(), how["loss"], how["label_smoothing"])[0]
     for number, noised in enumerate([[i] for i in range(count)] if how["injection"] == "layerwise" else [range(count)]):
         (*inputs, logits), magnitudes = forward(noised)
-        loss, got = true_loss(logits, target.cpu(), how["loss"]), losses[number].cpu().double()
+        loss, got = true_loss(logits, target.cpu(), how["loss"], how["label_smoothing"]), losses[number].cpu().double()
         worst = (got - loss).abs().max()
         assert worst <= (1e-5 if dtype == torch.float32 else 0.05) * (1 + loss.abs().max()), f"losses: {worst:.2g} off"
         weight = true_weights(got, clean, how["baseline"], how["antithetic"])
@@ -208,5 +210,5 @@ def test_it_is_the_estimator_of_the_same_model(injection, baseline, device) -> N
 def test_a_class_that_does_not_exist_gives_nan() -> None:
     logits = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
     for loss in ("cross_entropy", "zero_one"):
-        assert losses_of(logits, torch.tensor([2, -1]), loss).isnan().all()
-        assert losses_of(logits, torch.tensor([1, 1]), loss).isfinite().all()
+        assert losses_of(logits, torch.tensor([2, -1]), loss, 0.0).isnan().all()
+        assert losses_of(logits, torch.tensor([1, 1]), loss, 0.0).isfinite().all()

@@ -26,7 +26,13 @@ enum LayerArgument {
     kOutput,  // [C, R, N], what the next layer reads, columns of unit stride; absent: nobody else reads it
     kTensorsOfLayer,
 };
-enum Number { kNoised, kActivation, kLoss, kDtype };  // how many of the layers are noised, from the first on
+enum Number {
+    kNoised,
+    kActivation,
+    kLoss,
+    kSmoothing,
+    kDtype
+};  // how many of the layers are noised, from the first on
 
 constexpr int kRows = kLanes >= 16 ? 12 : kLanes >= 8 ? 6 : 4, kVectors = 2;  // of a product: its sums fill registers
 constexpr int64_t kPanel = kVectors * kLanes;                                 // features whose weights lie together
@@ -91,15 +97,23 @@ float largest_lane(F a) {
     return lanes[0];
 }
 
-// ln sum exp(outputs) - outputs[label]. Writes to `outputs` behind its end, up to whole vectors.
-float cross_entropy(float* outputs, int64_t cols, int64_t label) {
+// ln sum exp(outputs) - outputs[label]; with a share `smoothing` of the label on all outputs alike. Writes to `outputs`
+// behind its end, up to whole vectors.
+float cross_entropy(float* outputs, int64_t cols, int64_t label, float smoothing) {
     for (int64_t c = cols; c < up(cols, kLanes); ++c) outputs[c] = -INFINITY;
     F top = load(outputs);
     for (int64_t c = kLanes; c < cols; c += kLanes) top = larger(load(outputs + c), top);
     const float most = largest_lane(top);
     F sum = set(0.0f);
     for (int64_t c = 0; c < cols; c += kLanes) sum = sum + exponential(load(outputs + c) - set(most));
-    return logf(sum_of_lanes(sum)) - (outputs[label] - most);
+    float expected = outputs[label] - most;
+    if (smoothing > 0.0f) {
+        for (int64_t c = cols; c < up(cols, kLanes); ++c) outputs[c] = most;
+        F all = set(0.0f);
+        for (int64_t c = 0; c < cols; c += kLanes) all = all + (load(outputs + c) - set(most));
+        expected = (1.0f - smoothing) * expected + smoothing / static_cast<float>(cols) * sum_of_lanes(all);
+    }
+    return logf(sum_of_lanes(sum)) - expected;
 }
 
 float mean_square(const float* outputs, const float* target, int64_t cols) {
@@ -130,6 +144,7 @@ class Pass {
           noised_(where.numbers[kNoised]),
           activation_(static_cast<Activation>(where.numbers[kActivation])),
           loss_(static_cast<Loss>(where.numbers[kLoss])),
+          smoothing_(number_of(where.numbers[kSmoothing])),
           halves_(spec.antithetic ? 2 : 1),
           draws_(t_[kLosses].size[1] / halves_),
           samples_(t_[kLosses].size[2]) {}
@@ -165,6 +180,7 @@ class Pass {
     const int64_t layers_, noised_;
     const Activation activation_;
     const Loss loss_;
+    const float smoothing_;
     const int64_t halves_, draws_, samples_;
     int64_t pitch_ = 0;  // of a block's rows
     Layer layer_[kMostLayers] = {};
@@ -273,11 +289,11 @@ void Pass<T>::losses(const Block& block, float* outputs) const {
                 }
                 const int64_t label = *at<int64_t>(t_[kTarget], 0, 0, sample);
                 if (label < 0 || label >= cols)
-                    loss = NAN;
+                    loss = loss_ == Loss::kCrossEntropy && label == kIgnored ? 0.0f : NAN;
                 else if (loss_ == Loss::kZeroOne)
                     loss = largest(outputs, cols) == label ? 0.0f : 1.0f;
                 else
-                    loss = cross_entropy(outputs, cols, label);
+                    loss = cross_entropy(outputs, cols, label, smoothing_);
             }
         }
     }

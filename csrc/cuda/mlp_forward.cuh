@@ -68,6 +68,7 @@ struct MlpStep {
     bool joint, has_clean;  // has_clean: rows without noise go through all layers
     Activation activation;
     Loss loss;
+    float smoothing;
     Baseline baseline;
     Level<T> levels[kMostLayers + 1];
     MlpLayer<T> layer[kMostLayers];

@@ -27,12 +27,14 @@ __device__ __forceinline__ void weigh_samples(const MlpStep<T>& p, int64_t first
         float* losses = p.losses + pass * p.copies * p.rows + first + sample;
         for (int copy = threadIdx.x / 32; copy < p.copies; copy += kWarps) {
             const int64_t row = (pass * p.copies + copy) * samples + sample;
-            const float loss = row_loss(p.loss, logits.noised + row * logits.pitch, features, p.target, first + sample);
+            const float loss =
+                row_loss(p.loss, p.smoothing, logits.noised + row * logits.pitch, features, p.target, first + sample);
             if (threadIdx.x % 32 == 0) losses[copy * p.rows] = loss;
         }
-        const float clean = p.baseline != Baseline::kClean ? 0.0f
-                                                           : row_loss(p.loss, logits.clean + sample * logits.pitch,
-                                                                      features, p.target, first + sample);
+        const float clean = p.baseline != Baseline::kClean
+                                ? 0.0f
+                                : row_loss(p.loss, p.smoothing, logits.clean + sample * logits.pitch, features,
+                                           p.target, first + sample);
         __syncthreads();
         weigh_losses(losses, p.rows, clean, p.loss_weights + pass * p.copies * samples + sample, samples, p.copies,
                      p.noise.antithetic != 0, p.baseline, count);
@@ -156,6 +158,7 @@ enum {
     kHasClean,
     kActivation,
     kLoss,
+    kSmoothing,
     kBaseline,
     kTileSamples,
     kLossWeights,
@@ -190,6 +193,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
                  numbers[kHasClean] != 0,
                  static_cast<Activation>(numbers[kActivation]),
                  static_cast<Loss>(numbers[kLoss]),
+                 number_of(numbers[kSmoothing]),
                  static_cast<Baseline>(numbers[kBaseline]),
                  {},
                  {}};

@@ -36,10 +36,11 @@ struct Target {
     }
 };
 
-// All lanes of a warp together, all get the loss. A class that does not exist gives NaN.
+// All lanes of a warp together, all get the loss. A class that does not exist gives NaN. `smoothing`: the share of a
+// class that all outputs have alike.
 template <typename T, typename Logit>
-__device__ __forceinline__ float row_loss(Loss loss, const Logit* logits, int features, const Target<T>& target,
-                                          int64_t row) {
+__device__ __forceinline__ float row_loss(Loss loss, float smoothing, const Logit* logits, int features,
+                                          const Target<T>& target, int64_t row) {
     const int lane = threadIdx.x % 32;
     if (loss == Loss::kSquared) {
         float sum = 0.0f;
@@ -50,7 +51,7 @@ __device__ __forceinline__ float row_loss(Loss loss, const Logit* logits, int fe
         return warp_sum(sum) / static_cast<float>(features);
     }
     const int64_t wanted = target.of(row);
-    if (wanted < 0 || wanted >= features) return NAN;
+    if (wanted < 0 || wanted >= features) return loss == Loss::kCrossEntropy && wanted == kIgnored ? 0.0f : NAN;
     float largest = -INFINITY;
     int where = features;
     for (int i = lane; i < features; i += 32) {
@@ -63,9 +64,16 @@ __device__ __forceinline__ float row_loss(Loss loss, const Logit* logits, int fe
         if (other > largest || (other == largest && there < where)) largest = other, where = there;
     }
     if (loss == Loss::kZeroOne) return where == wanted ? 0.0f : 1.0f;
-    float sum = 0.0f;
-    for (int i = lane; i < features; i += 32) sum += expf(to_float(logits[i]) - largest);
-    return logf(warp_sum(sum)) + largest - to_float(logits[wanted]);
+    float sum = 0.0f, all = 0.0f;
+    for (int i = lane; i < features; i += 32) {
+        const float below = to_float(logits[i]) - largest;
+        sum += expf(below);
+        all += below;
+    }
+    const float own = to_float(logits[wanted]) - largest;
+    const float expected =
+        smoothing > 0.0f ? (1.0f - smoothing) * own + smoothing / static_cast<float>(features) * warp_sum(all) : own;
+    return logf(warp_sum(sum)) - expected;
 }
 
 // (L - b) / count for each copy of one sample, of the warps whose turn it is: baselines.py says why so. Copies lie

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import pathlib
+import struct
 from types import ModuleType
 from typing import NamedTuple
 
@@ -110,6 +111,11 @@ def launcher(part: str, name: str) -> Launcher:
 def view(tensor: Tensor) -> TensorView:
     """What a launcher reads of a tensor of up to five axes."""
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def float_bits(value: float) -> int:
+    """A number that is no integer, as a launcher reads it: the bits of the fp32 number nearest to it."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
 def noise_spec(

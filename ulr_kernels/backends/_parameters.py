@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import struct
 
 from torch import Tensor
 
@@ -23,11 +22,6 @@ def _places(tensors: list[Tensor], rank: int | None, row_offset: list[int], col_
     nothing = (0,) * len(tensors)
     ranks = (0 if rank is None or t.dim() < 2 else rank for t in tensors)
     return tuple(itertools.chain(*zip(row_offset or nothing, col_offset or nothing, ranks, strict=True)))
-
-
-def bits(value: float) -> int:
-    """Of the fp32 number nearest to a value."""
-    return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
 def perturb_(
@@ -69,7 +63,8 @@ def combine_(
 ) -> Arguments:
     keys = keys.contiguous()
     rule = ADAM if exp_avgs else MOMENTUM if momentum_buffers else SUM
-    numbers = (int(stochastic), rule, *map(bits, (weight_decay, momentum, beta1, beta2, epsilon)), rank or 0)
+    factors = map(_native.float_bits, (weight_decay, momentum, beta1, beta2, epsilon))
+    numbers = (int(stochastic), rule, *factors, rank or 0)
     numbers += _places(tensors, rank, row_offset, col_offset)
     states = [s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
     absent = (None,) * (2 - len(states))

@@ -12,9 +12,16 @@ LOSSES = ("cross_entropy", "squared", "zero_one")
 ACTIVATIONS = ("relu", "tanh", "sigmoid", "step")
 
 
-def check_target(check: Check, loss: str, target: Tensor, rows: int, features: int, inputs: torch.dtype) -> None:
+def check_loss(check: Check, loss: str, label_smoothing: float) -> None:
     if loss not in LOSSES:
         check.fail("loss", f"be one of {', '.join(LOSSES)}", repr(loss))
+    if not 0 <= label_smoothing <= 1:
+        check.fail("label_smoothing", "be between 0 and 1", label_smoothing)
+    if label_smoothing and loss != "cross_entropy":
+        check.fail("label_smoothing", f"be 0 for the loss {loss!r}", label_smoothing)
+
+
+def check_target(check: Check, loss: str, target: Tensor, rows: int, features: int, inputs: torch.dtype) -> None:
     if loss == "squared":
         check.dtype("target", target, (torch.float32,) if inputs == torch.float32 else (inputs, torch.float32))
         check.shape("target", target, (rows, features), "one row per sample, as many values as the model's outputs")
@@ -32,15 +39,19 @@ def activate_(y: Tensor, activation: str) -> Tensor:
     return y.sigmoid_() if activation == "sigmoid" else y.gt_(0)
 
 
-def losses_of(logits: Tensor, target: Tensor, loss: str) -> Tensor:
+IGNORED = -100
+"""The class of rows whose cross-entropy is 0, torch's own default."""
+
+
+def losses_of(logits: Tensor, target: Tensor, loss: str, label_smoothing: float) -> Tensor:
     """The loss of each row, fp32 `[..., R]`, of logits `[..., R, N]`; NaN where a class is not one of the N."""
     logits = logits.to(torch.float32)
     if loss == "squared":
         return (logits - target).square().mean(-1)
     known = (target >= 0) & (target < logits.shape[-1])
-    target = target.where(known, 0).expand(logits.shape[:-1])
+    classes = target.where(known, 0).expand(logits.shape[:-1])
     if loss == "zero_one":
-        losses = (logits.argmax(-1) != target).to(torch.float32)
-    else:
-        losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-    return losses.where(known, torch.nan)
+        return (logits.argmax(-1) != classes).to(torch.float32).where(known, torch.nan)
+    rows = logits.flatten(0, -2), classes.flatten()
+    losses = F.cross_entropy(*rows, reduction="none", label_smoothing=label_smoothing).view(classes.shape)
+    return losses.where(known, torch.where(target == IGNORED, 0.0, torch.nan))

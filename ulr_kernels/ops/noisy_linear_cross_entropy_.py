@@ -26,6 +26,7 @@ def noisy_linear_cross_entropy_(
     *,
     copies: int = 32,
     antithetic: bool = True,
+    label_smoothing: float = 0.0,
     baseline: str = "mean",
     dist: str = "normal",
     draw: int = 0,
@@ -44,11 +45,12 @@ def noisy_linear_cross_entropy_(
         grad_weight: `[N, K]`, fp32 or x's dtype, any strides.
         grad_bias: `[N]`, likewise; None where there is no bias.
         x: `[R, K]`, fp32 or bf16, any strides; shared by the copies.
-        target: int64 `[R]`, the classes; one that does not exist gives NaN.
+        target: int64 `[R]`, the classes; one that does not exist gives NaN, but -100 a loss of 0.
         weight, bias: `[N, K]` and `[N]` or None, of x's dtype.
         sigma: noise scale in units of the logits, > 0: a float or fp32 `[]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         copies, antithetic, dist, draw, row_offset: as in `noisy_linear`.
+        label_smoothing: in [0, 1]: how much of a target is spread over all classes alike.
         baseline: "mean": of the sample's other copies or pairs; "clean": its loss without noise; "none".
 
     Returns:
@@ -60,10 +62,8 @@ def noisy_linear_cross_entropy_(
     """
     key = key_tensor("noisy_linear_cross_entropy_", key, x.device)
     scale = sigma_tensor("noisy_linear_cross_entropy_", sigma, x.device, zero=False)
-    numbers = (copies, antithetic, baseline, dist, draw, row_offset)
-    return torch.ops.ulr.noisy_linear_cross_entropy_(
-        grad_weight, grad_bias, x, target, weight, bias, scale, key, *numbers
-    )
+    how = (copies, antithetic, label_smoothing, baseline, dist, draw, row_offset)
+    return torch.ops.ulr.noisy_linear_cross_entropy_(grad_weight, grad_bias, x, target, weight, bias, scale, key, *how)
 
 
 def as_mlp(
@@ -77,13 +77,13 @@ def as_mlp(
     key: Tensor,
     copies: int,
     antithetic: bool,
-    baseline: str,
+    label_smoothing: float,
     *which,
 ) -> tuple:
     """The arguments of noisy_mlp_step: a head is an MLP of one layer."""
     biases, grad_biases = ([] if t is None else [t] for t in (bias, grad_bias))
     layer = ([grad_weight], grad_biases, x, target, [weight], biases, sigma.reshape(1), key.reshape(1))
-    return *layer, copies, antithetic, "joint", "relu", "cross_entropy", baseline, *which
+    return *layer, copies, antithetic, "joint", "relu", "cross_entropy", label_smoothing, *which
 
 
 def check(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how) -> Tensor:
@@ -121,7 +121,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("one", small, {"copies": 4})
     yield Sample("unpaired", small, {"copies": 3, "antithetic": False, "baseline": "none", "draw": 5, "row_offset": 9})
     yield Sample("clean", (*small[:7], -7), {"copies": 4, "baseline": "clean", "dist": "laplace"})
-    yield Sample("signs", call(9, 40, 150), {"copies": 4, "dist": "rademacher"})
+    yield Sample("signs", call(9, 40, 150), {"copies": 4, "dist": "rademacher", "label_smoothing": 0.1})
     yield Sample("no-bias", (grad, None, x, target, weight, None, sigma, key), {"copies": 2})
     transposed = (grad.T.contiguous().T, grad_bias, x, target, weight.T.contiguous().T, bias, sigma, key)
     yield Sample("strided", transposed, {"copies": 2})
@@ -139,8 +139,8 @@ register(
     Op(
         name="noisy_linear_cross_entropy_",
         schema="(Tensor(a!) grad_weight, Tensor(b!)? grad_bias, Tensor x, Tensor target, Tensor weight, Tensor? bias, "
-        "Tensor sigma, Tensor key, int copies=32, bool antithetic=True, str baseline='mean', str dist='normal', "
-        "int draw=0, int row_offset=0) -> Tensor",
+        "Tensor sigma, Tensor key, int copies=32, bool antithetic=True, float label_smoothing=0.0, "
+        "str baseline='mean', str dist='normal', int draw=0, int row_offset=0) -> Tensor",
         function=noisy_linear_cross_entropy_,
         check=check,
         reference=reference,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ulr_kernels.baselines import BASELINES, loss_weights
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes, values
-from ulr_kernels.ops._losses import ACTIVATIONS, activate_, check_target, losses_of
+from ulr_kernels.ops._losses import ACTIVATIONS, activate_, check_loss, check_target, losses_of
 from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, ROW_BITS, Check, Cost, Op, Sample, register, sigma_tensor
 
 INJECTIONS = ("layerwise", "joint")
@@ -33,6 +33,7 @@ def noisy_mlp_step(
     injection: str = "layerwise",
     activation: str = "relu",
     loss: str = "cross_entropy",
+    label_smoothing: float = 0.0,
     baseline: str = "mean",
     dist: str = "normal",
     draw: int = 0,
@@ -61,7 +62,9 @@ def noisy_mlp_step(
         injection: "layerwise": one pass per layer, in which only that layer is noised; "joint": one pass for all.
         activation: after each layer but the last: "relu", "tanh", "sigmoid" or "step" (1 above 0, else 0).
         loss: of a row: "cross_entropy"; "squared", the mean over outputs of the squared difference; "zero_one", whether
-            another class has the largest output (of equal ones the first). A class that does not exist gives NaN.
+            another class has the largest output (of equal ones the first). A class that does not exist gives NaN, but
+            a cross-entropy of 0 if it is -100, as in `F.cross_entropy`.
+        label_smoothing: of the cross-entropy, in [0, 1]: how much of a target is spread over all classes alike.
         baseline: "mean": of the sample's other copies or pairs; "clean": its loss without noise; "none".
         dist, draw, row_offset: which noise, as in `noisy_linear`; rows are samples.
 
@@ -76,8 +79,8 @@ def noisy_mlp_step(
     if not isinstance(sigma, Tensor):
         scale = scale.expand(len(weights))
     lists = (list(grad_weights), list(grad_biases), x, target, list(weights), list(biases))
-    numbers = (copies, antithetic, injection, activation, loss, baseline, dist, draw, row_offset)
-    return torch.ops.ulr.noisy_mlp_step(*lists, scale, keys, *numbers)
+    how = (copies, antithetic, injection, activation, loss, label_smoothing, baseline, dist, draw, row_offset)
+    return torch.ops.ulr.noisy_mlp_step(*lists, scale, keys, *how)
 
 
 def check(*args) -> Tensor:
@@ -99,6 +102,7 @@ def check_step(
     injection: str,
     activation: str,
     loss: str,
+    label_smoothing: float,
     baseline: str,
     dist: str,
     draw: int,
@@ -112,6 +116,7 @@ def check_step(
     ):
         if value not in allowed:
             rules.fail(argument, f"be one of {', '.join(allowed)}", repr(value))
+    check_loss(rules, loss, label_smoothing)
     rules.dist(dist)
     if not 1 <= len(weights) <= MOST_LAYERS:
         rules.fail("weights", f"hold 1 to {MOST_LAYERS} layers", f"{len(weights)}")
@@ -186,6 +191,7 @@ def reference(
     injection: str,
     activation: str,
     loss: str,
+    label_smoothing: float,
     baseline: str,
     dist: str,
     draw: int,
@@ -212,10 +218,10 @@ def reference(
                 value = activate_(value, activation)
         return value, inputs
 
-    clean = losses_of(forward(())[0], target, loss) if baseline == "clean" else None
+    clean = losses_of(forward(())[0], target, loss, label_smoothing) if baseline == "clean" else None
     for number, noised in enumerate([[layer] for layer in layers] if injection == "layerwise" else [layers]):
         logits, inputs = forward(noised)
-        losses[number] = losses_of(logits, target, loss)
+        losses[number] = losses_of(logits, target, loss, label_smoothing)
         weight = loss_weights(losses[number], clean, baseline, antithetic)
         for layer in noised:
             a = inputs[layer]
@@ -290,7 +296,10 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("clean-joint", small, {"copies": 4, "baseline": "clean", "activation": "sigmoid", **joint})
     yield Sample("no-baseline", small, {"copies": 4, "baseline": "none"})
     yield Sample("zero-one", small, {"copies": 6, "loss": "zero_one", "activation": "step"})
+    target = small[3]
     squared = replaced(small, target=v(2, 6, 5))
+    ignored = replaced(small, target=target.where(target != 1, -100))
+    yield Sample("smoothed", ignored, {"copies": 4, "label_smoothing": 0.2, "baseline": "clean"})
     yield Sample("squared", squared, {"copies": 4, "loss": "squared", **joint})
     yield Sample("laplace", small, {"copies": 4, "dist": "laplace"})
     yield Sample("signs", call(9, (40, 70, 33)), {"copies": 4, "dist": "rademacher"})
@@ -309,11 +318,14 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("wide", call(70, (140, 130, 70, 10)), {"copies": 4})
     yield Sample("wide-joint", call(70, (140, 130, 70, 10)), {"copies": 4, **joint})
 
-    grads, grad_biases, x, target, weights, biases, _, keys = small
+    grads, grad_biases, x, _, weights, biases, _, keys = small
     yield Sample("odd", small, {"copies": 3}, error="'copies' must be even where antithetic is set, got 3")
     yield Sample("injection", small, {"injection": "both"}, error="'injection' must be one of layerwise, joint")
     yield Sample("activation", small, {"activation": "gelu"}, error="'activation' must be one of relu")
     yield Sample("loss", small, {"loss": "hinge"}, error="'loss' must be one of cross_entropy")
+    much, other = {"label_smoothing": 1.5}, {"label_smoothing": 0.1, "loss": "zero_one"}
+    yield Sample("smoothing", small, much, error="'label_smoothing' must be between 0 and 1, got 1.5")
+    yield Sample("smoothed-other", small, other, error="'label_smoothing' must be 0 for the loss 'zero_one', got 0.1")
     yield Sample("baseline", small, {"baseline": "best"}, error="'baseline' must be one of mean")
     yield Sample("dist", small, {"dist": "cauchy"}, error="'dist' must be one of")
     yield Sample("draws", small, {"draw": 2**32 - 1}, error="'draw' must leave room for 16")
@@ -343,8 +355,8 @@ register(
         name="noisy_mlp_step",
         schema="(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor x, Tensor target, Tensor[] weights, "
         "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
-        "str activation='relu', str loss='cross_entropy', str baseline='mean', str dist='normal', int draw=0, "
-        "int row_offset=0) -> Tensor",
+        "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
+        "str dist='normal', int draw=0, int row_offset=0) -> Tensor",
         function=noisy_mlp_step,
         check=check,
         reference=reference,

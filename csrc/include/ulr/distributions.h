@@ -24,6 +24,9 @@ ULR_HD float float_of(uint32_t bits) {
 #endif
 }
 
+// A number of an op that is no integer: its bits.
+ULR_HD float number_of(int64_t bits) { return float_of(static_cast<uint32_t>(bits)); }
+
 ULR_HD uint32_t bits_of(float value) {
 #ifdef __CUDA_ARCH__
     return __float_as_uint(value);

@@ -25,9 +25,6 @@ struct StepNumbers {
     float root, epsilon;
 };
 
-// A number of an op that is a float: its bits.
-ULR_HD float number_of(int64_t bits) { return float_of(static_cast<uint32_t>(bits)); }
-
 // base^exponent by squaring, from the lowest bit of the exponent up.
 ULR_HD float power(float base, int64_t exponent) {
     float result = 1.0f;

@@ -35,12 +35,14 @@ class _Model:
         keys: Tensor,
         activation: str,
         loss: str,
+        label_smoothing: float,
         *noise,
     ) -> None:
         self.weights = weights
         self.biases: Sequence[Tensor | None] = biases or [None] * len(weights)
         self.sigma, self.keys = sigma, keys.contiguous()
-        self.activation, self.loss, self.dtype = activation, loss, x.dtype
+        self.activation, self.dtype = activation, x.dtype
+        self.loss, self.label_smoothing = loss, label_smoothing
         self.target = target.float().contiguous() if loss == "squared" else target.contiguous()
         self.antithetic, self.dist, self.draw, self.row_offset = noise
 
@@ -81,6 +83,7 @@ class _Model:
             noised,
             ACTIVATIONS.index(self.activation),
             LOSSES.index(self.loss),
+            _native.float_bits(self.label_smoothing),
             _native.DTYPES[self.dtype],
         )
         views = tuple(None if t is None else _native.view(t) for t in tensors)
@@ -102,18 +105,19 @@ def noisy_mlp_step(
     injection: str,
     activation: str,
     loss: str,
+    label_smoothing: float,
     baseline: str,
     dist: str,
     *at: int,
 ) -> None:
-    model = _Model(x, target, weights, biases, sigma, keys, activation, loss, antithetic, dist, *at)
+    model = _Model(x, target, weights, biases, sigma, keys, activation, loss, label_smoothing, antithetic, dist, *at)
     count, rows, all_rows = len(weights), x.shape[0], slice(0, x.shape[0])
     joint = injection == "joint"
     clean = None
     if not joint or baseline == "clean":
         inputs, products = model.clean(x)
         if baseline == "clean":
-            clean = losses_of(products[-1].to(x.dtype), target, loss)
+            clean = losses_of(products[-1].to(x.dtype), target, loss, label_smoothing)
     weight_sums, bias_sums = [sums_of(g) for g in grad_weights], [sums_of(g) for g in grad_biases]
 
     def add_gradient(layer: int, a: Tensor, loss_weight: Tensor, row: int) -> None:

@@ -56,8 +56,8 @@ class _Workspace:
 
 @functools.lru_cache(maxsize=256)
 def plan(shape: Shape) -> tuple[tuple[int, ...], int]:
-    """The launcher's numbers but for the activation, the loss and the baseline, which come third to fifth; and the
-    bytes of the workspace."""
+    """The launcher's numbers but for the activation, the loss, its label smoothing and the baseline, which come third
+    to sixth; and the bytes of the workspace."""
     layers = range(len(shape.widths) - 1)
     pitches = [_up(width, 8) for width in shape.widths[1:]]
     # Rows of each layer's output per sample: without noise, and of the passes that have been noised by then.
@@ -137,6 +137,7 @@ def noisy_mlp_step(
     injection: str,
     activation: str,
     loss: str,
+    label_smoothing: float,
     baseline: str,
     dist: str,
     draw: int,
@@ -156,14 +157,14 @@ def noisy_mlp_step(
             processors(x.device),
         )
     )
-    names = ACTIVATIONS.index(activation), LOSSES.index(loss), BASELINES.index(baseline)
+    which_loss = LOSSES.index(loss), _native.float_bits(label_smoothing), BASELINES.index(baseline)
     workspace = torch.empty(-(-size // 4), dtype=torch.float32, device=x.device)
     keys, sigma = keys.contiguous(), sigma.contiguous()
     spec = _native.noise_spec(keys, dist, "iid", 1, draw, row_offset, 0, width=0, antithetic=antithetic)
     none: list[Tensor | None] = [None] * len(weights)
     layers = zip(weights, biases or none, grad_weights, grad_biases or none, strict=True)
     tensors = (losses, x, target, sigma, workspace, *(tensor for layer in layers for tensor in layer), keys)
-    return Arguments(spec, tensors, (*numbers[:2], *names, *numbers[2:]))
+    return Arguments(spec, tensors, (*numbers[:2], ACTIVATIONS.index(activation), *which_loss, *numbers[2:]))
 
 
 def noisy_linear_cross_entropy_(losses: Tensor, *args) -> Arguments:

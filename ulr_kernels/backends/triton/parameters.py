@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels import contract
-from ulr_kernels.backends._parameters import bits
+from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.contract import (
     RADEMACHER,
@@ -259,7 +259,7 @@ def launches(
                 "probes": amounts.numel(),
                 "lr": rule[0],
                 "step": rule[1],
-                **dict(zip(NUMBERS, map(bits, (*rule[2:], scale)), strict=True)),
+                **dict(zip(NUMBERS, map(float_bits, (*rule[2:], scale)), strict=True)),
                 "count": len(tensors),
                 "draw": draw,
                 "rank": rank if form.low_rank else None,

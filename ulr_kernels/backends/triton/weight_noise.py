@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels import contract
-from ulr_kernels.backends._parameters import bits
+from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton.contract import (
     RADEMACHER,
     noise_tile,
@@ -122,5 +122,5 @@ def weight_arguments(key: Tensor, how: Members) -> dict[str, Any]:
         "col_offset": how.col_offset,
         "mask": how.mask if how.mask is None else how.mask.view(torch.uint8),
         "rank": how.rank,
-        "rank_scale": None if how.rank is None else bits(contract.low_rank_scale(how.rank)),
+        "rank_scale": None if how.rank is None else float_bits(contract.low_rank_scale(how.rank)),
     }
