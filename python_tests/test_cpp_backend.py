@@ -181,6 +181,13 @@ def test_onednn_gets_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) >= 16 and all(seen)
 
 
+@pytest.mark.parametrize("bias", [values(10, key=3)[::2], values(1, key=3).expand(5)], ids=["strided", "expanded"])
+def test_a_bias_may_have_any_stride(bias: Tensor) -> None:
+    """oneDNN reads as many numbers as there are features from its first one on."""
+    x, weight = values(20, 6), values(5, 6, key=2)
+    torch.testing.assert_close(onednn.linear(x, weight, bias), x @ weight.T + bias)
+
+
 def test_a_product_of_parameters_records_no_graph() -> None:
     weight = values(5, 4).requires_grad_()
     x, buffer = values(3, 4, key=9).requires_grad_(), torch.zeros(5, 4)

@@ -142,6 +142,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("transposed", (v(13, 20, 7).T, v(14, 20, 13).T, b, 0.3, 11), {"members": 2})
     strided = (v(15, 14, 40)[::2, ::2], v(16, 26, 60)[::2, ::3], v(17, 26)[::2], 0.3, 11)
     yield Sample("strided", strided)
+    yield Sample("strided-bias", (many, w, v(17, 26)[::2], 0.3, 11))
+    yield Sample("expanded-bias", (many, w, v(17, 1).expand(13), 0.3, 11))
     yield Sample("expanded", (v(18, 1, 20).expand(70, 20), v(19, 13, 1).expand(13, 20), b, 0.3, 11))
     yield Sample("no-rows", (x[:0], w, b, 0.3, 11), {"members": 2})
     yield Sample("no-features", (x, w[:0], b[:0], 0.3, 11))

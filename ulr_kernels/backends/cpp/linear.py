@@ -32,7 +32,7 @@ def noisy_linear(like, x, weight, bias, sigma, key, copies, antithetic, *noise) 
     """Where one product makes every row of y, it becomes the output."""
     if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
         add_noise = _noise_adder(like, sigma, key, antithetic, *noise)
-        product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias if bias is None else bias.contiguous())
+        product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias)
         made = product.view(like.shape)
         add_noise(made.data_ptr())
         return made
@@ -202,8 +202,6 @@ def _operands(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | Non
     """As oneDNN takes them: dense, and fp32 where it does not multiply the dtype."""
     if not onednn.supports(weight.dtype):
         return weight.float().contiguous(), bias if bias is None else bias.float()
-    if bias is not None:
-        bias = bias.contiguous()
     return weight if onednn.dense(weight) else weight.contiguous(), bias
 
 

@@ -2,7 +2,8 @@
 
 `torch.ops.mkldnn._linear_pointwise` takes ordinary CPU tensors. In fp32 it uses AVX-512 where torch's own linear,
 through MKL, does not (AMD: 0.43-0.5x of the time). It needs a dense weight, row-major or column-major: any other stride
-sends it to a reference implementation that is thousands of times slower. It copies an x that is not contiguous.
+sends it to a reference implementation that is thousands of times slower. It copies an x that is not contiguous, and reads
+a bias by its address alone, whatever its strides are.
 """
 
 from __future__ import annotations
@@ -37,5 +38,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[R, N]` from `x [R, K]` and a dense `weight [N, K]` (see `dense`), all of one dtype. A compiler that traces this
     sees torch's own linear, which it knows how to lower."""
     if not torch.compiler.is_compiling() and x.numel() and weight.numel() and supports(x.dtype):
-        return _call(x, weight, bias)
+        return _call(x, weight, bias if bias is None else bias.contiguous())
     return torch.nn.functional.linear(x, weight, bias)

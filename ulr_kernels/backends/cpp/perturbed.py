@@ -107,7 +107,7 @@ def _feature_parts(weight: Tensor) -> list[slice]:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, features: slice) -> Tensor:
-    bias = bias if bias is None else bias[features].contiguous()
+    bias = bias if bias is None else bias[features]
     if onednn.supports(x.dtype):
         return onednn.linear(x, weight, bias)
     return onednn.linear(x.float(), weight.float(), bias if bias is None else bias.float())
@@ -138,7 +138,7 @@ def _low_rank(
     shared = bias if own is None else None
     in_place = x.dim() == 3 or how.members == 1  # else the members share the plain product
     if x.is_contiguous() and x.numel() and onednn.dense(weight) and onednn.supports(x.dtype):
-        base = onednn.linear(x.view(-1, x.shape[-1]), weight, shared if shared is None else shared.contiguous())
+        base = onednn.linear(x.view(-1, x.shape[-1]), weight, shared)
         base = base.view(-1, x.shape[-2], len(weight))
         y = base if in_place else allocate(like, x.device)
     else:
