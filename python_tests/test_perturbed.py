@@ -210,3 +210,18 @@ def test_pathwise_gradients(op, device) -> None:
     theirs = torch.autograd.grad(torch.stack(list(members)).square().sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("op", ["perturbed_linear", "perturbed_conv2d"])
+def test_pathwise_gradients_under_autocast(op, device) -> None:
+    """The input of an inner layer comes in the narrow type, its weight and bias in the wide one."""
+    sample = test_ops.pick(op, "pairs", device, torch.float32)
+    x, weight, bias, *rest = sample.args
+    grads = []
+    for narrow in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x.bfloat16() if narrow else x, weight, bias)]
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=narrow):
+            y = OPS[op].function(*leaves, *rest, **sample.kwargs)
+        grads.append(torch.autograd.grad(y.float().sum(), leaves))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.03, atol=0.1)

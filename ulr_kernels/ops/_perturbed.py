@@ -147,12 +147,17 @@ class _Pathwise(torch.autograd.Function):
         asked = [t for t, need in zip(leaves, wanted, strict=True) if need]
         totals = [torch.zeros_like(t, dtype=torch.float32) for t in asked]
         rows, cols = grid(weight)
+
+        def own_part(tensor: Tensor | None, member: int, shared_dims: int) -> Tensor | None:
+            part = of_member(tensor, member, shared_dims)  # autocast took any dtype; the layer wants the weight's
+            return part.to(weight.dtype) if part is not None and part.is_floating_point() else part
+
         for member in range(ctx.how.members):
             eps = member_noise(torch.arange(rows, device=weight.device), cols, key, ctx.how, member).view(weight.shape)
             eps = eps if mask is None else eps * mask
             with torch.enable_grad():
                 own = (weight.float() + sigma * eps).to(weight.dtype)
-                y = ctx.layer(of_member(x, member, ctx.shared_dims), own, *(of_member(b, member, 1) for b in bias))
+                y = ctx.layer(own_part(x, member, ctx.shared_dims), own, *(own_part(b, member, 1) for b in bias))
             found = torch.autograd.grad(y, asked, grad[member].to(y.dtype), allow_unused=True)
             for total, part in zip(totals, found, strict=True):
                 if part is not None:
