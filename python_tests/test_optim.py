@@ -211,6 +211,23 @@ def test_update_moves_along_the_very_noise_of_the_forward(device):
         assert noise.std() > 0.8
 
 
+@pytest.mark.parametrize("shape", [(5, 4), (6, 4, 1, 1)], ids=["linear", "conv2d"])
+def test_a_layers_input_may_be_a_parameter(shape):
+    """As latents and queries are: it has noise as the weight has."""
+    model = nn.ParameterDict({"x": torch.empty(3, *shape[1:]), "weight": torch.empty(shape)})
+    filled(model, 0.7)
+    layer = F.linear if len(shape) == 2 else F.conv2d
+    z, outputs = site_noise(model, 0, 0, 0), []
+
+    def closure():
+        outputs.append(layer(model["x"], model["weight"]))
+        return outputs[-1].sum()
+
+    MeZO(model, eps=0.1).accumulate(closure)
+    expected = layer(*(model[name] + 0.1 * z[name] for name in ("x", "weight")))
+    torch.testing.assert_close(outputs[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_noise_differs_between_layers_steps_and_probes():
     model = zeroed()
     optimizer = MeZO(model, eps=1.0)

@@ -201,15 +201,17 @@ def test_a_forward_that_writes_its_weights_is_refused():
 
 def test_rows_that_cannot_be_told_apart_are_refused():
     class Shared(nn.Module):
-        def __init__(self):
+        def __init__(self, function):
             super().__init__()
-            self.scale = nn.Parameter(torch.ones(3))
+            self.function, self.weight = function, nn.Parameter(torch.ones(3, 3))
 
         def forward(self, x):
-            return x @ (self.scale * 2.0)
+            return x @ self.function(self.weight)
 
-    with pytest.raises(ValueError, match="mul with a trained parameter must have an input with the 32 samples of 8"):
-        ES(Shared(), population=8).step_batch(torch.ones(4, 3), None, lambda out, _: out)
+    for name, function in (("mul", lambda w: w * 2.0), ("linear", lambda w: F.linear(torch.ones(3), w))):
+        text = f"{name} with a trained parameter must have an input with the 32 samples of 8"
+        with pytest.raises(ValueError, match=text):
+            ES(Shared(function), population=8).step_batch(torch.ones(4, 3), None, lambda out, _: out)
 
 
 def test_rows_that_depend_on_one_another_are_refused():

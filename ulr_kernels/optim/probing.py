@@ -109,7 +109,7 @@ class Probing(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         site = self.sites.get(id(weight))
-        if site is None or input.dim() == 0 or weight.dim() != 2:
+        if site is None or id(input) in self.sites or weight.dim() != 2 or input.dim() < min(2, self._draws.members):
             return NotImplemented
         x = self._split(input, "linear").flatten(-input.dim(), -2) if input.dim() > 1 else input.unsqueeze(0)
         y = ops.perturbed_linear(x, weight, self._bias(bias), site.sigma, site.key, rank=site.rank, **self._spec())
@@ -126,7 +126,7 @@ class Probing(TorchFunctionMode):
         groups: int = 1,
     ) -> Any:
         site = self.sites.get(id(weight))
-        if site is None or input.dim() != 4:
+        if site is None or id(input) in self.sites or input.dim() != 4:
             return NotImplemented
         x = self._split(input, "conv2d")
         shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
