@@ -152,6 +152,27 @@ def test_members_in_one_forward_lose_what_they_lose_one_by_one(make):
         torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("heads_see", ["the same", "their own"])
+def test_members_share_a_forward_of_masked_attention(heads_see):
+    """With as many keys as rows, and masks of samples beside one that all of them share; its weights are used too."""
+
+    class Attention(nn.MultiheadAttention):
+        def forward(self, x, lengths):
+            past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            past = past if heads_see == "the same" else past.expand(2 * len(x), -1, -1)
+            padding = torch.arange(x.shape[1]) >= lengths[:, None]
+            out, weights = super().forward(x, x, x, key_padding_mask=padding, attn_mask=past)
+            return (out * weights.square().sum(1)[..., None]).sum((1, 2))
+
+    model = filled(Attention(4, 2, batch_first=True), 0.7)
+    x, lengths = v(1, 2, 16, 4), torch.tensor([9, 16])
+    optimizer = ES(model, population=8)
+    optimizer.accumulate(lambda: model(x, lengths).mean())
+    one_by_one = optimizer._losses.pop()
+    optimizer.accumulate_batch((x, lengths), None, lambda out, _: out)
+    torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=1e-5, atol=1e-6)
+
+
 # --- the noise -------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Probing(TorchFunctionMode):
             return result
         if self._draws.members == 1:
             return func(*self._replaced(args, 0), **self._replaced(kwargs, 0))
-        return self._by_member(func, args, kwargs)
+        return _joined(self._by_member(func, args, kwargs, {}))
 
     def _find_gathered(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """FSDP2 shows a module's whole parameters only while it runs, as other objects of the same names."""
@@ -224,16 +225,23 @@ class Probing(TorchFunctionMode):
 
         return _pytree.tree_map(replace, arguments)
 
-    def _by_member(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """One call per member, with its rows of every tensor that holds all samples, put together again."""
-        members, axis = self._draws.members, _SAMPLE_AXIS.get(func, 0)
+    def _by_member(
+        self, func: Callable, args: tuple, kwargs: Mapping[str, Any], axes: Mapping[int, int | None]
+    ) -> list[Any]:
+        """The results of one call per member, with its rows of every tensor that holds all samples.
 
-        def holds_samples(leaf: Any) -> bool:
-            if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter) or leaf.dim() <= axis:
-                return False
-            return leaf.shape[axis] > 0 and leaf.shape[axis] % self._rows == 0
+        `axes`: id(tensor) -> the axis of its samples, where that is not the first; None if it has none.
+        """
+        members = self._draws.members
 
-        if not any(map(holds_samples, _leaves(args, kwargs))):
+        def axis_of(leaf: Any) -> int | None:
+            if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
+                return None
+            axis = axes.get(id(leaf), 0)
+            holds = axis is not None and leaf.dim() > axis and leaf.shape[axis] > 0
+            return axis if holds and leaf.shape[axis] % self._rows == 0 else None
+
+        if all(axis_of(leaf) is None for leaf in _leaves(args, kwargs)):
             raise ValueError(
                 f"ulr.optim: {getattr(func, '__name__', func)} with a trained parameter must have an input with the "
                 f"{self._rows} samples of {members} members on its first axis (step(closure) evaluates one member at "
@@ -241,22 +249,41 @@ class Probing(TorchFunctionMode):
             )
 
         def part(leaf: Any, member: int) -> Any:
-            return leaf.unflatten(axis, (members, -1)).select(axis, member) if holds_samples(leaf) else leaf
+            axis = axis_of(leaf)
+            return leaf if axis is None else leaf.unflatten(axis, (members, -1)).select(axis, member)
 
         results = []
         for member in range(members):
-            own = _pytree.tree_map(lambda leaf, member=member: part(leaf, member), (args, kwargs))
+            own = _pytree.tree_map(lambda leaf, member=member: part(leaf, member), (args, dict(kwargs)))
             own_args, own_kwargs = self._replaced(own, member)
             results.append(func(*own_args, **own_kwargs))
-        return _pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts, axis), *results)
+        return results
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Any:
+        """Several members: inputs and output have the samples on their second axis, masks on the first if on any."""
+        if self._draws.members == 1:
+            return NotImplemented
+        given = _ATTENTION.bind(*args, **kwargs).arguments
+        axes: dict[int, int | None] = {id(given[name]): 1 for name in ("query", "key", "value")}
+        mask = given.get("attn_mask")
+        if mask is not None and mask.dim() == 2:
+            axes[id(mask)] = None
+        outputs, weights = zip(*self._by_member(F.multi_head_attention_forward, (), given, axes), strict=True)
+        return torch.cat(outputs, 1), None if weights[0] is None else torch.cat(weights)
 
 
-_SAMPLE_AXIS = {F.multi_head_attention_forward: 1}  # of a function's inputs and outputs; 0 for all others
+def _joined(results: list[Any]) -> Any:
+    """The members' results, one behind the other."""
+    return _pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *results)
+
+
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 _FUSED: dict[Callable, Callable] = {
     F.linear: Probing._linear,
     F.conv2d: Probing._conv2d,
     F.embedding: Probing._embedding,
+    F.multi_head_attention_forward: Probing._attention,
 }
 
 # Attributes whose value holds the parameter's values; all others ask only what kind of tensor it is.

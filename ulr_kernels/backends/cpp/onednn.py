@@ -2,8 +2,8 @@
 
 `torch.ops.mkldnn._linear_pointwise` takes ordinary CPU tensors. In fp32 it uses AVX-512 where torch's own linear,
 through MKL, does not (AMD: 0.43-0.5x of the time). It needs a dense weight, row-major or column-major: any other stride
-sends it to a reference implementation that is thousands of times slower. It copies an x that is not contiguous, and reads
-a bias by its address alone, whatever its strides are.
+sends it to a reference implementation that is thousands of times slower. It copies an x that is not contiguous, and
+reads a bias by its address alone, whatever its strides are.
 """
 
 from __future__ import annotations
