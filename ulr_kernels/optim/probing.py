@@ -238,8 +238,9 @@ class Probing(TorchFunctionMode):
             if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
                 return None
             axis = axes.get(id(leaf), 0)
-            holds = axis is not None and leaf.dim() > axis and leaf.shape[axis] > 0
-            return axis if holds and leaf.shape[axis] % self._rows == 0 else None
+            if axis is None or leaf.dim() <= axis or not leaf.shape[axis] or leaf.shape[axis] % self._rows:
+                return None
+            return axis
 
         if all(axis_of(leaf) is None for leaf in _leaves(args, kwargs)):
             raise ValueError(
