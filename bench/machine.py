@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench import rivals
+from bench import rivals, rows
 from bench.rows import noise
 from bench.rows.row import key_of, normal
 from ulr_kernels import backends
@@ -90,7 +90,8 @@ def median_seconds(run: Callable[[int], object], budget: float = 0.3) -> float:
 
 
 def cpu_ceilings() -> dict[str, dict[str, Any]]:
-    """By number of threads: bytes/s of a copy or a fill, operations/s of oneDNN's products, noise values/s.
+    """By number of threads, those of every row: bytes/s of a copy or a fill, operations/s of oneDNN's products, noise
+    values/s.
 
     A multiply-add is two operations.
     The noise rate is the library's own fill of a buffer that stays in the cache: what the kernel takes where nothing
@@ -100,7 +101,7 @@ def cpu_ceilings() -> dict[str, dict[str, Any]]:
     source, target = torch.ones(2**24), torch.empty(2**24)
     square = normal(0, 1024, 1024, device="cpu")
     bias, key, out = torch.zeros(1024), key_of(0, "cpu"), torch.empty(256, 1024)
-    for threads in sorted({1, before}):
+    for threads in sorted({make().threads or before for make in rows.cpu_rows().values()}):
         torch.set_num_threads(threads)
         ceilings = {
             "overlap": False,

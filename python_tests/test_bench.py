@@ -24,7 +24,7 @@ from ulr_kernels.recipes import RecipeError
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_bench, memory, rivals, rows  # noqa: E402
+from bench import gpu_bench, machine, memory, rivals, rows  # noqa: E402
 from bench.rows import row, step  # noqa: E402
 
 native = pytest.mark.skipif(
@@ -176,6 +176,13 @@ def test_floor_adds_arithmetic_on_a_cpu_and_overlaps_it_on_a_gpu() -> None:
     assert bench.floor_seconds(cost(size=10**7, noise=1), CEILINGS["2"]) == pytest.approx(1e-2)
 
 
+def test_every_row_has_its_ceilings_however_many_threads_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "median_seconds", lambda run, budget=0.0: 1.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    assert {str(make().threads or 5) for make in rows.cpu_rows().values()} <= set(machine.cpu_ceilings())
+
+
 def test_every_goal_has_its_row_and_rival() -> None:
     made = {key: make() for key, make in rows.cpu_rows().items()}
     on_gpu, wanted = rows.gpu_rows(("torch",), small=True, device="cpu"), {goal.row for goal in bench.GOALS}
@@ -223,6 +230,37 @@ def test_rows_without_rivals_make_no_table(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(RecipeError, match="no rival was measured"):
         bench.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def pytest_that(monkeypatch: pytest.MonkeyPatch, code: int, measured: bool) -> None:
+    """Instead of the benchmarks: ends with this exit code, and has measured a row or not."""
+
+    def done(command: list[str], **options) -> subprocess.CompletedProcess:
+        if measured:
+            Path(next(c for c in command if c.startswith("--benchmark-json")).split("=")[1]).touch()
+        return subprocess.CompletedProcess(command, code)
+
+    facts = machine.facts("cpu")
+    monkeypatch.setattr(bench.subprocess, "run", done)
+    measurements = sweeps("ulr", 0.002) + sweeps("rival", 0.008)
+    monkeypatch.setattr(bench, "read", lambda path: (measurements, {"ulr": facts, "ceilings": CEILINGS}))
+
+
+def test_a_benchmark_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch) -> None:
+    pytest_that(monkeypatch, pytest.ExitCode.TESTS_FAILED, measured=True)
+    with pytest.raises(ChildProcessError, match="a benchmark failed"):
+        bench.run(tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text())["lines"][0]["ratio"] == 4
+
+
+def test_nothing_is_measured_for_a_table_that_cannot_be_made(tmp_path: Path, monkeypatch) -> None:
+    pytest_that(monkeypatch, pytest.ExitCode.USAGE_ERROR, measured=False)
+    with pytest.raises(RecipeError, match="--only must be an expression of pytest's -k, got 'a b'"):
+        bench.run(tmp_path, only="a b")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(RecipeError, match="cannot be written"):
+            bench.run(out)
 
 
 @native

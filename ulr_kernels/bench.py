@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -302,11 +303,14 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         only: an expression of pytest's -k that chooses rows.
 
     Raises:
-        RecipeError: this is no source checkout, pytest-benchmark or matplotlib is missing, or `only` matches no row or
-            no rival that is installed.
-        ChildProcessError: a benchmark failed.
+        RecipeError: this is no source checkout, pytest-benchmark or matplotlib is missing, `out` cannot be written, or
+            `only` is malformed or matches no row or no rival that is installed.
+        ChildProcessError: a benchmark failed; what the others measured is in `out`.
     """
     _need_sources()
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RecipeError(f"out '{out}' cannot be written")  # which would else show when all is measured
     try:
         import matplotlib  # noqa: F401
         import pytest
@@ -320,8 +324,11 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
         done = subprocess.run([*command, "-p", "no:cacheprovider", "-W", "ignore"], cwd=ROOT)
         if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
             raise RecipeError(f"no row matches --only '{only}'")
-        if done.returncode:
-            raise ChildProcessError(f"a benchmark failed (pytest's exit code {done.returncode})")
+        if done.returncode == pytest.ExitCode.USAGE_ERROR:
+            raise RecipeError(f"--only must be an expression of pytest's -k, got '{only}'")
+        failure = f"a benchmark failed (pytest's exit code {done.returncode})" if done.returncode else ""
+        if failure and not path.exists():
+            raise ChildProcessError(failure)
         measurements, machine = read(path)
     found = list(lines(measurements, machine["ceilings"]))
     if not found:
@@ -329,4 +336,6 @@ def run(out: Path, *, quick: bool = False, only: str = "") -> list[Line]:
     write(out, "bench", found, machine)
     draw(found, machine["ulr"], out / "bench.png")
     print(f"\n{(out / 'bench.txt').read_text()}\n{out / 'bench.txt'}, .csv, .json, .png")
+    if failure:
+        raise ChildProcessError(f"{failure}; the table has what the others measured")
     return found
