@@ -192,7 +192,10 @@ def test_it_is_the_estimator_of_the_same_model(injection, baseline, device) -> N
             parameter.copy_(ulr.noise_like(parameter, key) / parameter.shape[-1] ** 0.5)
     settings = {"copies": 8, "injection": injection, "baseline": baseline, "dist": "laplace"}
     estimator = ulr.ULR(model, sigma=0.3, seed=5, **settings)
-    loss = estimator.backward(x, y, nn.CrossEntropyLoss(reduction="none"))
+    by_row = nn.CrossEntropyLoss(reduction="none")
+    loss = estimator.backward(
+        x, y, lambda outputs, targets: by_row(outputs, targets)
+    )  # by layers: what a function computes is not known
     layers = [first, second, third]
     keys = torch.tensor(
         [contract.fold_in(contract.fold_in(5, 0), contract.site_id(name)) for name in ("0", "2", "4")], device=device

@@ -73,7 +73,9 @@ def repeat(value: Any, copies: int) -> Any:
     """Copies of a batch, copy-major: row c * samples + i is sample i of copy c. Always new memory."""
 
     def one(leaf: Any) -> Any:
-        return leaf.repeat(copies, *(1 for _ in leaf.shape[1:])) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.expand(copies, *leaf.shape).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
     return one(value) if isinstance(value, Tensor) else _pytree.tree_map(one, value)  # which takes longer than a copy
 

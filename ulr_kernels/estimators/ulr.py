@@ -13,6 +13,7 @@ from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, joined, repeat
 from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_of
 from ulr_kernels.estimators.evaluation import evaluation
+from ulr_kernels.estimators.mlp import losses_of_step
 from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
 from ulr_kernels.estimators.plan import Pass, Plan, make_plan
 from ulr_kernels.estimators.prefix import Prefix
@@ -40,6 +41,10 @@ class ULR:
     the noise; tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A
     layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its
     running statistics.
+
+    An `nn.Sequential` of `nn.Linear` and one of ReLU, Tanh and Sigmoid, with `functools.partial(F.cross_entropy,
+    reduction="none")` or `nn.CrossEntropyLoss(reduction="none")` as loss and the same copies for all layers, is not run
+    layer by layer: `ulr.ops.noisy_mlp_step` does the step, which is one launch on a CUDA device.
 
     In a `DistributedDataParallel` each rank passes its own micro-batch: noise and `.grad` are those of one process with
     the whole batch, to rounding, `no_sync()` is honoured, and micro-batches may differ in size (which is exchanged, so
@@ -174,14 +179,17 @@ class ULR:
         with evaluation(self.model):
             plan = self._plan(batch, loss_fn)
             keys = self.keys(plan.names, plan.sites)
-            clean = None
-            if self.settings.baseline == "clean":
-                clean = self._clean(plan.clean, batch, loss_fn)
-            losses = [self._pass(item, keys, batch, clean, loss_fn) for item in plan.passes]
+            losses = losses_of_step(self, keys, batch, loss_fn)
+            mean = self._passes(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._replicas is not None:
             self._replicas.average([*self.model_parameters, *self.parameters()])
         self._step.add_(1)
-        return torch.stack(losses).mean()
+        return mean
+
+    def _passes(self, plan: Plan, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """All passes and their gradients, layer by layer; the mean loss."""
+        clean = self._clean(plan.clean, batch, loss_fn) if self.settings.baseline == "clean" else None
+        return torch.stack([self._pass(item, keys, batch, clean, loss_fn) for item in plan.passes]).mean()
 
     def _clean(self, item: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """The losses without noise, `[samples]`."""

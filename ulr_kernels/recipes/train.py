@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -56,6 +57,10 @@ class Trainer:
         pretrained = isinstance(self.model, EfficientNetLite0)
         self.mean, self.deviation = EfficientNetLite0.pixel_scale if pretrained else self.dataset.scale()
         self.optimizer = _optimizer(settings, self.model)
+        # What is trained: cross-entropy in nats, one per row. In this form the estimator knows it.
+        self.loss_per_row = functools.partial(
+            F.cross_entropy, reduction="none", label_smoothing=settings.label_smoothing
+        )
         self.estimator = None
         if settings.method == "ulr":
             try:
@@ -167,10 +172,6 @@ class Trainer:
             return self.settings.lr
         done = self.step / (self.settings.epochs * self.steps_per_epoch)
         return self.settings.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-    def loss_per_row(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """What is trained: cross-entropy in nats, with the setting's label smoothing, one per row."""
-        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.settings.label_smoothing)
 
     @torch.no_grad()
     def evaluate(self, split: data.Split) -> tuple[float, float]:

@@ -1,0 +1,128 @@
+"""A plain MLP's whole step as one op: what `noisy_mlp_step` computes is recognised, and need not run layer by layer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ulr_kernels import backends
+from ulr_kernels.estimators.batch import Batch, LossFunction
+from ulr_kernels.nn.call import gradient_buffer
+from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step
+
+if TYPE_CHECKING:
+    from ulr_kernels.estimators.ulr import ULR
+
+_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CROSS_ENTROPY = {name: p.default for name, p in inspect.signature(F.cross_entropy).parameters.items()}
+
+
+class _Mlp(NamedTuple):
+    layers: list[nn.Linear]
+    activation: str
+    flattens: bool
+
+
+def losses_of_step(estimator: ULR, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor | None:
+    """Add a step's gradients to `.grad`; the losses of its passes, fp32 `[P, C, R]`. None, with nothing done, where the
+    model, the loss or a setting is none that the op has. Noise and gradients are those of the passes, to rounding.
+    """
+    smoothing, mlp = _label_smoothing(loss_fn), _mlp(estimator.model)
+    if smoothing is None or mlp is None or not _takes(mlp, batch):
+        return None
+    names, s = [estimator.layers[id(layer.weight)] for layer in mlp.layers], estimator.settings
+    copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
+    if len(copies) > 1 or s.sampler != "iid" or s.learn_sigma or estimator.weights:
+        return None
+    scales = (torch.full((), value, device=batch.x.device) for value in sigmas)  # nothing is copied from the host
+    sigma = sigmas[0] if len(set(sigmas)) == 1 else torch.stack([*scales])
+    weights = [layer.weight for layer in mlp.layers]
+    biases = [layer.bias for layer in mlp.layers if layer.bias is not None]
+    return noisy_mlp_step(
+        [gradient_buffer(weight) for weight in weights],
+        [gradient_buffer(bias) for bias in biases],
+        batch.x.flatten(1),
+        batch.y,
+        weights,
+        biases,
+        sigma,
+        torch.stack([keys[name] for name in names]),
+        copies=copies.pop(),
+        antithetic=s.antithetic,
+        injection=s.injection,
+        activation=mlp.activation,
+        label_smoothing=smoothing,
+        baseline=s.baseline,
+        dist=s.dist,
+        row_offset=batch.first,
+    )
+
+
+def _label_smoothing(loss_fn: LossFunction) -> float | None:
+    """Of torch's cross-entropy of each row, as a partial function or a module; None: it is another loss."""
+    if isinstance(loss_fn, functools.partial) and loss_fn.func is F.cross_entropy and not loss_fn.args:
+        how = loss_fn.keywords
+    elif type(loss_fn) is nn.CrossEntropyLoss and not _is_changed(loss_fn):
+        how = {name: getattr(loss_fn, name) for name in ("weight", "ignore_index", "reduction", "label_smoothing")}
+    else:
+        return None
+    smoothing = how.get("label_smoothing", 0.0)
+    plain = _CROSS_ENTROPY | {"reduction": "none", "label_smoothing": smoothing}
+    return smoothing if _CROSS_ENTROPY | how == plain else None
+
+
+def _mlp(model: nn.Module) -> _Mlp | None:
+    """A sequence of linear layers with one kind of activation between them, perhaps behind an nn.Flatten, as they are
+    in torch; all that they have is trained."""
+    if type(model) is not nn.Sequential or any(map(_is_changed, (model, *model))):
+        return None
+    modules = list(model)
+    flattens = bool(modules) and type(modules[0]) is nn.Flatten and modules[0].start_dim == 1
+    modules = modules[1:] if flattens else modules
+    layers = [module for module in modules[::2] if type(module) is nn.Linear]
+    between = {type(module) for module in modules[1::2]}
+    if len(layers) != len(modules) - len(modules) // 2 or len(modules) % 2 == 0 or len(layers) > MOST_LAYERS:
+        return None
+    if len(between) > 1 or not between <= _ACTIVATIONS.keys():
+        return None
+    biases, parameters = [layer for layer in layers if layer.bias is not None], [*model.parameters()]
+    if len(biases) not in (0, len(layers)) or len(parameters) != len(layers) + len(biases):
+        return None  # a bias here and there, or weights that layers share
+    if not all(type(p) is nn.Parameter and p.requires_grad for p in parameters):
+        return None
+    return _Mlp(layers, _ACTIVATIONS[between.pop()] if between else "relu", flattens)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether something else than its class's forward is to run."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _takes(mlp: _Mlp, batch: Batch) -> bool:
+    """Whether the op has a kernel for such tensors, and computes with them what the model does."""
+    x, y = batch.x, batch.y
+    if type(x) is not Tensor or type(y) is not Tensor or y.dtype != torch.int64 or y.dim() != 1 or batch.share != 1:
+        return False
+    if x.dim() != 2 and not (mlp.flattens and x.dim() > 2):
+        return False
+    parameters = [p for layer in mlp.layers for p in layer.parameters()]
+    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+    if (
+        y.device != x.device
+        or x.dtype not in DTYPES
+        or any(t.dtype != x.dtype or t.device != x.device for t in tensors)
+    ):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < mlp.layers[-1].out_features:
+        return False  # torch's own loss says what is wrong with them
+    provider = backends.lookup("noisy_mlp_step", x.device)
+    return provider is not backends.find("torch", "noisy_mlp_step", x.device)
