@@ -224,6 +224,20 @@ def test_rows_that_depend_on_one_another_are_refused():
         ES(model, population=8).step_batch(v(1, 4, 3), None, lambda out, _: out)
 
 
+def test_rows_in_another_order_are_refused_however_small_the_noise():
+    """Where positions come before samples, each row would see the weights of some other member."""
+
+    class SequenceFirst(nn.Linear):
+        def forward(self, x):
+            rows = super().forward(x.transpose(0, 1).flatten(0, 1))
+            return torch.tanh(rows).unflatten(0, (x.shape[1], -1)).sum(0).square().sum(1)
+
+    model = filled(SequenceFirst(3, 8))
+    for make in (MeZO, FZOO):
+        with pytest.raises(ValueError, match="'model' must compute each row from its own inputs"):
+            make(model, eps=1e-3, probes=4).step_batch(v(1, 4, 6, 3), None, lambda out, _: out)
+
+
 def test_state_of_other_parameters_is_refused():
     model, _, _ = reader()
     with pytest.raises(ValueError, match="'state_dict' must be of the parameters"):
