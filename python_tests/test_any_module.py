@@ -77,6 +77,7 @@ LAYERS = {
     "bilinear": (lambda: Function(lambda s, x: F.bilinear(x, x.sin(), s.weight), weight=(3, 4, 4)), (4,)),
     "einsum": (lambda: Function(lambda s, x: torch.einsum("bpk,kn->bpn", x, s.w), w=(4, 3)), (2, 4)),
     "gate": (lambda: Function(lambda s, x: x.tanh() / s.scale - s.shift, scale=(4,), shift=()), (4,)),
+    "one number": (lambda: Function(lambda s, x: (s.gain * (x @ s.w) + s.b)[:, None], w=(4,), gain=(), b=()), (4,)),
     "in place": (lambda: Function(in_place, shift=(2, 4), other=(4,)), (2, 4)),
     "normalised weight": (lambda: Function(lambda s, x: x @ (s.w / s.w.norm()).T, w=(3, 4)), (4,)),
 }  # fmt: skip

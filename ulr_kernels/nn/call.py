@@ -132,7 +132,7 @@ class Call:
             y = y.unflatten(0, (noise.copies, -1))
         self._shape = y.shape if self._shared else y.shape[1:]
         return ops.noise_add(
-            y,
+            y if len(self._shape) > 1 else y.unsqueeze(-1),
             noise.sigma,
             noise.key,
             feature_dim=self.feature_dim,
@@ -140,7 +140,7 @@ class Call:
             shared=self._shared,
             draw=noise.draw,
             **self._spec(self._positions),
-        )
+        ).view(noise.copies, *self._shape)
 
     def _replayed(self, known: Known) -> Tensor:
         """`_noised()`, and the gradients from the same noise."""
@@ -161,9 +161,14 @@ class Call:
         }
 
     @property
+    def _grid(self) -> tuple[int, ...]:
+        """The shape of one copy of the output; one number for each sample is one column."""
+        return self._shape if len(self._shape) > 1 else (*self._shape, 1)
+
+    @property
     def _positions(self) -> int:
         """Rows of noise for each sample of the output."""
-        return self._shape.numel() // self._shape[self.feature_dim] // self._samples
+        return self._shape.numel() // self._grid[self.feature_dim] // self._samples
 
     def check_unchanged(self) -> None:
         """Raise if an input, which the gradient needs, was modified in place since."""
@@ -196,14 +201,14 @@ class Call:
         """
         noise, spec = self.noise, self._spec(self._positions) | {"feature_dim": self.feature_dim}
         if log_sigma is not None:
-            like = loss_weight.new_empty(()).expand(self._shape)
+            like = loss_weight.new_empty(()).expand(self._grid)
             buffer = gradient_buffer(log_sigma)
             ops.noise_dot_(
                 None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec
             )
         if self._shared:
-            score = ops.noise_score(self._shape, loss_weight, noise.sigma, noise.key, draw=draw, **spec)
-            yield score, *self._operands
+            score = ops.noise_score(self._grid, loss_weight, noise.sigma, noise.key, draw=draw, **spec)
+            yield score.view(self._shape), *self._operands
             return
         copies = loss_weight.shape[0]
         by_copy = [x.unflatten(0, (copies, -1)) for x in self._operands]
@@ -212,9 +217,9 @@ class Call:
         for c in range(copies):
             weight = loss_weight[c : c + 1]
             score = ops.noise_score(
-                self._shape, -weight if c >= draws else weight, noise.sigma, noise.key, draw=draw + c % draws, **spec
+                self._grid, -weight if c >= draws else weight, noise.sigma, noise.key, draw=draw + c % draws, **spec
             )
-            yield score, *(x[c] for x in by_copy)
+            yield score.view(self._shape), *(x[c] for x in by_copy)
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:
