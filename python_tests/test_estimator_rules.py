@@ -132,6 +132,24 @@ def test_learnt_sigma_has_a_parameter_per_feature():
     assert ulr.ULR(model).parameters() == []
 
 
+def test_learnt_sigma_of_a_table_that_is_also_a_head_is_one_number():
+    """Its calls have outputs of different features."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, tokens):
+            return self.head(self.words(tokens).mean(1))
+
+    estimator = ulr.ULR(filled(Tied()), copies=4, learn_sigma=True)
+    estimator.backward(torch.arange(6).view(3, 2), torch.arange(3), cross_entropy)
+    (log_sigma,) = estimator.parameters()
+    assert log_sigma.shape == () and log_sigma.grad != 0
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.estimators.weights import WeightNoise
 from ulr_kernels.nn.call import Noise
 from ulr_kernels.nn.linear import LinearCall, add_gradients
-from ulr_kernels.nn.names import layer_names, parameter_names, per_feature, unwrapping
+from ulr_kernels.nn.names import features, layer_names, parameter_names, unwrapping
 from ulr_kernels.optim.probing import Probing, Site
 
 MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
@@ -66,7 +66,8 @@ class ULR:
         baseline: "mean": of the other copies or pairs of the sample; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
         learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
-            nn.Linear, convolutions and normalisation layers, else one; its gradient is E[(L - b) * (eps * score - 1)].
+            nn.Linear, nn.Conv1d, nn.Conv2d and normalisation layers, else one; its gradient is
+            E[(L - b) * (eps * score - 1)].
         max_rows: the most rows (copies times samples) that the model is given at once, so that memory is bounded; None:
             all on a GPU, on a CPU so many that no tensor behind the first noise has much more than 4 MiB. Samples are
             split up where all copies or a pair of copies of all of them are too many. The gradients are the same. Where
@@ -119,11 +120,11 @@ class ULR:
 
     def _make_log_sigma(self) -> dict[str, nn.Parameter]:
         log_sigma: dict[str, nn.Parameter] = {}
-        features = {id(p): n for module in self.model.modules() for p, n in per_feature(module)}
+        shapes = features(self.model)
         for parameter in self.model_parameters:
             name = self.layers[id(parameter)]
             if parameter.requires_grad and name not in log_sigma:
-                start = torch.full(features.get(id(parameter), ()), self.settings.sigma_of(name), dtype=torch.float32)
+                start = torch.full(shapes[id(parameter)], self.settings.sigma_of(name), dtype=torch.float32)
                 log_sigma[name] = nn.Parameter(start.log().to(parameter.device))
         return log_sigma
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
+_BY_FEATURE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -50,12 +51,17 @@ def layer_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
-def per_feature(module: nn.Module) -> Iterator[tuple[nn.Parameter, torch.Size]]:
-    """The parameters of a layer whose noise may have a scale for each feature of its output, and how many those are."""
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _BatchNorm):
+def features(model: nn.Module) -> dict[int, torch.Size]:
+    """id(parameter) -> `[features]` of its layer's output, where the noise may have a scale for each; else `[]`, as of
+    a parameter that layers of different features share.
+    """
+    found: dict[int, torch.Size] = {}
+    for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if not (isinstance(module, nn.LayerNorm | nn.RMSNorm) and parameter.dim() > 1):
-                yield parameter, parameter.shape[:1]
+            several_axes = isinstance(module, nn.LayerNorm | nn.RMSNorm) and parameter.dim() > 1
+            own = parameter.shape[:1] if isinstance(module, _BY_FEATURE) and not several_axes else torch.Size()
+            found[id(parameter)] = own if found.get(id(parameter), own) == own else torch.Size()
+    return found
 
 
 def _strip(name: str) -> str:
