@@ -35,6 +35,7 @@ BAD = {
     "zero copies": (["--data", "digits", "--copies", "0"], "'copies' must be an integer above 0"),
     "odd copies": (["--data", "digits", "--copies", "7"], "'copies' must be even where antithetic"),
     "copies of no layer": (["--data", "digits", "--copies", "9=8"], "'copies' must name layers of the model"),
+    "copies of some layers": (["--data", "digits", "--copies", "1=8"], "'copies' must have an entry for every trained"),
     "copies malformed": (["--data", "digits", "--copies", "1=8,x"], "must be a number or LAYER=N"),
     "negative sigma": (["--data", "digits", "--sigma", "-0.1"], "'sigma' must be a finite number above 0"),
     "infinite sigma": (["--data", "digits", "--sigma", "inf"], "'sigma' must be a finite number above 0"),
@@ -116,6 +117,17 @@ def test_a_full_disk_is_told_with_what_is_kept(tmp_path: Path, monkeypatch, caps
     assert f"ulr train --resume {out}" in error
     monkeypatch.undo()
     assert ulr("train", "--resume", out) == 0  # nothing is trained again; the report is written
+
+
+@pytest.mark.parametrize("method", ["ulr", "bp"])
+def test_a_run_that_diverges_ends_with_its_last_epoch_kept(method: str, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    command = ["train", "--data", "digits", "--subset", "100", "--copies", "2", "--method", method, "--out", str(out)]
+    assert ulr(*command, "--lr", "1e30") == 1
+    error = capsys.readouterr().err
+    assert "epoch 1: the loss is nan: try a smaller --lr" in error
+    assert "--resume" not in error  # where the same would happen
+    assert list(out.iterdir()) == []
 
 
 def test_interrupting_says_where_the_checkpoint_is(tmp_path: Path):

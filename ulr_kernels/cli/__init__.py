@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, command in _COMMANDS.items():
         own = commands.add_parser(name, help=command.HELP)
         command.add_options(own)
-        own.set_defaults(run=command.run, what_is_kept=getattr(command, "what_is_kept", lambda args: ""))
+        own.set_defaults(run=command.run, what_is_kept=getattr(command, "what_is_kept", lambda args: ("", "")))
     args = parser.parse_args(argv)
     prog = f"{parser.prog} {args.command}"
     try:
@@ -33,10 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:
-        print(f"{prog}: error: {error}{args.what_is_kept(args)}", file=sys.stderr)
+    except OSError as error:
+        print(f"{prog}: error: {error}{''.join(args.what_is_kept(args))}", file=sys.stderr)
+        return 1
+    except FloatingPointError as error:  # to which the run would come again, if it went on
+        print(f"{prog}: error: {error}{args.what_is_kept(args)[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted{args.what_is_kept(args)}", file=sys.stderr)
+        print(f"\n{prog}: interrupted{''.join(args.what_is_kept(args))}", file=sys.stderr)
         return 130
     return 0

@@ -73,5 +73,5 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     runs.start(settings, args.out, command, overwrite="overwrite" in args)
 
 
-def what_is_kept(args: argparse.Namespace) -> str:
+def what_is_kept(args: argparse.Namespace) -> tuple[str, str]:
     return kept_in(args, "trajectory.ulr", "finished steps", "finetune")

@@ -72,9 +72,9 @@ def given_settings(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     return given
 
 
-def kept_in(args: argparse.Namespace, file: str, what: str, command: str) -> str:
-    """For a run that ended early: where what it has done is, and how it goes on."""
+def kept_in(args: argparse.Namespace, file: str, what: str, command: str) -> tuple[str, str]:
+    """For a run that ended early: where what it has done is, and how it goes on; empty where there is nothing."""
     folder = getattr(args, "resume", None) or getattr(args, "out", None)
     if folder is None or not (folder / file).exists():
-        return ""
-    return f"; {what} are kept in {folder / file}: continue with ulr {command} --resume {folder}"
+        return "", ""
+    return f"; {what} are kept in {folder / file}", f": continue with ulr {command} --resume {folder}"

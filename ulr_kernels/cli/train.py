@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     jobs.train(settings, args.out, command, overwrite="overwrite" in args)
 
 
-def what_is_kept(args: argparse.Namespace) -> str:
+def what_is_kept(args: argparse.Namespace) -> tuple[str, str]:
     from ulr_kernels.recipes.train import CHECKPOINT
 
     return kept_in(args, CHECKPOINT, "finished epochs", "train")

@@ -28,7 +28,8 @@ def train(settings: Settings, out: Path, command: str, overwrite: bool = False) 
 
     Raises:
         RecipeError: the run cannot be made; nothing has been written.
-        OSError: a file could not be written; finished epochs are in the last checkpoint.
+        OSError, FloatingPointError: a file could not be written, or a loss is not finite; finished epochs are in the
+            last checkpoint.
     """
     trainer = Trainer(settings)
     with folders.prepare(out, CHECKPOINT, overwrite):

@@ -61,18 +61,24 @@ class Trainer:
         self.loss_per_row = functools.partial(
             F.cross_entropy, reduction="none", label_smoothing=settings.label_smoothing
         )
-        self.estimator = None
-        if settings.method == "ulr":
-            try:
-                self.estimator = ULR(self.model, seed=settings.seed, **settings.estimator)
-            except (TypeError, ValueError) as error:
-                raise RecipeError(str(error)) from error
-        self.steps_per_epoch = math.ceil(len(self.train) / settings.batch)
         self.memory_at_start = memory.current(self.device)
+        self.estimator = self._estimator() if settings.method == "ulr" else None
+        self.steps_per_epoch = math.ceil(len(self.train) / settings.batch)
         self.step = 0
         self.partial: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.commands: list[str] = []
+
+    def _estimator(self) -> ULR:
+        """Tried on one image, so that what it refuses only when it meets the model is refused before a run begins."""
+        try:
+            estimator = ULR(self.model, seed=self.settings.seed, **self.settings.estimator)
+            estimator.backward(self.inputs(self.train.images[:1]), self.train.labels[:1], self.loss_per_row)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error)) from error
+        estimator.step = 0
+        self.optimizer.zero_grad()
+        return estimator
 
     @property
     def epoch(self) -> int:
@@ -114,6 +120,9 @@ class Trainer:
         """Train on every image once, evaluate, and add the figures to the history; `save` now and then on the way.
 
         An epoch that was stopped goes on where it was last saved.
+
+        Raises:
+            FloatingPointError: a loss is not finite; neither this epoch nor its part since the last `save` is kept.
         """
         batches = permutation(self.settings.seed, self.epoch, len(self.train)).split(self.settings.batch)
         first = self.step - self.epoch * self.steps_per_epoch
@@ -140,6 +149,7 @@ class Trainer:
         record["training_memory_mib"] = record["peak_memory_mib"] - self.memory_at_start
         for name, split in (("train", self.train), ("test", self.test)):
             record[f"{name}_loss"], record[f"{name}_accuracy"] = self.evaluate(split)
+            self._check_finite(record[f"{name}_loss"])
         if self.estimator:
             record["cosines"] = self._cosines()
         self.history.append(record)
@@ -148,11 +158,17 @@ class Trainer:
     def _so_far(self, before: dict[str, Any], loss: Tensor, started: float) -> dict[str, Any]:
         """The figures of an epoch from its beginning until now; `before`: until it was last resumed."""
         loss = loss.cpu()  # waits for the device
+        self._check_finite(loss.item())
         return {
             "loss": loss,
             "seconds": before.get("seconds", 0.0) + time.perf_counter() - started,
             "memory": max(before.get("memory", 0.0), memory.peak(self.device)),
         }
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            hint = "a smaller --lr" + " or another --sigma" * (self.estimator is not None)
+            raise FloatingPointError(f"epoch {self.epoch + 1}: the loss is {loss}: try {hint}")
 
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
         for group in self.optimizer.param_groups:
@@ -225,6 +241,7 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
 
     Raises:
         OSError: the checkpoint cannot be written; the last one is intact.
+        FloatingPointError: a loss is not finite; so is it then.
     """
     epochs = trainer.settings.epochs
 
