@@ -26,7 +26,7 @@ BUILD = ROOT / "build" / "native"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
 OLDEST_CAPABILITY = 8  # mma.sync of bf16 operands
 OLDEST_NVCC = 12
-WARNINGS = "-Wall -Wextra"  # CI adds -Werror, by CXXFLAGS; a stranger's newer compiler must not end an install
+WARNINGS = "-Wall -Wextra"  # .ci/run adds -Werror, by CXXFLAGS; a stranger's newer compiler must not end an install
 CXX_FLAGS = f"-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden {WARNINGS}"
 # The same sources are compiled once for each instruction set; the library picks one when it is loaded.
 INSTRUCTION_SETS = {
@@ -198,7 +198,8 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
     if nvcc:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         flags = " ".join((ROOT / "csrc" / "cuda" / "nvcc_flags.txt").read_text().split())
-        nvcc = f"{quoted(nvcc)} -ccbin {shlex.split(compiler)[-1]}"
+        host = next(word for word in reversed(shlex.split(compiler)) if not word.startswith("-"))  # no cache, no option
+        nvcc = f"{quoted(nvcc)} -ccbin {quoted(host)}"
         ninja.rule(
             "nvcc",
             f"{nvcc} {flags} {own} {generate_code(names)}"

@@ -47,9 +47,9 @@ def test_the_first_sentences_are_as_many_of_each_class():
     assert whole.first(0) == whole.first(9) == whole
 
 
-def test_a_header_carriage_returns_and_empty_lines_are_no_sentences(tmp_path: Path):
+def test_a_mark_a_header_carriage_returns_and_empty_lines_are_no_sentences(tmp_path: Path):
     rows = "".join(f"good {row}\t1\r\nbad {row}\t0\r\n\r\n" for row in range(20))
-    (tmp_path / "all.tsv").write_bytes(f"sentence\tlabel\r\n{rows}".encode())
+    (tmp_path / "all.tsv").write_bytes(f"sentence\tlabel\r\n{rows}".encode("utf-8-sig"))  # as spreadsheets write it
     found = data.load(str(tmp_path / "all.tsv"))
     assert len(found.train) + len(found.dev) + len(found.test) == 40
     assert found.classes == ("0", "1")

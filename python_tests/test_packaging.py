@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pathlib
 import re
@@ -81,3 +82,15 @@ def test_wheel_built_without_a_compiler_runs_on_torch(tmp_path: pathlib.Path) ->
 def test_a_required_part_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(AssertionError, match=r"(?s)ULR_BUILD.*cpp"):
         build_wheel(tmp_path, ULR_BUILD="cpp", PATH=str(tmp_path), CXX="", CC="")
+
+
+@pytest.mark.parametrize("compiler", ["g++-13", "ccache g++-13", "ccache g++-13 -m64 -pthread"])
+def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str, tmp_path, monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location("ulr_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "ulr_setup", setup)  # dataclasses look there
+    spec.loader.exec_module(setup)
+    monkeypatch.setattr(setup, "BUILD", tmp_path)
+    setup.write_ninja(compiler, [], "nvcc", ("9.0a",), cpp=False)
+    assert "nvcc -ccbin g++-13 -std=c++17" in (tmp_path / "build.ninja").read_text()

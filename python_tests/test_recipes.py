@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -294,7 +295,9 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, images: Path):
     with pytest.raises(RecipeError, match="holds a run already"):
         jobs.train(settings, tmp_path, "")
     assert (tmp_path / CHECKPOINT).read_bytes() == before
-    jobs.train(settings, tmp_path, "", overwrite=True)
+    assert (tmp_path / report.COSINES).exists()
+    jobs.train(dataclasses.replace(settings, method="bp"), tmp_path, "", overwrite=True)
+    assert not (tmp_path / report.COSINES).exists()  # the old run's: backpropagation has none
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path, images: Path):

@@ -139,7 +139,7 @@ def _dataset(name: str, *parts: list[tuple[str, str]]) -> Dataset:
 
 def _read_tsv(path: Path) -> list[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     rows = []

@@ -14,6 +14,7 @@ from ulr_kernels.recipes import checkpoint, plots
 from ulr_kernels.recipes.report import versions
 
 REPORT, CURVES, MEMORY, WEIGHTS = "report.json", "curves.png", "memory.png", "tuned.safetensors"
+FILES = (WEIGHTS, REPORT, CURVES, MEMORY)
 _SMOOTHED = 50  # points of the curve of the training loss
 
 
@@ -37,7 +38,7 @@ def write(
     checkpoint.write_atomically(out / REPORT, (json.dumps(report, indent=2) + "\n").encode())
     draw_curves(out / CURVES, report, losses)
     draw_memory(out / MEMORY, report)
-    return [out / name for name in (WEIGHTS, REPORT, CURVES, MEMORY)]
+    return [out / name for name in FILES]
 
 
 def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) -> dict[str, Any]:

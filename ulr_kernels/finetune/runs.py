@@ -66,9 +66,7 @@ def start(settings: Settings, out: Path, command: str, overwrite: bool = False) 
             the log.
     """
     job = Job(settings)
-    with folders.prepare(out, LOG, overwrite):
-        for name in (HISTORY, FEATURES):
-            (out / name).unlink(missing_ok=True)
+    with folders.prepare(out, LOG, (HISTORY, FEATURES, *report.FILES), overwrite):
         with contextlib.closing(trajectory.Writer.create(out / LOG, job.header)) as writer:
             _Run(job, out, writer, History([command], []), []).finish()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ulr_kernels.recipes import RecipeError
@@ -37,12 +37,13 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def prepare(out: Path, mark: str, overwrite: bool = False) -> Iterator[None]:
+def prepare(out: Path, mark: str, others: Sequence[str], overwrite: bool = False) -> Iterator[None]:
     """Make the folder of a new run, `held` in the block.
 
     Args:
         out: the folder.
-        mark: the file that tells that a run is there; an old one is removed.
+        mark: the file that tells that a run is there.
+        others: a run's other files; those of an old run are removed, lest they be taken for the new one's.
         overwrite: replace a run that is there.
 
     Raises:
@@ -57,5 +58,6 @@ def prepare(out: Path, mark: str, overwrite: bool = False) -> Iterator[None]:
             raise RecipeError(f"{out} holds a run already: continue it with --resume {out}, or give --overwrite")
         if not os.access(out, os.W_OK):
             raise RecipeError(f"out '{out}' cannot be written")
-        (out / mark).unlink(missing_ok=True)
+        for name in (mark, *others):
+            (out / name).unlink(missing_ok=True)
         yield

@@ -32,7 +32,7 @@ def train(settings: Settings, out: Path, command: str, overwrite: bool = False) 
             last checkpoint.
     """
     trainer = Trainer(settings)
-    with folders.prepare(out, CHECKPOINT, overwrite):
+    with folders.prepare(out, CHECKPOINT, report.FILES, overwrite):
         _finish(trainer, out, command)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ulr_kernels.recipes import checkpoint, plots
 
 REPORT, CURVES, COSINES, WEIGHTS = "report.json", "curves.png", "cosines.png", "model.safetensors"
+FILES = (WEIGHTS, REPORT, CURVES, COSINES)
 _MAX_COLUMNS = 4  # of small pictures in a row
 
 
