@@ -266,6 +266,17 @@ def test_a_group_that_is_refused_leaves_no_trace():
     assert optimizer.rule.names == (("body.weight", "body.bias"),)
 
 
+@pytest.mark.parametrize("number, value", [("lr", float("inf")), ("eps", 0.0), ("weight_decay", -0.1)])
+def test_numbers_that_were_spoilt_later_are_refused_before_anything_is_written(number, value):
+    model, tokens, targets = reader()
+    optimizer = MeZO(model, lr=0.1, params=[{"params": [p]} for p in (model.body.weight, model.scale)])
+    start = copies(model)
+    optimizer.param_groups[1][number] = value
+    with pytest.raises(ValueError, match=f"ulr.optim.MeZO: '{number}' must be finite and .*, got {value}"):
+        optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+    assert not moved(model, start).any() and not optimizer._losses
+
+
 @pytest.mark.parametrize("chunk", [0, -2, 1.5])
 def test_a_chunk_is_a_number_of_probes(chunk):
     model, tokens, targets = reader()

@@ -115,6 +115,10 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
             if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 self._fail(self._names[id(parameter)], "be float32, bfloat16 or float16", parameter.dtype)
+        self._numbers(group)
+
+    def _numbers(self, group: dict[str, Any]) -> Group:
+        """Of a parameter group, which schedulers and users may change at any time."""
         for argument, rule, good in (
             ("lr", "be finite and at least 0", lambda value: 0 <= value < math.inf),
             (self.SCALE, "be finite and above 0", lambda value: 0 < value < math.inf),
@@ -122,6 +126,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         ):
             if not good(group[argument]):
                 self._fail(argument, rule, group[argument])
+        return Group(float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]))
 
     # --- what a subclass gives ---------------------------------------------------------------------------------------
 
@@ -159,6 +164,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
             else the mean over the probes.
         """
+        groups = tuple(map(self._numbers, self.param_groups))
         if closure is not None:
             self.accumulate(closure)
         if not self._losses:
@@ -171,7 +177,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         loss, coefficients = self._probed(losses)
         # A probe that overflowed says nothing about the others; the weights stay whole, and the caller sees the loss.
         coefficients = torch.where(coefficients.isfinite().all(), coefficients, 0)
-        groups = tuple(Group(float(g["lr"]), float(g[self.SCALE]), float(g["weight_decay"])) for g in self.param_groups)
         update = Update(self.steps, contract.fold_in(self.seed, self.steps), coefficients, groups)
         self.apply(update)
         return loss
