@@ -66,6 +66,15 @@ def test_frozen_parameters_stay_and_groups_have_their_own_numbers():
     torch.testing.assert_close(change["scale"], decayed, rtol=1e-4, atol=1e-6)
 
 
+def test_a_group_may_be_empty():
+    """As one of those without decay is, where a model has no biases."""
+    model, tokens, targets = reader()
+    start = copies(model)
+    optimizer = MeZO(model, lr=0.1, params=[{"params": []}, {"params": model.body.parameters()}])
+    optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+    assert moved(model, start).any()
+
+
 def test_a_loss_that_overflows_leaves_the_weights():
     model, tokens, _ = reader()
     start = copies(model)
@@ -259,8 +268,9 @@ def test_a_group_that_is_refused_leaves_no_trace():
     for bad, message in (
         ({"params": nn.Linear(2, 2).parameters()}, "'params' must be parameters of the model"),
         ({"params": model.norm.parameters(), "eps": 0.0}, "'eps' must be finite and above 0"),
+        ({"params": model.norm.parameters(), "lr": None}, "not supported between instances of 'int' and 'NoneType'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             optimizer.add_param_group(bad)
     optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
     assert optimizer.rule.names == (("body.weight", "body.bias"),)

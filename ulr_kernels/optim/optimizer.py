@@ -104,7 +104,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._checked = False
@@ -294,7 +294,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
     # --- probing -----------------------------------------------------------------------------------------------------
 
     def _device(self) -> torch.device:
-        return self.param_groups[0]["params"][0].device
+        return next(parameter.device for group in self.param_groups for parameter in group["params"])
 
     def _probing(self, draws: Draws, sign: int, rows: int = 0) -> Probing:
         """The mode for a probe of the coming step; without noise (and without cost) where sign is 0."""
