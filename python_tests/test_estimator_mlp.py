@@ -56,8 +56,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable, **setti
 
 
 def needs_kernel(device: str) -> None:
-    kernel = backends.lookup("noisy_mlp_step", torch.device(device))
-    if kernel is backends.find("torch", "noisy_mlp_step", device):
+    if not mlp._has_kernel(torch.device(device)):
         pytest.skip(f"no kernel of noisy_mlp_step runs on {device}")
 
 
@@ -178,6 +177,18 @@ def test_autocast_and_other_back_ends_run_layer_by_layer(steps: list) -> None:
         gradients(make(), *batch(), CROSS_ENTROPY)
     with ulr.use_backend("torch"):
         gradients(make(), *batch(), CROSS_ENTROPY)
+    assert not steps
+
+
+def test_a_back_end_without_the_op_runs_layer_by_layer(steps: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(op: str, device: torch.device) -> Callable:
+        if op == "noisy_mlp_step":
+            raise backends.BackendError("no kernel")
+        return found(op, device)
+
+    found = backends.lookup
+    monkeypatch.setattr(backends, "lookup", lookup)
+    gradients(make(), *batch(), CROSS_ENTROPY)
     assert not steps
 
 

@@ -81,6 +81,10 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,), plain:
     """
     source = rivals.generator(device)
     loss_fn = functools.partial(F.cross_entropy, reduction="none")
+
+    def by_layer(outputs: Tensor, targets: Tensor) -> Tensor:
+        return loss_fn(outputs, targets)
+
     model, theirs = rivals.mlp(MLP).to(device), rivals.mlp(MLP, rivals.NoisyLinear).to(device)
 
     @functools.cache
@@ -97,6 +101,10 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,), plain:
         inputs=make,
         contestants={
             **ours(lambda x, y: estimator().backward(x, y, loss_fn), names),
+            **{
+                f"{name}, layer by layer": contestant  # as for a loss that the estimator does not know
+                for name, contestant in ours(lambda x, y: estimator().backward(x, y, by_layer), names).items()
+            },
             **{
                 f"{name}, one call": contestant
                 for name, contestant in ours(one_call(model, copies), names).items()
