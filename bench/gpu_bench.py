@@ -1,7 +1,8 @@
 """The parts of `bench/gpu.sh`: `python -m bench.gpu_bench facts | rows | samples | tiles`.
 
     facts      one line of JSON: device, driver, versions, commit
-    rows       times the GPU's rows; OUT/gpu.{json,csv,txt} are written anew after each row
+    rows       times the GPU's rows; OUT/gpu.{json,csv,txt} are written anew after each row; `--go-on` takes those
+               that are left when a row has ended its process
     samples    runs every op's samples once, for compute-sanitizer to watch
     tiles      times candidate tiles of the Triton kernels; OUT/tiles.json is written anew after each
 
@@ -11,10 +12,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import math
+import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,12 +33,14 @@ from bench import machine, rows
 from bench.probes import probes
 from bench.rows import conv, linear, noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import bench
+from ulr_kernels import backends, bench
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import OPS
 
 SWEEPS = 5
+ROW_SECONDS = 120  # far more than any row takes with all that it compiles
+LOST = 75  # exit code: rows are left, and another process can take them
 
 
 def times(run: Callable, calls: Iterator[tuple], count: int, device: str) -> list[float]:
@@ -106,9 +113,9 @@ def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]
         raise RuntimeError(f"{row.name}: {', '.join(ours)} cannot run")
 
 
-def ceilings(device: str, small: bool, backends: tuple[str, ...]) -> dict[str, Any]:
-    """Bytes/s of a copy, operations/s of plain products, noise values/s into a buffer that fits the cache, and what
-    `probes` says."""
+def ceilings(device: str, small: bool, names: tuple[str, ...]) -> dict[str, Any]:
+    """Bytes/s of a copy, operations/s of plain products, noise values/s into a buffer that fits the cache, by the first
+    back end that is here."""
     size, side = (2**16, 128) if small else (2**28, 8192)
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     result = {"overlap": True, "bytes": 8 * size / median(target.copy_, itertools.repeat((source,)), device)}
@@ -116,16 +123,16 @@ def ceilings(device: str, small: bool, backends: tuple[str, ...]) -> dict[str, A
         a = normal(0, side, side, device=device).to(dtype)
         result[f"flops {kind}"] = 2 * side**3 / median(torch.mm, itertools.repeat((a, a)), device)
     out, key = torch.empty(size >> 6, device=device).view(-1, 1024), key_of(0, device)
-    with ulr.use_backend(backends[0]):
+    with ulr.use_backend(next(name for name in names if not isinstance(backends.find(name, "noise", device), str))):
         for dist in ("normal", "laplace", "rademacher"):
             result[dist] = out.numel() / median(noise.fill, itertools.repeat((out, key, dist)), device)
-    if "triton" in backends:
-        result |= probes(device, small, lambda run: median(run, itertools.repeat(()), device))
     return result
 
 
-def lost() -> bool:
+def lost(device: str) -> bool:
     """Whether a kernel has ended the device for this process: every call from then on fails with the same error."""
+    if device == "cpu":
+        return False
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -136,26 +143,61 @@ def lost() -> bool:
 
 
 def run_rows(options: argparse.Namespace) -> None:
-    """The table of the GPU's rows."""
-    facts = machine.facts(options.device)
-    limits = {options.device: ceilings(options.device, options.small, options.backends)}
-    found: list[bench.Measurement] = []
-    failed: list[str] = []
-    for key, make in rows.gpu_rows(options.backends, options.small, options.device).items():
-        try:
-            found += measure(f"gpu-{key}", make(), options.device)
-        except Exception:  # the rows after it may still tell something
-            failed.append(key)
-            traceback.print_exc()
-        lines = list(bench.lines(found, limits))
+    """The table of the GPU's rows.
+
+    A kernel that never ends or that loses the device takes the process with it, not the rows after it: what has been
+    done is in OUT/gpu.part before each row begins, and the exit code LOST asks for a process that goes on.
+    """
+    device, small, part = options.device, options.small, options.out / "gpu.part"
+    facts = machine.facts(device)
+    if options.go_on:
+        done = json.loads(part.read_text())
+    else:
+        done = {"ceilings": {device: ceilings(device, small, options.backends)}, "begun": 0, "failed": [], "found": []}
+    found = [bench.Measurement(**measurement) for measurement in done["found"]]
+
+    def probe() -> None:
+        done["ceilings"][device] |= probes(device, small, lambda run: median(run, itertools.repeat(()), device))
+
+    def measured(key: str, make: Callable[[], rows.Row]) -> None:
+        found.extend(measure(f"gpu-{key}", make(), device))
+
+    def keep() -> None:
+        lines = list(bench.lines(found, done["ceilings"]))
         if lines:
-            bench.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": limits})
-        if options.device == "cuda" and lost():
-            print(f"the device is lost after {key}: rows after it have not run", flush=True)
-            break
-    print(bench.table(list(bench.lines(found, limits))))
-    if failed:
-        raise SystemExit(f"failed rows: {', '.join(failed)}")
+            bench.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": done["ceilings"]})
+        part.write_text(json.dumps(done | {"found": [dataclasses.asdict(each) for each in found]}))
+
+    def give_up(key: str, why: str) -> None:
+        print(f"{key}: {why}; a new process must go on", flush=True)
+        done["failed"].append(key)
+        try:
+            keep()
+        finally:
+            os._exit(LOST)  # what waits for the device would not let go
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    steps = {"probes": probe} if "triton" in options.backends else {}
+    makers = rows.gpu_rows(options.backends, small, device)
+    steps |= {key: functools.partial(measured, key, make) for key, make in makers.items()}
+    for key, step in list(steps.items())[done["begun"] :]:
+        done["begun"] += 1
+        keep()
+        watch = threading.Timer(ROW_SECONDS, give_up, (key, f"no end after {ROW_SECONDS} s"))
+        watch.start()
+        try:
+            step()
+        except Exception:  # the rows after it may still tell something
+            done["failed"].append(key)
+            traceback.print_exc()
+        finally:
+            watch.cancel()
+        if lost(device):
+            give_up(key, "the device is lost")
+    keep()
+    print(bench.table(list(bench.lines(found, done["ceilings"]))))
+    if done["failed"]:
+        raise SystemExit(f"failed rows: {', '.join(done['failed'])}")
 
 
 def run_samples(options: argparse.Namespace) -> None:
@@ -243,6 +285,7 @@ def chosen(results: list[dict]) -> list[dict]:
 def run_tiles(options: argparse.Namespace) -> None:
     """Time the candidates in turn; the time that is given is shared evenly by the searches."""
     results: list[dict] = []
+    facts = machine.facts(options.device)
     todo = list(searches(options.device, options.small))
     share = options.seconds / len(todo)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -258,9 +301,9 @@ def run_tiles(options: argparse.Namespace) -> None:
                 with contestant.settings(row), torch.no_grad():
                     entry["seconds"] = median(contestant.run, itertools.cycle(sets), options.device)
             except Exception as error:  # a tile that does not fit the device is a result
-                entry["error"] = str(error).splitlines()[0][:200]
+                entry["error"] = (str(error) or repr(error)).splitlines()[0][:200]
             results.append(entry)
-            content = {"ulr": machine.facts(options.device), "chosen": chosen(results), "tiles": results}
+            content = {"ulr": facts, "chosen": chosen(results), "tiles": results}
             (options.out / "tiles.json").write_text(json.dumps(content, indent=1) + "\n")
         table[key] = used
         timed = sorted(
@@ -283,6 +326,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--backends", default="cuda,triton", type=lambda text: tuple(text.split(",")))
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the script, measures nothing")
+    parser.add_argument("--go-on", action="store_true", help="rows: those that are left, into the same OUT")
     parser.add_argument("--seconds", default=150.0, type=float, help="of the search for tiles")
     parser.add_argument("--out", default=Path("build/gpu"), type=Path)
     options = parser.parse_args()

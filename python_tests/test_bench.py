@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import gpu_bench, machine, memory, rivals, rows  # noqa: E402
-from bench.rows import row, step  # noqa: E402
+from bench.rows import noise, row, step  # noqa: E402
 
 native = pytest.mark.skipif(
     isinstance(backends.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
@@ -278,9 +282,68 @@ def test_memory_is_seen() -> None:
 
 
 def test_gpu_script_names_its_stages(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", "bench/gpu.sh", str(tmp_path), "nonsense"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", str(tmp_path), "tiles", "nonsense"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == ""  # nothing has run
     assert done.returncode == 2 and "unknown stage 'nonsense'" in done.stderr
     assert subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("how", ["it loses the device", "it never ends"])
+def test_a_row_that_ends_its_process_costs_itself_alone(how: str, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+
+    def sized(size: int) -> row.Row:
+        if size == 2**11 and how == "it never ends":
+            threading.Event().wait(20)
+        return noise.noise_row("rademacher", size, "cpu", names=("torch",))
+
+    def end(code: int) -> None:
+        """Instead of ending this process: leave the rows, which run on the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit(code)
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    def wake(number: int, frame: object) -> None:
+        raise SystemExit(gpu_bench.LOST)
+
+    makers = {str(2**k): functools.partial(sized, 2**k) for k in (10, 11, 12)}
+    monkeypatch.setattr(rows, "gpu_rows", lambda *arguments: makers)
+    monkeypatch.setattr(gpu_bench, "SWEEPS", 1)
+    monkeypatch.setattr(gpu_bench.os, "_exit", end)
+    if how == "it never ends":
+        monkeypatch.setattr(gpu_bench, "ROW_SECONDS", 2)
+    else:
+        ends = iter([False, True, False])
+        monkeypatch.setattr(gpu_bench, "lost", lambda device: next(ends))
+    before = signal.signal(signal.SIGALRM, wake)
+    options = ["gpu_bench", "rows", "--device", "cpu", "--small", "--backends", "torch", "--out", str(tmp_path)]
+    try:
+        monkeypatch.setattr(sys, "argv", options)
+        with pytest.raises(SystemExit) as left:
+            gpu_bench.main()
+        assert left.value.code == gpu_bench.LOST
+        monkeypatch.setattr(sys, "argv", [*options, "--go-on"])
+        with pytest.raises(SystemExit, match="failed rows: 2048"):
+            gpu_bench.main()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    found = {line["row"] for line in json.loads((tmp_path / "gpu.json").read_text())["lines"]}
+    assert {"rademacher fill 2^10", "rademacher fill 2^12"} <= found
+
+
+def test_gpu_script_goes_on_after_a_row_that_ended_its_process(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(
+        'echo "$*" >>"$0.log"\ncase "$*" in *facts) echo facts ;; *--go-on) echo rest ;; *) exit 75 ;; esac\n'
+    )
+    command = ["bash", "bench/gpu.sh", str(tmp_path / "out"), "rows"]
+    environment = {**os.environ, "PYTHON": f"bash {tmp_path / 'python'}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "failed: rows" in done.stdout
+    called = (tmp_path / "python.log").read_text().splitlines()
+    assert [line.endswith("--go-on") for line in called if "rows" in line] == [False, True]
+    assert "exit code 75" in (tmp_path / "out" / "gpu.txt").read_text()
 
 
 def test_every_row_of_the_gpu_runs_in_small() -> None:
