@@ -50,9 +50,11 @@ struct Layer {
 template <int vectors>
 void multiply(const float* a, int64_t a_pitch, const float* panel, const float* bias, int64_t inputs, float* y,
               int64_t y_pitch) {
-    F sums[kRows][vectors];
-    for (int v = 0; v < vectors; ++v)
-        for (int r = 0; r < kRows; ++r) sums[r][v] = load(bias + v * kLanes);
+    F sums[kRows][vectors];  // in registers: every loop over them is unrolled
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sums[r][v] = load(bias + v * kLanes);
     for (int64_t k = 0; k < inputs; ++k, panel += kPanel) {
         F w[vectors];
         for (int v = 0; v < vectors; ++v) w[v] = load(panel + v * kLanes);
@@ -63,7 +65,9 @@ void multiply(const float* a, int64_t a_pitch, const float* panel, const float* 
             for (int v = 0; v < vectors; ++v) sums[r][v] = fma(value, w[v], sums[r][v]);
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) store(y + r * y_pitch + v * kLanes, sums[r][v]);
 }
 
