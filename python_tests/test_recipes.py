@@ -272,6 +272,14 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, images: Path):
         jobs.resume(tmp_path, "")
 
 
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path):
+    images = two_classes(tmp_path / "images")
+    jobs.train(Settings(data=str(images), epochs=1, **SMALL), tmp_path / "run", "")
+    (images / "train" / "above" / "0.png").rename(images / "train" / "below" / "new.png")
+    with pytest.raises(RecipeError, match="the data must be as at the start of the run"):
+        jobs.resume(tmp_path / "run", "")
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, images: Path, monkeypatch):
     settings = Settings(data=str(images), epochs=3, **SMALL)
     trainer = Trainer(settings)

@@ -41,7 +41,6 @@ class Split:
 class Dataset:
     """Three splits, and the names of the classes. `dev` is looked at during a run, `test` only before and after."""
 
-    name: str
     classes: tuple[str, ...]
     train: Split
     dev: Split
@@ -134,7 +133,7 @@ def _dataset(name: str, *parts: list[tuple[str, str]]) -> Dataset:
         if unknown := sorted({label for _, label in rows} - set(classes)):
             raise RecipeError(f"data '{name}': {part} has the label '{unknown[0]}', training has {', '.join(classes)}")
         splits.append(Split(tuple(row[0] for row in rows), tuple(classes.index(row[1]) for row in rows)))
-    return Dataset(name, classes, *splits)
+    return Dataset(classes, *splits)
 
 
 def _read_tsv(path: Path) -> list[tuple[str, str]]:

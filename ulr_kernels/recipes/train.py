@@ -49,13 +49,14 @@ class Trainer:
         self.device = rules.device(settings.device)
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         self.settings = dataclasses.replace(settings, threads=torch.get_num_threads())
-        self.dataset = data.load(settings.data)
-        self.train = self.dataset.train.first(settings.subset).to(self.device)
-        self.test = self.dataset.test.first(settings.test_subset).to(self.device)
-        shape, classes = self.dataset.shape, len(self.dataset.classes)
+        dataset = data.load(settings.data)
+        self.data_digest = dataset.digest()
+        self.train = dataset.train.first(settings.subset).to(self.device)
+        self.test = dataset.test.first(settings.test_subset).to(self.device)
+        shape, classes = dataset.shape, len(dataset.classes)
         self.model = models.build(settings.model, shape, classes, settings.seed, self.device, settings.blocks)
         pretrained = isinstance(self.model, EfficientNetLite0)
-        self.mean, self.deviation = EfficientNetLite0.pixel_scale if pretrained else self.dataset.scale()
+        self.mean, self.deviation = EfficientNetLite0.pixel_scale if pretrained else dataset.scale()
         self.optimizer = _optimizer(settings, self.model)
         # What is trained: cross-entropy in nats, one per row. In this form the estimator knows it.
         self.loss_per_row = functools.partial(
@@ -91,6 +92,7 @@ class Trainer:
         """All that the rest of the run depends on; orders of images follow from seed and epoch and need no place."""
         return {
             "settings": dataclasses.asdict(self.settings),
+            "data": self.data_digest,
             "step": self.step,
             "partial": self.partial,
             "history": self.history,
@@ -101,7 +103,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was taken, from a trainer of the same settings."""
+        """Go on from where `state_dict` was taken, from a trainer of the same settings.
+
+        Raises:
+            RecipeError: the data has changed.
+        """
+        if state["data"] != self.data_digest:
+            raise RecipeError("the data must be as at the start of the run: it has changed")
         self.step, self.history, self.commands = state["step"], state["history"], state["commands"]
         self.partial = state["partial"]
         self.model.load_state_dict(state["model"])
@@ -265,7 +273,7 @@ def restore(folder: Path) -> Trainer:
     """The trainer as it was when the folder's checkpoint was written.
 
     Raises:
-        RecipeError: no checkpoint, or a damaged one, or its data cannot be had any more.
+        RecipeError: no checkpoint, or a damaged one, or its data has changed or cannot be had any more.
     """
     path = folder / CHECKPOINT
     state = checkpoint.load(path)
