@@ -290,6 +290,9 @@ def test_a_run_can_begin_where_another_ended(files: Path, tmp_path: Path):
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     with pytest.raises(RecipeError, match="is of another model: it has backbone"):
         Job(settings(files, start=str(tmp_path / "lora" / report.WEIGHTS)))
+    with pytest.raises(RecipeError, match="must be in another folder"):  # it would be replaced
+        runs.start(settings(files, tune="lora", start=str(tuned)), tmp_path / "head", "", overwrite=True)
+    assert tuned.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="replays there")
@@ -351,6 +354,8 @@ def test_replay_from_the_command_line(files: Path, tmp_path: Path, capsys):
         assert ulr("replay", *arguments, "--out", tmp_path / "new") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+    assert ulr("replay", files / "encoder", log, "--out", tmp_path) == 2
+    assert "must be a file, it is a folder" in capsys.readouterr().err
 
 
 def test_a_changed_model_or_changed_data_is_not_resumed(files: Path, tmp_path: Path):

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise RecipeError("give --data (movie-reviews, a .tsv file, or a folder of them), or --resume DIR")
     settings = Settings(**given)
     if "out" not in args:
-        names = (Path(settings.data).stem, Path(settings.model).stem, settings.tune, settings.method)
+        data, model = (Path(name).resolve().stem for name in (settings.data, settings.model))
+        names = (data, model, settings.tune, settings.method)
         args.out = Path("runs") / "-".join(names)
     runs.start(settings, args.out, command, overwrite="overwrite" in args)
 

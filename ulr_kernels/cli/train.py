@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         raise RecipeError("give --data (digits, mnist5k, fashion, or a folder), or --resume DIR")
     settings = Settings(**given)
     if "out" not in args:
-        args.out = Path("runs") / f"{Path(settings.data).name}-{settings.model}-{settings.method}"
+        args.out = Path("runs") / f"{Path(settings.data).resolve().name}-{settings.model}-{settings.method}"
     jobs.train(settings, args.out, command, overwrite="overwrite" in args)
 
 

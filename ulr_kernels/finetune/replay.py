@@ -70,11 +70,13 @@ def write(base: str, log: Path, out: Path, **options) -> str:
     """`replay` into a file, as `weights.save` writes it; a line that says what it holds.
 
     Raises:
-        RecipeError: as `replay`, or `out` is in no folder; nothing has been written.
+        RecipeError: as `replay`, or `out` is in no folder or is one; nothing has been written.
         OSError: `out` cannot be written.
     """
     if not out.parent.is_dir():
         raise RecipeError(f"out '{out}': no folder {out.parent}")
+    if out.is_dir():
+        raise RecipeError(f"out '{out}' must be a file, it is a folder")
     parameters, run = replay(base, log, **options)
     steps = len(run.updates)
     weights.save(out, parameters, run.header.weights, steps)

@@ -65,6 +65,10 @@ def start(settings: Settings, out: Path, command: str, overwrite: bool = False) 
         OSError, FloatingPointError: a file could not be written, or the loss is not finite; finished steps are in
             the log.
     """
+    if settings.start and Path(settings.start).resolve().parent == out.resolve():
+        raise RecipeError(
+            f"start '{settings.start}' must be in another folder than this run, which needs it to the end"
+        )
     job = Job(settings)
     with folders.prepare(out, LOG, (HISTORY, FEATURES, *report.FILES), overwrite):
         with contextlib.closing(trajectory.Writer.create(out / LOG, job.header)) as writer:
