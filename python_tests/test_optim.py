@@ -152,6 +152,16 @@ def test_members_in_one_forward_lose_what_they_lose_one_by_one(make):
         torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tables_are_read_by_indices_of_either_width(dtype):
+    model, tokens, targets = reader()
+    optimizer = ES(model, population=4)
+    optimizer.accumulate(lambda: F.cross_entropy(model(tokens.to(dtype)), targets))
+    one_by_one = optimizer._losses.pop()
+    optimizer.accumulate_batch(tokens.to(dtype), targets, cross_entropy)
+    torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("heads_see", ["the same", "their own"])
 def test_members_share_a_forward_of_masked_attention(heads_see):
     """With as many keys as rows, and masks of samples beside one that all of them share; its weights are used too."""

@@ -182,6 +182,9 @@ def test_sigma_on_the_host_is_checked_and_a_scalar_tensor_will_do(device) -> Non
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match="'sigma' must be finite and at least 0, got -1.0"):
         ulr.ops.noisy_linear(x, w, None, torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0]), 3)
+    for dtype, sigma in ((torch.float64, 1e-46), (torch.float64, 1e300), (torch.float32, 1e-40)):
+        with pytest.raises(ValueError, match="'sigma' must be a normal fp32 number"):
+            ulr.ops.noisy_linear_grad_(w, None, x, torch.ones(2, 6), torch.tensor(sigma, dtype=dtype), 3)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

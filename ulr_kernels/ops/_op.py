@@ -249,10 +249,7 @@ def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: 
     """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
     if not isinstance(sigma, Tensor):
         value = float(sigma)
-        # What counts is the fp32 number: a sigma that vanishes or overflows there is refused as well.
         _check_sigma(op, value, zero)
-        if value and not FP32.smallest_normal <= value <= FP32.max:
-            raise ValueError(f"ulr::{op}: 'sigma' must be a normal fp32 number, got {sigma}")
         return torch.full((), value, dtype=torch.float32, device=device)
     readable = sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(sigma, FakeTensor)
     if readable and sigma.numel():
@@ -280,3 +277,6 @@ def _check_sigma(op: str, value: float, zero: bool) -> None:
     if not (0 < value < math.inf or (zero and value == 0)):
         rule = "be finite and " + ("at least 0" if zero else "positive")
         raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {value}")
+    # What counts is the fp32 number: a sigma that vanishes or overflows there is refused as well.
+    if value and not FP32.smallest_normal <= value <= FP32.max:
+        raise ValueError(f"ulr::{op}: 'sigma' must be a normal fp32 number, got {value}")

@@ -154,7 +154,7 @@ class Probing(TorchFunctionMode):
             input = input.expand(self._rows, *input.shape[1:])
         ids = self._split(input, "embedding") if members > 1 else input.unsqueeze(0)
         y = ops.perturbed_embedding(
-            ids.reshape(members, -1), weight, site.sigma, site.key, rank=site.rank, **self._spec()
+            ids.reshape(members, -1).long(), weight, site.sigma, site.key, rank=site.rank, **self._spec()
         )
         return y.view(*input.shape, weight.shape[1])
 
