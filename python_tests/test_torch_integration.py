@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ulr_kernels as ulr
 from ulr_kernels import backends, contract
@@ -81,6 +81,24 @@ def test_every_op_has_kernels() -> None:
 def test_opcheck(op, device) -> None:
     args = tree_map_only(torch.Tensor, lambda a: a.to(device), CALLS[op]())
     torch.library.opcheck(getattr(torch.ops.ulr, op).default, args)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_torchs_defaults_change_nothing(op, device) -> None:
+    """Which whole programs set: memory that a kernel takes for fp32 of its device must not follow them."""
+    results = []
+    for dtype, where in ((torch.float32, "cpu"), (torch.bfloat16, "meta"), (torch.float64, "meta")):
+        args = tree_map_only(torch.Tensor, lambda a: a.to(device, copy=True), CALLS[op]())
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(where):
+                results.append((getattr(torch.ops.ulr, op)(*args), args))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    expected, *others = map(tree_leaves, results)
+    for found in others:
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("op", CALLS)

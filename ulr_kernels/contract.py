@@ -152,8 +152,8 @@ def square_root(a: Tensor) -> Tensor:
 
 @functools.cache
 def _coefficients(dist: str, device: torch.device) -> Tensor:
-    rows = torch.tensor(getattr(tables, dist.upper()), dtype=torch.int64)
-    return rows.to(torch.int32).view(torch.float32).to(device)
+    rows = torch.tensor(getattr(tables, dist.upper()), dtype=torch.int64, device=device)
+    return rows.to(torch.int32).view(torch.float32)
 
 
 def quantile(words: Tensor, dist: str) -> Tensor:
@@ -271,7 +271,7 @@ def low_rank_grid(
 def low_rank_at(rows: Tensor, cols: Tensor, rank: int, draw: int, key: Tensor, *, dist: str) -> Tensor:
     """The same of any rows [R] and columns [C]: fp32 `[R, C]`."""
     by_row, by_col = low_rank_factors(rows, cols, rank, draw, key, dist=dist)
-    total = torch.zeros(len(rows), len(cols), device=key.device)
+    total = torch.zeros(len(rows), len(cols), dtype=torch.float32, device=key.device)
     for a, b in zip(by_row, by_col, strict=True):
         total = fma(a[:, None], b[None, :], total)
     return total * low_rank_scale(rank)
@@ -292,7 +292,7 @@ def low_rank_factors(
 
 def low_rank_scale(rank: int) -> float:
     """1 / sqrt(rank), an fp32 number."""
-    return torch.tensor(1 / math.sqrt(rank), dtype=torch.float32).item()
+    return torch.tensor(1 / math.sqrt(rank), dtype=torch.float32, device="cpu").item()
 
 
 def round_stochastically(values: Tensor, draw: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0) -> Tensor:
@@ -311,6 +311,6 @@ def copy_draws(copies: int, antithetic: bool, draw: int, device: torch.device) -
     """The draw (int64 `[copies]`) and the sign (fp32 `[copies]`) of each copy: antithetic copies come as two halves."""
     copy = torch.arange(copies, device=device)
     if not antithetic:
-        return draw + copy, torch.ones(copies, device=device)
+        return draw + copy, torch.ones(copies, dtype=torch.float32, device=device)
     half = copies // 2
-    return draw + copy % half, torch.where(copy < half, 1.0, -1.0)
+    return draw + copy % half, torch.where(copy < half, 1, -1).float()

@@ -12,7 +12,7 @@ def ticket(device: torch.device, count: int = 2) -> Tensor:
     """int32, at least `count` of them, 0 between launches: of each stream its own, so that launches that share them
     follow one another."""
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():  # its memory belongs to the graph, which must set it to 0 itself
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream

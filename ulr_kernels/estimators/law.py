@@ -97,7 +97,7 @@ class Truth:
 
     def terms(self, name: str) -> Iterator[Terms]:
         """Of each sample."""
-        signs = torch.Generator().manual_seed(0)
+        signs = torch.Generator("cpu").manual_seed(0)
         for sample in range(self.samples):
             outputs, gradients = [], []
             for call, gradient in self.calls[name]:
@@ -115,7 +115,7 @@ class Truth:
             return sum(float(part.double().square().sum()) for part in found if part is not None)
 
         def signed() -> list[Tensor]:
-            return [(torch.randint(2, g.shape, generator=signs) * 2.0 - 1).to(g) for g in gradients]
+            return [(torch.randint(2, g.shape, generator=signs, device="cpu") * 2.0 - 1).to(g) for g in gradients]
 
         g = sum(float(gradient.double().square().sum()) for gradient in gradients)
         projected = square(*gradients)
@@ -143,7 +143,7 @@ def law(estimator: ULR, name: str, truth: Truth) -> float:
     """
     settings, lead = estimator.settings, estimator.riders.get(name, name)
     s, m = MOMENTS[settings.dist]
-    others = torch.zeros(truth.samples, dtype=torch.float64)
+    others = torch.zeros_like(truth.losses)
     if settings.injection == "joint":
         here = _mean_square(estimator.sigma(lead))
         for other in truth.calls:

@@ -157,7 +157,7 @@ def read(path: Path, until: int | None = None, torn: bool = False) -> Trajectory
         crc = expected
         numbers = iter(values[header.draws : -1])
         groups = tuple(Group(*group) for group in zip(numbers, numbers, numbers, strict=True))
-        updates.append(Update(step, key, torch.tensor(values[: header.draws]), groups))
+        updates.append(Update(step, key, torch.tensor(values[: header.draws], dtype=torch.float32), groups))
         losses.append(values[-1])
     return Trajectory(header, updates, losses, start + len(updates) * size, rest, crc)
 

@@ -163,12 +163,11 @@ def gradient_reference(
 
     `product`: the layer's own parameter Jacobian, applied to weighted scores `[R, N]` and one copy's input.
     """
-    device = x.device
-    by_weight = None if grad_weight is None else torch.zeros(grad_weight.shape, device=device)
-    by_bias = torch.zeros(sizes.features, device=device)
-    by_log_sigma = torch.zeros(sizes.features, device=device)
+    by_weight = None if grad_weight is None else loss_weight.new_zeros(grad_weight.shape)
+    by_bias = loss_weight.new_zeros(sizes.features)
+    by_log_sigma = loss_weight.new_zeros(sizes.features)
     weights = loss_weight.repeat_interleave(positions, dim=1)
-    reduced = torch.zeros(sizes.rows, sizes.features, device=device)
+    reduced = loss_weight.new_zeros(sizes.rows, sizes.features)
     for copy, eps in copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *offsets):
         score = contract.score(eps, dist)
         weighted = weights[copy, :, None] * score / sigma

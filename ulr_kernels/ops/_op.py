@@ -263,11 +263,13 @@ def fp32_tensor(op: str, argument: str, value: float | Sequence[float] | Tensor,
     if isinstance(value, Tensor):
         result = value if value.dtype == torch.float32 else value.to(torch.float32)
     elif isinstance(value, Sequence):
-        result = torch.tensor(value, dtype=torch.float32)
+        result = torch.tensor(value, dtype=torch.float32, device="cpu")
     else:
         result = torch.full((), float(value), dtype=torch.float32, device=device)
     readable = not torch.compiler.is_compiling() and not isinstance(result, FakeTensor)
-    seen = result if result.device.type == "cpu" else torch.tensor(value) if not isinstance(value, Tensor) else None
+    seen: Tensor | None = result
+    if result.device.type != "cpu":
+        seen = None if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
     if readable and seen is not None and not bool(seen.isfinite().all()):
         raise ValueError(f"ulr::{op}: '{argument}' must be finite, got {value}")
     return result if isinstance(value, Tensor) else result.to(device)

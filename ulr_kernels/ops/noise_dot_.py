@@ -130,8 +130,8 @@ def reference(
     rows, cols, axis = grid_of(x, feature_dim, shared)
     sizes = Sizes(loss_weight.shape[0], rows, 0, cols, shared)
     weights = loss_weight.repeat_interleave(positions, dim=1)
-    by_weight, by_bias, by_log_sigma = (torch.zeros(cols, device=x.device) for _ in range(3))
-    reduced = torch.zeros(rows, cols, device=x.device)
+    by_weight, by_bias, by_log_sigma = (loss_weight.new_zeros(cols) for _ in range(3))
+    reduced = loss_weight.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
         score = contract.score(eps, dist)
         weighted = weights[copy, :, None] * score

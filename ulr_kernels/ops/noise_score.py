@@ -91,7 +91,7 @@ def reference(out, loss_weight, sigma, key, shape, feature_dim, antithetic, dist
     rows, cols, axis = grid(Check("noise_score"), "shape", shape, feature_dim)
     sizes = Sizes(loss_weight.shape[0], rows, 0, cols, True)
     weights = loss_weight.repeat_interleave(positions, dim=1)
-    total = torch.zeros(rows, cols, device=out.device)
+    total = out.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
         total += weights[copy, :, None] * contract.score(eps, dist)
     moved = out.movedim(axis, -1)

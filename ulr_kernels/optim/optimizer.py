@@ -189,7 +189,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The mean over the probes that this process evaluates, a scalar; NaN where other ranks have them all.
         """
         probes = self._probes()
-        losses = torch.zeros(len(probes), 1, device=self._device())
+        losses = torch.zeros(len(probes), 1, dtype=torch.float32, device=self._device())
         for place in self._own(probes):
             probe = probes[place]
             with evaluation(self.model), self._probing(Draws(probe.draw), probe.sign) as probing:
@@ -222,7 +222,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         batch = Batch(x, y)
         probes = self._probes()
         own = self._own(probes)
-        losses = torch.zeros(len(probes), batch.samples, device=self._device())
+        losses = torch.zeros(len(probes), batch.samples, dtype=torch.float32, device=self._device())
         most = len(probes) if chunk is None else self._count("chunk", chunk, 1)
         for forward in together([probes[place] for place in own], most):
             forward = forward._replace(places=[own[place] for place in forward.places])

@@ -65,9 +65,9 @@ class Workers:
                 numbers of micro-batches.
         """
         count, probes, samples = len(losses), *losses[0].shape
-        header = torch.tensor([step & 0x7FFFFFFF, count, probes * samples], dtype=torch.int32)
+        header = torch.tensor([step & 0x7FFFFFFF, count, probes * samples], dtype=torch.int32, device="cpu")
         own = self.own(probes)
-        mine = torch.zeros(count, -(-probes // self.probe_ranks), samples, device=losses[0].device)
+        mine = losses[0].new_zeros(count, -(-probes // self.probe_ranks), samples)
         mine[:, : len(own)] = torch.stack(list(losses))[:, own]
         try:
             # Headers first: ranks whose losses differ in size must not meet in one exchange.
@@ -85,7 +85,7 @@ class Workers:
                 f"{header.tolist()} on rank {self.rank}, {headers[wrong[0]].tolist()} on rank {wrong[0]}"
             )
         self.bytes_sent += header.nbytes + mine.nbytes
-        result = torch.empty(count, self.blocks, probes, samples, device=mine.device)
+        result = mine.new_empty(count, self.blocks, probes, samples)
         for rank, part in enumerate(parts):
             places = self._places(rank, probes)
             result[:, rank // self.probe_ranks, places] = part[:, : len(places)]

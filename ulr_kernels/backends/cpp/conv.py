@@ -135,7 +135,7 @@ def _chunks(x: Tensor, copies: int, outputs: int, pixels: int, positions: int):
 
 def _images(lead: torch.Size, size: tuple[int, int, int], memory_format: torch.memory_format) -> Tensor:
     """fp32 `[copies, images, O, H', W']`."""
-    return torch.empty((lead.numel(), *size), memory_format=memory_format).unflatten(0, lead)
+    return torch.empty((lead.numel(), *size), dtype=_FP32, device="cpu", memory_format=memory_format).unflatten(0, lead)
 
 
 def _laid_out(images: Tensor | None, last: bool) -> Tensor | None:
@@ -165,7 +165,7 @@ class _Gradient:
         self.buffer = buffer
         self.window = window
         self.sums = sums_of(buffer)
-        self.like = torch.empty(buffer.shape)
+        self.like = buffer.new_empty(buffer.shape, dtype=_FP32)
 
     def add(self, scores: Tensor, x: Tensor) -> None:
         images = x.flatten(0, 1).float()

@@ -66,7 +66,7 @@ def noise_dot_(
     axis = feature_dim % (x.dim() - 1)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
     # fp32, so that a bf16 buffer is rounded once.
-    sums = tuple(None if b is None else torch.zeros(x.shape[axis + 1]) for b in buffers)
+    sums = tuple(None if b is None else x.new_zeros(x.shape[axis + 1], dtype=torch.float32) for b in buffers)
     _scores(None, x, axis, loss_weight, sums, sigma, key, antithetic, *which)
     for buffer, total in zip(buffers, sums, strict=True):
         if buffer is not None and total is not None:

@@ -22,9 +22,9 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def supports(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies this dtype here; tried once, on a product whose result is known."""
-    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=dtype)
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=dtype, device="cpu")
     try:
-        return torch.equal(_call(x, x, x[0]), torch.tensor([[6.0, 13.0], [12.0, 27.0]], dtype=dtype))
+        return torch.equal(_call(x, x, x[0]), x.new_tensor([[6.0, 13.0], [12.0, 27.0]]))
     except (AttributeError, RuntimeError):
         return False
 

@@ -58,7 +58,7 @@ def _in_one_panel(x: Tensor, weight: Tensor) -> bool:
 
 
 def _one_panel(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members) -> Tensor:
-    panel = torch.empty(weight.shape, dtype=weight.dtype)
+    panel = weight.new_empty(weight.shape)
     _launch("perturbed_weight", key, how, (panel, None, weight, sigma, how.mask, None, None))
     product = onednn.linear(x, panel, bias if bias is None else bias.view(-1))
     return product if x.dim() == 3 else product[None]
