@@ -6,12 +6,21 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ulr_kernels.ops import _conv, _linear
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import (
+    NOISE_SCHEMA,
+    Check,
+    Cost,
+    Op,
+    Sample,
+    key_tensor,
+    refuse_tangents,
+    register,
+    sigma_tensor,
+)
 
 
 def noisy_conv2d(
@@ -74,13 +83,7 @@ def noisy_conv2d(
     scale = sigma_tensor("noisy_conv2d", sigma, x.device, zero=True)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     spec = (*window, copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, weight, bias, scale)
-    ):
-        raise NotImplementedError(
-            "ulr::noisy_conv2d: forward-mode derivatives are not implemented; "
-            "use reverse mode, or F.conv2d and ulr.noise"
-        )
+    refuse_tangents("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
         return _Pathwise.apply(x, weight, bias, scale, key, *spec)
     return torch.ops.ulr.noisy_conv2d(x, weight, bias, scale, key, *spec)
