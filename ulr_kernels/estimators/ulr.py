@@ -298,8 +298,9 @@ class ULR:
 
     def _weight_noise(self, item: Pass, keys: Mapping[str, Tensor]) -> WeightNoise:
         def site(name: str, parameter: nn.Parameter) -> Site:
-            sigma = torch.full((), self.settings.sigma_of(self.layers[id(parameter)]), device=parameter.device)
-            return Site(name, parameter, keys[name].to(parameter.device), sigma, None)
+            sigma = self.settings.sigma_of(self.layers[id(parameter)])
+            scale = torch.full((), sigma, dtype=torch.float32, device=parameter.device)
+            return Site(name, parameter, keys[name].to(parameter.device), scale, None)
 
         sites = [site(name, self.weights[name]) for name in item.weights]
         return WeightNoise(sites, self.settings.antithetic, self.settings.dist)
