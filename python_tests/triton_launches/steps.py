@@ -23,12 +23,14 @@ def launches() -> dict[str, Callable]:
 
         return launch
 
-    def head(dtype: torch.dtype, dist: str, baseline: str = "mean"):
+    def head(dtype: torch.dtype, dist: str, baseline: str = "mean", smoothing: float = 0.0):
         def launch():
             losses, x = torch.empty(copies, rows), torch.empty(rows, inputs, dtype=dtype)
             weight, bias = torch.empty(features, inputs, dtype=dtype), torch.empty(features, dtype=dtype)
             tensors = (torch.empty(features, inputs), torch.empty(features), x, torch.arange(rows), weight, bias)
-            return head_launch(losses, *tensors, sigma, key, copies, True, baseline, dist, 0, 0, programs=132)
+            return head_launch(
+                losses, *tensors, sigma, key, copies, True, smoothing, baseline, dist, 0, 0, programs=132
+            )
 
         return launch
 
@@ -40,4 +42,5 @@ def launches() -> dict[str, Callable]:
         "head-bf16-normal": head(torch.bfloat16, "normal"),
         "head-bf16-rademacher": head(torch.bfloat16, "rademacher"),
         "head-fp32-normal-clean": head(torch.float32, "normal", "clean"),
+        "head-bf16-normal-smoothed": head(torch.bfloat16, "normal", smoothing=0.1),
     }

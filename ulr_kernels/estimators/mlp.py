@@ -41,7 +41,9 @@ def losses_of_step(estimator: ULR, keys: Mapping[str, Tensor], batch: Batch, los
     copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
     if len(copies) > 1 or s.sampler != "iid" or s.learn_sigma or estimator.weights:
         return None
-    scales = (torch.full((), value, device=batch.x.device) for value in sigmas)  # nothing is copied from the host
+    scales = (
+        torch.full((), value, dtype=torch.float32, device=batch.x.device) for value in sigmas
+    )  # nothing is copied from the host
     sigma = sigmas[0] if len(set(sigmas)) == 1 else torch.stack([*scales])
     weights = [layer.weight for layer in mlp.layers]
     biases = [layer.bias for layer in mlp.layers if layer.bias is not None]

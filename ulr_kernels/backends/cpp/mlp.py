@@ -50,7 +50,7 @@ class _Model:
         """x W^T + b in fp32, with no noise."""
         weight, bias = self.weights[layer], self.biases[layer]
         weight = weight.float() if onednn.dense(weight) else weight.float().contiguous()
-        return onednn.linear(x.float(), weight, bias if bias is None else bias.float().contiguous())
+        return onednn.linear(x.float(), weight, bias if bias is None else bias.float())
 
     def clean(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Without noise: the input of each layer, and its product."""

@@ -202,3 +202,9 @@ def score(eps, DIST: tl.constexpr):
         return (sign | 0x3FB504F3).to(tl.float32, bitcast=True)
     else:
         return eps
+
+
+@triton.jit
+def number_of(bits):
+    """The fp32 number of these bits: a float argument is more than fp32 in the interpreter."""
+    return tl.cast(bits, tl.uint32).to(tl.float32, bitcast=True)

@@ -2,7 +2,7 @@
 """noisy_linear_cross_entropy_: a classifier's head in one cooperative launch, its phases apart by barriers of the grid.
 
 logits      tiles of the product, noised copy by copy; of each row its largest logit, the sum of exponentials and
-            the target's logit are kept, so that no logit is stored
+            the logit that the target expects are kept, so that no logit is stored
 losses      of all copies of a sample, and what each counts with the baseline
 gradients   tiles of the buffers, as in noisy_linear_grad_: the noise is made again
 """
@@ -12,26 +12,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.ticket import ticket
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.barrier import leave, programs, run_phases, wait_for_all
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, number_of, open_source, raw_noise
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
 from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_tile
+from ulr_kernels.ops import _losses
 
 BARRIERS = tl.constexpr(2)
+IGNORED = tl.constexpr(_losses.IGNORED)
 LOSS_ROWS = tl.constexpr(64)  # samples whose losses a program weighs at a time
 
 
 @triton.jit
-def _keep(logits, inside, is_target, largest, row_inside, size, is_first, DTYPE: tl.constexpr):
+def _keep(
+    logits, inside, is_target, largest, row_inside, size, is_first, smoothing, features, SMOOTHED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
     """Adds a tile of a copy's logits to what is kept of its rows. `largest` are the addresses of the largest logit; the
-    sum of exp(logit - largest) lies `size` further, and the target's logit again as far."""
+    sum of exp(logit - largest) lies `size` further, and the target's logit again as far, of which a smoothed target
+    gives a share to all alike."""
     logits = tl.where(inside, logits.to(DTYPE).to(tl.float32), float("-inf"))  # an output has x's dtype
     high = tl.max(logits, 1)
     total = tl.sum(tl.exp(logits - high[:, None]), 1)
     target = tl.sum(tl.where(is_target, logits, 0), 1)
+    if SMOOTHED:
+        share = number_of(smoothing)
+        target = target * (1 - share) + tl.sum(tl.where(inside, logits, 0), 1) * (share / features)
     if not is_first:
         before = tl.load(largest, mask=row_inside, other=0)
         both = tl.maximum(before, high)
@@ -45,7 +55,7 @@ def _keep(logits, inside, is_target, largest, row_inside, size, is_first, DTYPE:
 
 
 @triton.jit
-def _loss(kept, size, splits, row_inside, exists):
+def _loss(kept, size, splits, row_inside, wanted, features):
     """The losses of rows, from what is kept of them in each part of the features."""
     high = tl.load(kept, mask=row_inside, other=0, cache_modifier=".cg")
     total = tl.zeros_like(high)
@@ -57,10 +67,13 @@ def _loss(kept, size, splits, row_inside, exists):
         largest = tl.load(part, mask=row_inside, other=0, cache_modifier=".cg")
         total += tl.load(part + size, mask=row_inside, other=1, cache_modifier=".cg") * tl.exp(largest - high)
         target += tl.load(part + 2 * size, mask=row_inside, other=0, cache_modifier=".cg")
-    return tl.where(exists, tl.log(total) + high - target, float("nan"))
+    exists = (wanted >= 0) & (wanted < features)
+    return tl.where(exists, tl.log(total) + high - target, tl.where(wanted == IGNORED, 0.0, float("nan")))
 
 
-@triton.jit(do_not_specialize=["rows", "draws", "draws_here", "splits", "draw", "row_offset", "first", "width"])
+@triton.jit(
+    do_not_specialize=["rows", "draws", "draws_here", "splits", "draw", "row_offset", "first", "width", "smoothing"]
+)
 def head_kernel(
     losses,
     loss_weights,
@@ -99,6 +112,8 @@ def head_kernel(
     stride_bias,
     stride_sigma,
     stride_target,
+    smoothing,
+    SMOOTHED: tl.constexpr,
     MEAN: tl.constexpr,
     CLEAN: tl.constexpr,
     ANTITHETIC: tl.constexpr,
@@ -146,18 +161,54 @@ def head_kernel(
                 if CLEAN:
                     if begin == 0:
                         at = own + copies * row_count
-                        _keep(clean, inside, is_target, at, row_inside, size, is_first, x.dtype.element_ty)
+                        _keep(
+                            clean,
+                            inside,
+                            is_target,
+                            at,
+                            row_inside,
+                            size,
+                            is_first,
+                            smoothing,
+                            features,
+                            SMOOTHED,
+                            x.dtype.element_ty,
+                        )
                 for d in range(begin, tl.minimum(begin + draws_here, draws)):
                     this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
                     raw = raw_noise(rows_of_noise, calls, this_draw, source, None, 1, 1, DIST, BR, BC)
                     eps = noise_tile(raw, source, DIST)
                     at = own + d * row_count
                     noised = tl.fma(tl.broadcast_to(scale, (BR, BC)), eps, clean)
-                    _keep(noised, inside, is_target, at, row_inside, size, is_first, x.dtype.element_ty)
+                    _keep(
+                        noised,
+                        inside,
+                        is_target,
+                        at,
+                        row_inside,
+                        size,
+                        is_first,
+                        smoothing,
+                        features,
+                        SMOOTHED,
+                        x.dtype.element_ty,
+                    )
                     if ANTITHETIC:
                         at += draws * row_count
                         noised = tl.fma(tl.broadcast_to(-scale, (BR, BC)), eps, clean)
-                        _keep(noised, inside, is_target, at, row_inside, size, is_first, x.dtype.element_ty)
+                        _keep(
+                            noised,
+                            inside,
+                            is_target,
+                            at,
+                            row_inside,
+                            size,
+                            is_first,
+                            smoothing,
+                            features,
+                            SMOOTHED,
+                            x.dtype.element_ty,
+                        )
                 tl.debug_barrier()  # another thread may add the next tile to what is kept
     if PHASE is None:
         wait_for_all(tickets)
@@ -167,17 +218,16 @@ def head_kernel(
             row = tl.cast(item, tl.int64) * LOSS_ROWS + tl.arange(0, LOSS_ROWS)
             row_inside = row < rows
             wanted = tl.load(target + row * stride_target, mask=row_inside, other=0)
-            exists = (wanted >= 0) & (wanted < features)
             total = tl.zeros([LOSS_ROWS], tl.float32)
             for c in range(copies):
-                loss = _loss(kept + c * row_count + row, size, splits, row_inside, exists)
+                loss = _loss(kept + c * row_count + row, size, splits, row_inside, wanted, features)
                 tl.store(losses + c * row_count + row, loss, mask=row_inside)
                 total += loss
             tl.debug_barrier()  # another thread may read a loss again
             mean = total / copies
             clean = tl.zeros([LOSS_ROWS], tl.float32)
             if CLEAN:
-                clean = _loss(kept + copies * row_count + row, size, splits, row_inside, exists)
+                clean = _loss(kept + copies * row_count + row, size, splits, row_inside, wanted, features)
             # The mean of the others, of n groups: a group's own less its distance from the mean times n / (n - 1).
             stretch = tl.cast(draws, tl.float32) / tl.maximum(draws - 1, 1)
             for d in range(draws):
@@ -226,6 +276,7 @@ def head_launch(
     key: Tensor,
     copies: int,
     antithetic: bool,
+    label_smoothing: float,
     baseline: str,
     dist: str,
     draw: int,
@@ -262,6 +313,8 @@ def head_launch(
             **strides("stride_grad_", grad_weight, "col", "input"),
             **strides("stride_", grad_bias, "grad_bias"),
             **strides("stride_", target, "target"),
+            "smoothing": float_bits(label_smoothing),
+            "SMOOTHED": label_smoothing > 0,
             "MEAN": baseline == "mean" and draws > 1,
             "CLEAN": baseline == "clean",
             "ANTITHETIC": antithetic,

@@ -23,6 +23,7 @@ from ulr_kernels.backends.triton.contract import (
     _words,
     join_parts,
     noise_tile,
+    number_of,
     open_source,
     raw_noise,
 )
@@ -79,12 +80,6 @@ def _rounded(value, rows, first, draw, source, BR: tl.constexpr, BC: tl.constexp
     word = value.to(tl.uint32, bitcast=True)
     moved = (word + (words >> 16)) & 0xFFFF0000
     return tl.where((word & 0x7FFFFFFF) < 0x7F800000, moved, word).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _number(bits):
-    """The fp32 number of these bits: a float argument is more than fp32 in the interpreter."""
-    return tl.cast(bits, tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -149,7 +144,7 @@ def parameters_kernel(
     rows = (row_offset + row).to(tl.uint32)
     first = (col_offset // PER_CALL + (tile % across) * (BC // PER_CALL)).to(tl.uint32)
     draw = tl.cast(draw, tl.uint32)
-    rank_scale = _number(rank_scale)
+    rank_scale = number_of(rank_scale)
 
     view = entry + PLACE
     elements = _elements(view, row, col, PLAIN, DTYPE)
@@ -160,27 +155,27 @@ def parameters_kernel(
             eps = _noise(rows, first, draw + p, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
             total = tl.fma(_all(tl.load(amounts + p * stride_amount), eps), eps, total)
         if lr is None:
-            down = _number(weight_decay) * -0.0
+            down = number_of(weight_decay) * -0.0
         else:
             down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which makes 0 of it, not -0
-        new = tl.fma(_all(down * _number(weight_decay), old), old, old)
+        new = tl.fma(_all(down * number_of(weight_decay), old), old, old)
         if RULE == NO_STATE:
             new += total
         else:
             state = _elements(view + VIEW, row, col, PLAIN, tl.float32)
             mean = tl.load(state, mask=inside, other=0)
             if RULE == MOMENTUM:
-                mean = tl.fma(_all(_number(momentum), old), mean, total)
+                mean = tl.fma(_all(number_of(momentum), old), mean, total)
                 new = tl.fma(_all(down, old), mean, new)
             else:
-                number, beta1, beta2 = tl.load(step), _number(beta1), _number(beta2)
+                number, beta1, beta2 = tl.load(step), number_of(beta1), number_of(beta2)
                 down = tl.div_rn(down, 1.0 - _power(beta1, number))
                 root = tl.sqrt_rn(1.0 - _power(beta2, number))
                 other = _elements(view + 2 * VIEW, row, col, PLAIN, tl.float32)
                 square = tl.load(other, mask=inside, other=0)
                 mean = tl.fma(_all(beta1, old), mean, (1.0 - beta1) * total)
                 square = tl.fma(_all(beta2, old), square, ((1.0 - beta2) * total) * total)
-                below = tl.div_rn(tl.sqrt_rn(square), _all(root, old)) + _number(epsilon)
+                below = tl.div_rn(tl.sqrt_rn(square), _all(root, old)) + number_of(epsilon)
                 new = tl.fma(_all(down, old), tl.div_rn(mean, below), new)
                 tl.store(other, square, mask=inside)
             tl.store(state, mean, mask=inside)
