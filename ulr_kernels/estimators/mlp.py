@@ -41,10 +41,9 @@ def losses_of_step(estimator: ULR, keys: Mapping[str, Tensor], batch: Batch, los
     copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
     if len(copies) > 1 or s.sampler != "iid" or s.learn_sigma or estimator.weights:
         return None
-    scales = (
-        torch.full((), value, dtype=torch.float32, device=batch.x.device) for value in sigmas
-    )  # nothing is copied from the host
-    sigma = sigmas[0] if len(set(sigmas)) == 1 else torch.stack([*scales])
+    sigma: float | Tensor = sigmas[0]
+    if len(set(sigmas)) > 1:  # filled on the device: nothing is copied from the host
+        sigma = torch.stack([torch.full((), each, dtype=torch.float32, device=batch.x.device) for each in sigmas])
     weights = [layer.weight for layer in mlp.layers]
     biases = [layer.bias for layer in mlp.layers if layer.bias is not None]
     return noisy_mlp_step(
@@ -86,7 +85,8 @@ def _mlp(model: nn.Module) -> _Mlp | None:
     if type(model) is not nn.Sequential or any(map(_is_changed, (model, *model))):
         return None
     modules = list(model)
-    flattens = bool(modules) and type(modules[0]) is nn.Flatten and modules[0].start_dim == 1
+    head = modules[0] if modules else None
+    flattens = type(head) is nn.Flatten and (head.start_dim, head.end_dim) == (1, -1)
     modules = modules[1:] if flattens else modules
     layers = [module for module in modules[::2] if type(module) is nn.Linear]
     between = {type(module) for module in modules[1::2]}
@@ -116,13 +116,9 @@ def _takes(mlp: _Mlp, batch: Batch) -> bool:
         return False
     parameters = [p for layer in mlp.layers for p in layer.parameters()]
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
-    if (
-        y.device != x.device
-        or x.dtype not in DTYPES
-        or any(t.dtype != x.dtype or t.device != x.device for t in tensors)
-    ):
+    if any((t.dtype, t.device) != (x.dtype, x.device) for t in tensors) or x.dtype not in DTYPES:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if y.device != x.device or torch.is_autocast_enabled(x.device.type):
         return False
     if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < mlp.layers[-1].out_features:
         return False  # torch's own loss says what is wrong with them
