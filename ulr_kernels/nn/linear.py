@@ -13,7 +13,6 @@ from torch import Tensor
 from ulr_kernels import ops
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
-from ulr_kernels.ops._op import sigma_tensor
 
 
 class LinearCall(Call):
@@ -129,7 +128,7 @@ def _add_together(calls: list[LinearCall], loss_weight: Tensor, draw: int) -> No
             [bias for _, bias in buffers],
             rows,
             [loss_weight] * len(calls),
-            [sigma_tensor("noisy_linear_grads_", call.noise.sigma, rows[0].device, zero=False) for call in calls],
+            [call.noise.sigma for call in calls],
             [call.noise.key for call in calls],
             antithetic=noise.antithetic,
             dist=noise.dist,

@@ -97,7 +97,7 @@ Pair = int | Sequence[int]
 
 
 def _pair(check: Check, argument: str, value: Pair) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) == 1:
         pair *= 2
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):

@@ -48,7 +48,7 @@ def _nests(tensor: Tensor) -> bool:
 def _apart(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors whose extents intersect share no memory: they are column ranges of the same rows."""
     pitch = max(first.stride()) * first.element_size()
-    if pitch != max(second.stride()) * second.element_size():
+    if not pitch or pitch != max(second.stride()) * second.element_size():
         return False
     places = []
     for tensor in (first, second):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_kernels import contract
 from ulr_kernels.ops import _parameters
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import Check, Cost, Op, Sample, fp32_tensor, register
+from ulr_kernels.ops._op import FP32, Check, Cost, Op, Sample, fp32_tensor, register
 
 
 def combine_(
@@ -65,6 +65,8 @@ def combine_(
         ValueError: lengths, shapes, dtypes or devices do not match, a number or index is out of range, states of two
             kinds are given, or tensors share memory; nothing has been written.
     """
+    if len(betas) != 2:
+        Check("combine_").fail("betas", "hold two numbers", betas)
     tensors = list(tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     with torch.no_grad():
@@ -127,8 +129,8 @@ def check(
         ("betas", beta1, 1.0),
         ("betas", beta2, 1.0),
     ):
-        if not 0 <= value < most:
-            rules.fail(argument, f"be in [0, {most:g})", value)
+        if not (0 <= value < most and value <= FP32.max):
+            rules.fail(argument, f"be in [0, {most:g}) as an fp32 number", value)
     for argument, states in (
         ("momentum_buffers", momentum_buffers),
         ("exp_avgs", exp_avgs),
@@ -302,7 +304,11 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("no-lr", call, {"weight_decay": 0.1}, error="'lr' must be given where there is decay")
     yield Sample("lr", call, {"lr": math.inf}, error="'lr' must be finite, got inf")
     yield Sample("negative", call, {"lr": 0.1, "weight_decay": -1.0}, error=r"'weight_decay' must be in \[0, inf\)")
-    yield Sample("beta", call, {"betas": (0.9, 1.0)}, error=r"'betas' must be in \[0, 1\), got 1.0")
+    yield Sample("beta", call, {"betas": (0.9, 1.0)}, error=r"'betas' must be in \[0, 1\) .*, got 1.0")
+    yield Sample("one-beta", call, {"betas": (0.9,)}, error=r"'betas' must hold two numbers, got \(0.9,\)")
+    yield Sample(
+        "wide", call, {"epsilon": 1e39}, error=r"'epsilon' must be in \[0, inf\) as an fp32 number, got 1e\+39"
+    )
     yield Sample("no-buffers", call, {"lr": 0.1, "momentum": 0.9}, error="'momentum' must be 0 where momentum_buffers")
     yield Sample(
         "few-buffers",

@@ -235,6 +235,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("sigma-negative", (x, w, b, -0.5, 1), error="'sigma' must be finite and at least 0, got -0.5")
     yield Sample("stride-zero", (x, w, b, 0.3, 1), {"stride": (0, 1)}, error="'stride' must be at least 1")
     yield Sample("stride-form", (x, w, b, 0.3, 1), {"stride": (1, 1, 1)}, error="'stride' must be an integer or a pair")
+    yield Sample("stride-float", (x, w, b, 0.3, 1), {"stride": 1.5}, error="'stride' must be an integer or a pair")
     yield Sample("dilation-zero", (x, w, b, 0.3, 1), {"dilation": 0}, error="'dilation' must be at least 1")
     yield Sample("padding-negative", (x, w, b, 0.3, 1), {"padding": -1}, error="'padding' must be at least 0, got -1")
     yield Sample("padding-name", (x, w, b, 0.3, 1), {"padding": "full"}, error="'padding' must be an integer, a pair, ")

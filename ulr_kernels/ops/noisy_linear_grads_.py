@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import Check, Cost, Op, Sample, register
+from ulr_kernels.ops._op import Check, Cost, Op, Sample, register, sigma_tensor
 from ulr_kernels.ops.noisy_linear_grad_ import check_gradient, sizes_of
 from ulr_kernels.ops.noisy_linear_grad_ import cost as cost_of_one
 
@@ -19,7 +20,7 @@ def noisy_linear_grads_(
     grad_biases: Sequence[Tensor | None],
     xs: Sequence[Tensor],
     loss_weights: Sequence[Tensor],
-    sigmas: Sequence[Tensor],
+    sigmas: Sequence[float | Tensor],
     keys: Sequence[Tensor],
     *,
     antithetic: bool = False,
@@ -41,20 +42,24 @@ def noisy_linear_grads_(
         grad_biases: a buffer `[N_l]` for each, likewise; None (or an empty tensor) where a layer has no bias.
         xs: of each layer `[R_l, K_l]`, shared by the copies, or `[C_l, R_l, K_l]`; all of one dtype.
         loss_weights: of each layer `[C_l, R_l // positions_l]`, fp32.
-        sigmas: of each layer the noise scale, > 0, fp32 `[]` or `[N_l]`.
+        sigmas: of each layer the noise scale, > 0: a float, or fp32 `[]` or `[N_l]`.
         keys: of each layer's noise, int64 scalar tensors.
         antithetic, dist, sampler, draw: as in `noisy_linear`, for all layers.
         positions: of each layer, rows per sample; none: 1 for all.
         row_offset, col_offset: of each layer, as in `noisy_linear`; none: 0 for all.
 
     Raises:
-        ValueError: a shape, dtype, device or index breaks the rules above, or a buffer overlaps another argument;
-            nothing has been written.
+        ValueError: a shape, dtype, device, scale or index breaks the rules above, or a buffer overlaps another
+            argument; nothing has been written.
     """
     if not xs:
         Check("noisy_linear_grads_").fail("xs", "hold at least one layer's input", "none")
     biases = [xs[0].new_empty(0) if bias is None else bias for bias in grad_biases]
-    lists = (list(grad_weights), biases, list(xs), list(loss_weights), list(sigmas), list(keys))
+    scales = [
+        sigma_tensor(f"noisy_linear_grads_: layer {layer}", sigma, xs[0].device, zero=False)
+        for layer, sigma in enumerate(sigmas)
+    ]
+    lists = (list(grad_weights), biases, list(xs), list(loss_weights), scales, list(keys))
     places = (list(positions), draw, list(row_offset), list(col_offset))
     torch.ops.ulr.noisy_linear_grads_(*lists, antithetic, dist, sampler, *places)
 
@@ -142,6 +147,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("offsets", all_, {**offsets, **by_position})
     halves = [w.to(dtype) for w in weights]
     yield Sample("same-dtype", (halves, [biases[0], None, biases[2].to(dtype)], *all_[2:]), by_position)
+    yield Sample("numbers", (*all_[:4], [0.5, 0.25, 2], keys), by_position)
     yield Sample("alone", tuple(part[:1] for part in all_))
 
     yield Sample("none", ([], [], [], [], [], []), error="'xs' must hold at least one layer's input, got none")
@@ -150,6 +156,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     mixed = [xs[0].double(), *xs[1:]]
     yield Sample("dtypes", (*all_[:2], mixed, *all_[3:]), by_position, error="must be float")
     yield Sample("layer", all_, error="layer 2: 'loss_weight' must be")
+    for name, sigma in (("zero", 0.0), ("nan", math.nan)):
+        scales = [*sigmas[:2], sigma]
+        error = f"layer 2: 'sigma' must be finite and positive, got {sigma}"
+        yield Sample(f"sigma-{name}", (*all_[:4], scales, keys), by_position, error=error)
+    if device == "cpu":  # tensors on a GPU are not read
+        scales = [sigmas[0], -sigmas[1], sigmas[2]]
+        yield Sample("sigma-negative", (*all_[:4], scales, keys), by_position, error="layer 1: 'sigma' must be finite")
     twice = [weights[0], weights[1], weights[1][:5, :9]]
     yield Sample("overlap", (twice, *all_[1:]), by_position, error=r"'grad_weights\[1\]' must not overlap")
 
