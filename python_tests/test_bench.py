@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ulr_kernels as ulr
 from ulr_kernels import backends, bench
-from ulr_kernels.bench import Goal, Measurement
+from ulr_kernels.bench import Goal, Line, Measurement
 from ulr_kernels.recipes import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,14 @@ def test_ratios_are_taken_sweep_by_sweep(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (held.what, held.ratio, held.met) == ("memory", 20, False)
     text = bench.table([thread, rival, held])
     assert "NOT MET" in text and ">= 4x" in text and "20.00 MB" in text
+
+
+def test_figures_of_a_table_are_never_powers_of_ten() -> None:
+    """Three digits of %g give 1e+03 from 999.5 on."""
+    shown = {9.997e-5: "100 us", 9.994e-4: "999 us", 9.997e-4: "1 ms", 0.9996: "1 s", 1234.0: "1230 s"}
+    for seconds, text in shown.items():
+        line = Line("a row", "time", "ulr", seconds, "a rival", seconds, 34816.0, 1000.0, None)
+        assert bench.table([line]).splitlines()[1] == f"a row  {text}         a rival  {text}  34800x  >= 1000x  met"
 
 
 def test_floor_adds_arithmetic_on_a_cpu_and_overlaps_it_on_a_gpu() -> None:

@@ -76,6 +76,15 @@ def test_bad_commands_are_refused(arguments: list[str], capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", [["--quick"], ["--only", "normal"], ["--out", "here"]])
+def test_predictions_refuse_options_of_measurements(option: list[str], tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert ulr("bench", "--model", "h100", *option) == 2
+    printed = capsys.readouterr()
+    assert f"--model measures nothing and writes nothing: drop {option[0]}" in printed.err
+    assert printed.out == "" and not list(tmp_path.iterdir())
+
+
 def test_absent_device_is_refused(tmp_path: Path, monkeypatch, capsys):
     import torch
 

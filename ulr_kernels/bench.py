@@ -184,11 +184,17 @@ def read(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
 # --- what people see -------------------------------------------------------------------------------------------------
 
 
+def _digits(value: float) -> str:
+    """Three significant digits, never as a power of ten: 1000, not 1e+03."""
+    return f"{float(f'{value:.3g}'):.10g}"
+
+
 def _quantity(value: float, what: str) -> str:
     if what == "memory":
         return f"{value / 1e6:.2f} MB"
-    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if value >= s), ("us", 1e-6))
-    return f"{value / scale:.3g} {unit}"
+    rounded = float(f"{value:.3g}")  # 999.7 us are shown as 1 ms
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if rounded >= s), ("us", 1e-6))
+    return f"{_digits(value / scale)} {unit}"
 
 
 def table(found: list[Line]) -> str:
@@ -207,8 +213,8 @@ def table(found: list[Line]) -> str:
                 f"{line.floor:.1f}x" if first and line.floor is not None else "",
                 line.rival,
                 _quantity(line.rival_value, line.what),
-                f"{line.ratio:.3g}x",
-                "" if line.goal is None else f">= {line.goal:.3g}x",
+                f"{_digits(line.ratio)}x",
+                "" if line.goal is None else f">= {_digits(line.goal)}x",
                 {None: "", True: "met", False: "NOT MET"}[line.met],
             )
         )
@@ -245,7 +251,7 @@ def draw(found: list[Line], facts: dict[str, Any], path: Path) -> None:
     axes = FigureCanvasAgg(figure).figure.subplots()
     for place, line in enumerate(reversed(found)):
         axes.barh(place, line.ratio - 1, left=1, color=colours[line.met], height=0.7, zorder=2)
-        axes.text(max(line.ratio, line.goal or 1, 1), place, f"  {line.ratio:.3g}x", va="center", fontsize=8)
+        axes.text(max(line.ratio, line.goal or 1, 1), place, f"  {_digits(line.ratio)}x", va="center", fontsize=8)
         if line.goal is not None:
             axes.plot([line.goal] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2, zorder=3)
     names = [

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ulr_kernels.recipes import RecipeError
+
 HELP = "measure beside rivals: a table of ratios, and a picture"
+OUT = Path("runs/bench")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -13,14 +16,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=("h100",), help="measure nothing: predict the CUDA kernels' times from counts"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name has it; pytest's -k")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="default %(default)s")
+    parser.add_argument("--only", metavar="TEXT", help="rows whose name has it; pytest's -k")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default {OUT}")
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     from ulr_kernels import bench
 
     if "model" in args:
+        measuring = [name for name in ("quick", "only", "out") if name in args]
+        if measuring:
+            raise RecipeError(f"--model measures nothing and writes nothing: drop --{measuring[0]}")
         print(bench.predictions(args.model))
         return
-    bench.run(args.out, quick="quick" in args, only=args.only)
+    bench.run(getattr(args, "out", OUT), quick="quick" in args, only=getattr(args, "only", ""))
