@@ -162,6 +162,48 @@ def test_tables_are_read_by_indices_of_either_width(dtype):
     torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=2e-6, atol=2e-6)
 
 
+class Recurrent(nn.Module):
+    """With initial states of the samples' own."""
+
+    def __init__(self, kind: str, packed: bool = False, **more) -> None:
+        super().__init__()
+        self.cells = getattr(nn, kind)(5, 4, 2, **more)
+        self.packed = packed
+
+    def forward(self, x):
+        state = torch.stack([x[:, 0, :4]] * (4 if self.cells.bidirectional else 2))
+        state = (state, 2 * state) if isinstance(self.cells, nn.LSTM) else state
+        if self.packed:
+            pack = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), x.shape[1]), batch_first=True)
+            return self.cells(pack, state)[1].sum(0)
+        out, last = self.cells(x if self.cells.batch_first else x.transpose(0, 1), state)
+        last = last[0] if isinstance(last, tuple) else last
+        return (out.mean(1) if self.cells.batch_first else out.mean(0)).sum(1, keepdim=True) + last.sum(0)
+
+
+@pytest.mark.parametrize("more", [{"batch_first": True}, {}, {"batch_first": True, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_members_share_a_forward_of_recurrent_layers(kind, more):
+    with torch.random.fork_rng(devices=[]):
+        model = filled(Recurrent(kind, **more))
+    x, targets = v(1, 3, 7, 5), torch.arange(3)
+    optimizer = ES(model, population=4, sigma=0.1)
+    optimizer.accumulate(lambda: F.cross_entropy(model(x), targets))
+    one_by_one = optimizer._losses.pop()
+    optimizer.accumulate_batch(x, targets, cross_entropy)
+    torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences_are_probed_by_one_member_at_a_time():
+    with torch.random.fork_rng(devices=[]):
+        model = filled(Recurrent("GRU", packed=True, batch_first=True))
+    x, targets = v(1, 3, 7, 5), torch.arange(3)
+    optimizer = ES(model, population=4, sigma=0.1)
+    with pytest.raises(ValueError, match=r"gru .* must have an input \[samples, time, features\] .* not packed"):
+        optimizer.step_batch(x, targets, cross_entropy)
+    assert optimizer.step(lambda: F.cross_entropy(model(x), targets)).isfinite()
+
+
 @pytest.mark.parametrize("heads_see", ["the same", "their own"])
 def test_members_share_a_forward_of_masked_attention(heads_see):
     """With as many keys as rows, and masks of samples beside one that all of them share; its weights are used too."""

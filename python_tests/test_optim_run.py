@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
+import operator
+import pickle
 
 import pytest
 import torch
@@ -251,10 +255,72 @@ def test_state_of_other_parameters_is_refused():
     model, _, _ = reader()
     with pytest.raises(ValueError, match="'state_dict' must be of the parameters"):
         MeZO(model).load_state_dict(MeZO(nn.Linear(2, 2)).state_dict())
-    with pytest.raises(ValueError, match="'state_dict' must hold the settings"):
+    with pytest.raises(ValueError, match="'state_dict' must hold 'two_sided' in 'ulr.settings', got probes"):
         MeZO(model).load_state_dict(FZOO(model).state_dict())
     with pytest.raises(ValueError, match="'state_dict' must be one of an optimiser of ulr.optim"):
         MeZO(model).load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("part", [("ulr",), ("ulr", "rule"), ("ulr", "settings"), ("param_groups", 0)])
+def test_state_with_a_name_more_or_less_is_refused(part):
+    """As another version may have written it."""
+    model, tokens, targets = reader()
+    optimizer = MeZO(model, seed=3)
+    for change in ("more", "less"):
+        state = copy.deepcopy(optimizer.state_dict())
+        place = functools.reduce(operator.getitem, part, state)
+        name = {"ulr": "steps", "rule": "rank", "settings": "probes", 0: "eps"}[part[-1]]
+        if change == "less":
+            del place[name]
+        elif part[-1] != 0:  # torch's schedulers add names to groups
+            name = place["nonsense"] = "nonsense"
+        else:
+            continue
+        other = MeZO(model, lr=0.5)
+        with pytest.raises(ValueError, match=f"ulr.optim.MeZO: 'state_dict' must hold .*'?{name}'?"):
+            other.load_state_dict(state)
+        assert other.seed == 0 and other.param_groups[0]["lr"] == 0.5
+
+
+def test_a_copied_optimiser_goes_on_with_its_own_model():
+    model, tokens, targets = reader()
+    optimizer = MeZO(model, lr=1e-2, probes=2, momentum=0.5)
+    optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+    start = copies(model)
+    others = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for other, its in others:
+        its.step(lambda other=other: F.cross_entropy(other(tokens), targets))
+    assert not moved(model, start).any()
+    optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
+    for other, _ in others:
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+BEYOND = [{"lr": 1e39}, {"eps": 1e-46}, {"eps": 1e39}, {"lr": 1e30, "eps": 1e-20}, {"weight_decay": 1e39}]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("numbers", BEYOND, ids=str)
+def test_numbers_beyond_fp32_are_refused_before_anything_is_evaluated(numbers, rule):
+    model, _, _ = reader()
+    first = MeZO(model, lr=0.1, params=[model.body.weight], **RULES[rule])
+    with pytest.raises(ValueError, match="ulr.optim: '.*' must be finite in fp32, got Group"):
+        first.add_param_group({"params": [model.scale], **numbers})
+
+
+def test_an_estimate_that_overflows_in_one_group_leaves_them_all():
+    model, tokens, targets = reader()
+    start = copies(model)
+    groups = [{"params": [model.body.weight]}, {"params": [model.scale], "lr": 1e3}]
+    optimizer = MeZO(model, lr=1e-2, params=groups)
+    optimizer.step(lambda: F.cross_entropy(model(tokens), targets) * 3e37)
+    assert not moved(model, start).any() and not optimizer.last_update.coefficients.any()
+
+
+def test_random_rounding_of_fp16_is_refused_at_once():
+    model, _, _ = reader()
+    with pytest.raises(ValueError, match="'stochastic' must be False for float16, got True for body.weight"):
+        MeZO(model, stochastic=True, params=[model.scale, model.body.half().weight])
 
 
 def test_an_unknown_argument_is_the_optimisers():

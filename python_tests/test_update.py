@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +59,13 @@ def test_updates_that_do_not_fit_write_nothing():
         Rule(NAMES[:1]).apply(update, found, {})
     with pytest.raises(ValueError, match="'parameters' must hold 'c.weight', got 3 others"):
         Rule((*NAMES[:1], ("c.weight",))).apply(update, found, {})
+    for group in (Group(lr=1e39, sigma=1.0), Group(lr=1e30, sigma=1e-20), Group(lr=0.1, sigma=1.0, weight_decay=1e39)):
+        with pytest.raises(ValueError, match="must be finite in fp32, got Group"):
+            Rule(NAMES).apply(dataclasses.replace(update, groups=(GROUPS[0], group)), found, {})
+    for coefficients in (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 3e37])):
+        groups = (Group(lr=0.1, sigma=1.0), Group(lr=100.0, sigma=1.0))
+        with pytest.raises(ValueError, match="coefficients / sigma must be finite in fp32"):
+            Rule(NAMES).apply(dataclasses.replace(update, groups=groups, coefficients=coefficients), found, {})
     assert all(torch.equal(found[name], before[name]) for name in found)
 
 

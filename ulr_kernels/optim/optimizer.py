@@ -115,6 +115,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
             if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 self._fail(self._names[id(parameter)], "be float32, bfloat16 or float16", parameter.dtype)
+            if self._rule.stochastic and parameter.dtype == torch.float16:
+                self._fail("stochastic", "be False for float16", f"True for {self._names[id(parameter)]}")
         self._numbers(group)
 
     def _numbers(self, group: dict[str, Any]) -> Group:
@@ -126,7 +128,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         ):
             if not good(group[argument]):
                 self._fail(argument, rule, group[argument])
-        return Group(float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]))
+        numbers = Group(float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]))
+        self._rule.factor(numbers)
+        return numbers
 
     # --- what a subclass gives ---------------------------------------------------------------------------------------
 
@@ -176,7 +180,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         losses = collected.mean(0)
         loss, coefficients = self._probed(losses)
         # A probe that overflowed says nothing about the others; the weights stay whole, and the caller sees the loss.
-        coefficients = torch.where(coefficients.isfinite().all(), coefficients, 0)
+        largest = max(abs(self._rule.factor(group)) for group in groups)
+        finite = (coefficients * max(largest, 1.0)).isfinite().all()
+        coefficients = torch.where(finite, coefficients, 0)
         update = Update(self.steps, contract.fold_in(self.seed, self.steps), coefficients, groups)
         self.apply(update)
         return loss
@@ -340,11 +346,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
         own = state_dict.get("ulr")
         if own is None:
             self._fail("state_dict", "be one of an optimiser of ulr.optim", f"one with {', '.join(state_dict)}")
+        mine = self.state_dict()
+        self._keys("ulr", own, mine["ulr"])
+        self._keys("ulr.settings", own["settings"], mine["ulr"]["settings"])
+        self._keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
+        for group in state_dict["param_groups"]:
+            self._keys("param_groups", group, self.defaults, more=True)  # schedulers add theirs
         rule = Rule(**own["rule"])
         if rule.names != self.rule.names:
             self._fail("state_dict", f"be of the parameters {_some(self.rule.names)}", _some(rule.names))
-        if own["settings"].keys() != set(self.SETTINGS):
-            self._fail("state_dict", f"hold the settings {', '.join(self.SETTINGS)}", ", ".join(own["settings"]))
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "ulr"})
         # torch gives floating states the parameters' dtype; those of half-precision weights are fp32 here.
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -355,6 +365,21 @@ class ForwardOptimizer(torch.optim.Optimizer):
         for name, value in own["settings"].items():
             setattr(self, name, value)
         self._losses.clear()
+
+    def _keys(self, part: str, found: Mapping[str, Any], expected: Mapping[str, Any], more: bool = False) -> None:
+        """What a part of a state must hold, and all that it may."""
+        for name in sorted(expected.keys() - found.keys()):
+            self._fail("state_dict", f"hold {name!r} in {part!r}", ", ".join(found) or "nothing")
+        for name in () if more else sorted(found.keys() - expected.keys()):
+            self._fail("state_dict", f"hold only {', '.join(expected)} in {part!r}", repr(name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's optimisers a copy, or one that was pickled, goes on by itself, with the model that came along."""
+        return {name: value for name, value in self.__dict__.items() if name != "_names"} | super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._names = parameter_names(self.model)
 
 
 def _some(names: tuple[tuple[str, ...], ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -272,6 +273,23 @@ class Probing(TorchFunctionMode):
         outputs, weights = zip(*self._by_member(F.multi_head_attention_forward, (), given, axes), strict=True)
         return torch.cat(outputs, 1), None if weights[0] is None else torch.cat(weights)
 
+    def _recurrent(self, input: Tensor, state: Any, *rest: Any, func: Callable) -> Any:
+        """Several members: samples are on the second axis of states, and of input and output unless `batch_first`."""
+        if self._draws.members == 1:
+            return NotImplemented
+        packed = not isinstance(rest[1], bool)  # then the sizes of batches come second, and all else one place later
+        if packed or input.dim() != 3:
+            raise ValueError(
+                f"ulr.optim: {func.__name__} with a trained parameter and several members must have an input [samples, "
+                "time, features] or time first, not packed (step(closure) evaluates one member at a time), got "
+                f"{'packed ' if packed else ''}{list(input.shape)}"
+            )
+        axis = 0 if rest[-1] else 1
+        axes: dict[int, int | None] = {id(input): axis}
+        axes |= dict.fromkeys(map(id, _leaves((state,), {})), 1)
+        outputs, *states = zip(*self._by_member(func, (input, state, *rest), {}, axes), strict=True)
+        return torch.cat(outputs, axis), *(torch.cat(parts, 1) for parts in states)
+
 
 def _joined(results: list[Any]) -> Any:
     """The members' results, one behind the other."""
@@ -285,6 +303,10 @@ _FUSED: dict[Callable, Callable] = {
     F.conv2d: Probing._conv2d,
     F.embedding: Probing._embedding,
     F.multi_head_attention_forward: Probing._attention,
+    **{
+        func: functools.partial(Probing._recurrent, func=func)
+        for func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+    },
 }
 
 # Attributes whose value holds the parameter's values; all others ask only what kind of tensor it is.

@@ -14,6 +14,8 @@ from torch import Tensor
 from ulr_kernels import contract, ops
 from ulr_kernels.optim.shards import shard
 
+FP32 = torch.finfo(torch.float32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -92,6 +94,26 @@ class Rule:
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
 
+    def factor(self, group: Group) -> float:
+        """What the coefficients of a group are multiplied by in its step.
+
+        Raises:
+            ValueError: a number of the group, or what a step makes of them, is not finite in fp32.
+        """
+        numbers = {
+            "lr": group.lr,
+            "sigma": group.sigma,
+            "weight_decay": group.weight_decay,
+            "1 / sigma": 1 / group.sigma,
+            "lr / sigma": group.lr / group.sigma,
+            "lr * weight_decay": group.lr * group.weight_decay,
+        }
+        for name, value in numbers.items():
+            if not abs(value) <= FP32.max:
+                raise ValueError(f"ulr.optim: '{name}' must be finite in fp32, got {group}")
+        # Where there is no state the coefficients hold -lr: the estimate is the change itself.
+        return 1 / group.sigma if self.state_names() else -group.lr / group.sigma
+
     @torch.no_grad()
     def apply(
         self,
@@ -107,7 +129,8 @@ class Rule:
             state: of each parameter, by name; filled by the first update, empty before it.
 
         Raises:
-            ValueError: the groups or names do not match; nothing has been written.
+            ValueError: the groups or names do not match, or a number is not finite in fp32 (those on a GPU are not
+                read); nothing has been written.
         """
         if len(update.groups) != len(self.names):
             raise ValueError(
@@ -116,14 +139,23 @@ class Rule:
         missing = [name for names in self.names for name in names if name not in parameters]
         if missing:
             raise ValueError(f"ulr.optim: 'parameters' must hold {missing[0]!r}, got {len(parameters)} others")
-        for names, group in zip(self.names, update.groups, strict=True):
+        steps = [self._coefficients(update.coefficients, group) for group in update.groups]
+        for names, group, coefficients in zip(self.names, update.groups, steps, strict=True):
             for device, here in by_device({name: parameters[name] for name in names}):
-                self._apply(update, group, here, device, parameters, state)
+                self._apply(update, group, coefficients.to(device), here, device, parameters, state)
+
+    def _coefficients(self, coefficients: Tensor, group: Group) -> Tensor:
+        """Of a group: those of its noise in the sum that an op makes."""
+        result = coefficients * torch.full_like(coefficients, self.factor(group))
+        if result.device.type == "cpu" and not result.isfinite().all():
+            raise ValueError(f"ulr.optim: coefficients / sigma must be finite in fp32, got {coefficients} in {group}")
+        return result
 
     def _apply(
         self,
         update: Update,
         group: Group,
+        coefficients: Tensor,
         names: tuple[str, ...],
         device: torch.device,
         parameters: Mapping[str, Tensor],
@@ -138,12 +170,10 @@ class Rule:
                 if kind not in own:
                     own[kind] = torch.zeros_like(parameters[name], dtype=torch.float32, requires_grad=False)
                 tensors.append(shard(own[kind]).tensor)
-        # Where there is no state the coefficients hold -lr: the estimate is the change itself.
-        factor = 1 / group.sigma if states else -group.lr / group.sigma
         ops.combine_(
             [part.tensor for part in shards],
             site_keys(update.key, names, device),
-            update.coefficients.to(device) * torch.full((), factor, dtype=torch.float32, device=device),
+            coefficients,
             lr=group.lr,
             weight_decay=group.weight_decay,
             momentum=self.momentum,
