@@ -216,7 +216,7 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
 
 def build_native(target: Path) -> Tools:
     """Build what the tools here allow, into the package at `target`."""
-    requested = os.environ.get("ULR_BUILD")
+    requested = os.environ.get("ULR_BUILD") or None  # CI systems set an unused variable to nothing
     parts = {"cpp", "cuda"} if requested is None else set(filter(None, re.split(r"[,\s]+", requested))) - {"none"}
     if parts - {"cpp", "cuda"}:
         raise SystemExit(f"ULR_BUILD must name parts of cpp, cuda (or none), got {requested!r}")

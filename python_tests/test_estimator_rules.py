@@ -1,5 +1,7 @@
 """ulr.ULR: what it leaves alone, how a run goes on, the learnt sigma, and the errors of bad input."""
 
+import functools
+
 import pytest
 import small_models
 import torch
@@ -193,6 +195,13 @@ def test_learnt_sigma_of_a_table_that_is_also_a_head_is_one_number():
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         gradients(mlp(), **settings)
+
+
+@pytest.mark.parametrize("make", [ulr.ULR, functools.partial(ulr.optim.MeZO, lr=1e-3)])
+def test_parameters_are_no_model(make):
+    """Torch's optimisers take them."""
+    with pytest.raises(ValueError, match="'model' must be a torch.nn.Module, got generator"):
+        make(mlp().parameters())
 
 
 def test_sobol_refuses_a_mean_for_a_layer_called_twice():

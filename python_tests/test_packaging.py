@@ -73,7 +73,7 @@ def test_wheel_with_kernels_runs_without_a_compiler(tmp_path: pathlib.Path) -> N
 
 
 def test_wheel_built_without_a_compiler_runs_on_torch(tmp_path: pathlib.Path) -> None:
-    wheel = build_wheel(tmp_path, PATH=str(tmp_path), CXX="", CC="", CUDA_HOME=str(tmp_path))
+    wheel = build_wheel(tmp_path, ULR_BUILD="", PATH=str(tmp_path), CXX="", CC="", CUDA_HOME=str(tmp_path))
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     described = run_installed(wheel, tmp_path)
     assert re.search(r"on cpu:\n  torch +runs .*noisy_linear,.*\n  cpp +absent: no C\+\+ compiler", described)

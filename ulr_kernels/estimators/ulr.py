@@ -101,6 +101,8 @@ class ULR:
         self.settings = Settings(
             sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma, max_rows, memory
         )
+        if not isinstance(model, nn.Module):
+            fail("model", "be a torch.nn.Module", type(model).__name__)
         *wrappers, self.model = unwrapping(model)
         parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
         self._replicas = Replicas(parallel[0]) if parallel else None

@@ -68,6 +68,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             self._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
         if unknown := sorted(common.keys() - Common.__annotations__.keys()):
             raise TypeError(f"ulr.optim.{type(self).__name__}: got an unexpected argument {unknown[0]!r}")
+        if not isinstance(model, nn.Module):  # other optimisers take parameters
+            self._fail("model", "be a torch.nn.Module", type(model).__name__)
         self.model = unwrap(model)
         self.seed = seed
         self.steps = 0
