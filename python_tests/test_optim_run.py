@@ -264,7 +264,7 @@ def test_state_of_other_parameters_is_refused():
 @pytest.mark.parametrize("part", [("ulr",), ("ulr", "rule"), ("ulr", "settings"), ("param_groups", 0)])
 def test_state_with_a_name_more_or_less_is_refused(part):
     """As another version may have written it."""
-    model, tokens, targets = reader()
+    model, _, _ = reader()
     optimizer = MeZO(model, seed=3)
     for change in ("more", "less"):
         state = copy.deepcopy(optimizer.state_dict())
@@ -277,6 +277,7 @@ def test_state_with_a_name_more_or_less_is_refused(part):
         else:
             continue
         other = MeZO(model, lr=0.5)
+        other.load_state_dict(other.state_dict())  # torch takes this for the time to add its own names
         with pytest.raises(ValueError, match=f"ulr.optim.MeZO: 'state_dict' must hold .*'?{name}'?"):
             other.load_state_dict(state)
         assert other.seed == 0 and other.param_groups[0]["lr"] == 0.5

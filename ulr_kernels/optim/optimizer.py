@@ -353,7 +353,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._keys("ulr.settings", own["settings"], mine["ulr"]["settings"])
         self._keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
         for group in state_dict["param_groups"]:
-            self._keys("param_groups", group, self.defaults, more=True)  # schedulers add theirs
+            self._keys("param_groups", group, dict.fromkeys(("lr", self.SCALE, "weight_decay")), more=True)
         rule = Rule(**own["rule"])
         if rule.names != self.rule.names:
             self._fail("state_dict", f"be of the parameters {_some(self.rule.names)}", _some(rule.names))
@@ -369,7 +369,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._losses.clear()
 
     def _keys(self, part: str, found: Mapping[str, Any], expected: Mapping[str, Any], more: bool = False) -> None:
-        """What a part of a state must hold, and all that it may."""
+        """What a part of a state must hold, and all that it may: torch and its schedulers add `more` to groups."""
         for name in sorted(expected.keys() - found.keys()):
             self._fail("state_dict", f"hold {name!r} in {part!r}", ", ".join(found) or "nothing")
         for name in () if more else sorted(found.keys() - expected.keys()):
