@@ -46,6 +46,28 @@ def test_image_folder(images: Path):
     assert torch.equal(found.test.images[6 + 3, 0], torch.tensor(picture))
 
 
+def test_images_of_16_bits(tmp_path: Path):
+    """Grey ones: the upper byte, which pillow itself takes of coloured ones."""
+    pixels = np.arange(30, dtype=np.uint16).reshape(5, 6) * 2100
+    for part in ("train", "test"):
+        for name in ("above", "below"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / part / name / "0.png")
+            Image.fromarray((pixels >> 8).astype(np.uint8)).save(tmp_path / part / name / "1.png")
+    found = data.load(str(tmp_path))
+    assert found.shape == (1, 5, 6)
+    for image in found.train.images:
+        assert torch.equal(image[0], torch.from_numpy((pixels >> 8).astype(np.uint8)))
+
+
+def test_a_relative_folder_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RecipeError, match=rf"'pictures' is neither .* nor a folder in {tmp_path} \(a run goes on where"
+    ):
+        data.load("pictures")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_folder(tmp_path: Path, packed: bool):
     found = data.load(str(idx_folder(tmp_path, packed)))

@@ -87,7 +87,7 @@ def load(data: str) -> Dataset:
             package dataset-fashion-mnist), or a folder. A folder holds either the four files of MNIST's idx form
             (`train-images-idx3-ubyte`, ..., each plain or .gz), or CIFAR-10's binary form (`data_batch_1.bin`, ...,
             `test_batch.bin`), or images as `train/<class>/*.png` and `test/<class>/*.png` (also jpg, bmp), all of one
-            size.
+            size; of 16 bits a value the upper 8 are used.
 
     Raises:
         RecipeError: an unknown name, a missing package, or files that are missing, truncated or inconsistent.
@@ -97,7 +97,8 @@ def load(data: str) -> Dataset:
         return loaders[data]()
     folder = Path(data)
     if not folder.is_dir():
-        raise RecipeError(f"data '{data}' is neither one of {', '.join(loaders)} nor a folder")
+        where = "" if folder.is_absolute() else f" in {Path.cwd()} (a run goes on where it was started)"
+        raise RecipeError(f"data '{data}' is neither one of {', '.join(loaders)} nor a folder{where}")
     if (folder / "train").is_dir():
         return _folder_of_classes(folder)
     if any(folder.glob("data_batch_*.bin")):
@@ -251,7 +252,10 @@ def _read_images(entries: list[tuple[Path, int]]) -> Split:
 
     def read(path: Path, colour: bool | None = None) -> np.ndarray:
         try:
-            with Image.open(path) as image:
+            with Image.open(path) as opened:
+                image = opened
+                if opened.mode.startswith("I;16"):  # convert() would cut off what is above 255
+                    image = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
                 colour = image.mode not in ("1", "L") if colour is None else colour
                 pixels = np.asarray(image.convert("RGB" if colour else "L"))
         except (OSError, SyntaxError, ValueError) as error:  # pillow says SyntaxError of some broken PNGs
