@@ -66,7 +66,14 @@ def tensors(value: Any) -> list[Tensor]:
 
 def _signature(value: Any) -> tuple:
     leaves, structure = _pytree.tree_flatten(value)
-    return structure, tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else None for t in leaves)
+    return structure, tuple(map(_leaf_signature, leaves))
+
+
+def _leaf_signature(leaf: Any) -> Any:
+    """What a model may decide by before it looks at values of tensors."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, bool | int | float | str) else type(leaf)
 
 
 def repeat(value: Any, copies: int) -> Any:
