@@ -4,7 +4,7 @@ import pytest
 import small_models
 import torch
 import torch.nn.functional as F
-from small_models import filled, half_squares, v
+from small_models import assert_same, filled, gradients, half_squares, v
 from torch import nn
 from z_test import assert_unbiased, estimates, flat
 
@@ -49,6 +49,17 @@ class Tokens(nn.Module):
         return x + self.table(torch.arange(3)[None])
 
 
+class Indices(nn.Module):
+    """A table that is read at the place of each row's largest number, which noise does not change."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x):
+        return self.table(x.argmax(-1)) + x.mean((1, 2))[:, None]
+
+
 def in_place(self, x):
     h = x + 0
     h += self.shift
@@ -73,6 +84,13 @@ LAYERS = {
     "self-attention": (lambda: Attention(True), (2, 4)),
     "attention": (lambda: Attention(False, add_bias_kv=True, add_zero_attn=True), (3, 4)),
     "tokens": (Tokens, (2, 2)),
+    "gru cell": (lambda: nn.GRUCell(4, 3), (4,)),
+    "embedding bag": (lambda: Indices(nn.EmbeddingBag(4, 2, padding_idx=1)), (3, 4)),
+    "depthwise": (lambda: nn.Conv2d(2, 4, 2, groups=2, padding=1, padding_mode="circular"), (2, 2, 2)),
+    "transposed, all": (
+        lambda: nn.ConvTranspose2d(4, 2, (2, 1), stride=(2, 3), output_padding=(1, 0), groups=2, dilation=(2, 1)),
+        (4, 2, 1),
+    ),
     "prelu": (lambda: nn.PReLU(3), (3, 4)),
     "bilinear": (lambda: Function(lambda s, x: F.bilinear(x, x.sin(), s.weight), weight=(3, 4, 4)), (4,)),
     "einsum": (lambda: Function(lambda s, x: torch.einsum("bpk,kn->bpn", x, s.w), w=(4, 3)), (2, 4)),
@@ -106,3 +124,36 @@ def test_the_law_holds(layer):
     assert report.ok, report
     for each in report.layers:
         assert each.cosine == pytest.approx(each.law, abs=max(0.04, 4.5 * each.cosine_error))
+
+
+class Gated(nn.Module):
+    """A function of samples that have noise and of samples that have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gate = nn.Linear(3, 3), nn.Parameter(torch.empty(3))
+
+    def forward(self, x):
+        return torch.addcmul(x, torch.tanh(self.layer(x)), self.gate)
+
+
+def test_samples_without_noise_meet_such_with_noise():
+    model, x, target = filled(Gated(), 0.7), v(1, 3), v(2, 3)
+    exact = flat(torch.autograd.grad(half_squares(model(x[None]), target[None]).sum(), model.parameters()))
+    settings = {"sigma": 0.01, "injection": "joint", "copies": 4, "noised_rows": 2**15}
+    assert_unbiased(estimates(model, x, target, half_squares, **settings), exact)
+
+
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+@pytest.mark.parametrize(
+    "make", [Tokens, lambda: Attention(True, add_bias_kv=True), lambda: nn.GRUCell(2, 3)], ids=["tokens", "keys", "gru"]
+)
+def test_parts_of_one_sample(make, injection):
+    """A row that is made of a parameter looks like the parameter where a forward has one row."""
+    model = filled(make(), 0.7)
+    x = v(1, 3, 2) if isinstance(model, nn.GRUCell) else v(1, 3, 2, 2 if isinstance(model, Tokens) else 4)
+    settings = {"batch": (x, v(2, *model(x).shape)), "loss_fn": half_squares, "injection": injection}
+    _, expected = gradients(model, **settings)
+    for rows in (2, 4):
+        _, found = gradients(model, max_rows=rows, **settings)
+        assert_same(expected, found, 1e-3)

@@ -13,7 +13,9 @@ from small_models import (
     cross_entropy,
     filled,
     gradients,
+    half_squares,
     mlp,
+    v,
 )
 from torch import nn
 
@@ -150,6 +152,36 @@ def test_learnt_sigma_of_a_table_that_is_also_a_head_is_one_number():
     estimator.backward(torch.arange(6).view(3, 2), torch.arange(3), cross_entropy)
     (log_sigma,) = estimator.parameters()
     assert log_sigma.shape == () and log_sigma.grad != 0
+
+
+def test_a_bias_beside_a_tied_weight_has_its_layers_sigma():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    estimator = ulr.ULR(filled(Tied()), copies=4, learn_sigma=True)
+    estimator.backward(*batch(classes=5), cross_entropy)
+    (log_sigma,) = estimator.parameters()
+    assert log_sigma.shape == (5,) and log_sigma.grad.all()
+
+
+def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
+    class Mirrored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return F.linear(torch.tanh(self.layer(x)), self.layer.weight.T)
+
+    with pytest.raises(ValueError, match="'learn_sigma' must be False where .* those of 'layer', got 3 and 5"):
+        gradients(filled(Mirrored()), learn_sigma=True)
+    gradients(filled(Mirrored()))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -422,4 +454,62 @@ def test_empty_tensors_are_not_taken_for_one_another():
 
     model, (x, y) = filled(Selects()), batch(5)
     report = ulr.check(model, x, y, cross_entropy, sigma=0.01, copies=32, steps=24)
+    assert report.ok, report
+
+
+def test_settings_among_the_inputs_are_part_of_what_was_looked_at():
+    """A model that does something else for another flag or number has other layers."""
+
+    class Switched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x, both):
+            return self.first(x) + torch.tanh(self.second(x)) if both else self.first(x).relu() + 0 * self.second(x)
+
+    model, (x, y) = filled(Switched()), batch()
+    used = ulr.ULR(model, copies=4, seed=3)
+    used.backward((x, False), y, cross_entropy)
+    model.zero_grad()
+    used.step = 0
+    used.backward((x, True), y, cross_entropy)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    _, expected = gradients(model, batch=((x, True), y), seed=3)
+    assert_same(expected, found, 0)
+    assert len(used._plans) == 2
+
+
+def test_constants_with_a_row_for_each_sample_are_refused():
+    """The gradient of one copy could not tell which of their rows are its own."""
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gain = nn.Linear(5, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return torch.addcmul(torch.zeros(len(x), 3), self.layer(x), self.gain)
+
+    model = filled(Padded())
+    with pytest.raises(ValueError, match=r"got gain \(used by addcmul, not sample by sample\)"):
+        gradients(model)
+    assert_no_gradient(model)
+
+
+def test_an_embedding_scaled_by_frequency_is_refused():
+    table, indices = nn.Embedding(6, 3, scale_grad_by_freq=True), torch.arange(4)
+    with pytest.raises(ValueError, match="must have scale_grad_by_freq=False"):
+        gradients(table, batch=(indices, indices % 3))
+    assert_no_gradient(table)
+
+
+def test_transformers_padding_in_eval_mode():
+    """Unwatched and without gradients torch's encoder drops padded positions; with them, it computes them."""
+    layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+    encoder = filled(nn.TransformerEncoder(layer, 1), 0.7).eval()
+    x, padding = v(1, 2, 3, 4), torch.tensor([[False, False, True], [False, True, True]])
+    inputs = {"src": x, "src_key_padding_mask": padding}
+    target = v(2, 2, 3, 4)
+    report = ulr.check(encoder, inputs, target, half_squares, sigma=0.01, copies=32, steps=16)
     assert report.ok, report

@@ -167,6 +167,7 @@ class NoisedPass(Meeting):
         if not clean:
             return args, kwargs
         repeated = {id(t): t.repeat(copies, *(1 for _ in t.shape[1:])) for t in clean}
+        self._mark(list(repeated.values()), SAMPLE)
         return _pytree.tree_map(lambda leaf: repeated.get(id(leaf), leaf), (args, kwargs))
 
 

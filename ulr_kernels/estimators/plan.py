@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
+from ulr_kernels.estimators.meeting import Meeting
 from ulr_kernels.estimators.prefix import Prefix
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
+from ulr_kernels.nn.local import RowsCall
 
 if TYPE_CHECKING:
     from ulr_kernels.estimators.ulr import ULR
@@ -65,6 +67,10 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     s = estimator.settings
     if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values(), default=0) > 1:
         fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
+    for layer, log_sigma in estimator.log_sigma.items():
+        if log_sigma.dim() and (others := recording.columns.get(layer, set()) - {len(log_sigma)}):
+            rule = f"be False where a layer's calls have different numbers of features, as those of {layer!r}"
+            fail("learn_sigma", rule, f"{len(log_sigma)} and {', '.join(map(str, sorted(others)))}")
     layers, weights = tuple(recording.calls), {name: estimator.layers[id(p)] for name, p in estimator.weights.items()}
     for layer in (*layers, *weights.values()):  # both raise where a mapping has no entry
         s.copies_of(layer)
@@ -109,7 +115,9 @@ def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
     refuse_unreached(estimator.followed, estimator.names, recording)
     if not recording.calls and not estimator.weights:
         fail("model", "have a trained parameter", "none")
-    again = batch.losses(apply(estimator.model, repeat(batch.x, 2)), loss_fn, 2)
+    with Meeting({}, (), ()):  # watched, as in all passes: torch's transformers do other things where nobody looks
+        outputs = apply(estimator.model, repeat(batch.x, 2))
+    again = batch.losses(outputs, loss_fn, 2)
     if not same(losses, again):
         fail("model", "compute the same in every forward, as each pass runs its own", "other losses the second time")
     return recording
@@ -120,7 +128,9 @@ def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch)
     if item.weights:
         return _tried_weights(estimator, item, keys, batch)
     noised, outputs = estimator.noised(item, keys, batch, 2)
-    cut = can_cut(estimator, item, keys, batch, tensors(outputs))
+    # Rows made of a parameter cannot be told from the parameter in a forward of one row, as a cut makes of one sample.
+    rowed = any(isinstance(call, RowsCall) for _, call in noised.calls)
+    cut = not rowed and can_cut(estimator, item, keys, batch, tensors(outputs))
     item = item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
     return item._replace(resumes=cut and can_resume(estimator, item, keys, batch))
 
@@ -167,7 +177,7 @@ def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch
         return item
     else:
         begin = min(recording.begins[layer] for layer in item.layers) if item.cut else 0
-        rows = max(together, ACTIVATION // max(1, *recording.sizes[begin:]))
+        rows = max(2, together, ACTIVATION // max(1, *recording.sizes[begin:]))
         samples = max(1, ACTIVATION // max(1, *recording.sizes))
     if not item.shared and settings.memory == "keep":  # copies in several forwards would all be run once more
         rows = max(rows, item.copies) if settings.max_rows is None else rows
@@ -216,8 +226,9 @@ def refuse_unreached(parameters: Sequence[Tensor], names: Mapping[int, str], rec
     if problems:
         fail(
             "model",
-            "bring each trained parameter together with the samples in a function with one output, samples first, and "
-            "a derivative in the parameter. Those that it does not can be frozen (requires_grad_(False)), or trained "
-            "by noise on the weights (noise={name: 'weights'}, ulr.optim), or left out of the model",
+            "bring each trained parameter together with the samples in a function with one output, samples first, each "
+            "from its own alone, and a derivative in the parameter. Those that it does not can be frozen "
+            "(requires_grad_(False)), or trained by noise on the weights (noise={name: 'weights'}, ulr.optim), or left "
+            "out of the model",
             ", ".join(problems),
         )

@@ -27,6 +27,7 @@ class Recording(Meeting):
         elsewhere: id(parameter) -> a function beside the layers' calls that uses it.
         sizes: bytes that each function's result has for one sample, in their order.
         begins: layer -> the place of its first call among them.
+        columns: layer -> how many features the outputs of its calls have.
     """
 
     def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any, samples: int) -> None:
@@ -38,6 +39,7 @@ class Recording(Meeting):
         self.elsewhere: dict[int, str] = {}
         self.sizes: list[int] = []
         self.begins: dict[str, int] = {}
+        self.columns: dict[str, set[int]] = {}
         self._sums = Sums()
 
     def met(self, call: Call) -> tuple[Any, int]:
@@ -52,6 +54,10 @@ class Recording(Meeting):
             self._check_rows(result, f"the output of {call.name} in layer {layer!r}")
         for x in call.inputs:
             self._check_rows(x, f"the input of layer {layer!r}")
+        if isinstance(call, LocalCall) and not _by_copy(call):
+            use = f"{call.name}, not sample by sample"
+            self.elsewhere.update((id(p), use) for p in call.parameters if p.requires_grad)
+            return call.clean(), 0
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self.met_calls.append(call)
         self.reached.update(map(id, call.parameters))
@@ -60,6 +66,8 @@ class Recording(Meeting):
         self.begins.setdefault(layer, len(self.sizes))
         self._note_size(result)
         self._sums.output(result, layer, call.feature_dim)
+        if result.dim() > 1:
+            self.columns.setdefault(layer, set()).add(result.shape[call.feature_dim])
         if call.additive and terms:
             (own,) = self._sums.read([result])
             self._sums.add(terms[0], own, result)
@@ -98,6 +106,19 @@ class Recording(Meeting):
             fail(
                 "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
             )
+
+
+def _by_copy(call: LocalCall) -> bool:
+    """Whether a call makes the first of two copies from that copy alone, as the gradients of one copy ask it to: not
+    where a constant of its arguments has a row for each sample.
+    """
+    result = call.forward(*call.inputs)
+    try:
+        first = call.forward(*(x[: x.shape[0] // 2] for x in call.inputs))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # rows that do not fit
+        return False
+    half = result[: result.shape[0] // 2]
+    return first.shape == half.shape and same(half, first)
 
 
 def same(first: Tensor, second: Tensor, scale: Tensor | None = None) -> bool:

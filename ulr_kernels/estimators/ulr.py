@@ -114,7 +114,7 @@ class ULR:
         self.model_parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
         self.layers, self.names = layer_names(self.model), parameter_names(self.model)
         self.settings.check_names(set(self.layers.values()))
-        self._log_sigma = self._make_log_sigma() if learn_sigma else {}
+        self.log_sigma = self._make_log_sigma() if learn_sigma else {}
         self._plans: dict[tuple, Plan] = {}
         self.weights: dict[str, nn.Parameter] = {}  # those that have noise themselves, by name
         self.followed: list[nn.Parameter] = []  # the others: calls of layers are known by them
@@ -147,12 +147,12 @@ class ULR:
 
     def parameters(self) -> list[nn.Parameter]:
         """The learnt ln sigma, for an optimiser; empty unless learn_sigma."""
-        return list(self._log_sigma.values())
+        return list(self.log_sigma.values())
 
     def sigma(self, layer: str) -> Tensor | float:
         """The noise scale of a layer: the setting, or what has been learnt, fp32 `[features]` or `[]`."""
-        if layer in self._log_sigma:
-            return self._log_sigma[layer].detach().exp()
+        if layer in self.log_sigma:
+            return self.log_sigma[layer].detach().exp()
         return self.settings.sigma_of(layer)
 
     @torch.inference_mode(False)
@@ -262,7 +262,7 @@ class ULR:
 
     def _learnt(self, item: Pass) -> dict[str, nn.Parameter]:
         """The ln sigma that a pass gives gradients; a rider's noise has its lead's."""
-        return {layer: value for layer, value in self._log_sigma.items() if layer not in item.riders}
+        return {layer: value for layer, value in self.log_sigma.items() if layer not in item.riders}
 
     def noised(
         self,
@@ -337,7 +337,7 @@ class ULR:
             "seed": self.seed,
             "step": self.step,
             "settings": self.settings.to_dict(),
-            "log_sigma": {name: value.detach().clone() for name, value in self._log_sigma.items()},
+            "log_sigma": {name: value.detach().clone() for name, value in self.log_sigma.items()},
         }
 
     @torch.no_grad()
@@ -352,12 +352,12 @@ class ULR:
         settings = Settings(**state["settings"])
         settings.check_names(set(self.layers.values()))
         log_sigma = state["log_sigma"]
-        shapes = {name: list(value.shape) for name, value in self._log_sigma.items()}
+        shapes = {name: list(value.shape) for name, value in self.log_sigma.items()}
         if {name: list(value.shape) for name, value in log_sigma.items()} != shapes:
             got = {name: list(value.shape) for name, value in log_sigma.items()}
             fail("state", f"hold ln sigma of the shapes {shapes}", got)
         contract.fold_in(state["seed"], state["step"])
         self.settings, self.seed, self.step = settings, state["seed"], state["step"]
         for name, value in log_sigma.items():
-            self._log_sigma[name].copy_(value)
+            self.log_sigma[name].copy_(value)
         self._plans.clear()

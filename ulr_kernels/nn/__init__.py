@@ -10,7 +10,13 @@ Nothing in the model is rewritten: `torch.overrides.TorchFunctionMode` shows the
 from collections.abc import Callable
 from typing import Any
 
-from ulr_kernels.nn import attention, conv, embedding, linear, norm
+from ulr_kernels.nn import attention, conv, embedding, linear, norm, recurrent
 
-READERS: dict[Any, Callable] = {**linear.READERS, **conv.READERS, **norm.READERS, **embedding.READERS}
+READERS: dict[Any, Callable] = {
+    **linear.READERS,
+    **conv.READERS,
+    **norm.READERS,
+    **embedding.READERS,
+    **recurrent.READERS,
+}
 COMPOSITES: dict[Any, Callable] = {**attention.COMPOSITES}

@@ -41,7 +41,13 @@ def _embedding(args: tuple, kwargs: dict[str, Any], origin: Origin) -> Embedding
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> EmbeddingCall | None:
-        if max_norm is not None or scale_grad_by_freq or origin(weight) is None:
+        owned = origin(weight)
+        if scale_grad_by_freq and owned is not None and owned.tensor.requires_grad:
+            raise ValueError(
+                "ulr.ULR: an embedding must have scale_grad_by_freq=False (a gradient so scaled is no gradient of the "
+                f"loss, and depends on who shares the batch), got True for a table {list(weight.shape)}"
+            )
+        if max_norm is not None or owned is None:
             return None
         padding = None if padding_idx is None else padding_idx % weight.shape[0]
         return EmbeddingCall(input, weight, padding, origin)

@@ -38,16 +38,19 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
 def layer_names(model: nn.Module) -> dict[int, str]:
     """id(parameter) -> the name of its layer.
 
-    A module with no other parameters of its own than `weight` and `bias` is a layer, known by its name; any other
-    parameter is known by its own.
+    A module with no other parameters of its own than `weight` and `bias` is a layer, known by its name, or where its
+    weight is another's by that one's; any other parameter is known by its own.
     """
     names = parameter_names(model)
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if own.keys() <= {"weight", "bias"}:
+            full = {name: _strip(f"{path}.{name}" if path else name) for name in own}
+            tied = "weight" in own and names[id(own["weight"])] != full["weight"]
+            layer = names[id(own["weight"])] if tied else _strip(path)
             for name, parameter in own.items():
-                if names[id(parameter)] == _strip(f"{path}.{name}" if path else name):
-                    names[id(parameter)] = _strip(path)
+                if names[id(parameter)] == full[name]:
+                    names[id(parameter)] = layer
     return names
 
 
