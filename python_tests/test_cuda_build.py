@@ -1,12 +1,13 @@
 """The CUDA sources through nvcc, without a GPU: warnings are errors, and what kernels cost is held to a budget.
 
 `python python_tests/test_cuda_build.py [SOURCE...]` writes budgets/cuda anew from what it measures: a file for each
-source, and loops.json.
+source, loops.json, and machine_code.json.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -93,12 +94,13 @@ def measure(source: str, architecture: str) -> dict[str, dict[str, int]]:
     return dict(sorted(result.items()))
 
 
-def disassemble(source: str) -> dict[str, str]:
-    """The machine code of a file's kernels on Hopper."""
+@functools.cache
+def disassemble(source: str, architecture: str = "sm_90a") -> dict[str, str]:
+    """The machine code of a file's kernels, by default on Hopper."""
     pytest.importorskip("triton")
     from cubin import dump
 
-    cubin, _ = compile_cubin(ROOT / "csrc/cuda" / f"{source}.cu", "sm_90a")
+    cubin, _ = compile_cubin(ROOT / "csrc/cuda" / f"{source}.cu", architecture)
     parts = re.split(r"Function : (\S+)", dump(cubin.read_bytes(), "-sass"))
     return {short_name(name): code for name, code in zip(parts[1::2], parts[2::2], strict=True)}
 
@@ -241,8 +243,28 @@ PRODUCTS = (
 )
 
 
+def measure_machine_code(source: str, architecture: str) -> dict[str, dict[str, int]]:
+    """Of every kernel of a file: products of tensor cores, and loads of 16 bytes a thread from global memory."""
+    loads = re.compile(r"\bLDG(?:STS)?\.\S*\b128\b")
+    return {
+        kernel: {"HMMA": code.count("HMMA.16816.F32"), "16-byte loads": len(loads.findall(code))}
+        for kernel, code in sorted(disassemble(source, architecture).items())
+    }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", PRODUCTS)
-def test_products_run_on_tensor_cores_and_nothing_is_atomic(source) -> None:
+def test_products_use_tensor_cores_and_wide_loads(source, architecture, compiled) -> None:
+    measured, least = measure_machine_code(source, architecture), budget_of("machine_code")[architecture][source]
+    assert list(measured) == list(least)
+    for kernel, counts in least.items():
+        assert all(measured[kernel][what] >= count for what, count in counts.items()), (kernel, measured[kernel])
+        if "partials" not in kernel:
+            assert counts["16-byte loads"] > 0 and (counts["HMMA"] > 0) == ("fp32" not in kernel), kernel
+
+
+@pytest.mark.parametrize("source", PRODUCTS)
+def test_products_sum_in_fp32_and_nothing_is_atomic(source) -> None:
     for kernel, code in disassemble(source).items():
         tensor_cores, is_half = "HMMA.16816.F32" in code, "fp16" in kernel or "bf16" in kernel
         assert tensor_cores == (is_half and "partials" not in kernel), kernel
@@ -263,6 +285,9 @@ def write_budgets(sources: list[str]) -> None:
     # With room for an instruction or two: other versions of nvcc order loops a little differently.
     most = {name: round(value + (0.02 if "signs" in name else 0.1), 2) for name, value in measure_loops().items()}
     (BUDGETS / "loops.json").write_text(json.dumps(most, indent=2) + "\n")
+    least = {a: {source: measure_machine_code(source, a) for source in PRODUCTS} for a in ARCHITECTURES}
+    kernels = re.sub(r"\{\s+(\"HMMA\": \d+),\s+(\"16-byte loads\": \d+)\s+\}", r"{\1, \2}", json.dumps(least, indent=1))
+    (BUDGETS / "machine_code.json").write_text(kernels + "\n")
 
 
 if __name__ == "__main__":
