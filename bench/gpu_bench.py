@@ -305,6 +305,9 @@ def run_tiles(options: argparse.Namespace) -> None:
             results.append(entry)
             content = {"ulr": facts, "chosen": chosen(results), "tiles": results}
             (options.out / "tiles.json").write_text(json.dumps(content, indent=1) + "\n")
+            if "error" in entry and lost(options.device):  # the tiles that are left would all be blamed
+                table[key] = used
+                raise SystemExit(f"{name} {key}: {tile} has lost the device")
         table[key] = used
         timed = sorted(
             (e for e in results if e["table"] == name and e["key"] == str(key) and "seconds" in e), key=_seconds

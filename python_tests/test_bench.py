@@ -369,3 +369,20 @@ def test_tile_candidates_begin_with_the_one_in_use() -> None:
         for key, used in table.items():
             found = gpu_bench.candidates(table, key)
             assert found[0] == used and len(found) == len(set(found)) > 3
+
+
+def test_a_tile_that_loses_the_device_is_the_last_one(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+
+    def median(*call) -> float:
+        if not (found := tmp_path / "tiles.json").exists() or len(json.loads(found.read_text())["tiles"]) < 2:
+            return 1.0
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_bench, "median", median)
+    monkeypatch.setattr(gpu_bench, "lost", lambda device: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_bench", "tiles", "--device", "cpu", "--small", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has lost the device"):
+        gpu_bench.main()
+    tiles = json.loads((tmp_path / "tiles.json").read_text())["tiles"]
+    assert ["error" in tile for tile in tiles] == [False, False, True]
