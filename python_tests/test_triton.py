@@ -1,4 +1,5 @@
-"""The Triton kernels without a GPU: run by Triton's interpreter, and compiled for a H100 with a budget.
+"""The Triton kernels without a GPU: run by Triton's interpreter, through the front end of a launch, and compiled for a
+H100 with a budget.
 
 `python python_tests/test_triton.py [FAMILY...]` writes budgets/triton anew from what it measures: a file for each
 family of `triton_launches`.
@@ -50,6 +51,17 @@ def test_interpreted() -> None:
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed[1]) >= 60, run.stdout[-2000:]
+
+
+@pytest.mark.pair("triton/interpreted")
+def test_launches_of_size_one() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_front_end.py")],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
 def triton_version() -> str:
