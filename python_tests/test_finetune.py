@@ -249,6 +249,20 @@ def test_a_run_that_lost_the_times_of_all_its_steps_is_reported(files: Path, tmp
     assert (found["timed_steps"], found["training_seconds"], found["sentences_per_second"]) == (0, 0, None)
 
 
+def test_a_run_stopped_before_its_first_evaluation_goes_on(files: Path, tmp_path: Path, monkeypatch):
+    runs.start(settings(files), tmp_path / "whole", "whole")
+
+    def interrupt(self: Job) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Job, "warm_up", interrupt)
+        runs.start(settings(files), tmp_path / "stopped", "start")
+    runs.resume(tmp_path / "stopped", "rest")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert json.loads((tmp_path / "stopped" / report.REPORT).read_text())["commands"] == ["start", "rest"]
+
+
 def test_a_process_killed_at_any_moment_can_go_on(files: Path, tmp_path: Path):
     options = ["--data", files / "set", "--model", files / "encoder", "--tune", "lora", "--steps", 60]
     options += ["--batch", 8, "--probes", 2, "--threads", 1, "--max-tokens", 32, "--evaluations", 6]

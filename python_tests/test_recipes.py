@@ -166,6 +166,22 @@ def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatc
     assert histories[1][1]["seconds"] > seconds > 0
 
 
+def test_a_run_stopped_in_its_first_step_goes_on(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = Settings(data=str(images), epochs=1, **SMALL)
+    jobs.train(settings, tmp_path / "whole", "whole")
+
+    def interrupt(self: Trainer, x: torch.Tensor, y: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_train_step", interrupt)
+        jobs.train(settings, stopped, "start")
+    jobs.resume(stopped, "rest")
+    assert weights_of(stopped) == weights_of(tmp_path / "whole")
+    assert json.loads((stopped / report.REPORT).read_text())["commands"] == ["start", "rest"]
+
+
 @pytest.mark.parametrize("model", ["resnet5", "resnet5-plain", "vgg8"])
 def test_convolutional_models_train(tmp_path: Path, model: str):
     copies = {"copies": 4} if model == "vgg8" else {"copies": {"conv1": 4, "conv2": 4, "conv3": 6, "conv4": 4, "fc": 2}}

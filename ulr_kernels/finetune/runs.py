@@ -102,6 +102,7 @@ class _Run:
 
     def finish(self) -> None:
         job = self.job
+        self.history.save(self.folder)  # what was typed, should the run be stopped before its next evaluation
         if job.settings.tune == "head":
             self._make_features()
         memory.keep_freed()

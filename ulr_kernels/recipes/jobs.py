@@ -28,8 +28,8 @@ def train(settings: Settings, out: Path, command: str, overwrite: bool = False) 
 
     Raises:
         RecipeError: the run cannot be made; nothing has been written.
-        OSError, FloatingPointError: a file could not be written, or a loss is not finite; finished epochs are in the
-            last checkpoint.
+        OSError, FloatingPointError: a file could not be written, or a loss is not finite; the last checkpoint is
+            intact.
     """
     trainer = Trainer(settings)
     with folders.prepare(out, CHECKPOINT, report.FILES, overwrite):

@@ -240,7 +240,7 @@ class Trainer:
 
 
 def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
-    """Run the epochs that are left, with a checkpoint after each, and every two minutes within one.
+    """Run the epochs that are left, with a checkpoint at once, after each epoch, and every two minutes within one.
 
     Args:
         trainer: new, or from `restore`.
@@ -256,6 +256,7 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
     def save() -> None:
         checkpoint.save(out / CHECKPOINT, trainer.state_dict())
 
+    save()  # a run that is stopped before its first step can go on too
     while trainer.epoch < epochs:
         title = f"epoch {trainer.epoch + 1}/{epochs}"
         with tqdm(total=len(trainer.train), desc=title, unit=" samples", leave=False, disable=None) as bar:
