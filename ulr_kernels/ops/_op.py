@@ -27,6 +27,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
     torch._C.DispatchKey.AutocastCUDA
 )
 FP32 = torch.finfo(torch.float32)
+_NO_NUMBER = (TypeError, ValueError, OverflowError)  # what float() raises
 OPS: dict[str, Op] = {}  # every op, by name
 
 
@@ -248,7 +249,10 @@ def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
 def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:
     """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
     if not isinstance(sigma, Tensor):
-        value = float(sigma)
+        try:
+            value = float(sigma)
+        except _NO_NUMBER:
+            Check(op).fail("sigma", "be a finite number or a tensor", repr(sigma))
         _check_sigma(op, value, zero)
         return torch.full((), value, dtype=torch.float32, device=device)
     readable = sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(sigma, FakeTensor)
@@ -260,18 +264,24 @@ def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: 
 
 def fp32_tensor(op: str, argument: str, value: float | Sequence[float] | Tensor, device: torch.device) -> Tensor:
     """A number, or a sequence of them, as fp32; those that the host can read must be finite there."""
+    if not isinstance(value, Tensor | Sequence):
+        try:
+            number = float(value)
+        except _NO_NUMBER:
+            Check(op).fail(argument, "be a finite number or a tensor", repr(value))
+        if not abs(number) <= FP32.max:
+            Check(op).fail(argument, "be finite in fp32", value)
+        return torch.full((), number, dtype=torch.float32, device=device)
     if isinstance(value, Tensor):
         result = value if value.dtype == torch.float32 else value.to(torch.float32)
-    elif isinstance(value, Sequence):
-        result = torch.tensor(value, dtype=torch.float32, device="cpu")
     else:
-        result = torch.full((), float(value), dtype=torch.float32, device=device)
+        try:
+            result = torch.tensor(value, dtype=torch.float32, device="cpu")
+        except (*_NO_NUMBER, RuntimeError):
+            Check(op).fail(argument, "hold finite numbers", repr(value))
     readable = not torch.compiler.is_compiling() and not isinstance(result, FakeTensor)
-    seen: Tensor | None = result
-    if result.device.type != "cpu":
-        seen = None if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
-    if readable and seen is not None and not bool(seen.isfinite().all()):
-        raise ValueError(f"ulr::{op}: '{argument}' must be finite, got {value}")
+    if readable and result.device.type == "cpu" and not bool(result.isfinite().all()):
+        Check(op).fail(argument, "be finite in fp32", value)
     return result if isinstance(value, Tensor) else result.to(device)
 
 

@@ -172,6 +172,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("bias-shape", (x, w, b[:5], 0.3, 1), error=r"'bias' must be \[13\]")
     yield Sample("sigma-negative", (x, w, b, -0.5, 1), error="'sigma' must be finite and at least 0, got -0.5")
     yield Sample("sigma-nan", (x, w, b, float("nan"), 1), error="'sigma' must be finite")
+    yield Sample("sigma-text", (x, w, b, "abc", 1), error="'sigma' must be a finite number or a tensor, got 'abc'")
     yield Sample("sigma-shape", (x, w, b, scale[:5], 1), error=r"'sigma' must be a scalar or \[13\]")
     yield Sample("copies", (x, w, b, 0.3, 1), {"copies": 0}, error="'copies' must be at least 1, got 0")
     yield Sample("odd", (x, w, b, 0.3, 1), {"copies": 3, "antithetic": True}, error="'copies' must be even")

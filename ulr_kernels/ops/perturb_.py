@@ -109,7 +109,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("overflow", ([few[0] * 1e4], keys[:1], 3e38))
     yield Sample("empty", ([], [], 0.3))
     yield from _parameters.bad_samples(device, dtype, 0.3)
-    yield Sample("scale", (few, keys[:3], float("inf")), error="'scale' must be finite, got inf")
+    yield Sample("scale", (few, keys[:3], float("inf")), error="'scale' must be finite in fp32, got inf")
+    yield Sample("scale-overflow", (few, keys[:3], -1e39), error=r"'scale' must be finite in fp32, got -1e\+39")
+    yield Sample("scale-none", (few, keys[:3], None), error="'scale' must be a finite number or a tensor, got None")
     yield Sample("scale-shape", (few, keys[:3], torch.ones(3, device=device)), error=r"'scale' must be \[\]")
 
 
