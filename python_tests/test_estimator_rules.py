@@ -420,6 +420,40 @@ def test_a_state_of_other_shapes_changes_nothing():
     assert estimator.seed == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("step", -1, r"'step' must be an integer in \[0, 2\^63\), got -1"),
+        ("step", 1.0, "'step' must be an integer .*, got 1.0"),
+        ("step", 2**63, "'step' must be an integer .*, got 9223372036854775808"),
+        ("seed", "3", r"'seed' must be an integer in \[-2\^63, 2\^64\), got '3'"),
+        ("seed", None, "'seed' must be an integer .*, got None"),
+        ("settings", [], "'state' must hold a dict as 'settings', got list"),
+        ("settings", {"copies": 3}, "'copies' must be even where antithetic is True, got 3"),
+        ("settings", {"speed": 3}, "'state' must hold an estimator's settings, got .*'speed'"),
+        ("log_sigma", None, "'state' must hold a dict as 'log_sigma', got NoneType"),
+        ("log_sigma", {"0": [0.0] * 6}, r"'state' must hold ln sigma of the shapes .*, got \{'0': 'list'\}"),
+    ],
+)
+def test_a_state_with_a_value_that_breaks_its_rule_changes_nothing(name, value, message):
+    estimator = ulr.ULR(nn.Sequential(filled(nn.Linear(4, 6))), learn_sigma=True, seed=3)
+    estimator.step = 2
+    before = estimator.state_dict()
+    state = ulr.ULR(nn.Sequential(filled(nn.Linear(4, 6))), learn_sigma=True, sigma=0.3, copies=8).state_dict()
+    with pytest.raises(ValueError, match=f"^ulr.ULR: {message}"):
+        estimator.load_state_dict({**state, name: value})
+    after = estimator.state_dict()
+    assert torch.equal(after.pop("log_sigma")["0"], before.pop("log_sigma")["0"])
+    assert after == before
+
+
+def test_a_step_is_set_to_a_number_from_0():
+    estimator = ulr.ULR(nn.Sequential(filled(nn.Linear(4, 6))))
+    with pytest.raises(ValueError, match="'step' must be an integer in .*, got -2"):
+        estimator.step = -2
+    assert estimator.step == 0
+
+
 def test_functions_of_other_tensors_pass_by():
     """Products without a parameter, keyword forms, and biases that torch broadcasts are no layers."""
 

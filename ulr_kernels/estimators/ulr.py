@@ -106,11 +106,10 @@ class ULR:
         *wrappers, self.model = unwrapping(model)
         parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
         self._replicas = Replicas(parallel[0]) if parallel else None
+        _check_seed(seed)
         self.seed = seed
         with torch.inference_mode(False):  # a tensor that may be written to later
             self._step = torch.zeros((), dtype=torch.int64)  # on the model's device: a CUDA graph can advance it
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
         self.model_parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
         self.layers, self.names = layer_names(self.model), parameter_names(self.model)
         self.settings.check_names(set(self.layers.values()))
@@ -142,8 +141,8 @@ class ULR:
 
     @step.setter
     def step(self, value: int) -> None:
-        contract.fold_in(self.seed, value)  # its rules
-        self._step.fill_(contract.signed64(value))
+        _check_step(value)
+        self._step.fill_(value)
 
     def parameters(self) -> list[nn.Parameter]:
         """The learnt ln sigma, for an optimiser; empty unless learn_sigma."""
@@ -345,19 +344,37 @@ class ULR:
         """Take over a state, its settings included.
 
         Raises:
-            ValueError: it is no estimator's, settings are invalid, or layers with learnt sigma differ; nothing is set.
+            ValueError: it is no estimator's, a value breaks its rule, or layers with learnt sigma differ; nothing is
+                set.
         """
         if missing := [name for name in ("seed", "step", "settings", "log_sigma") if name not in state]:
             fail("state", "be that of an estimator", f"none with {', '.join(missing)}")
-        settings = Settings(**state["settings"])
+        _check_seed(state["seed"])
+        _check_step(state["step"])
+        for name in ("settings", "log_sigma"):
+            if not isinstance(state[name], Mapping):
+                fail("state", f"hold a dict as {name!r}", type(state[name]).__name__)
+        try:
+            settings = Settings(**state["settings"])
+        except TypeError as error:
+            fail("state", "hold an estimator's settings", f"some that cannot be read: {error}")
         settings.check_names(set(self.layers.values()))
         log_sigma = state["log_sigma"]
         shapes = {name: list(value.shape) for name, value in self.log_sigma.items()}
-        if {name: list(value.shape) for name, value in log_sigma.items()} != shapes:
-            got = {name: list(value.shape) for name, value in log_sigma.items()}
+        got = {name: list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for name, v in log_sigma.items()}
+        if got != shapes:
             fail("state", f"hold ln sigma of the shapes {shapes}", got)
-        contract.fold_in(state["seed"], state["step"])
         self.settings, self.seed, self.step = settings, state["seed"], state["step"]
         for name, value in log_sigma.items():
             self.log_sigma[name].copy_(value)
         self._plans.clear()
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
+
+
+def _check_step(step: int) -> None:
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+        fail("step", "be an integer in [0, 2^63)", repr(step))

@@ -178,10 +178,7 @@ def _read_header(path: Path, content: bytes) -> tuple[Header, int, int]:
     for name, mine in (("contract", contract.CONTRACT_VERSION), ("noise", noise_digest())):
         if fields[name] != mine:
             raise RecipeError(f"{path}: its noise is another one: {name} must be {mine}, got {fields[name]}")
-    rule = fields["rule"]
-    rule["names"] = tuple(map(tuple, rule["names"]))
-    rule["betas"] = rule["betas"] and tuple(rule["betas"])
-    return Header(**(fields | {"rule": Rule(**rule)})), start + length, crc
+    return Header(**(fields | {"rule": Rule.of_fields(fields["rule"])})), start + length, crc
 
 
 class Writer:

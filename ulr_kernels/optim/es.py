@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -51,14 +52,22 @@ class ES(ForwardOptimizer):
         rank: int | None = None,
         **common: Unpack[Common],
     ) -> None:
-        self.population = self._count("population", population, 2)
-        self.antithetic, self.maximize = self._flag("antithetic", antithetic), self._flag("maximize", maximize)
-        if antithetic and population % 2:
-            self._fail("population", "be even where antithetic is set", population)
-        if shaping not in SHAPINGS:
-            self._fail("shaping", f"be {' or '.join(map(repr, SHAPINGS))}", repr(shaping))
-        self.shaping = shaping
+        self._check_settings(
+            {"population": population, "antithetic": antithetic, "shaping": shaping, "maximize": maximize}
+        )
+        self.population, self.antithetic, self.shaping, self.maximize = population, antithetic, shaping, maximize
         super().__init__(model, lr, sigma, dist, rank, seed, common)
+
+    @classmethod
+    def _check_settings(cls, settings: Mapping[str, Any]) -> None:
+        population, shaping = settings["population"], settings["shaping"]
+        cls._count("population", population, 2)
+        for name in ("antithetic", "maximize"):
+            cls._flag(name, settings[name])
+        if settings["antithetic"] and population % 2:
+            cls._fail("population", "be even where antithetic is set", population)
+        if shaping not in list(SHAPINGS):
+            cls._fail("shaping", f"be {' or '.join(map(repr, SHAPINGS))}", repr(shaping))
 
     def _probes(self) -> Sequence[Probe]:
         if not self.antithetic:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,13 @@ class FZOO(ForwardOptimizer):
         rank: int | None = None,
         **common: Unpack[Common],
     ) -> None:
-        self.probes = self._count("probes", probes, 2)
+        self._check_settings({"probes": probes})
+        self.probes = probes
         super().__init__(model, lr, eps, dist, rank, seed, common)
+
+    @classmethod
+    def _check_settings(cls, settings: Mapping[str, Any]) -> None:
+        cls._count("probes", settings["probes"], 2)
 
     def _probes(self) -> Sequence[Probe]:
         return [Probe(0, 0), *(Probe(draw, 1) for draw in range(self.probes))]

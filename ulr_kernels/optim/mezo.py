@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
@@ -52,9 +53,14 @@ class MeZO(ForwardOptimizer):
         rank: int | None = None,
         **common: Unpack[Common],
     ) -> None:
-        self.probes = self._count("probes", probes, 1)
-        self.two_sided = self._flag("two_sided", two_sided)
+        self._check_settings({"probes": probes, "two_sided": two_sided})
+        self.probes, self.two_sided = probes, two_sided
         super().__init__(model, lr, eps, dist, rank, seed, common)
+
+    @classmethod
+    def _check_settings(cls, settings: Mapping[str, Any]) -> None:
+        cls._count("probes", settings["probes"], 1)
+        cls._flag("two_sided", settings["two_sided"])
 
     def _probes(self) -> Sequence[Probe]:
         plus = [Probe(draw, 1) for draw in range(self.probes)]

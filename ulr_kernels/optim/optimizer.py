@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from numbers import Real
 from typing import Any, NoReturn, TypedDict
 
 import torch
@@ -48,7 +50,8 @@ class Common(TypedDict, total=False):
 class ForwardOptimizer(torch.optim.Optimizer):
     """Base of the optimisers that probe weights with forward passes.
 
-    A subclass gives `_probes`, `_probed` and SETTINGS. Each parameter group has its noise scale, under the name SCALE.
+    A subclass gives `_probes`, `_probed`, SETTINGS and their rules. Each parameter group has its noise scale, under
+    the name SCALE.
     """
 
     SCALE = "sigma"
@@ -64,8 +67,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         seed: int,
         common: Mapping[str, Any],
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            self._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
+        self._check_seed(seed)
         if unknown := sorted(common.keys() - Common.__annotations__.keys()):
             raise TypeError(f"ulr.optim.{type(self).__name__}: got an unexpected argument {unknown[0]!r}")
         if not isinstance(model, nn.Module):  # other optimisers take parameters
@@ -89,6 +91,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
     @classmethod
     def _fail(cls, argument: str, rule: str, value: object) -> NoReturn:
         raise ValueError(f"ulr.optim.{cls.__name__}: '{argument}' must {rule}, got {value}")
+
+    @classmethod
+    def _check_seed(cls, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            cls._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
 
     @classmethod
     def _count(cls, argument: str, value: int, least: int) -> int:
@@ -128,13 +135,18 @@ class ForwardOptimizer(torch.optim.Optimizer):
             (self.SCALE, "be finite and above 0", lambda value: 0 < value < math.inf),
             ("weight_decay", "be finite and at least 0", lambda value: 0 <= value < math.inf),
         ):
-            if not good(group[argument]):
-                self._fail(argument, rule, group[argument])
+            if not isinstance(group[argument], Real | Tensor) or not good(group[argument]):
+                self._fail(argument, rule, repr(group[argument]))
         numbers = Group(float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]))
         self._rule.factor(numbers)
         return numbers
 
     # --- what a subclass gives ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def _check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError where one of SETTINGS breaks its rule."""
+        raise NotImplementedError
 
     def _probes(self) -> Sequence[Probe]:
         """The evaluations of a step; where there is one at W itself, it comes first."""
@@ -343,24 +355,34 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """Take over a state, its settings included: the run goes on bitwise from its last step.
 
         Raises:
-            ValueError: the state is one of other parameters or of another optimiser; nothing has been changed.
+            ValueError: the state is one of other parameters or of another optimiser, or a value breaks its rule;
+                nothing has been changed.
         """
         own = state_dict.get("ulr")
         if own is None:
             self._fail("state_dict", "be one of an optimiser of ulr.optim", f"one with {', '.join(state_dict)}")
         mine = self.state_dict()
+        self._keys("state_dict", state_dict, mine, more=True)
         self._keys("ulr", own, mine["ulr"])
         self._keys("ulr.settings", own["settings"], mine["ulr"]["settings"])
         self._keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
         for group in state_dict["param_groups"]:
             self._keys("param_groups", group, dict.fromkeys(("lr", self.SCALE, "weight_decay")), more=True)
-        rule = Rule(**own["rule"])
-        if rule.names != self.rule.names:
-            self._fail("state_dict", f"be of the parameters {_some(self.rule.names)}", _some(rule.names))
-        super().load_state_dict({name: value for name, value in state_dict.items() if name != "ulr"})
-        # torch gives floating states the parameters' dtype; those of half-precision weights are fp32 here.
+            self._numbers(group)
+        self._check_seed(own["seed"])
+        self._count("steps", own["steps"], 0)
+        self._check_settings(own["settings"])
+        self._flag("stochastic", own["rule"]["stochastic"])
+        try:
+            rule = Rule.of_fields(own["rule"])
+        except TypeError as error:
+            self._fail("state_dict", "hold a rule of this optimiser in 'ulr'", f"one that cannot be read: {error}")
+        self._check_names(rule.names)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, values in state_dict["state"].items():
+        states = self._states(state_dict["state"], parameters, rule)
+        super().load_state_dict({"state": states, "param_groups": state_dict["param_groups"]})
+        # torch gives floating states the parameters' dtype; those of half-precision weights are fp32 here.
+        for index, values in states.items():
             own_state = self.state[parameters[index]]
             own_state.update({name: value.to(parameters[index].device, copy=True) for name, value in values.items()})
         self.seed, self.steps, self._rule = own["seed"], own["steps"], rule
@@ -368,8 +390,35 @@ class ForwardOptimizer(torch.optim.Optimizer):
             setattr(self, name, value)
         self._losses.clear()
 
+    def _check_names(self, found: tuple[tuple[str, ...], ...]) -> None:
+        """Whether a state has these parameters in these groups; else where it first has not."""
+
+        def places(names: tuple[tuple[str, ...], ...]) -> list[str]:
+            return [f"{name!r} in group {group}" for group, here in enumerate(names) for name in here]
+
+        for mine, other in itertools.zip_longest(places(self.rule.names), places(found), fillvalue="no more"):
+            if mine != other:
+                self._fail("state_dict", f"be of the parameters that this optimiser has, here {mine}", other)
+
+    def _states(self, found: Any, parameters: Sequence[Tensor], rule: Rule) -> dict[int, Mapping[str, Tensor]]:
+        """What a state holds for each parameter: nothing before its first step, then all that the rule needs."""
+        self._keys("state", found, {}, more=True)
+        numbers = {str(number): number for number in range(len(parameters))}  # JSON makes text of them
+        for index, values in found.items():
+            if str(index) not in numbers:
+                self._fail("state_dict", f"number parameters from 0 to {len(parameters) - 1} in 'state'", repr(index))
+            part, shape = f"state[{index}]", parameters[numbers[str(index)]].shape
+            self._keys(part, values, dict.fromkeys(rule.state_names() if values else ()))
+            for name, value in values.items():
+                if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:
+                    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                    self._fail("state_dict", f"hold a float32 tensor {list(shape)} as {name!r} in {part!r}", got)
+        return {numbers[str(index)]: values for index, values in found.items()}
+
     def _keys(self, part: str, found: Mapping[str, Any], expected: Mapping[str, Any], more: bool = False) -> None:
         """What a part of a state must hold, and all that it may: torch and its schedulers add `more` to groups."""
+        if not isinstance(found, Mapping):
+            self._fail("state_dict", f"hold a dict as {part!r}", type(found).__name__)
         for name in sorted(expected.keys() - found.keys()):
             self._fail("state_dict", f"hold {name!r} in {part!r}", ", ".join(found) or "nothing")
         for name in () if more else sorted(found.keys() - expected.keys()):
@@ -382,8 +431,3 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._names = parameter_names(self.model)
-
-
-def _some(names: tuple[tuple[str, ...], ...]) -> str:
-    flat = [name for group in names for name in group]
-    return ", ".join(flat[:4]) + (f", ... ({len(flat)})" if len(flat) > 4 else "")

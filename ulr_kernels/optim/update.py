@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import NoReturn
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -79,14 +80,29 @@ class Rule:
             fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             fail("rank", "be an integer above 0, or None")
-        if not 0 <= self.momentum < 1:
+        if not _number(self.momentum) or not 0 <= self.momentum < 1:
             fail("momentum", "be in [0, 1)")
-        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+        if self.betas is not None and not (
+            isinstance(self.betas, Sequence)
+            and len(self.betas) == 2
+            and all(_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        ):
             fail("betas", "be two numbers in [0, 1), or None")
         if self.betas is not None and self.momentum:
             fail("momentum", "be 0 where betas are given")
-        if not 0 <= self.adam_eps < math.inf:
+        if not _number(self.adam_eps) or not 0 <= self.adam_eps < math.inf:
             fail("adam_eps", "be finite and at least 0")
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> Rule:
+        """The rule of `dataclasses.asdict`, also where JSON has made lists of its tuples.
+
+        Raises:
+            TypeError: a name is unknown, or `names` or `betas` are no lists.
+            ValueError: a value breaks the rules.
+        """
+        names, betas = tuple(map(tuple, fields["names"])), fields["betas"]
+        return cls(**{**fields, "names": names, "betas": None if betas is None else tuple(betas)})
 
     def state_names(self) -> tuple[str, ...]:
         """The fp32 tensors that each parameter has beside it."""
@@ -195,6 +211,10 @@ def by_device(parameters: Mapping[str, Tensor]) -> Iterator[tuple[torch.device, 
     """The names of parameters, by their device."""
     for device in dict.fromkeys(parameter.device for parameter in parameters.values()):
         yield device, tuple(name for name, parameter in parameters.items() if parameter.device == device)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @functools.lru_cache(maxsize=64)
