@@ -190,6 +190,14 @@ def test_errors_name_the_argument():
         (lambda: FZOO(model, stochastic="bf16"), "ulr.optim.FZOO: 'stochastic' must be True or False, got 'bf16'"),
         (lambda: MeZO(model).step(), "'closure' must be given"),
         (lambda: MeZO(model).step(lambda: model(tokens)), "'closure' must return one loss"),
+        (
+            lambda: MeZO(model).step_batch(tokens[:0], targets[:0], cross_entropy),
+            "ulr.optim.MeZO: 'x' must have at least one sample",
+        ),
+        (
+            lambda: FZOO(model).step_batch(tokens, targets, F.cross_entropy),
+            "ulr.optim.FZOO: 'loss_fn' must return one loss per row",
+        ),
     ):
         with pytest.raises(ValueError, match=text.replace("(", r"\(").replace("[", r"\[")):
             make()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +21,24 @@ class Batch:
         samples: how many it has.
         first: the place of its first sample in the whole batch, of which other ranks may have the rest.
         share: its part of the samples, times the number of ranks: what its mean counts in the mean over the ranks.
+        owner: who speaks in its errors.
     """
 
-    def __init__(self, x: Any, y: Any) -> None:
-        self.x, self.y = x, y
+    def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR") -> None:
+        self.x, self.y, self.owner = x, y, owner
         self.samples = self.first = 0
         self.share = 1.0
         for argument, value in (("x", x), ("y", y)):
             for leaf in tensors(value):
                 if leaf.dim() == 0:
-                    fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
+                    self._fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
                 if self.samples and leaf.shape[0] != self.samples:
-                    fail(argument, f"have {self.samples} samples on the first axis", list(leaf.shape))
+                    self._fail(argument, f"have {self.samples} samples on the first axis", list(leaf.shape))
                 self.samples = leaf.shape[0]
                 if not self.samples:
-                    fail(argument, "have at least one sample", list(leaf.shape))
+                    self._fail(argument, "have at least one sample", list(leaf.shape))
         if not tensors(x):
-            fail("x", "be or hold a tensor", type(x).__name__)
+            self._fail("x", "be or hold a tensor", type(x).__name__)
         self.signature = (_signature(x), _signature(y))
 
     def part(self, rows: slice) -> Batch:
@@ -45,7 +46,7 @@ class Batch:
         if (rows.start, rows.stop) == (0, self.samples):
             return self
         x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows], value) for value in (self.x, self.y))
-        part = Batch(x, y)
+        part = Batch(x, y, self.owner)
         part.first = self.first + rows.start
         part.share = self.share * part.samples / self.samples
         return part
@@ -56,8 +57,11 @@ class Batch:
         rows = copies * self.samples
         if not isinstance(losses, Tensor) or losses.shape != (rows,):
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            fail("loss_fn", f"return one loss per row, [{rows}] here (reduction='none'?)", got)
+            self._fail("loss_fn", f"return one loss per row, [{rows}] here (reduction='none'?)", got)
         return losses.detach().to(torch.float32).view(copies, self.samples)
+
+    def _fail(self, argument: str, rule: str, value: object) -> NoReturn:
+        fail(argument, rule, value, self.owner)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -130,5 +130,5 @@ def _values(setting: Any) -> list:
     return list(setting.values()) if isinstance(setting, Mapping) else [setting]
 
 
-def fail(argument: str, rule: str, value: object) -> NoReturn:
-    raise ValueError(f"ulr.ULR: '{argument}' must {rule}, got {value}")
+def fail(argument: str, rule: str, value: object, owner: str = "ulr.ULR") -> NoReturn:
+    raise ValueError(f"{owner}: '{argument}' must {rule}, got {value}")

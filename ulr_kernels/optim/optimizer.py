@@ -239,7 +239,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             ValueError: a batch that breaks these rules, or a model in which rows cannot be told apart (it must keep
                 samples first wherever it uses a trained parameter); use `step(closure)` for such.
         """
-        batch = Batch(x, y)
+        batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
         probes = self._probes()
         own = self._own(probes)
         losses = torch.zeros(len(probes), batch.samples, dtype=torch.float32, device=self._device())
