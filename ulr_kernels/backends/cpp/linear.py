@@ -32,7 +32,7 @@ def noisy_linear(like, x, weight, bias, sigma, key, copies, antithetic, *noise) 
     """Where one product makes every row of y, it becomes the output."""
     if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
         add_noise = _noise_adder(like, sigma, key, antithetic, *noise)
-        product = onednn.linear(x.view(-1, x.shape[-1]), weight, bias)
+        product = onednn.linear(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias)
         made = product.view(like.shape)
         add_noise(made.data_ptr())
         return made
