@@ -263,6 +263,22 @@ def test_a_run_stopped_before_its_first_evaluation_goes_on(files: Path, tmp_path
     assert json.loads((tmp_path / "stopped" / report.REPORT).read_text())["commands"] == ["start", "rest"]
 
 
+def test_the_memory_of_steps_is_not_that_of_evaluations(files: Path, tmp_path: Path, monkeypatch):
+    evaluate = Job.evaluate
+
+    def hungry(self: Job, name: str) -> tuple[float, float]:
+        blocks = [torch.ones(2**18) for _ in range(300)]  # a MiB each
+        small = [block[:1].clone() for block in blocks]  # and what lies between them when they are freed
+        del blocks
+        assert sum(map(len, small)) == 300
+        return evaluate(self, name)
+
+    monkeypatch.setattr(Job, "evaluate", hungry)
+    runs.start(settings(files, tune="all"), tmp_path, "")
+    found = json.loads((tmp_path / report.REPORT).read_text())["memory"]
+    assert 0 < found["tuning_mib"] < found["inference_mib"] + 150
+
+
 def test_a_process_killed_at_any_moment_can_go_on(files: Path, tmp_path: Path):
     options = ["--data", files / "set", "--model", files / "encoder", "--tune", "lora", "--steps", 60]
     options += ["--batch", 8, "--probes", 2, "--threads", 1, "--max-tokens", 32, "--evaluations", 6]

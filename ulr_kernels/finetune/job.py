@@ -144,6 +144,11 @@ class Job:
         with torch.inference_mode():
             self.model(**x)
         self.inference_memory = memory.peak(self.device)
+        self.forget_peak()
+
+    def forget_peak(self) -> None:
+        """Let what comes now be measured by itself: what came before leaves neither its peak nor its freed memory."""
+        memory.give_back()
         memory.reset_peak(self.device)
 
     def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor, int]:

@@ -119,6 +119,8 @@ class _Run:
     def _step(self, bar: Any) -> None:
         started = time.perf_counter()
         loss, met = self.job.train_step()
+        if memory.current(self.job.device) > self.job.inference_memory:  # held in pieces that no step could use
+            memory.give_back()
         assert self.job.optimizer.last_update is not None
         self.writer.append(self.job.optimizer.last_update, loss)
         self.losses.append(loss)
@@ -150,6 +152,7 @@ class _Run:
         record["train_loss"] = statistics.fmean(recent) if recent else None
         for name in ("dev", "test") if job.step in (0, job.settings.steps) else ("dev",):
             record[f"{name}_loss"], record[f"{name}_accuracy"] = job.evaluate(name)
+        job.forget_peak()
         done.append(record)
         self.history.save(self.folder)
         bar.clear()

@@ -23,6 +23,16 @@ def keep_freed() -> None:
             mallopt(parameter, 2**30) or mallopt(parameter, 2**25)  # older glibc takes no more
 
 
+def give_back() -> None:
+    """Return what is freed to the system: what `keep_freed` keeps in pieces too small for the next work to use.
+
+    torch asks for aligned blocks, beside each of which glibc leaves a small one; once these are in use the large ones
+    cannot be joined, and work on blocks of ever other sizes takes new memory, step by step.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak(device: torch.device) -> None:
     """Forget earlier peaks, where the system allows it, so that other work does not hide what training needs."""
     if device.type == "cuda":
