@@ -23,13 +23,14 @@ class NoiseSum {
         if (!count_) memset(sums_, 0, static_cast<size_t>(at.rows * pitch_) * sizeof(float));
         for (int64_t p = 0; p < count_; ++p, ++at.draw) {
             const F coefficient = set(coefficients_[p * stride_]);
-            noise_.make(at);
-            for (int64_t r = 0; r < at.rows; ++r) {
-                const float* eps = noise_.row(r);
-                float* sum = sums_ + r * pitch_;
-                for (int64_t c = 0; c < at.cols; c += kLanes)
-                    store(sum + c, fma(coefficient, load(eps + c), p ? load(sum + c) : set(0.0f)));
-            }
+            noise_.use(at, [&](auto row) __attribute__((always_inline)) {
+                for (int64_t r = 0; r < at.rows; ++r) {
+                    const auto eps = row(r);
+                    float* sum = sums_ + r * pitch_;
+                    for (int64_t c = 0; c < at.cols; c += kLanes)
+                        store(sum + c, fma(coefficient, eps(c), p ? load(sum + c) : set(0.0f)));
+                }
+            });
         }
     }
 

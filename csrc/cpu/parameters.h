@@ -103,14 +103,17 @@ class ParameterNoise {
           by_row_(row_spec_),
           by_col_(col_spec_) {}
 
-    void make(const Extent& at) {
-        if (rank_)
-            multiply(at);
-        else
-            by_col_.make(at);
+    // As Tile::use: body(noise), in which noise(row)(c) is the vector of values from column c on.
+    template <typename Body>
+    __attribute__((always_inline)) void use(const Extent& at, Body body) {
+        if (!rank_)
+            return by_col_.use(at, [&](auto noise) __attribute__((always_inline)) {
+                body([&](int64_t row) { return noise(0, row); });
+            });
+        multiply(at);
+        body(
+            [this](int64_t row) { return [values = product_ + row * pitch_](int64_t c) { return load(values + c); }; });
     }
-
-    const float* row(int64_t row) const { return rank_ ? product_ + row * pitch_ : by_col_.row(0, row); }
 
   private:
     static ulr_noise_spec of_key(ulr_noise_spec spec, const int64_t* key) {
@@ -152,17 +155,17 @@ template <typename T>
 class Rounding {
   public:
     Rounding(const ulr_noise_spec& spec, const Parameter& p, bool stochastic)
-        : stochastic_(stochastic && sizeof(T) == 2), key_(fold_in(p.key, kRoundingStream)), tile_(of_key(spec)) {}
+        : stochastic_(stochastic), key_(fold_in(p.key, kRoundingStream)), tile_(of_key(spec)) {}
 
     void make(const Extent& at) {
-        if (stochastic_) tile_.make_words(at);
+        if (sizeof(T) == 2 && stochastic_) tile_.make_words(at);
     }
 
     // Columns from c on of a row of the last tile; the first n lanes.
     void store(T* to, F value, int64_t row, int64_t c, int64_t n) const {
-        if (stochastic_) {
+        if (sizeof(T) == 2 && stochastic_) {
             const U word = bits(value);
-            const U moved = (word + shift_right<16>(load(tile_.words(row) + c))) & set(0xffff0000u);
+            const U moved = (word + shift_right<16>(load(tile_.words(0, row) + c))) & set(0xffff0000u);
             const M infinite = not_less(word & set(0x7fffffffu), set(0x7f800000u));
             value = as_float(subtract_where(infinite, moved, moved - word));
         }

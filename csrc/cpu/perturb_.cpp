@@ -18,17 +18,18 @@ void perturb_tiles(const ulr_noise_spec& spec, const Parameter& p, int64_t first
     const bool ahead = side_by_side(p.tensors[0]);
     for (int64_t i = first; i < last; ++i) {
         const Extent tile = p.tile(i), at = p.whole(tile, spec.draw);
-        noise.make(at);
         rounding.make(at);
-        for (int64_t r = 0; r < tile.rows; ++r) {
-            Columns<T> columns(p.tensors[0], tile.row + r, tile.col, tile.cols);
-            T* to = columns.data();
-            const float* eps = noise.row(r);
-            by_lanes(tile.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                if (ahead) __builtin_prefetch(to + c + kTileFloats, 1);
-                rounding.store(to + c, fma(scale, load(eps + c), load_part(to + c, n)), r, c, n);
-            });
-        }
+        noise.use(at, [&](auto row) __attribute__((always_inline)) {
+            for (int64_t r = 0; r < tile.rows; ++r) {
+                Columns<T> columns(p.tensors[0], tile.row + r, tile.col, tile.cols);
+                T* to = columns.data();
+                const auto eps = row(r);
+                by_lanes(tile.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+                    if (ahead) __builtin_prefetch(to + c + kTileFloats, 1);
+                    rounding.store(to + c, fma(scale, eps(c), load_part(to + c, n)), r, c, n);
+                });
+            }
+        });
     }
 }
 

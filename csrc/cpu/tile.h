@@ -153,21 +153,30 @@ class Layout {
     Calls calls_ = made(1, 1);
 };
 
-// Words to noise by the octaves of a distribution (distributions.h: quantile); `count` is rounded up to whole vectors.
-inline void quantiles(const Octaves& table, const uint32_t* words, int64_t count, float* values) {
-    const Octaves octaves = table;  // in registers: no store to `values` can change it
-    const U low31 = set(0x7fffffffu), one = set(1u), mantissa = set(0x007fffffu), unit = set(0x3f800000u);
-    const U sign = set(0x80000000u);
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const U word = load(words + i);
+// Words to noise by the octaves of a distribution (distributions.h: quantile).
+class Quantile {
+  public:
+    explicit Quantile(const Octaves& octaves) : octaves_(octaves) {}
+
+    F operator()(U word) const {
+        const U low31 = set(0x7fffffffu), one = set(1u), mantissa = set(0x007fffffu), unit = set(0x3f800000u);
         const U magnitude = bits(to_float(and_or(word, low31, one)));
         const U exponent = shift_right<23>(magnitude);
         const F t = as_float(and_or(magnitude, mantissa, unit));
-        F result = octaves.coefficient(exponent, ULR_TABLE_DEGREE);
+        F result = octaves_.coefficient(exponent, ULR_TABLE_DEGREE);
         for (int power = ULR_TABLE_DEGREE - 1; power >= 0; --power)
-            result = fma(result, t, octaves.coefficient(exponent, power));
-        store(values + i, as_float(and_xor(bits(result), word, sign)));
+            result = fma(result, t, octaves_.coefficient(exponent, power));
+        return as_float(and_xor(bits(result), word, set(0x80000000u)));
     }
+
+  private:
+    const Octaves octaves_;  // its own, which stay in registers: no store can change them
+};
+
+// The noise of `count` words, rounded up to whole vectors.
+inline void quantiles(const Octaves& table, const uint32_t* words, int64_t count, float* values) {
+    const Quantile quantile(table);
+    for (int64_t i = 0; i < count; i += kLanes) store(values + i, quantile(load(words + i)));
 }
 
 // Makes tiles of one noise. Element (d, r, c) of the last tile is at row(d, r)[c].
@@ -192,12 +201,31 @@ class Tile {
             make_values(at);
     }
 
-    // Only the words, one a column: those of the last tile so made are at words(r)[c]. Not for signs.
+    // Makes a tile for body(noise), in which noise(draw, row)(c) is the vector of values from column c on. For values
+    // that are used once: each is made there, so that its arithmetic and the memory of what it meets go on side by
+    // side.
+    template <typename Body>
+    __attribute__((always_inline)) void use(const Extent& at, Body body) {
+        if (spec_.dist == ULR_RADEMACHER || spec_.sobol) {
+            make(at);
+            return body([this](int64_t draw, int64_t r) {
+                return [values = row(draw, r)](int64_t c) { return load(values + c); };
+            });
+        }
+        make_words(at);
+        const Quantile quantile(octaves_);
+        body([this, &quantile](int64_t draw, int64_t r) {
+            return [&quantile, words = words(draw, r)](int64_t c) { return quantile(load(words + c)); };
+        });
+    }
+
+    // Only the words, one a column: those of the last tile so made are at words(d, r)[c]. Not for signs.
     void make_words(const Extent& at) {
+        rows_ = at.rows;
         lead_ = at.col % kValueColumns;
         pitch_ = kValueColumns * make_words(at, at.draw, at.draws, kValueColumns);
     }
-    const uint32_t* words(int64_t row) const { return words_ + row * pitch_ + lead_; }
+    const uint32_t* words(int64_t draw, int64_t row) const { return words_ + (draw * rows_ + row) * pitch_ + lead_; }
 
   private:
     // The words of every call that the columns touch. A row of the tile starts at its first call's first column.
