@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from numbers import Real
@@ -19,6 +19,7 @@ from ulr_kernels.nn.names import parameter_names, unwrap
 from ulr_kernels.optim.probes import Probe, Probed, Together, together
 from ulr_kernels.optim.probing import Draws, Probing, Site
 from ulr_kernels.optim.shards import drop_gathered
+from ulr_kernels.optim.states import StateCheck
 from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
 from ulr_kernels.optim.workers import Workers
 
@@ -361,13 +362,13 @@ class ForwardOptimizer(torch.optim.Optimizer):
         own = state_dict.get("ulr")
         if own is None:
             self._fail("state_dict", "be one of an optimiser of ulr.optim", f"one with {', '.join(state_dict)}")
-        mine = self.state_dict()
-        self._keys("state_dict", state_dict, mine, more=True)
-        self._keys("ulr", own, mine["ulr"])
-        self._keys("ulr.settings", own["settings"], mine["ulr"]["settings"])
-        self._keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
+        mine, check = self.state_dict(), StateCheck(functools.partial(self._fail, "state_dict"))
+        check.keys("state_dict", state_dict, mine, more=True)
+        check.keys("ulr", own, mine["ulr"])
+        check.keys("ulr.settings", own["settings"], mine["ulr"]["settings"])
+        check.keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
         for group in state_dict["param_groups"]:
-            self._keys("param_groups", group, dict.fromkeys(("lr", self.SCALE, "weight_decay")), more=True)
+            check.keys("param_groups", group, dict.fromkeys(("lr", self.SCALE, "weight_decay")), more=True)
             self._numbers(group)
         self._check_seed(own["seed"])
         self._count("steps", own["steps"], 0)
@@ -377,9 +378,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
             rule = Rule.of_fields(own["rule"])
         except TypeError as error:
             self._fail("state_dict", "hold a rule of this optimiser in 'ulr'", f"one that cannot be read: {error}")
-        self._check_names(rule.names)
+        check.names(rule.names, self.rule.names)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        states = self._states(state_dict["state"], parameters, rule)
+        states = check.tensors(state_dict["state"], parameters, rule)
         super().load_state_dict({"state": states, "param_groups": state_dict["param_groups"]})
         # torch gives floating states the parameters' dtype; those of half-precision weights are fp32 here.
         for index, values in states.items():
@@ -389,40 +390,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         for name, value in own["settings"].items():
             setattr(self, name, value)
         self._losses.clear()
-
-    def _check_names(self, found: tuple[tuple[str, ...], ...]) -> None:
-        """Whether a state has these parameters in these groups; else where it first has not."""
-
-        def places(names: tuple[tuple[str, ...], ...]) -> list[str]:
-            return [f"{name!r} in group {group}" for group, here in enumerate(names) for name in here]
-
-        for mine, other in itertools.zip_longest(places(self.rule.names), places(found), fillvalue="no more"):
-            if mine != other:
-                self._fail("state_dict", f"be of the parameters that this optimiser has, here {mine}", other)
-
-    def _states(self, found: Any, parameters: Sequence[Tensor], rule: Rule) -> dict[int, Mapping[str, Tensor]]:
-        """What a state holds for each parameter: nothing before its first step, then all that the rule needs."""
-        self._keys("state", found, {}, more=True)
-        numbers = {str(number): number for number in range(len(parameters))}  # JSON makes text of them
-        for index, values in found.items():
-            if str(index) not in numbers:
-                self._fail("state_dict", f"number parameters from 0 to {len(parameters) - 1} in 'state'", repr(index))
-            part, shape = f"state[{index}]", parameters[numbers[str(index)]].shape
-            self._keys(part, values, dict.fromkeys(rule.state_names() if values else ()))
-            for name, value in values.items():
-                if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:
-                    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                    self._fail("state_dict", f"hold a float32 tensor {list(shape)} as {name!r} in {part!r}", got)
-        return {numbers[str(index)]: values for index, values in found.items()}
-
-    def _keys(self, part: str, found: Mapping[str, Any], expected: Mapping[str, Any], more: bool = False) -> None:
-        """What a part of a state must hold, and all that it may: torch and its schedulers add `more` to groups."""
-        if not isinstance(found, Mapping):
-            self._fail("state_dict", f"hold a dict as {part!r}", type(found).__name__)
-        for name in sorted(expected.keys() - found.keys()):
-            self._fail("state_dict", f"hold {name!r} in {part!r}", ", ".join(found) or "nothing")
-        for name in () if more else sorted(found.keys() - expected.keys()):
-            self._fail("state_dict", f"hold only {', '.join(expected)} in {part!r}", repr(name))
 
     def __getstate__(self) -> dict[str, Any]:
         """As torch's optimisers a copy, or one that was pickled, goes on by itself, with the model that came along."""
