@@ -144,19 +144,26 @@ class Recurrent(nn.Module):
 UNREACHED = ("cell.weight_ih_l0", "cell.weight_hh_l0", "cell.bias_ih_l0", "cell.bias_hh_l0")
 
 
-@pytest.mark.parametrize("noise", ["weights", dict.fromkeys(UNREACHED, "weights")], ids=["all", "cell"])
-def test_a_recurrent_layer(noise):
-    """Its hidden state has layers first: forwards are of one copy each, which is found out. Small noise: autograd."""
+@pytest.mark.parametrize(
+    "noise, injection, steps",
+    [
+        ("weights", "layerwise", 4),
+        (dict.fromkeys(UNREACHED, "weights"), "layerwise", 4),
+        (dict.fromkeys(UNREACHED, "weights"), "joint", 20),
+    ],
+    ids=["all", "cell", "cell-joint"],
+)
+def test_a_recurrent_layer(noise, injection, steps):
+    """Its hidden state has layers first; copies are evaluated together all the same. Small noise: autograd."""
     model, (x, y) = filled(Recurrent()), (v(5, 4, 5), v(6, 4, 3))
     exact = flat(torch.autograd.grad(half_squares(model(x), y).mean(), model.parameters()))
-    estimator = ulr.ULR(model, sigma=0.01, copies=96, noise=noise)
-    for _ in range(4):
+    estimator = ulr.ULR(model, sigma=0.01, copies=96, noise=noise, injection=injection)
+    for _ in range(steps):
         estimator.backward(x, y, half_squares)
-    found = flat([p.grad for p in model.parameters()]) / 4
+    found = flat([p.grad for p in model.parameters()]) / steps
     (plan,) = estimator._plans.values()
-    apart = {item.weights[0]: item.apart for item in plan.passes if item.weights}
-    together = {"fc.weight": False, "threshold": False, "start": True} if noise == "weights" else {}
-    assert apart == dict.fromkeys(UNREACHED, True) | together
+    apart = {name for item in plan.passes if item.apart for name in item.weights}
+    assert apart == ({"start"} if noise == "weights" else set())
     assert F.cosine_similarity(found, exact, 0) > 0.9
     assert found @ exact / exact.square().sum() == pytest.approx(1, abs=0.1)
 
@@ -191,7 +198,7 @@ def test_what_noise_on_weights_cannot_do_is_named():
     with pytest.raises(ValueError, match="'model' must use each trained parameter in its forward.*unused.weight"):
         gradients(bare, noise="weights")
     with pytest.raises(ValueError, match="'noise' must be the same for all layers, or injection 'layerwise'"):
-        gradients(filled(Recurrent()), noise=dict.fromkeys(UNREACHED, "weights"), injection="joint")
+        gradients(filled(Recurrent()), noise=dict.fromkeys((*UNREACHED, "start"), "weights"), injection="joint")
     model, data = transformer_block()
     of_one_function = {"noise": {"1.self_attn.in_proj_bias": "weights"}, "injection": "joint"}
     with pytest.raises(ValueError, match="the same for all parameters of a function, also for .*in_proj_weight"):
