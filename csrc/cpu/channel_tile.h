@@ -52,9 +52,9 @@ class ChannelTile {
         lead_ = at.col % columns_of_call;
         blocks_ = (lead_ + at.cols - 1) / columns_of_call + 1;
         calls_ = draws * blocks_ * at.rows;
-        plane_ = calls_ + 2 * kLanes;
-        philox_words<ByWord>(key_, set(static_cast<uint32_t>(block)), set(static_cast<uint32_t>(at.row)),
-                             set(static_cast<uint32_t>(draw)), layout_.calls(blocks_, at.rows), calls_, words_, plane_);
+        plane_ = calls_ + kLanes;
+        philox_words<ByWord>(key_, Counters<ByWord>(block, at.row, draw, layout_.calls(blocks_, at.rows)), calls_,
+                             words_, plane_);
     }
 
     void make_values(const Extent& at) {

@@ -5,12 +5,13 @@
 //     b & c),
 //                not_less, subtract_where
 //     products   W: the lanes of a U in 64 bits each, of which the upper 32 are ignored, so that a product is itself
-//                the vector of its lower halves: widen, narrow, multiply, high_xor (upper half ^ a ^ k)
+//                the vector of its lower halves: widen, narrow, multiply, + (of whole products), ^, high_xor (upper
+//                half ^ a ^ k)
 //     floats     set, load, store, fma, operators + - * /, square_root, larger and smaller (b where either is NaN),
 //                where_positive (b where a > 0, else 0), to_float (of int32), bits, as_float
 //     Octaves    the table of a distribution, held where an octave's coefficients can be looked up by lane: `exponent`
 //                is the biased exponent of 2^octave
-//     transpose  four vectors, one word of each of kLanes calls of Philox, into the order of columns
+//     interleave four vectors, one word of each of kLanes calls of Philox, to the order of columns
 //     signs      kLanes bits to +1 and -1
 //     load_part, store_part: the first n lanes (all, where n is more), of fp32, bf16 or fp16 (Bf16, Half) in memory
 #pragma once

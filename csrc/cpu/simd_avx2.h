@@ -44,6 +44,12 @@ struct W {
 inline W widen(U a) { return {a.v, _mm256_srli_epi64(a.v, 32)}; }
 inline U narrow(W a) { return {_mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA)}; }
 inline W multiply(W a, U m) { return {_mm256_mul_epu32(a.even, m.v), _mm256_mul_epu32(a.odd, m.v)}; }
+inline W operator+(W a, W b) { return {_mm256_add_epi64(a.even, b.even), _mm256_add_epi64(a.odd, b.odd)}; }
+inline W operator^(W a, U k) { return {_mm256_xor_si256(a.even, k.v), _mm256_xor_si256(a.odd, k.v)}; }
+inline W high_xor(W product, U k) {
+    return {_mm256_xor_si256(_mm256_srli_epi64(product.even, 32), k.v),
+            _mm256_xor_si256(_mm256_srli_epi64(product.odd, 32), k.v)};
+}
 inline W high_xor(W product, W a, U k) {
     const auto half = [&](__m256i p, __m256i b) {
         return _mm256_xor_si256(_mm256_srli_epi64(p, 32), _mm256_xor_si256(b, k.v));
@@ -67,16 +73,19 @@ inline F to_float(U a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline U bits(F a) { return {_mm256_castps_si256(a.v)}; }
 inline F as_float(U a) { return {_mm256_castsi256_ps(a.v)}; }
 
-// Call i of Philox sits in the lane for which transpose() puts its words at 4 i.
-inline U call_of_lane() { return {_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)}; }
+// Call i of Philox sits in the lane for which interleave() puts its words at 4 i.
+inline U call_of_lane() { return {_mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7)}; }
 
-inline void transpose(U w[4]) {
-    const __m256i ab_low = _mm256_unpacklo_epi32(w[0].v, w[1].v), ab_high = _mm256_unpackhi_epi32(w[0].v, w[1].v);
-    const __m256i cd_low = _mm256_unpacklo_epi32(w[2].v, w[3].v), cd_high = _mm256_unpackhi_epi32(w[2].v, w[3].v);
-    w[0].v = _mm256_unpacklo_epi64(ab_low, cd_low);
-    w[1].v = _mm256_unpackhi_epi64(ab_low, cd_low);
-    w[2].v = _mm256_unpacklo_epi64(ab_high, cd_high);
-    w[3].v = _mm256_unpackhi_epi64(ab_high, cd_high);
+inline void interleave(const W (&w)[4], uint32_t* to) {
+    const auto pairs = [](__m256i first, __m256i second) {
+        return _mm256_blend_epi32(first, _mm256_slli_epi64(second, 32), 0xAA);
+    };
+    const __m256i even01 = pairs(w[0].even, w[1].even), even23 = pairs(w[2].even, w[3].even);
+    const __m256i odd01 = pairs(w[0].odd, w[1].odd), odd23 = pairs(w[2].odd, w[3].odd);
+    store(to, U{_mm256_unpacklo_epi64(even01, even23)});
+    store(to + 8, U{_mm256_unpackhi_epi64(even01, even23)});
+    store(to + 16, U{_mm256_unpacklo_epi64(odd01, odd23)});
+    store(to + 24, U{_mm256_unpackhi_epi64(odd01, odd23)});
 }
 
 // A coefficient's 32 octaves side by side in memory. Four permutes, each over eight of them, and a choice by the upper

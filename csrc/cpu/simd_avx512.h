@@ -44,6 +44,12 @@ struct W {
 inline W widen(U a) { return {a.v, _mm512_srli_epi64(a.v, 32)}; }
 inline U narrow(W a) { return {_mm512_mask_shuffle_epi32(a.even, 0xAAAA, a.odd, static_cast<_MM_PERM_ENUM>(0xA0))}; }
 inline W multiply(W a, U m) { return {_mm512_mul_epu32(a.even, m.v), _mm512_mul_epu32(a.odd, m.v)}; }
+inline W operator+(W a, W b) { return {_mm512_add_epi64(a.even, b.even), _mm512_add_epi64(a.odd, b.odd)}; }
+inline W operator^(W a, U k) { return {_mm512_xor_si512(a.even, k.v), _mm512_xor_si512(a.odd, k.v)}; }
+inline W high_xor(W product, U k) {
+    return {_mm512_xor_si512(_mm512_srli_epi64(product.even, 32), k.v),
+            _mm512_xor_si512(_mm512_srli_epi64(product.odd, 32), k.v)};
+}
 inline W high_xor(W product, W a, U k) {
     return {_mm512_ternarylogic_epi64(_mm512_srli_epi64(product.even, 32), a.even, k.v, 0x96),
             _mm512_ternarylogic_epi64(_mm512_srli_epi64(product.odd, 32), a.odd, k.v, 0x96)};
@@ -67,16 +73,19 @@ inline F to_float(U a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline U bits(F a) { return {_mm512_castps_si512(a.v)}; }
 inline F as_float(U a) { return {_mm512_castsi512_ps(a.v)}; }
 
-// Call i of Philox, of the kLanes calls in a vector, sits in the lane for which transpose() puts its words at 4 i.
-inline U call_of_lane() { return {_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)}; }
+// Call i of Philox, of the kLanes calls in a vector, sits in the lane for which interleave() puts its words at 4 i.
+inline U call_of_lane() { return {_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15)}; }
 
-inline void transpose(U w[4]) {
-    const __m512i ab_low = _mm512_unpacklo_epi32(w[0].v, w[1].v), ab_high = _mm512_unpackhi_epi32(w[0].v, w[1].v);
-    const __m512i cd_low = _mm512_unpacklo_epi32(w[2].v, w[3].v), cd_high = _mm512_unpackhi_epi32(w[2].v, w[3].v);
-    w[0].v = _mm512_unpacklo_epi64(ab_low, cd_low);
-    w[1].v = _mm512_unpackhi_epi64(ab_low, cd_low);
-    w[2].v = _mm512_unpacklo_epi64(ab_high, cd_high);
-    w[3].v = _mm512_unpackhi_epi64(ab_high, cd_high);
+inline void interleave(const W (&w)[4], uint32_t* to) {
+    const auto pairs = [](__m512i first, __m512i second) {
+        return _mm512_mask_shuffle_epi32(first, 0xAAAA, second, static_cast<_MM_PERM_ENUM>(0xA0));
+    };
+    const __m512i even01 = pairs(w[0].even, w[1].even), even23 = pairs(w[2].even, w[3].even);
+    const __m512i odd01 = pairs(w[0].odd, w[1].odd), odd23 = pairs(w[2].odd, w[3].odd);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi64(even01, even23));
+    _mm512_storeu_si512(to + 16, _mm512_unpackhi_epi64(even01, even23));
+    _mm512_storeu_si512(to + 32, _mm512_unpacklo_epi64(odd01, odd23));
+    _mm512_storeu_si512(to + 48, _mm512_unpackhi_epi64(odd01, odd23));
 }
 
 // All 32 octaves of a coefficient in two registers; a permute looks up sixteen lanes.

@@ -71,6 +71,15 @@ inline U narrow(W a) {
 inline W multiply(W a, U m) {
     return each<uint64_t>([&](int i) { return (a.v[i] & 0xffffffffu) * m.v[i]; });
 }
+inline W operator+(W a, W b) {
+    return each<uint64_t>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline W operator^(W a, U k) {
+    return each<uint64_t>([&](int i) { return a.v[i] ^ k.v[i]; });
+}
+inline W high_xor(W product, U k) {
+    return each<uint64_t>([&](int i) { return product.v[i] >> 32 ^ k.v[i]; });
+}
 inline W high_xor(W product, W a, U k) {
     return each<uint64_t>([&](int i) { return product.v[i] >> 32 ^ a.v[i] ^ k.v[i]; });
 }
@@ -121,11 +130,9 @@ inline F as_float(U a) {
 
 inline U call_of_lane() { return {{0, 1, 2, 3}}; }
 
-inline void transpose(U w[4]) {
-    U result[4];
-    for (int call = 0; call < 4; ++call)
-        for (int word = 0; word < 4; ++word) result[call].v[word] = w[word].v[call];
-    memcpy(w, result, sizeof result);
+inline void interleave(const W (&w)[4], uint32_t* to) {
+    for (int call = 0; call < kLanes; ++call)
+        for (int word = 0; word < 4; ++word) to[4 * call + word] = static_cast<uint32_t>(w[word].v[call]);
 }
 
 class Octaves {

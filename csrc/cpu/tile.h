@@ -66,9 +66,8 @@ struct ByCall {
     static void order(uint32_t (&lanes)[kLanes]) { store(lanes, call_of_lane()); }
     static U block(const Calls& calls) { return calls.fastest; }
     static U row(const Calls& calls) { return calls.middle; }
-    static void store_words(uint32_t* words, int64_t call, int64_t, U (&w)[4]) {
-        transpose(w);
-        for (int vector = 0; vector < 4; ++vector) store(words + 4 * call + vector * kLanes, w[vector]);
+    static void store_words(uint32_t* words, int64_t call, int64_t, const W (&w)[4]) {
+        interleave(w, words + 4 * call);
     }
 };
 
@@ -79,8 +78,8 @@ struct ByWord {
     }
     static U block(const Calls& calls) { return calls.middle; }
     static U row(const Calls& calls) { return calls.fastest; }
-    static void store_words(uint32_t* words, int64_t call, int64_t plane, U (&w)[4]) {
-        for (int word = 0; word < 4; ++word) store(words + word * plane + call, w[word]);
+    static void store_words(uint32_t* words, int64_t call, int64_t plane, const W (&w)[4]) {
+        for (int word = 0; word < 4; ++word) store(words + word * plane + call, narrow(w[word]));
     }
 };
 
@@ -90,21 +89,74 @@ inline const Octaves& octaves_of(int32_t dist) {
     return dist == ULR_LAPLACE ? laplace : normal;
 }
 
+// The counters of one vector of calls after another, as they stand before round kRound: of any calls in sequence, from
+// the first round on.
+template <typename Order>
+class Counters {
+  public:
+    static constexpr int kRound = 0;
+
+    Counters(int64_t block, int64_t row, int64_t draw, const Calls& calls)
+        : block_(set(static_cast<uint32_t>(block))),
+          row_(set(static_cast<uint32_t>(row))),
+          draw_(set(static_cast<uint32_t>(draw))),
+          calls_(calls) {}
+
+    void next(W (&c)[4]) {
+        c[0] = widen(block_ + Order::block(calls_));
+        c[1] = widen(row_ + Order::row(calls_));
+        c[2] = widen(draw_ + calls_.draw);
+        c[3] = widen(set(0u));
+        calls_.advance();
+    }
+
+  private:
+    U block_, row_, draw_;
+    Calls calls_;
+};
+
+// Of the neighbouring blocks of one row. Half of what the first two rounds compute is the same for all of them, and the
+// other half's first product grows by the same from one vector to the next.
+class RowCounters {
+  public:
+    static constexpr int kRound = 2;
+
+    RowCounters(const KeySchedule& key, int64_t block, int64_t row, int64_t draw)
+        : product_(multiply(widen(set(static_cast<uint32_t>(block)) + call_of_lane()), set(kPhiloxM0))),
+          step_(multiply(widen(set(static_cast<uint32_t>(kLanes))), set(kPhiloxM0))),
+          key_(set(key.k1[0])) {
+        const uint64_t of_draw = static_cast<uint64_t>(kPhiloxM1) * static_cast<uint32_t>(draw);
+        const uint32_t word0 = high(of_draw) ^ static_cast<uint32_t>(row) ^ key.k0[0];
+        const uint64_t of_row = static_cast<uint64_t>(kPhiloxM0) * word0;
+        xor0_ = set(static_cast<uint32_t>(of_draw) ^ key.k0[1]);
+        xor2_ = set(high(of_row) ^ key.k1[1]);
+        word3_ = widen(set(static_cast<uint32_t>(of_row)));
+    }
+
+    void next(W (&c)[4]) {
+        c[1] = multiply(high_xor(product_, key_), set(kPhiloxM1));
+        c[0] = high_xor(c[1], xor0_);
+        c[2] = product_ ^ xor2_;
+        c[3] = word3_;
+        product_ = product_ + step_;
+    }
+
+  private:
+    static uint32_t high(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
+
+    W product_, step_, word3_;
+    U key_, xor0_, xor2_;
+};
+
 // The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. Inlined by force, as
 // is its caller: called, steps would wait for one another's places in memory, and noise take half as long again.
-template <typename Order, int streams>
-__attribute__((always_inline)) inline void philox_step(const KeySchedule& key, U block0, U row0, U draw0, Calls& calls,
-                                                       uint32_t* words, int64_t call, int64_t plane) {
+template <typename Order, int streams, typename Sequence>
+__attribute__((always_inline)) inline void philox_step(const KeySchedule& key, Sequence& counters, uint32_t* words,
+                                                       int64_t call, int64_t plane) {
     const U m0 = set(kPhiloxM0), m1 = set(kPhiloxM1);
     W c[streams][4];
-    for (int s = 0; s < streams; ++s) {
-        c[s][0] = widen(block0 + Order::block(calls));
-        c[s][1] = widen(row0 + Order::row(calls));
-        c[s][2] = widen(draw0 + calls.draw);
-        c[s][3] = widen(set(0u));
-        calls.advance();
-    }
-    for (int round = 0; round < 10; ++round) {
+    for (int s = 0; s < streams; ++s) counters.next(c[s]);
+    for (int round = Sequence::kRound; round < 10; ++round) {
         const U k0 = set(key.k0[round]), k1 = set(key.k1[round]);
         for (int s = 0; s < streams; ++s) {
             const W p0 = multiply(c[s][0], m0), p1 = multiply(c[s][2], m1);
@@ -114,24 +166,23 @@ __attribute__((always_inline)) inline void philox_step(const KeySchedule& key, U
             c[s][3] = p0;
         }
     }
-    for (int s = 0; s < streams; ++s) {
-        U w[4];
-        for (int word = 0; word < 4; ++word) w[word] = narrow(c[s][word]);
-        Order::store_words(words, call + s * kLanes, plane, w);
-    }
+    for (int s = 0; s < streams; ++s) Order::store_words(words, call + s * kLanes, plane, c[s]);
 }
 
-// The words of `count` calls in sequence, to `words`, which has room for 2 kLanes calls more (`plane`: from one plane
-// of words to the next, where there are any).
-template <typename Order>
-__attribute__((always_inline)) inline void philox_words(const KeySchedule& key, U block0, U row0, U draw0, Calls calls,
-                                                        int64_t count, uint32_t* words, int64_t plane = 0) {
+// The words of `count` calls in sequence, to `words`, which has room for kLanes calls more (`plane`: from one plane of
+// words to the next, where there are any).
+template <typename Order, typename Sequence>
+__attribute__((always_inline)) inline void philox_words(const KeySchedule& key, Sequence counters, int64_t count,
+                                                        uint32_t* words, int64_t plane = 0) {
     int64_t done = 0;
-    for (; done + kStreams * kLanes <= count; done += kStreams * kLanes)
-        philox_step<Order, kStreams>(key, block0, row0, draw0, calls, words, done, plane);
-    for (; done + kLanes < count; done += 2 * kLanes)
-        philox_step<Order, 2>(key, block0, row0, draw0, calls, words, done, plane);
-    for (; done < count; done += kLanes) philox_step<Order, 1>(key, block0, row0, draw0, calls, words, done, plane);
+    // Four vectors that are left go two by two: one alone would wait for its products.
+    for (; count - done > (kStreams + 1) * kLanes; done += kStreams * kLanes)
+        philox_step<Order, kStreams>(key, counters, words, done, plane);
+    for (; count - done > kStreams * kLanes; done += 2 * kLanes)
+        philox_step<Order, 2>(key, counters, words, done, plane);
+    if (count - done > 2 * kLanes) return philox_step<Order, kStreams>(key, counters, words, done, plane);
+    if (count - done > kLanes) return philox_step<Order, 2>(key, counters, words, done, plane);
+    if (count - done > 0) philox_step<Order, 1>(key, counters, words, done, plane);
 }
 
 // The places of a tile's calls, kept from one tile to the next: neighbours share their layout.
@@ -232,10 +283,21 @@ class Tile {
     int64_t make_words(const Extent& at, int64_t draw, int64_t draws, int64_t columns_of_call) {
         const int64_t block = at.col / columns_of_call;
         const int64_t blocks = (at.col + at.cols - 1) / columns_of_call - block + 1;
-        philox_words<ByCall>(key_, set(static_cast<uint32_t>(block)), set(static_cast<uint32_t>(at.row)),
-                             set(static_cast<uint32_t>(draw)), layout_.calls(at.rows, blocks), draws * at.rows * blocks,
-                             words_);
+        if (fills_vectors(blocks)) {
+            for (int64_t i = 0; i < draws * at.rows; ++i)  // what a row leaves beyond its end, the next one takes
+                philox_words<ByCall>(key_, RowCounters(key_, block, at.row + i % at.rows, draw + i / at.rows), blocks,
+                                     words_ + 4 * i * blocks);
+        } else {
+            philox_words<ByCall>(key_, Counters<ByCall>(block, at.row, draw, layout_.calls(at.rows, blocks)),
+                                 draws * at.rows * blocks, words_);
+        }
         return blocks;
+    }
+
+    // Whether a row by itself is the faster way: several vectors, of which the last wastes few lanes.
+    static bool fills_vectors(int64_t blocks) {
+        const int64_t lanes = (blocks + kLanes - 1) / kLanes * kLanes;
+        return blocks > kLanes && (lanes - blocks) * 16 <= blocks;
     }
 
     void make_values(const Extent& at) {
