@@ -34,6 +34,20 @@ class ChannelTile {
         return values_ + place % kValueColumns * plane_ + (draw * blocks_ + place / kValueColumns) * rows_;
     }
 
+    // noise(draw, column)(r) is the vector of the last tile's values from row r on.
+    auto noise() const {
+        return [this](int64_t draw, int64_t col) {
+            return [values = channel(draw, col)](int64_t r) { return load(values + r); };
+        };
+    }
+
+    // As Tile::use.
+    template <typename Body>
+    void use(const Extent& at, Body body) {
+        make(at);
+        body(noise());
+    }
+
     void make(const Extent& at) {
         rows_ = at.rows;
         cols_ = at.cols;

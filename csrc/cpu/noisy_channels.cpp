@@ -37,8 +37,8 @@ class ChannelPass : public NoisyPass<ChannelPass> {
 
     void open(Unit& unit, bool is_new) const;
     void prefetch(const Unit&, int64_t, int64_t) const {}  // a channel's pixels are read in their order
-    template <typename Y, typename Base>
-    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
+    template <typename Y, typename Base, typename Noise>
+    void forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const;
     void gradient(Unit& unit, int64_t draw, int64_t draws) const;
     void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
@@ -72,10 +72,10 @@ void ChannelPass::open(Unit& unit, bool is_new) const {
     std::fill_n(unit.log_sigma, unit.cols * unit.pitch, 0.0f);
 }
 
-template <typename Y, typename Base>
-void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
+template <typename Y, typename Base, typename Noise>
+void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const {
     const auto add = [&](NoisyArgument to, NoisyArgument base, int64_t d, int64_t c, float sigma) {
-        const float* eps = unit.tile.channel(d, c);
+        const auto eps = noise(d, c);
         const F scale = set(sigma);
         Y* const y = channel<Y>(to, draw + d, unit.col + c);
         const Base* const clean = channel<Base>(base, draw + d, unit.col + c);
@@ -83,7 +83,7 @@ void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
             Y* const out = y + image * t_[to].stride[1] + pixel;
             const Base* const in = clean + image * t_[base].stride[1] + pixel;
             by_lanes(n, [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-                store_part(out + i, fma(scale, load(eps + r + i), load_part(in + i, lanes)), lanes);
+                store_part(out + i, fma(scale, eps(r + i), load_part(in + i, lanes)), lanes);
             });
         });
     };

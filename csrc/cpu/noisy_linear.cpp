@@ -5,7 +5,6 @@
 
 #include "dispatch.h"
 #include "noisy_pass.h"
-#include "tile.h"
 
 namespace ulr {
 inline namespace ULR_ISA {
@@ -34,8 +33,8 @@ class Pass : public NoisyPass<Pass> {
 
     void open(Unit& unit, bool is_new) const;
     void prefetch(const Unit& unit, int64_t draw, int64_t draws) const;
-    template <typename Y, typename Base>
-    void forward(const Unit& unit, int64_t draw, int64_t draws) const;
+    template <typename Y, typename Base, typename Noise>
+    void forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const;
     void gradient(Unit& unit, int64_t draw, int64_t draws) const;
     void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
@@ -69,25 +68,26 @@ void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
     }
 }
 
-template <typename Y, typename Base>
-void Pass::forward(const Unit& unit, int64_t draw, int64_t draws) const {
+// The noise is its own copy: what makes it then stays in registers.
+template <typename Y, typename Base, typename Noise>
+void Pass::forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const {
     const U sign = set(0x80000000u);
     for (int64_t d = 0; d < draws; ++d) {
         const int64_t shared = t_[kBase].size[0] == 1 ? 0 : draw + d;
         for (int64_t r = 0; r < unit.rows; ++r) {
-            const float* eps = unit.tile.row(d, r);
+            const auto eps = noise(d, r);
             const Base* base = at<Base>(t_[kBase], shared, unit.row + r, unit.col);
             Y* y = at<Y>(t_[kY], draw + d, unit.row + r, unit.col);
             if (!antithetic_) {
                 by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                    store_part(y + c, fma(load(unit.sigma + c), load(eps + c), load_part(base + c, n)), n);
+                    store_part(y + c, fma(load(unit.sigma + c), eps(c), load_part(base + c, n)), n);
                 });
                 continue;
             }
             const Base* minus_base = has(kMinusBase) ? at<Base>(t_[kMinusBase], shared, unit.row + r, unit.col) : base;
             Y* minus_y = at<Y>(t_[kMinusY], draw + d, unit.row + r, unit.col);
             by_lanes(unit.cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-                const F sigma = load(unit.sigma + c), value = load(eps + c);
+                const F sigma = load(unit.sigma + c), value = eps(c);
                 const F plus = load_part(base + c, n), minus = load_part(minus_base + c, n);
                 store_part(y + c, fma(sigma, value, plus), n);
                 store_part(minus_y + c, fma(sigma, as_float(bits(value) ^ sign), minus), n);

@@ -7,6 +7,7 @@
 #include "noisy.h"
 #include "parallel.h"
 #include "pass.h"
+#include "tile.h"
 
 namespace ulr {
 inline namespace ULR_ISA {
@@ -19,7 +20,7 @@ struct NoisyUnit {
 // A Derived has a Unit, made of the noise's specification, with a `tile`; and
 //     open(unit, is_new)                         once a unit's rows and columns are set; is_new: the columns are others
 //     prefetch, gradient(unit, draw, draws)      for draws whose noise will be, and is, in the tile
-//     forward<Y, Base>(unit, draw, draws)        likewise
+//     forward<Y, Base>(unit, draw, draws, noise) likewise, with the tile's noise()
 //     finish_gradient(unit, bias_sums, log_sigma_sums)
 template <typename Derived>
 class NoisyPass {
@@ -83,18 +84,23 @@ class NoisyPass {
         for (int64_t d = first; d < last; d += depth_) {
             const int64_t draws = std::min(depth_, last - d);
             if (has(kY)) derived().prefetch(unit, d, draws);
-            unit.tile.make({spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws, unit.rows,
-                            unit.cols});
-            if (has(kLossWeight)) derived().gradient(unit, d, draws);
-            if (has(kY)) forward(unit, d, draws);
+            const Extent at{spec_.draw + d, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws, unit.rows,
+                            unit.cols};
+            if (!has(kLossWeight)) {
+                unit.tile.use(at, [&](auto noise) { forward(unit, d, draws, noise); });
+                continue;
+            }
+            unit.tile.make(at);
+            derived().gradient(unit, d, draws);
+            if (has(kY)) forward(unit, d, draws, unit.tile.noise());
         }
     }
 
-    template <typename Unit>
-    void forward(const Unit& unit, int64_t draw, int64_t draws) const {
+    template <typename Unit, typename Noise>
+    void forward(const Unit& unit, int64_t draw, int64_t draws, const Noise& noise) const {
         const bool wide = t_[kBase].dtype == ULR_F32;
         const auto as = [&](auto y, auto base) {
-            derived().template forward<decltype(y), decltype(base)>(unit, draw, draws);
+            derived().template forward<decltype(y), decltype(base)>(unit, draw, draws, noise);
         };
         switch (t_[kY].dtype) {
             case ULR_F32:

@@ -252,20 +252,23 @@ class Tile {
             make_values(at);
     }
 
-    // Makes a tile for body(noise), in which noise(draw, row)(c) is the vector of values from column c on. For values
-    // that are used once: each is made there, so that its arithmetic and the memory of what it meets go on side by
-    // side.
+    // noise(draw, row)(c) is the vector of the last tile's values from column c on.
+    auto noise() const {
+        return [this](int64_t draw, int64_t r) {
+            return [values = row(draw, r)](int64_t c) { return load(values + c); };
+        };
+    }
+
+    // Makes a tile for body(noise), its noise as above. For values that are used once: each is made there, so that its
+    // arithmetic and the memory of what it meets go on side by side.
     template <typename Body>
     __attribute__((always_inline)) void use(const Extent& at, Body body) {
         if (spec_.dist == ULR_RADEMACHER || spec_.sobol) {
             make(at);
-            return body([this](int64_t draw, int64_t r) {
-                return [values = row(draw, r)](int64_t c) { return load(values + c); };
-            });
+            return body(noise());
         }
         make_words(at);
-        const Quantile quantile(octaves_);
-        body([this, &quantile](int64_t draw, int64_t r) {
+        body([this, quantile = Quantile(octaves_)](int64_t draw, int64_t r) {
             return [&quantile, words = words(draw, r)](int64_t c) { return quantile(load(words + c)); };
         });
     }
