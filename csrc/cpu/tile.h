@@ -254,9 +254,8 @@ class Tile {
 
     // noise(draw, row)(c) is the vector of the last tile's values from column c on.
     auto noise() const {
-        return [this](int64_t draw, int64_t r) {
-            return [values = row(draw, r)](int64_t c) { return load(values + c); };
-        };
+        return
+            [this](int64_t draw, int64_t r) { return [values = row(draw, r)](int64_t c) { return load(values + c); }; };
     }
 
     // Makes a tile for body(noise), its noise as above. For values that are used once: each is made there, so that its

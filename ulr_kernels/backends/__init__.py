@@ -27,8 +27,8 @@ class BackendError(RuntimeError):
 
 
 def allocating(provider: Callable) -> Callable:
-    """Mark a provider that is handed what the output is like, on the meta device, and allocates and returns it itself:
-    where a product of another library becomes the output, memory taken before it would be taken twice."""
+    """Mark a provider that is handed an `ops._op.Output`, not a tensor, and allocates and returns it itself: where a
+    product of another library becomes the output, memory taken before it would be taken twice."""
     provider.allocates = True  # type: ignore[attr-defined]
     return provider
 

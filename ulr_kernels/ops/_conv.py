@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import FLOATS, Check
+from ulr_kernels.ops._op import FLOATS, Check, Output
 
 # Of the ops' schemas: padding is (top, bottom, left, right).
 WINDOW_SCHEMA = "int[] stride, int[] padding, int[] dilation, int groups, bool transposed"
@@ -277,20 +277,15 @@ def check_gradients(
     return sizes
 
 
-def new_output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Tensor:
+def output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Output:
     """`[C, B, O, H', W']`, channels last where x or the weight is, as torch's convolution decides."""
     last = any(
         t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
         for t in (x if x.dim() == 4 else x[0], weight)
     )
     size = window.output_size(x.shape[-2:], weight.shape[2:])
-    flat = torch.empty(
-        (sizes.copies * x.shape[-4], sizes.features, *size),
-        dtype=x.dtype,
-        device="meta",
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
-    return flat.unflatten(0, (sizes.copies, x.shape[-4]))
+    shape = (sizes.copies, x.shape[-4], sizes.features, *size)
+    return Output(shape, x.dtype, innermost=2 if last else -1)
 
 
 def products(window: Window, sizes: Sizes) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Op:
         name: `torch.ops.ulr.<name>`; also the stem of the files that implement it.
         schema: arguments and results, in torch's schema language; all arguments are positional.
         function: what users call: `ulr.ops.<name>`.
-        check: takes the schema's arguments; raises on bad input, else returns what the output is like, on the meta
-            device (None if the op only writes into its arguments). It reads no tensor's values, so it is the fake too.
+        check: takes the schema's arguments; raises on bad input, else returns its `Output` (None if the op only writes
+            into its arguments). It reads no tensor's values, so it is the fake too.
         reference: the torch back end. Takes the output (where there is one), then the schema's arguments. Like any
             provider it may return an output of its own instead of filling the one that it was given.
         samples: for a device and a dtype, calls of `function`, good and bad.
@@ -79,9 +79,22 @@ class Op:
     autocast: tuple[int, ...] = ()
 
 
-def allocate(like: Tensor, device: torch.device) -> Tensor:
-    """Memory for an output. Of a tensor on the meta device torch.empty_like asks ten times as long."""
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+class Output(NamedTuple):
+    """What an op makes. (A tensor on the meta device says it too, but takes longer to make than all that checks it.)"""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    innermost: int = -1  # the axis whose elements are neighbours in memory; the others follow in their order
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def allocate(self, device: torch.device) -> Tensor:
+        if self.innermost == -1:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        others = [size for axis, size in enumerate(self.shape) if axis != self.innermost]
+        stored = torch.empty(*others, self.shape[self.innermost], dtype=self.dtype, device=device)
+        return stored.movedim(-1, self.innermost)
 
 
 def register(op: Op) -> None:
@@ -99,12 +112,12 @@ def register(op: Op) -> None:
 
     def fake(*args):
         args = full(args)
-        like = op.check(*args)
-        return allocate(like, device_of(args)) if returns else None
+        output = op.check(*args)
+        return output.allocate(device_of(args)) if returns else None
 
     def run(*args):
         args = full(args)
-        like, device = op.check(*args), device_of(args)
+        output, device = op.check(*args), device_of(args)
         if op.mutates:
             written = [t for i in op.mutates for t in tensors_of(args[i])]
             refuse_overlap(op.name, op.mutates, args)
@@ -115,8 +128,8 @@ def register(op: Op) -> None:
             if not returns:
                 return provider(*args)
             if backends.allocates(provider):
-                return provider(like, *args)
-            out = allocate(like, device)
+                return provider(output, *args)
+            out = output.allocate(device)
             made = provider(out, *args)
         return out if made is None else made
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import contract
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register
 
 # --- philox4x32 ------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     return torch.ops.ulr.philox4x32(counter, key)
 
 
-def _philox_check(counter: Tensor, key: Tensor) -> Tensor:
+def _philox_check(counter: Tensor, key: Tensor) -> Output:
     check = Check("philox4x32")
     check.dtype("counter", counter, (torch.int64,))
     if counter.dim() == 0 or counter.shape[-1] != 4:
@@ -42,7 +42,7 @@ def _philox_check(counter: Tensor, key: Tensor) -> Tensor:
     check.dtype("key", key, (torch.int64,))
     check.shape("key", key, (2,), "its low and its high word")
     check.device("counter", counter.device, key=key)
-    return torch.empty(counter.shape, dtype=torch.int64, device="meta")
+    return Output(counter.shape, torch.int64)
 
 
 def _philox_reference(out: Tensor, counter: Tensor, key: Tensor) -> None:
@@ -93,7 +93,7 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
     return torch.ops.ulr.fold_in(key, data)
 
 
-def _fold_check(key: Tensor, data: Tensor) -> Tensor:
+def _fold_check(key: Tensor, data: Tensor) -> Output:
     check = Check("fold_in")
     check.dtype("key", key, (torch.int64,))
     check.dtype("data", data, (torch.int64,))
@@ -102,7 +102,7 @@ def _fold_check(key: Tensor, data: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(key.shape, data.shape)
     except RuntimeError:
         check.fail("data", f"broadcast with key {list(key.shape)}", list(data.shape))
-    return torch.empty(shape, dtype=torch.int64, device="meta")
+    return Output(shape, torch.int64)
 
 
 def _fold_reference(out: Tensor, key: Tensor, data: Tensor) -> None:
@@ -196,13 +196,13 @@ def _grid(shape: Sequence[int]) -> tuple[int, int]:
 
 def _noise_check(
     key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, draw: int, row_offset: int, col_offset: int
-) -> Tensor:
+) -> Output:
     check = Check("noise")
     if any(size < 0 for size in shape):
         check.fail("shape", "have sizes of at least 0", list(shape))
     rows, cols = _grid(shape)
     check.noise(key, rows, cols, 1, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(shape, dtype=torch.float32, device="meta")
+    return Output(shape, torch.float32)
 
 
 def _noise_reference(

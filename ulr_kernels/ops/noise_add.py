@@ -17,6 +17,7 @@ from ulr_kernels.ops._op import (
     Check,
     Cost,
     Op,
+    Output,
     Sample,
     key_tensor,
     refuse_tangents,
@@ -114,7 +115,7 @@ def check(
     draw: int,
     row_offset: int,
     col_offset: int,
-) -> Tensor:
+) -> Output:
     rules = Check("noise_add")
     draws = rules.copies(copies, antithetic)
     rules.dtype("x", x, FLOATS)
@@ -126,9 +127,8 @@ def check(
     shape = (copies, *one_copy(x, shared))
     last = x.movedim(axis if shared else axis + 1, -1)
     if last.is_contiguous() and not x.is_contiguous():
-        order = (*(size for i, size in enumerate(shape) if i != axis + 1), cols)
-        return torch.empty(order, dtype=x.dtype, device="meta").movedim(-1, axis + 1)
-    return torch.empty(shape, dtype=x.dtype, device="meta")
+        return Output(shape, x.dtype, innermost=axis + 1)
+    return Output(shape, x.dtype)
 
 
 def check_copies(check: Check, x: Tensor, copies: int, shared: bool) -> None:

@@ -11,7 +11,7 @@ from ulr_kernels import contract
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._grid import grid
 from ulr_kernels.ops._linear import Sizes, values
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register, sigma_tensor
 
 
 def noise_score(
@@ -74,7 +74,7 @@ def check(
     draw: int,
     row_offset: int,
     col_offset: int,
-) -> Tensor:
+) -> Output:
     rules = Check("noise_score")
     if any(size < 0 for size in shape):
         rules.fail("shape", "have sizes of at least 0", list(shape))
@@ -84,7 +84,7 @@ def check(
     _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
     rules.device("loss_weight", loss_weight.device, sigma=sigma, key=key)
     rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(shape, dtype=torch.float32, device="meta")
+    return Output(shape, torch.float32)
 
 
 def reference(out, loss_weight, sigma, key, shape, feature_dim, antithetic, dist, sampler, positions, *at) -> None:

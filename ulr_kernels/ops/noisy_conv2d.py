@@ -15,6 +15,7 @@ from ulr_kernels.ops._op import (
     Check,
     Cost,
     Op,
+    Output,
     Sample,
     key_tensor,
     refuse_tangents,
@@ -139,7 +140,7 @@ def check(
     draw: int,
     row_offset: int,
     col_offset: int,
-) -> Tensor:
+) -> Output:
     rules = Check("noisy_conv2d")
     draws = rules.copies(copies, antithetic)
     _conv.check_images(rules, x)
@@ -151,7 +152,7 @@ def check(
     _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
     rules.noise(key, sizes.rows, sizes.features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return _conv.new_output(x, weight, sizes, window)
+    return _conv.output(x, weight, sizes, window)
 
 
 def reference(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noisy_conv2d_grad_ import cost as gradient_cost
 from ulr_kernels.ops.noisy_conv2d_grad_ import samples as gradient_samples
 
@@ -108,7 +108,7 @@ def check(
     draw: int,
     row_offset: int,
     col_offset: int,
-) -> Tensor:
+) -> Output:
     rules = Check("noisy_conv2d_replay_")
     _conv.check_kernel(rules, "weight", weight, transposed)
     window = Window.of(stride, padding, dilation, groups, transposed)
@@ -135,7 +135,7 @@ def check(
         key=key,
     )
     rules.noise(key, sizes.rows, sizes.features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return _conv.new_output(x, weight, sizes, window)
+    return _conv.output(x, weight, sizes, window)
 
 
 def reference(

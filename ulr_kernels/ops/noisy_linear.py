@@ -14,6 +14,7 @@ from ulr_kernels.ops._op import (
     Check,
     Cost,
     Op,
+    Output,
     Sample,
     key_tensor,
     refuse_tangents,
@@ -113,7 +114,7 @@ def check(
     draw: int,
     row_offset: int,
     col_offset: int,
-) -> Tensor:
+) -> Output:
     rules = Check("noisy_linear")
     draws = rules.copies(copies, antithetic)
     if weight.dim() != 2:
@@ -124,7 +125,7 @@ def check(
     _linear.check_sigma(rules, "sigma", sigma, features, (torch.float32,))
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
     rules.noise(key, rows, features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(copies, rows, features, dtype=x.dtype, device="meta")
+    return Output((copies, rows, features), x.dtype)
 
 
 def reference(y, x, weight, bias, sigma, key, copies, antithetic, *spec) -> None:

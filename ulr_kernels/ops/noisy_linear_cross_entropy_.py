@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ulr_kernels.ops._op import Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import Check, Cost, Op, Output, Sample, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, example
 from ulr_kernels.ops.noisy_mlp_step import check_step as check_mlp
 from ulr_kernels.ops.noisy_mlp_step import cost as mlp_cost
@@ -86,7 +86,7 @@ def as_mlp(
     return *layer, copies, antithetic, "joint", "relu", "cross_entropy", label_smoothing, *which
 
 
-def check(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how) -> Tensor:
+def check(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how) -> Output:
     rules = Check("noisy_linear_cross_entropy_")
     if (grad_bias is None) != (bias is None):
         rules.fail("grad_bias", "be given where there is a bias, and only there", "None" if bias is not None else "one")
@@ -95,7 +95,8 @@ def check(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how) -> 
             rules.fail(
                 argument, f"be a {str(dtype).removeprefix('torch.')} scalar", f"{scalar.dtype} {[*scalar.shape]}"
             )
-    return check_mlp(rules, *as_mlp(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how))[0]
+    losses = check_mlp(rules, *as_mlp(grad_weight, grad_bias, x, target, weight, bias, sigma, key, *how))
+    return Output(losses.shape[1:], losses.dtype)
 
 
 def reference(losses, *args) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noisy_linear_grad_ import cost as gradient_cost
 from ulr_kernels.ops.noisy_linear_grad_ import samples as gradient_samples
 
@@ -89,7 +89,7 @@ def check(
     draw: int,
     row_offset: int,
     col_offset: int,
-) -> Tensor:
+) -> Output:
     rules = Check("noisy_linear_replay_")
     if x.dim() not in (2, 3):
         rules.fail("x", "be [R, K] or [C, R, K]", list(x.shape))
@@ -117,7 +117,7 @@ def check(
         key=key,
     )
     rules.noise(key, x.shape[-2], features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.empty(copies, x.shape[-2], features, dtype=x.dtype, device="meta")
+    return Output((copies, x.shape[-2], features), x.dtype)
 
 
 def reference(

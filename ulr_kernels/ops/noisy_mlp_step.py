@@ -11,7 +11,7 @@ from ulr_kernels.baselines import BASELINES, loss_weights
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes, values
 from ulr_kernels.ops._losses import ACTIVATIONS, activate_, check_loss, check_target, losses_of
-from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, ROW_BITS, Check, Cost, Op, Sample, register, sigma_tensor
+from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, ROW_BITS, Check, Cost, Op, Output, Sample, register, sigma_tensor
 
 INJECTIONS = ("layerwise", "joint")
 MOST_LAYERS = 64  # what a kernel is told of a layer travels with its launch
@@ -83,7 +83,7 @@ def noisy_mlp_step(
     return torch.ops.ulr.noisy_mlp_step(*lists, scale, keys, *how)
 
 
-def check(*args) -> Tensor:
+def check(*args) -> Output:
     return check_step(Check("noisy_mlp_step"), *args)
 
 
@@ -107,7 +107,7 @@ def check_step(
     dist: str,
     draw: int,
     row_offset: int,
-) -> Tensor:
+) -> Output:
     draws = rules.copies(copies, antithetic)
     for argument, value, allowed in (
         ("injection", injection, INJECTIONS),
@@ -135,7 +135,7 @@ def check_step(
     for weight in weights:
         rules.room("weights", 0, weight.shape[0], COL_BITS)
     passes = len(weights) if injection == "layerwise" else 1
-    return torch.empty(passes, copies, x.shape[0], dtype=torch.float32, device="meta")
+    return Output((passes, copies, x.shape[0]), torch.float32)
 
 
 def _check_layers(

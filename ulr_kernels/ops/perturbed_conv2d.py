@@ -10,7 +10,7 @@ from torch import Tensor
 from ulr_kernels.ops import _conv, _perturbed
 from ulr_kernels.ops._conv import Pair, Window
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import Check, Cost, Op, Sample, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._op import Check, Cost, Op, Output, Sample, fp32_tensor, key_tensor, register
 from ulr_kernels.ops._parameters import grid
 from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
 
@@ -82,7 +82,7 @@ def check(
     dilation: list[int],
     groups: int,
     *rest,
-) -> Tensor:
+) -> Output:
     rules, how, window = Check("perturbed_conv2d"), Members(*rest), window_of(stride, padding, dilation, groups)
     _conv.check_kernel(rules, "weight", weight, False)
     _conv.check_window(rules, window)
@@ -95,7 +95,7 @@ def check(
     rules.dtype("weight", weight, (x.dtype,))
     _perturbed.check_bias(rules, weight, bias, how.members)
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
-    return _conv.new_output(x, weight, sizes, window)
+    return _conv.output(x, weight, sizes, window)
 
 
 def reference(y, x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _perturbed
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Sample, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Output, Sample, fp32_tensor, key_tensor, register
 from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
 
 
@@ -56,7 +56,7 @@ def _gather(indices: Tensor, weight: Tensor) -> Tensor:
     return weight[indices]
 
 
-def check(indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> Tensor:
+def check(indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> Output:
     rules, how = Check("perturbed_embedding"), Members(*rest)
     rules.dtype("indices", indices, (torch.int64,))
     rules.dtype("weight", weight, FLOATS)
@@ -68,7 +68,7 @@ def check(indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) ->
     if indices.dim() == 2 and indices.shape[0] != how.members:
         rules.fail("indices", f"have {how.members} members on its first axis, or no such axis", list(indices.shape))
     rules.device("weight", weight.device, indices=indices, sigma=sigma, key=key, mask=how.mask)
-    return torch.empty(how.members, indices.shape[-1], weight.shape[1], dtype=weight.dtype, device="meta")
+    return Output((how.members, indices.shape[-1], weight.shape[1]), weight.dtype)
 
 
 def check_range(indices: Tensor, weight: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_kernels import contract
 from ulr_kernels.ops import _perturbed
 from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Sample, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Output, Sample, fp32_tensor, key_tensor, register
 from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
 
 
@@ -68,7 +68,7 @@ def perturbed_linear(
     return _perturbed.call("perturbed_linear", F.linear, 2, (x, weight, bias, scale), key, (), how)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest) -> Tensor:
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest) -> Output:
     rules, how = Check("perturbed_linear"), Members(*rest)
     rules.dtype("x", x, FLOATS)
     rules.dtype("weight", weight, (x.dtype,))
@@ -83,7 +83,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Te
         rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
     _perturbed.check_bias(rules, weight, bias, how.members)
     rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
-    return torch.empty(how.members, x.shape[-2], weight.shape[0], dtype=x.dtype, device="meta")
+    return Output((how.members, x.shape[-2], weight.shape[0]), x.dtype)
 
 
 def reference(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native, allocating
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles, store, sums_of
-from ulr_kernels.ops._op import allocate
+from ulr_kernels.ops._op import Output
 from ulr_kernels.ops.noisy_linear_grads_ import calls
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
@@ -28,15 +28,15 @@ FEWEST = 32  # rows or features of a tile, however long they are: below this a p
 
 
 @allocating
-def noisy_linear(like, x, weight, bias, sigma, key, copies, antithetic, *noise) -> Tensor:
+def noisy_linear(output, x, weight, bias, sigma, key, copies, antithetic, *noise) -> Tensor:
     """Where one product makes every row of y, it becomes the output."""
     if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
-        add_noise = _noise_adder(like, sigma, key, antithetic, *noise)
+        add_noise = _noise_adder(output, sigma, key, antithetic, *noise)
         product = onednn.linear(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias)
-        made = product.view(like.shape)
+        made = product.view(output.shape)
         add_noise(made.data_ptr())
         return made
-    y = allocate(like, x.device)
+    y = output.allocate(x.device)
     _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
     return y
 
@@ -144,13 +144,13 @@ def _in_one_product(x: Tensor, weight: Tensor) -> bool:
     return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
 
 
-def _noise_adder(like: Tensor, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> Callable[[int], None]:
+def _noise_adder(output: Output, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> Callable[[int], None]:
     """What adds sigma * eps, for all copies, to contiguous values of such a tensor at an address. All that can be
     prepared is, because this runs before the product, and that after it."""
-    copies, rows, features = like.shape
-    dtype, strides = _native.DTYPES[like.dtype], (rows * features, features, 1)
+    copies, rows, features = output.shape
+    dtype, strides = _native.DTYPES[output.dtype], (rows * features, features, 1)
     half = (copies // 2, rows, features) if antithetic else (copies, rows, features)
-    offset = half[0] * strides[0] * like.element_size()
+    offset = half[0] * strides[0] * output.dtype.itemsize
     scale = (sigma.data_ptr(), _native.DTYPES[_FP32], (features,), sigma.stride() or (0,))
     spec = _native.noise_spec(key, *noise, width=noise[-1] + features, antithetic=antithetic)
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()

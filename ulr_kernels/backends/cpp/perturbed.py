@@ -16,7 +16,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native, allocating
 from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.ops._conv import Window
-from ulr_kernels.ops._op import allocate
+from ulr_kernels.ops._op import Output
 from ulr_kernels.ops._perturbed import Members, of_member
 from ulr_kernels.ops.perturbed_conv2d import window_of
 from ulr_kernels.ops.perturbed_embedding import check_range
@@ -28,17 +28,17 @@ PANEL = 2**20  # elements of a panel of W', and of a copy of x
 
 @allocating
 def perturbed_linear(
-    like: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
+    output: Output, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
 ) -> Tensor:
     """Where one product makes all of y, it becomes the output."""
     how = Members(*rest)
-    if not like.numel():
-        return allocate(like, x.device)
+    if not output.numel():
+        return output.allocate(x.device)
     if how.members == 1 and how.rank is None and _in_one_panel(x, weight):
         return _one_panel(x, weight, bias, sigma, key, how)
     if how.rank is not None:
-        return _low_rank(like, x, weight, bias, sigma, key, how)
-    y = allocate(like, x.device)
+        return _low_rank(output, x, weight, bias, sigma, key, how)
+    y = output.allocate(x.device)
     if x.shape[-2] <= FEW_ROWS:
         xs, biases = _members(x, 2, how), _members(bias, 1, how)
         _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
@@ -132,7 +132,7 @@ class _Panels:
 
 
 def _low_rank(
-    like: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
+    output: Output, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, how: Members
 ) -> Tensor:
     own = bias if bias is not None and bias.dim() == 2 else None  # one for each member, added by the pass
     shared = bias if own is None else None
@@ -140,9 +140,9 @@ def _low_rank(
     if x.is_contiguous() and x.numel() and onednn.dense(weight) and onednn.supports(x.dtype):
         base = onednn.linear(x.view(-1, x.shape[-1]), weight, shared)
         base = base.view(-1, x.shape[-2], len(weight))
-        y = base if in_place else allocate(like, x.device)
+        y = base if in_place else output.allocate(x.device)
     else:
-        y = allocate(like, x.device)
+        y = output.allocate(x.device)
         base = y if in_place else y.new_empty(1, *y.shape[1:])
         for part in _feature_parts(weight):
             panel = weight[part].contiguous()
