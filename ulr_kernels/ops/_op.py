@@ -143,7 +143,7 @@ def register(op: Op) -> None:
 
         args = tuple(cast_one(a) if i in op.autocast else a for i, a in enumerate(args))
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # an op's own arithmetic is never cast
-            return getattr(torch.ops.ulr, op.name)(*args)
+            return getattr(torch.ops.ulr, op.name).default(*args)
 
     for key in ("CPU", "CUDA"):
         _library.impl(op.name, run, key)

@@ -124,7 +124,7 @@ def call(name: str, layer: Layer, shared_dims: int, tensors: tuple, key: Tensor,
     refuse_tangents(name, "the layer's own function and ulr.noise", *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Pathwise.apply(name, layer, shared_dims, key, args, how, *tensors)
-    return getattr(torch.ops.ulr, name)(*tensors, key, *args, *how)
+    return getattr(torch.ops.ulr, name).default(*tensors, key, *args, *how)
 
 
 class _Pathwise(torch.autograd.Function):
@@ -134,7 +134,7 @@ class _Pathwise(torch.autograd.Function):
     def forward(ctx, name, layer, shared_dims, key, args, how, *tensors):
         ctx.save_for_backward(key, how.mask, *tensors)
         ctx.layer, ctx.shared_dims, ctx.how = layer, shared_dims, how._replace(mask=None)
-        return getattr(torch.ops.ulr, name)(*tensors, key, *args, *how)
+        return getattr(torch.ops.ulr, name).default(*tensors, key, *args, *how)
 
     @staticmethod
     def backward(ctx, grad):

@@ -70,7 +70,7 @@ def combine_(
     tensors = list(tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     with torch.no_grad():
-        torch.ops.ulr.combine_(
+        torch.ops.ulr.combine_.default(
             tensors,
             _parameters.keys_tensor("combine_", keys, device),
             fp32_tensor("combine_", "coefficients", coefficients, device),

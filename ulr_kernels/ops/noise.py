@@ -31,7 +31,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
             if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word <= contract.WORD:
                 raise ValueError(f"ulr::philox4x32: 'key' must hold integers in [0, 2^32), got {word!r}")
         key = torch.tensor(tuple(key), dtype=torch.int64, device=counter.device)
-    return torch.ops.ulr.philox4x32(counter, key)
+    return torch.ops.ulr.philox4x32.default(counter, key)
 
 
 def _philox_check(counter: Tensor, key: Tensor) -> Output:
@@ -90,7 +90,7 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
     """
     if not isinstance(data, Tensor):
         data = key_tensor("fold_in", data, key.device)
-    return torch.ops.ulr.fold_in(key, data)
+    return torch.ops.ulr.fold_in.default(key, data)
 
 
 def _fold_check(key: Tensor, data: Tensor) -> Output:
@@ -169,7 +169,7 @@ def noise(
     if device is None:
         device = key.device if isinstance(key, Tensor) else torch.device("cpu")
     key = key_tensor("noise", key, torch.device(device))
-    return torch.ops.ulr.noise(key, shape, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.ops.ulr.noise.default(key, shape, dist, sampler, positions, draw, row_offset, col_offset)
 
 
 def noise_like(parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str = "normal") -> Tensor:

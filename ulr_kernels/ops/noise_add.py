@@ -74,7 +74,7 @@ def noise_add(
     which = (feature_dim, copies, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _Pathwise.apply(x, scale, key, *which)
-    return torch.ops.ulr.noise_add(x, scale, key, *which)
+    return torch.ops.ulr.noise_add.default(x, scale, key, *which)
 
 
 class _Pathwise(torch.autograd.Function):
@@ -84,7 +84,7 @@ class _Pathwise(torch.autograd.Function):
     def forward(ctx, x, sigma, key, *which):
         ctx.save_for_backward(x, sigma, key)
         ctx.which = which
-        return torch.ops.ulr.noise_add(x, sigma, key, *which)
+        return torch.ops.ulr.noise_add.default(x, sigma, key, *which)
 
     @staticmethod
     def backward(ctx, grad):
@@ -95,7 +95,7 @@ class _Pathwise(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # y is the noise itself where x is 0 and sigma 1.
             nothing = torch.zeros_like(x, dtype=torch.float32)
-            products = grad.float() * torch.ops.ulr.noise_add(nothing, torch.ones_like(sigma), key, *ctx.which)
+            products = grad.float() * torch.ops.ulr.noise_add.default(nothing, torch.ones_like(sigma), key, *ctx.which)
             axis = 1 + feature_dim % (x.dim() if shared else x.dim() - 1)
             grad_sigma = products.movedim(axis, -1).flatten(0, -2).sum(0) if sigma.dim() else products.sum()
         return grad_x, grad_sigma, None, *(None for _ in ctx.which)

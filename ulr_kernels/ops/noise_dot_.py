@@ -67,7 +67,7 @@ def noise_dot_(
     key = key_tensor("noise_dot_", key, x.device)
     sigma = sigma_tensor("noise_dot_", sigma, x.device, zero=False)
     which = (feature_dim, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    torch.ops.ulr.noise_dot_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
+    torch.ops.ulr.noise_dot_.default(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
 
 
 def check(

@@ -58,7 +58,7 @@ def noise_score(
     key = key_tensor("noise_score", key, loss_weight.device)
     sigma = sigma_tensor("noise_score", sigma, loss_weight.device, zero=False)
     which = (feature_dim, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    return torch.ops.ulr.noise_score(loss_weight, sigma, key, list(shape), *which)
+    return torch.ops.ulr.noise_score.default(loss_weight, sigma, key, list(shape), *which)
 
 
 def check(

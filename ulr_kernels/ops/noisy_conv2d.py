@@ -87,7 +87,7 @@ def noisy_conv2d(
     refuse_tangents("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
         return _Pathwise.apply(x, weight, bias, scale, key, *spec)
-    return torch.ops.ulr.noisy_conv2d(x, weight, bias, scale, key, *spec)
+    return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, scale, key, *spec)
 
 
 class _Pathwise(torch.autograd.Function):
@@ -97,7 +97,7 @@ class _Pathwise(torch.autograd.Function):
     def forward(ctx, x, weight, bias, sigma, key, *spec):
         ctx.save_for_backward(x, weight, bias, sigma, key)
         ctx.spec = spec
-        return torch.ops.ulr.noisy_conv2d(x, weight, bias, sigma, key, *spec)
+        return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, sigma, key, *spec)
 
     @staticmethod
     def backward(ctx, grad):
@@ -115,7 +115,9 @@ class _Pathwise(torch.autograd.Function):
             by_row = grad.float().movedim(2, -1).flatten(1, 3)
             nothing = by_row.new_zeros(by_row.shape[1], 0)
             unit = torch.ones_like(sigma)
-            eps = torch.ops.ulr.noisy_linear(nothing, nothing.new_zeros(grad.shape[2], 0), None, unit, key, *which)
+            eps = torch.ops.ulr.noisy_linear.default(
+                nothing, nothing.new_zeros(grad.shape[2], 0), None, unit, key, *which
+            )
             grad_sigma = (by_row * eps).sum((0, 1))
             grad_sigma = grad_sigma if sigma.dim() else grad_sigma.sum()
         return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.spec)

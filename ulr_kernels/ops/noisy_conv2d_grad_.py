@@ -73,7 +73,7 @@ def noisy_conv2d_grad_(
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key = key_tensor(op, key, x.device)
     sigma = sigma_tensor(op, sigma, x.device, zero=False)
-    torch.ops.ulr.noisy_conv2d_grad_(
+    torch.ops.ulr.noisy_conv2d_grad_.default(
         grad_weight,
         grad_bias,
         grad_log_sigma,

@@ -65,7 +65,7 @@ def noisy_conv2d_replay_(
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key = key_tensor(op, key, x.device)
     sigma = sigma_tensor(op, sigma, x.device, zero=False)
-    return torch.ops.ulr.noisy_conv2d_replay_(
+    return torch.ops.ulr.noisy_conv2d_replay_.default(
         grad_weight,
         grad_bias,
         grad_log_sigma,

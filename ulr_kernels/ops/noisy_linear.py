@@ -67,7 +67,7 @@ def noisy_linear(
     refuse_tangents("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
         return _Pathwise.apply(x, weight, bias, scale, key, *spec)
-    return torch.ops.ulr.noisy_linear(x, weight, bias, scale, key, *spec)
+    return torch.ops.ulr.noisy_linear.default(x, weight, bias, scale, key, *spec)
 
 
 class _Pathwise(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _Pathwise(torch.autograd.Function):
     def forward(ctx, x, weight, bias, sigma, key, *spec):
         ctx.save_for_backward(x, weight, bias, sigma, key)
         ctx.spec = spec
-        return torch.ops.ulr.noisy_linear(x, weight, bias, sigma, key, *spec)
+        return torch.ops.ulr.noisy_linear.default(x, weight, bias, sigma, key, *spec)
 
     @staticmethod
     def backward(ctx, grad):
@@ -92,7 +92,7 @@ class _Pathwise(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             # sigma * eps is the op's output for x = 0; with sigma 1 it is eps itself, made again.
             nothing = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
-            eps = torch.ops.ulr.noisy_linear(
+            eps = torch.ops.ulr.noisy_linear.default(
                 nothing, nothing.new_zeros(weight.shape[0], 0), None, torch.ones_like(sigma), key, *ctx.spec
             )
             grad_sigma = (grad.float() * eps).sum((0, 1))

@@ -63,7 +63,9 @@ def noisy_linear_cross_entropy_(
     key = key_tensor("noisy_linear_cross_entropy_", key, x.device)
     scale = sigma_tensor("noisy_linear_cross_entropy_", sigma, x.device, zero=False)
     how = (copies, antithetic, label_smoothing, baseline, dist, draw, row_offset)
-    return torch.ops.ulr.noisy_linear_cross_entropy_(grad_weight, grad_bias, x, target, weight, bias, scale, key, *how)
+    return torch.ops.ulr.noisy_linear_cross_entropy_.default(
+        grad_weight, grad_bias, x, target, weight, bias, scale, key, *how
+    )
 
 
 def as_mlp(

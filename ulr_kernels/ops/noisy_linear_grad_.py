@@ -56,7 +56,7 @@ def noisy_linear_grad_(
     """
     key = key_tensor("noisy_linear_grad_", key, x.device)
     sigma = sigma_tensor("noisy_linear_grad_", sigma, x.device, zero=False)
-    torch.ops.ulr.noisy_linear_grad_(
+    torch.ops.ulr.noisy_linear_grad_.default(
         grad_weight,
         grad_bias,
         grad_log_sigma,

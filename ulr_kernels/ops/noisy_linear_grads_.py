@@ -61,7 +61,7 @@ def noisy_linear_grads_(
     ]
     lists = (list(grad_weights), biases, list(xs), list(loss_weights), scales, list(keys))
     places = (list(positions), draw, list(row_offset), list(col_offset))
-    torch.ops.ulr.noisy_linear_grads_(*lists, antithetic, dist, sampler, *places)
+    torch.ops.ulr.noisy_linear_grads_.default(*lists, antithetic, dist, sampler, *places)
 
 
 def calls(

@@ -52,7 +52,7 @@ def noisy_linear_replay_(
     """
     key = key_tensor("noisy_linear_replay_", key, x.device)
     sigma = sigma_tensor("noisy_linear_replay_", sigma, x.device, zero=False)
-    return torch.ops.ulr.noisy_linear_replay_(
+    return torch.ops.ulr.noisy_linear_replay_.default(
         grad_weight,
         grad_bias,
         grad_log_sigma,

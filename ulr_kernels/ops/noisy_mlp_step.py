@@ -80,7 +80,7 @@ def noisy_mlp_step(
         scale = scale.expand(len(weights))
     lists = (list(grad_weights), list(grad_biases), x, target, list(weights), list(biases))
     how = (copies, antithetic, injection, activation, loss, label_smoothing, baseline, dist, draw, row_offset)
-    return torch.ops.ulr.noisy_mlp_step(*lists, scale, keys, *how)
+    return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how)
 
 
 def check(*args) -> Output:

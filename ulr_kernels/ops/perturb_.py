@@ -50,7 +50,7 @@ def perturb_(
     tensors = list(tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     with torch.no_grad():
-        torch.ops.ulr.perturb_(
+        torch.ops.ulr.perturb_.default(
             tensors,
             _parameters.keys_tensor("perturb_", keys, device),
             fp32_tensor("perturb_", "scale", scale, device),
