@@ -17,7 +17,8 @@ using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<OmpParallel> omp_parallel{nullptr};
 
 // The range is cut into one part for each thread, so that neighbouring work stays on one core; a thread that has done
-// its own part helps with the others', so that a core that is busy elsewhere holds nobody up.
+// its own part helps with the others', so that a core that is busy elsewhere holds nobody up. The first part is the
+// caller's, as in other libraries: what a product left in its core's cache is found there.
 struct Part {
     alignas(64) std::atomic<int64_t> next;
     int64_t end;
@@ -25,7 +26,8 @@ struct Part {
 
 struct Work {
     std::vector<Part> parts;
-    std::atomic<size_t> arrived{0};
+    std::atomic<size_t> arrived{1};
+    std::thread::id caller;
     int64_t grain;
     void (*body)(void*, int64_t, int64_t);
     void* context;
@@ -33,7 +35,8 @@ struct Work {
 
 void run(void* work) {
     auto& w = *static_cast<Work*>(work);
-    const size_t own = w.arrived.fetch_add(1), parts = w.parts.size();
+    const size_t parts = w.parts.size();
+    const size_t own = std::this_thread::get_id() == w.caller ? 0 : w.arrived.fetch_add(1);
     for (size_t turn = 0; turn < parts; ++turn) {
         Part& part = w.parts[(own + turn) % parts];
         for (int64_t first; (first = part.next.fetch_add(w.grain)) < part.end;)
@@ -56,6 +59,7 @@ void ulr::parallel(int threads, int64_t count, int64_t grain, void (*body)(void*
         work.parts[part].next = count * part / threads;
         work.parts[part].end = count * (part + 1) / threads;
     }
+    work.caller = std::this_thread::get_id();
     work.grain = grain;
     work.body = body;
     work.context = context;
