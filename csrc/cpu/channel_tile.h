@@ -67,8 +67,14 @@ class ChannelTile {
         blocks_ = (lead_ + at.cols - 1) / columns_of_call + 1;
         calls_ = draws * blocks_ * at.rows;
         plane_ = calls_ + kLanes;
-        philox_words<ByWord>(key_, Counters<ByWord>(block, at.row, draw, layout_.calls(blocks_, at.rows)), calls_,
-                             words_, plane_);
+        if (fills_vectors(at.rows)) {
+            for (int64_t i = 0; i < draws * blocks_; ++i)  // what a block leaves beyond its end, the next one takes
+                philox_words<ByWord>(key_, ColumnCounters(key_, block + i % blocks_, at.row, draw + i / blocks_),
+                                     at.rows, words_ + i * at.rows, plane_);
+        } else {
+            philox_words<ByWord>(key_, Counters<ByWord>(block, at.row, draw, layout_.calls(blocks_, at.rows)), calls_,
+                                 words_, plane_);
+        }
     }
 
     void make_values(const Extent& at) {

@@ -115,6 +115,11 @@ class Counters {
     Calls calls_;
 };
 
+struct Product {
+    Product(uint32_t a, uint32_t b) : high(static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32)), low(a * b) {}
+    uint32_t high, low;
+};
+
 // Of the neighbouring blocks of one row. Half of what the first two rounds compute is the same for all of them, and the
 // other half's first product grows by the same from one vector to the next.
 class RowCounters {
@@ -125,12 +130,11 @@ class RowCounters {
         : product_(multiply(widen(set(static_cast<uint32_t>(block)) + call_of_lane()), set(kPhiloxM0))),
           step_(multiply(widen(set(static_cast<uint32_t>(kLanes))), set(kPhiloxM0))),
           key_(set(key.k1[0])) {
-        const uint64_t of_draw = static_cast<uint64_t>(kPhiloxM1) * static_cast<uint32_t>(draw);
-        const uint32_t word0 = high(of_draw) ^ static_cast<uint32_t>(row) ^ key.k0[0];
-        const uint64_t of_row = static_cast<uint64_t>(kPhiloxM0) * word0;
-        xor0_ = set(static_cast<uint32_t>(of_draw) ^ key.k0[1]);
-        xor2_ = set(high(of_row) ^ key.k1[1]);
-        word3_ = widen(set(static_cast<uint32_t>(of_row)));
+        const Product of_draw(kPhiloxM1, static_cast<uint32_t>(draw));
+        const Product of_row(kPhiloxM0, of_draw.high ^ static_cast<uint32_t>(row) ^ key.k0[0]);
+        xor0_ = set(of_draw.low ^ key.k0[1]);
+        xor2_ = set(of_row.high ^ key.k1[1]);
+        word3_ = widen(set(of_row.low));
     }
 
     void next(W (&c)[4]) {
@@ -142,11 +146,50 @@ class RowCounters {
     }
 
   private:
-    static uint32_t high(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
-
     W product_, step_, word3_;
     U key_, xor0_, xor2_;
 };
+
+// Of the neighbouring rows of one block: likewise, of the first three rounds.
+class ColumnCounters {
+  public:
+    static constexpr int kRound = 3;
+
+    ColumnCounters(const KeySchedule& key, int64_t block, int64_t row, int64_t draw) {
+        uint32_t lanes[kLanes];
+        for (uint32_t lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<uint32_t>(row) + lane;
+        row_ = load(lanes);
+        const Product of_block(kPhiloxM0, static_cast<uint32_t>(block)),
+            of_draw(kPhiloxM1, static_cast<uint32_t>(draw));
+        const Product second(kPhiloxM1, of_block.high ^ key.k1[0]);
+        const Product third(kPhiloxM0, second.high ^ of_draw.low ^ key.k0[1]);
+        xor_row_ = set(of_draw.high ^ key.k0[0]);
+        xor_second_ = set(of_block.low ^ key.k1[1]);
+        xor0_ = set(second.low ^ key.k0[2]);
+        xor2_ = set(third.high ^ key.k1[2]);
+        word3_ = widen(set(third.low));
+    }
+
+    void next(W (&c)[4]) {
+        const W product = multiply(widen(row_ ^ xor_row_), set(kPhiloxM0));
+        c[1] = multiply(high_xor(product, xor_second_), set(kPhiloxM1));
+        c[0] = high_xor(c[1], xor0_);
+        c[2] = product ^ xor2_;
+        c[3] = word3_;
+        row_ = row_ + set(static_cast<uint32_t>(kLanes));
+    }
+
+  private:
+    W word3_;
+    U row_, xor_row_, xor_second_, xor0_, xor2_;
+};
+
+// Whether calls that share their row, or their block, are best made by themselves: several vectors, of which the last
+// wastes few lanes.
+inline bool fills_vectors(int64_t calls) {
+    const int64_t lanes = (calls + kLanes - 1) / kLanes * kLanes;
+    return calls > kLanes && (lanes - calls) * 16 <= calls;
+}
 
 // The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. Inlined by force, as
 // is its caller: called, steps would wait for one another's places in memory, and noise take half as long again.
@@ -294,12 +337,6 @@ class Tile {
                                  draws * at.rows * blocks, words_);
         }
         return blocks;
-    }
-
-    // Whether a row by itself is the faster way: several vectors, of which the last wastes few lanes.
-    static bool fills_vectors(int64_t blocks) {
-        const int64_t lanes = (blocks + kLanes - 1) / kLanes * kLanes;
-        return blocks > kLanes && (lanes - blocks) * 16 <= blocks;
     }
 
     void make_values(const Extent& at) {
