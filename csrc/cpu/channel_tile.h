@@ -36,9 +36,7 @@ class ChannelTile {
 
     // noise(draw, column)(r) is the vector of the last tile's values from row r on.
     auto noise() const {
-        return [this](int64_t draw, int64_t col) {
-            return [values = channel(draw, col)](int64_t r) { return load(values + r); };
-        };
+        return [this](int64_t draw, int64_t col) { return vectors(channel(draw, col)); };
     }
 
     // As Tile::use.

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "noisy_pass.h"
+#include "tile.h"
 
 namespace ulr {
 inline namespace ULR_ISA {

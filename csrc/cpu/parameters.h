@@ -111,8 +111,7 @@ class ParameterNoise {
                 body([&](int64_t row) { return noise(0, row); });
             });
         multiply(at);
-        body(
-            [this](int64_t row) { return [values = product_ + row * pitch_](int64_t c) { return load(values + c); }; });
+        body([this](int64_t row) { return vectors(product_ + row * pitch_); });
     }
 
   private:
@@ -158,12 +157,12 @@ class Rounding {
         : stochastic_(stochastic), key_(fold_in(p.key, kRoundingStream)), tile_(of_key(spec)) {}
 
     void make(const Extent& at) {
-        if (sizeof(T) == 2 && stochastic_) tile_.make_words(at);
+        if (at_random()) tile_.make_words(at);
     }
 
     // Columns from c on of a row of the last tile; the first n lanes.
     void store(T* to, F value, int64_t row, int64_t c, int64_t n) const {
-        if (sizeof(T) == 2 && stochastic_) {
+        if (at_random()) {
             const U word = bits(value);
             const U moved = (word + shift_right<16>(load(tile_.words(0, row) + c))) & set(0xffff0000u);
             const M infinite = not_less(word & set(0x7fffffffu), set(0x7f800000u));
@@ -173,6 +172,8 @@ class Rounding {
     }
 
   private:
+    bool at_random() const { return sizeof(T) == 2 && stochastic_; }  // known to the compiler where T is fp32
+
     ulr_noise_spec of_key(ulr_noise_spec spec) {
         spec_ = spec;
         spec_.key = &key_;

@@ -157,10 +157,10 @@ class ColumnCounters {
 
     ColumnCounters(const KeySchedule& key, int64_t block, int64_t row, int64_t draw) {
         uint32_t lanes[kLanes];
-        for (uint32_t lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<uint32_t>(row) + lane;
-        row_ = load(lanes);
-        const Product of_block(kPhiloxM0, static_cast<uint32_t>(block)),
-            of_draw(kPhiloxM1, static_cast<uint32_t>(draw));
+        ByWord::order(lanes);
+        row_ = set(static_cast<uint32_t>(row)) + load(lanes);
+        const Product of_block(kPhiloxM0, static_cast<uint32_t>(block));
+        const Product of_draw(kPhiloxM1, static_cast<uint32_t>(draw));
         const Product second(kPhiloxM1, of_block.high ^ key.k1[0]);
         const Product third(kPhiloxM0, second.high ^ of_draw.low ^ key.k0[1]);
         xor_row_ = set(of_draw.high ^ key.k0[0]);
@@ -273,6 +273,11 @@ inline void quantiles(const Octaves& table, const uint32_t* words, int64_t count
     for (int64_t i = 0; i < count; i += kLanes) store(values + i, quantile(load(words + i)));
 }
 
+// vectors(values)(i): the vector of values from i on.
+inline auto vectors(const float* values) {
+    return [values](int64_t i) { return load(values + i); };
+}
+
 // Makes tiles of one noise. Element (d, r, c) of the last tile is at row(d, r)[c].
 class Tile {
   public:
@@ -297,8 +302,7 @@ class Tile {
 
     // noise(draw, row)(c) is the vector of the last tile's values from column c on.
     auto noise() const {
-        return
-            [this](int64_t draw, int64_t r) { return [values = row(draw, r)](int64_t c) { return load(values + c); }; };
+        return [this](int64_t draw, int64_t r) { return vectors(row(draw, r)); };
     }
 
     // Makes a tile for body(noise), its noise as above. For values that are used once: each is made there, so that its
