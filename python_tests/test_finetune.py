@@ -79,10 +79,17 @@ def test_an_encoder_pools_the_tokens_and_not_the_padding(files: Path):
     short, long = (loaded.encoder.encode(text) for text in ("fine film", "it was a boring film"))
     together = loaded.model.features(**loaded.encoder.batch([short, long], torch.device("cpu")))
     for row, ids in enumerate((short, long)):
-        alone = loaded.encoder.batch([ids], torch.device("cpu"))
-        states = loaded.model.backbone(input_ids=alone["ids"]).last_hidden_state
+        states = loaded.model.backbone(input_ids=torch.tensor([ids])).last_hidden_state
         torch.testing.assert_close(together[row], states[0].mean(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(loaded.model(features=together), torch.zeros(2, 2))
+
+
+def test_batches_have_few_lengths(files: Path):
+    encoder = models.build(str(files / "encoder"), 2, tune="head", max_tokens=32).encoder
+    for longest, length in ((1, 8), (8, 8), (9, 16)):
+        batch = encoder.batch([[5] * longest, [7]], torch.device("cpu"))
+        assert batch["ids"].shape == batch["mask"].shape == (2, length)
+        assert batch["mask"].sum(1).tolist() == [longest, 1]
 
 
 def test_a_causal_model_begins_as_its_own_calibrated_classifier(files: Path):
