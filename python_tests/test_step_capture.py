@@ -59,10 +59,10 @@ def _tensors(result: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def filled(*widths: int) -> nn.Sequential:
+def filled(*widths: int, device: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
-        layer = unfilled(nn.Linear, inputs, outputs)
+        layer = unfilled(nn.Linear, inputs, outputs).to(device)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(ulr.noise_like(parameter, number) / inputs**0.5)
@@ -73,7 +73,7 @@ def filled(*widths: int) -> nn.Sequential:
 def training(device: str = "cpu", whole: bool = False, **settings) -> tuple[nn.Sequential, ulr.ULR, Callable[[], None]]:
     """A model, its estimator, and a step of training that keeps to the same memory; `whole`: with a loss that the
     estimator knows, so that one op does it."""
-    model = filled(8, 6, 3).to(device)
+    model = filled(8, 6, 3, device=device)
     estimator = ulr.ULR(model, copies=4, seed=7, **settings)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = ulr.noise((5, 8), 3, device=device), torch.arange(5, device=device) % 3
@@ -130,6 +130,25 @@ def test_a_key_from_the_host_is_seen(monkeypatch) -> None:
     recording.replay()
     assert recording.reads
     assert not torch.equal(bits(model), bits(expected))
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["closure", "batch"])
+def test_an_optimiser_s_step_is_told_no_places_by_the_host(together) -> None:
+    """Indexing by a list or a range copies it to the device, which the host waits for."""
+    model, loss_fn = filled(8, 6, 3, device="cpu"), nn.CrossEntropyLoss(reduction="none")
+    optimiser = ulr.optim.EGGROLL(model, lr=1e-3, sigma=0.01, population=8)
+    x, y = ulr.noise((5, 8), 3), torch.arange(5) % 3
+
+    def step() -> None:
+        if together:
+            optimiser.step_batch(x, y, loss_fn, chunk=3)
+        else:
+            optimiser.step(lambda: loss_fn(model(x), y).mean())
+
+    step()  # the first batch of a shape is looked at more closely
+    with Recording() as recording:
+        step()
+    assert not [name for name in recording.operations() if name.startswith("aten.index")]
 
 
 def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:

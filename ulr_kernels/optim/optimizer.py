@@ -243,14 +243,16 @@ class ForwardOptimizer(torch.optim.Optimizer):
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
         probes = self._probes()
         own = self._own(probes)
-        losses = torch.zeros(len(probes), batch.samples, dtype=torch.float32, device=self._device())
+        rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
         most = len(probes) if chunk is None else self._count("chunk", chunk, 1)
         for forward in together([probes[place] for place in own], most):
             forward = forward._replace(places=[own[place] for place in forward.places])
-            losses[forward.places] = found = self._evaluate(forward, batch, loss_fn).to(losses.device)
+            found = self._evaluate(forward, batch, loss_fn).to(self._device())
+            for place, losses in zip(forward.places, found.unbind(), strict=True):
+                rows[place] = losses
             if len(forward.places) > 1 and batch.signature not in self._checked_batches:
                 self._check_apart(probes[forward.places[-1]], batch, loss_fn, found)
-        return self._collect(losses)
+        return self._collect(torch.stack(rows))
 
     def _evaluate(self, forward: Together, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """fp32 `[members, samples]`: the losses of probes that one forward evaluates."""
@@ -290,7 +292,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if self._losses and self._losses[0].shape != losses.shape:
             self._fail("closure", f"give losses {list(self._losses[0].shape)} as before", list(losses.shape))
         self._losses.append(losses)
-        return losses[self._own(losses)].mean()
+        own = self._own(losses)
+        return losses[own.start : own.stop].mean()  # a range would be copied to the device, which the host waits for
 
     def _own(self, probes: Sized) -> range:
         """The places of the probes that this process evaluates."""
