@@ -240,14 +240,15 @@ class Seen(nn.Module):
         self.norm = nn.LayerNorm(100)
 
     def forward(self):
-        eye = torch.eye(48)
+        device = self.product.device
+        eye = torch.eye(48, device=device)
         for layer in (self.linear, self.other):
-            yield (layer(torch.zeros(1, 48))[0],)
+            yield (layer(torch.zeros(1, 48, device=device))[0],)
             yield (F.linear(eye, layer.weight).T,)
-        yield (self.table(torch.arange(37)),)
-        yield (self.image(torch.eye(30).view(30, 3, 2, 5)).view(30, 20).T - self.image.bias[:, None],)
-        yield (torch.eye(24) @ self.product,)
-        yield (F.layer_norm(torch.zeros(1, 100), (100,), self.norm.weight, self.norm.bias)[0],)
+        yield (self.table(torch.arange(37, device=device)),)
+        yield (self.image(torch.eye(30, device=device).view(30, 3, 2, 5)).view(30, 20).T - self.image.bias[:, None],)
+        yield (torch.eye(24, device=device) @ self.product,)
+        yield (F.layer_norm(torch.zeros(1, 100, device=device), (100,), self.norm.weight, self.norm.bias)[0],)
 
 
 NAMES = "linear.bias linear.weight other.bias other.weight table.weight image.weight product norm.bias".split()
@@ -259,8 +260,8 @@ def seen(model: Seen, optimizer, draw: int) -> dict[str, Tensor]:
         return {name: values.clone() for name, (values,) in zip(NAMES, model(), strict=True)}
 
 
-def zeroed() -> Seen:
-    model = Seen()
+def zeroed(device: str = "cpu") -> Seen:
+    model = Seen().to(device)
     for p in model.parameters():
         p.data.zero_()
     return model
@@ -269,7 +270,7 @@ def zeroed() -> Seen:
 def test_update_moves_along_the_very_noise_of_the_forward(device):
     """With weights 0, scale 1 and coefficient 1 both are the noise itself, without rounding."""
     needs(device, "perturbed_linear", "perturbed_embedding", "perturbed_conv2d", "combine_")
-    model = zeroed()
+    model = zeroed(device)
     optimizer = MeZO(model, eps=1.0, lr=1.0)
     forward = seen(model, optimizer, 0)
     parameters = dict(model.named_parameters())

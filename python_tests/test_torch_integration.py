@@ -245,7 +245,7 @@ def test_noise_like_views_a_parameter_as_rows_and_columns(device) -> None:
     kernel = torch.empty(4, 3, 2, 2, device=device)
     assert torch.equal(ulr.noise_like(kernel, 9), ulr.noise((4, 12), 9, device=device).view(4, 3, 2, 2))
     assert torch.equal(ulr.noise_like(kernel[0, 0, 0], 9), ulr.noise((2,), 9, device=device))
-    assert ulr.noise_like(torch.tensor(1.0), 9).shape == () and ulr.noise_like(kernel[:0], 9).shape == (0, 3, 2, 2)
+    assert ulr.noise_like(kernel[0, 0, 0, 0], 9).shape == () and ulr.noise_like(kernel[:0], 9).shape == (0, 3, 2, 2)
     assert contract.CONTRACT_VERSION == 1
 
 

@@ -294,7 +294,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample("stochastic", (tensors, keys, [1e-3, -2e-3]), {"stochastic": True, "draw": 2})
         yield Sample("adam-stochastic", (few, keys[:3], many), adam(few, stochastic=True, dist="laplace", **at))
         yield Sample("mixed", ([few[0], few[1].float(), few[2].half()], keys[:3], many), velocity | {"momentum": 0.0})
-    yield Sample("empty", ([], [], many))
+    no_keys = torch.empty(0, dtype=torch.int64, device=device)
+    yield Sample("empty", ([], no_keys, torch.tensor(many, device=device)))
     yield from _parameters.bad_samples(device, dtype, many)
 
     call = (few, keys[:3], many)
