@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown := sorted(pairs - set(HERE) - set(APART)):
         raise pytest.UsageError(f"--require: unknown {', '.join(unknown)}; known: {', '.join(HERE + APART)}")
     config.stash[_REQUIRED] = pairs
+    torch.backends.cudnn.allow_tf32 = False  # the convolutions that ours are held to would keep 10 bits of fp32
     if workers := getattr(config, "workerinput", {}).get("workercount"):  # processes of pytest-xdist share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 

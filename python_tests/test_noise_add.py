@@ -177,8 +177,8 @@ def test_unbiased_for_a_quadratic_loss() -> None:
 
 def test_pathwise_gradients(device) -> None:
     for shared, shape in ((True, (3, 5, 4)), (False, (4, 3, 5, 4))):
-        for sigma in (torch.tensor(0.5), ulr.noise((5,), 4).abs() + 0.1):
-            leaves = [t.to(device).requires_grad_() for t in (ulr.noise(shape, 3), sigma)]
+        for sigma in (torch.tensor(0.5, device=device), ulr.noise((5,), 4, device=device).abs() + 0.1):
+            leaves = [t.requires_grad_() for t in (ulr.noise(shape, 3, device=device), sigma)]
             y = ulr.ops.noise_add(*leaves, 7, feature_dim=1, copies=4, shared=shared, antithetic=True)
             twins = [t.detach().clone().requires_grad_() for t in leaves]
             eps = torch.stack([ulr.noise((3, 4, 5), 7, draw=c, device=device).movedim(-1, 1) for c in range(2)])
