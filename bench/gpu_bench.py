@@ -143,12 +143,13 @@ def lost(device: str) -> bool:
 
 
 def run_rows(options: argparse.Namespace) -> None:
-    """The table of the GPU's rows.
+    """The table of the GPU's rows. fp32 is fp32 for all: cuDNN's convolutions, by default in TF32, are told so.
 
     A kernel that never ends or that loses the device takes the process with it, not the rows after it: what has been
     done is in OUT/gpu.part before each row begins, and the exit code LOST asks for a process that goes on.
     """
     device, small, part = options.device, options.small, options.out / "gpu.part"
+    torch.backends.cudnn.allow_tf32 = False
     facts = machine.facts(device)
     if options.go_on:
         done = json.loads(part.read_text())
