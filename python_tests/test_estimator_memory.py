@@ -207,7 +207,7 @@ class Counter(nn.Module):
         if self.varies == "value":
             return self.other(self.calls * self.fc(x))
         h = self.fc(x)
-        return self.other(h) if self.calls < 8 else self.other(self.fc(x) + h)  # 8: the replay of the first step
+        return self.other(h) if self.calls < 9 else self.other(self.fc(x) + h)  # 9: the replay of the first step
 
 
 def test_a_forward_that_changes_is_refused():

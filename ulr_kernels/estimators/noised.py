@@ -52,6 +52,8 @@ class NoisedPass(Meeting):
         replay: add the gradients now.
         probing: makes the noise of weights, if any have some.
         prefix: what earlier forwards of this pass have found in front of the noise, or is to be found for later ones.
+        noisy: bool `[copies * samples]`, on the model's device: those that get the noise, the others going on as they
+            are; None for all. Only where the model is given all copies, and nothing is replayed.
 
     Attributes:
         order: the layers of the noised calls, in their order.
@@ -72,6 +74,7 @@ class NoisedPass(Meeting):
         replay: Replay | None,
         probing: Probing | None,
         prefix: Prefix | None,
+        noisy: Tensor | None,
     ) -> None:
         super().__init__(layers, parameters, inputs)
         self._noises = noises
@@ -80,6 +83,7 @@ class NoisedPass(Meeting):
         self._cut, self._keep, self._replay = cut, keep, replay
         self.probing = probing
         self._prefix = prefix  # until the noise is reached
+        self._noisy = noisy
         self._counts: dict[str, int] = {}
         self.order: list[str] = []
         self.calls: list[tuple[str, Call]] = []
@@ -128,6 +132,9 @@ class NoisedPass(Meeting):
         result = call.noised(noise, self._samples, x_copies, shared=shared, rides=silent, known=known)
         if last:
             raise Finished
+        if self._noisy is not None and not rides:
+            rows = self._noisy.repeat_interleave(len(result) // len(self._noisy)).view(-1, *[1] * (result.dim() - 1))
+            result.copy_(torch.where(rows, result, call.forward(*call.inputs)))  # it may be what the model writes into
         return result, 0 if rides else NOISED
 
     def recalled(self, bits: int) -> tuple[Any, int] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ class Plan(NamedTuple):
 
 
 def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
-    """Watch a clean forward of two copies, then try for each pass whether its prefix can run on one copy."""
-    recording = _watch(estimator, batch, loss_fn)
+    """Watch a clean forward of two copies, then try for each pass whether noise keeps to its samples, and whether its
+    prefix can run on one copy."""
+    recording, clean_losses = _watch(estimator, batch, loss_fn)
     s = estimator.settings
     if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values(), default=0) > 1:
         fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
@@ -80,7 +82,11 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     device = estimator.device
     sites = torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
     keys = estimator.keys(names, sites)
-    passes = [_tried(estimator, item, keys, batch) for item in _passes(layers, weights, riders, s)]
+    passes = []
+    for item in _passes(layers, weights, riders, s):
+        if item.layers:
+            _refuse_mixing(estimator, item, keys, batch, loss_fn, clean_losses)
+        passes.append(_tried(estimator, item, keys, batch))
     clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), (), 1, {}, shared=True), *passes))
     return Plan(tuple(bounded), clean, names, sites)
 
@@ -101,15 +107,16 @@ def _passes(
         yield Pass((), own, settings.copies_of(layer), riders)
 
 
-def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
-    """A clean forward of two copies; whether the model and the loss keep the rules shows in it."""
+def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> tuple[Recording, Tensor]:
+    """A clean forward of two copies; whether the model and the loss keep the rules shows in it. And the losses."""
     inputs = repeat(batch.x, 2)
     recording = Recording(estimator.layers, estimator.followed, inputs, batch.samples)
-    with recording:
+    with _rows_are_samples("model", lambda: apply(estimator.model, repeat(batch.x, 1))), recording:
         outputs = apply(estimator.model, inputs)
     for call in recording.met_calls:
         call.check_unchanged()
-    losses = batch.losses(outputs, loss_fn, 2)
+    with _rows_are_samples("loss_fn", lambda: batch.losses(apply(estimator.model, repeat(batch.x, 1)), loss_fn, 1)):
+        losses = batch.losses(outputs, loss_fn, 2)
     if not same(losses[0], losses[1]):
         fail_rows("the loss")
     refuse_unreached(estimator.followed, estimator.names, recording)
@@ -120,7 +127,51 @@ def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
     again = batch.losses(outputs, loss_fn, 2)
     if not same(losses, again):
         fail("model", "compute the same in every forward, as each pass runs its own", "other losses the second time")
-    return recording
+    return recording, again
+
+
+@contextlib.contextmanager
+def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator[None]:
+    """What torch says of the rows of two copies, in words where one copy has no such trouble."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError) as error:
+        if str(error).startswith("ulr"):
+            raise
+        try:
+            on_one_copy()
+        except Exception:
+            raise error from None
+        fail(
+            argument,
+            "take any number of rows, copies times samples, without a state from earlier forwards or anything else of "
+            "a fixed number of rows (ulr.optim's step(closure) trains models whose rows are no samples, as a graph's)",
+            f"in a forward of two copies: {error}",
+        )
+
+
+def _refuse_mixing(
+    estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction, clean: Tensor
+) -> None:
+    """Raise if noise on some samples changes the losses of others: the gradient would lack what it does there.
+
+    That is so where samples see one another (attention across the batch, its mean, a loss of pairs), and where a layer
+    has its rows in another order than samples first, so that the noise goes to others than those it is counted for.
+    """
+    # Which samples get noise has no period (Thue and Morse's sequence), so it differs within pairs at any distance.
+    marks = [sample.bit_count() % 2 == 1 for sample in range(batch.samples)]
+    noisy = torch.tensor([marks, [not mark for mark in marks]], device=estimator.device)
+    item = item._replace(weights=())
+    outputs = estimator.noised(item, keys, batch, 2, keep=False, noisy=noisy.flatten())[1]
+    change = torch.nan_to_num(batch.losses(outputs, loss_fn, 2) - clean)
+    noisy = noisy.to(change.device)
+    if change[~noisy].norm() > 0.01 * change[noisy].norm() + 1e-5 * torch.nan_to_num(clean).norm():
+        fail(
+            "model",
+            "compute each sample from its own alone, and give each layer its samples first: [samples, ...], or rows of "
+            "a sample one behind the other, [samples * rows, ...]",
+            f"losses that change with the noise of other samples ({', '.join(item.layers)})",
+        )
 
 
 def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:

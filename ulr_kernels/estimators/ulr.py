@@ -37,7 +37,8 @@ class ULR:
     smooth; `rademacher` noise (SPSA) only as sigma goes to 0.
 
     The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each from its
-    own inputs. Any torch function that brings a trained parameter and samples together is a layer, whose output gets
+    own inputs: on the first batch of a shape, noise on some samples is tried to leave the losses of all others alone.
+    Any torch function that brings a trained parameter and samples together is a layer, whose output gets
     the noise; tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A
     layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its
     running statistics.
@@ -63,7 +64,8 @@ class ULR:
             either, in which the others have "logits". sigma is then in units of the weights.
         dist: "normal", "laplace" or "rademacher".
         sampler: "iid", or "sobol": the copies of a sample are a scrambled Sobol sequence.
-        baseline: "mean": of the other copies or pairs of the sample; "clean": the loss without noise; "none".
+        baseline: "mean": of the other copies or pairs of the sample, nothing where there are none (one copy then needs
+            "clean", or its estimates vary with all of the loss); "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
         learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
             nn.Linear, nn.Conv1d, nn.Conv2d and normalisation layers, else one; its gradient is
@@ -274,6 +276,7 @@ class ULR:
         keep: bool = True,
         replay: Replay | None = None,
         prefix: Prefix | None = None,
+        noisy: Tensor | None = None,
     ) -> tuple[NoisedPass, Any]:
         """One forward of a pass, for `copies` copies from a draw on; and the model's output."""
         s = self.settings
@@ -285,7 +288,9 @@ class ULR:
 
         def forward(probing: Probing | None, inputs: Any) -> tuple[NoisedPass, Any]:
             arguments = (self.layers, self.followed, inputs, noises, item.riders, batch.samples)
-            noised = NoisedPass(*arguments, cut=item.cut, keep=keep, replay=replay, probing=probing, prefix=prefix)
+            noised = NoisedPass(
+                *arguments, cut=item.cut, keep=keep, replay=replay, probing=probing, prefix=prefix, noisy=noisy
+            )
             with noised:
                 return noised, apply(self.model, inputs)
 
