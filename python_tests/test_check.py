@@ -35,12 +35,16 @@ def numbers(report, field):
         {"dist": "laplace"},
         {"dist": "rademacher"},
         {"injection": "joint", "sigma": {"0": 0.005, "2": 0.01, "4": 0.02}},
+        {"noise": "weights", "copies": 64},
+        {"noise": "weights", "copies": 64, "dist": "laplace", "antithetic": False},
+        {"noise": "weights", "copies": 64, "injection": "joint", "sigma": {"0": 0.005, "2": 0.01, "4": 0.02}},
+        {"noise": {"0": "weights"}, "copies": 64},
     ],
 )
 def test_cosines_follow_the_law(settings):
     report = ulr.check(mlp(), X, Y, cross_entropy, steps=48, **{"sigma": 0.01, "copies": 24, **settings})
     assert report.ok and report.verdict == "The estimates agree with autograd."
-    assert [layer.layer for layer in report.layers] == ["0", "2", "4"]
+    assert sorted(layer.layer for layer in report.layers) == ["0", "2", "4"]
     for layer in report.layers:
         assert abs(layer.slope - 1) < 4.5 * layer.slope_error < 0.5
         assert layer.cosine == pytest.approx(layer.law, abs=0.05)
@@ -131,6 +135,32 @@ def test_model_that_cannot_be_trained():
     assert "1.unused (met in no call)" in report.verdict
 
 
+class Last(nn.Module):
+    """The last state of a recurrent layer: a function with several outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[0])
+
+
+def test_functions_with_several_outputs_take_noise_on_their_weights():
+    model, x = filled(Last()), v(1, 6, 3, 4)
+    report = ulr.check(model, x, Y, cross_entropy)
+    if not report.ok:  # refused
+        assert "cell.weight_ih (used by lstm_cell)" in report.verdict
+    on_weights = {f"cell.{name}": "weights" for name, _ in model.cell.named_parameters()}
+    report = ulr.check(model, x, Y, cross_entropy, sigma=0.02, copies=64, steps=32, noise=on_weights)
+    assert report.ok, report
+    for layer in report.layers:
+        assert layer.cosine == pytest.approx(layer.law, abs=0.05)
+
+
 def test_loss_without_a_gradient():
     report = ulr.check(mlp(), X, Y, lambda outputs, targets: outputs.argmax(1) != targets)
     assert report.ok and "Autograd has no gradient to compare with" in report.verdict
@@ -160,6 +190,27 @@ def test_estimator_that_is_scaled(monkeypatch):
     )
 
 
+def test_estimator_that_adds_the_same_each_time(monkeypatch):
+    """A planted fault that leaves the slope alone: what estimates have in common is more than the gradient."""
+    model, add_gradient = mlp(), LinearCall.add_gradient
+    gradients = torch.autograd.grad(cross_entropy(model(X), Y).mean(), list(model.parameters()))
+    same = {p: 0.8 * g.norm() / g.numel() ** 0.5 for p, g in zip(model.parameters(), gradients, strict=True)}
+
+    def planted(call, *args):
+        add_gradient(call, *args)
+        for parameter in call.parameters:
+            parameter.grad.view(-1)[::2] += same[parameter]
+            parameter.grad.view(-1)[1::2] -= same[parameter]
+
+    monkeypatch.setattr(LinearCall, "add_gradient", planted)
+    report = ulr.check(model, X, Y, cross_entropy, sigma=0.01, copies=64, steps=32)
+    assert not report.ok
+    assert "The estimate is biased or too noisy for" in report.verdict
+    for layer in report.layers:
+        assert abs(layer.slope - 1) < 0.35 and layer.law - layer.cosine < 0.3 * layer.law
+        assert layer.agreement > layer.cosine**2 + 0.2
+
+
 def test_streams_that_are_the_same(monkeypatch):
     """A planted fault: every site has the same number."""
     monkeypatch.setattr("ulr_kernels.contract.site_id", lambda name: 1)
@@ -173,3 +224,5 @@ def test_arguments():
         ulr.check(mlp(), X, Y, cross_entropy, steps=1)
     with pytest.raises(ValueError, match="'sigma' must be"):
         ulr.check(mlp(), X, Y, cross_entropy, sigma=-1)
+    with pytest.raises(ValueError, match="'noise' must be the same for all layers, or injection 'layerwise'"):
+        ulr.check(mlp(), X, Y, cross_entropy, noise={"0": "weights"}, injection="joint")

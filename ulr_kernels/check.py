@@ -31,7 +31,8 @@ class LayerCheck:
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
         law: the cosine that the number of copies and noise coordinates predict for small sigma.
-        agreement: mean cosine of the estimates of two steps; needs no gradient.
+        agreement: mean cosine of the estimates of two steps, the cosine's square if unbiased; needs no gradient.
+        agreement_error: the standard error of that mean.
 
     Numbers that need a gradient are NaN where autograd has none.
     """
@@ -43,6 +44,7 @@ class LayerCheck:
     cosine_error: float
     law: float
     agreement: float
+    agreement_error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     Args:
         model, x, y, loss_fn: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as they were.
         steps: estimates to make, at least 2; each has its own noise.
-        settings: of `ulr.ULR`; noise on outputs only, whose law it knows.
+        settings: of `ulr.ULR`; noise on weights of some layers only layer-wise, as one pass of both kinds has no law.
 
     Returns:
         A report whose `str()` is a table and a verdict. Where the estimator refuses the model, the batch or the loss,
@@ -100,14 +102,19 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     if steps < 2:
         raise ValueError(f"ulr.check: 'steps' must be at least 2, got {steps}")
     estimator = ULR(model, **settings)
-    if any(estimator.settings.noise_of(layer) != "logits" for layer in estimator.layers.values()):
-        raise ValueError(f"ulr.check: 'noise' must be 'logits', got {estimator.settings.noise!r}")
+    kinds = {estimator.settings.noise_of(layer) for layer in estimator.layers.values()}
+    if len(kinds) > 1 and estimator.settings.injection == "joint":
+        raise ValueError(
+            "ulr.check: 'noise' must be the same for all layers, or injection 'layerwise', "
+            f"got {estimator.settings.noise!r}"
+        )
     saved = [(p, p.grad) for p in estimator.model.parameters()]
     try:
+        plan = estimator.look(x, y, loss_fn)
         truth = Truth(estimator, x, y, loss_fn)
         estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, steps)
         layers = tuple(_compare(estimator, name, estimates[name], truth) for name in estimates)
-        correlations = _correlations(estimator, list(estimates))
+        correlations = _correlations(estimator, plan.names)
         others = {}
         if any(_is_off(layer) or _is_noisy(layer) for layer in layers):
             for factor in (SMALLER, LARGER):
@@ -144,14 +151,17 @@ def _scaled(sigma: float | Mapping[str, float], factor: float) -> float | dict[s
 def _compare(estimator: ULR, name: str, estimates: Tensor, truth: Truth) -> LayerCheck:
     units = F.normalize(estimates, dim=1)
     steps = len(units)
-    agreement = float((units.sum(0).square().sum() - steps) / (steps * (steps - 1)))
+    agreement, error = _mean((units @ units.sum(0) - 1) / (steps - 1))  # of each with all others
+    agreement_error = 2 * error  # as each is in the others' means too
     gradient = truth.gradients.get(name)
     if gradient is None:
         unknown = math.nan
-        return LayerCheck(name, unknown, unknown, unknown, unknown, unknown, agreement)
+        return LayerCheck(name, unknown, unknown, unknown, unknown, unknown, agreement, agreement_error)
     slope, slope_error = _mean(estimates @ gradient / gradient.square().sum())
     cosine, cosine_error = _mean(units @ F.normalize(gradient, dim=0))
-    return LayerCheck(name, slope, slope_error, cosine, cosine_error, law(estimator, name, truth), agreement)
+    return LayerCheck(
+        name, slope, slope_error, cosine, cosine_error, law(estimator, name, truth), agreement, agreement_error
+    )
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
@@ -159,18 +169,18 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
-def _correlations(estimator: ULR, layers: list[str]) -> dict[str, float]:
+def _correlations(estimator: ULR, sites: tuple[str, ...]) -> dict[str, float]:
     """The greatest correlation among noise streams that should be independent, in standard deviations."""
     settings = estimator.settings
 
-    def stream(layer: str, step: int, copy: int) -> Tensor:
-        key = contract.fold_in(contract.fold_in(estimator.seed, step), contract.site_id(layer))
+    def stream(site: str, step: int, copy: int) -> Tensor:
+        key = contract.fold_in(contract.fold_in(estimator.seed, step), contract.site_id(site))
         return ops.noise(STREAM_SHAPE, key, draw=copy, dist=settings.dist, sampler=settings.sampler).flatten()
 
     kinds = {
-        "layers": [stream(layer, 0, 0) for layer in layers],
-        "steps": [stream(layers[0], step, 0) for step in range(STREAMS)],
-        "copies": [stream(layers[0], 0, copy) for copy in range(STREAMS)] if settings.sampler == "iid" else [],
+        "layers": [stream(site, 0, 0) for site in sites],
+        "steps": [stream(sites[0], step, 0) for step in range(STREAMS)],
+        "copies": [stream(sites[0], 0, copy) for copy in range(STREAMS)] if settings.sampler == "iid" else [],
     }
     result = {}
     for kind, streams in kinds.items():
@@ -188,7 +198,10 @@ def _is_off(layer: LayerCheck) -> bool:
 
 
 def _is_noisy(layer: LayerCheck) -> bool:
-    return layer.law - layer.cosine > max(4 * layer.cosine_error, 0.3 * layer.law)
+    """Estimates have less of the gradient than the law says, or more in common with one another than that."""
+    common = layer.agreement - layer.cosine**2
+    error = layer.agreement_error + 2 * abs(layer.cosine) * layer.cosine_error
+    return layer.law - layer.cosine > max(4 * layer.cosine_error, 0.3 * layer.law) or common > max(4 * error, 0.15)
 
 
 def _distance(layer: LayerCheck) -> float:

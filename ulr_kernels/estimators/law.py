@@ -53,9 +53,12 @@ class Terms(NamedTuple):
 class Truth:
     """Autograd of the clean mean loss: gradients by layer, and what the law needs from each call.
 
+    Args:
+        estimator: one that has looked at such a batch.
+
     Attributes:
-        parameters: the trained parameters of each layer, by its name, in the order of the calls.
-        calls: of each layer, with the gradient of the output; empty where autograd has none.
+        parameters: the trained parameters of each layer, by its name, in the order of the calls; then those with noise.
+        calls: of each layer with noise on outputs, with the gradient of the output; empty where autograd has none.
         gradients: of each layer, fp64, flat; only where there is one.
         losses: of the samples.
     """
@@ -66,7 +69,7 @@ class Truth:
         self.calls: dict[str, list[tuple[Call, Tensor]]] = {}
         self.gradients: dict[str, Tensor] = {}
         inputs = repeat(x, 1)
-        watch = Watch(estimator.layers, estimator.model.parameters(), inputs)
+        watch = Watch(estimator.layers, estimator.followed, inputs)
         with evaluation(estimator.model), torch.enable_grad():
             with watch:
                 outputs = apply(estimator.model, inputs)
@@ -75,6 +78,8 @@ class Truth:
         for name, call, _ in watch.calls:
             known = self.parameters.setdefault(name, [])
             known += [p for p in call.parameters if p.requires_grad and not any(p is other for other in known)]
+        for parameter in estimator.weights.values():
+            self.parameters.setdefault(estimator.layers[id(parameter)], []).append(parameter)
         if not losses.requires_grad:
             return
         flat = [p for parameters in self.parameters.values() for p in parameters]
@@ -136,30 +141,47 @@ class Truth:
 
 
 def law(estimator: ULR, name: str, truth: Truth) -> float:
-    """The cosine for small sigma, from the per-sample output gradients g and Jacobians J of the layer.
+    """The cosine for small sigma, from the output gradients g and Jacobians J of the layer.
 
     One direction's estimate is (g . eps) J^T score, whose variance, for independent coordinates with the moments
-    s = E[score^2] and m = E[score^2 eps^2], is s |g|^2 |J|^2 + |J^T g|^2 + (m - s - 2) sum_j g_j^2 |J_j|^2.
+    s = E[score^2] and m = E[score^2 eps^2], is s |g|^2 |J|^2 + |J^T g|^2 + (m - s - 2) sum_j g_j^2 |J_j|^2. Noise on
+    outputs is each sample's own; on weights it is all samples', and J the identity.
     """
-    settings, lead = estimator.settings, estimator.riders.get(name, name)
+    settings, sigma = estimator.settings, estimator.sigma(estimator.riders.get(name, name))
     s, m = MOMENTS[settings.dist]
-    others = torch.zeros_like(truth.losses)
-    if settings.injection == "joint":
-        here = _mean_square(estimator.sigma(lead))
-        for other in truth.calls:
-            if other != lead and other not in estimator.riders:
-                others += _mean_square(estimator.sigma(other)) / here * truth.loss_change(other)
     copies = settings.copies_of(name)
     directions = copies / 2 if settings.antithetic else float(copies)
     if not settings.antithetic and settings.baseline == "mean" and copies > 1:
         directions -= 1  # one is spent on the mean
     centred = settings.antithetic or (settings.baseline != "none" and not (settings.baseline == "mean" and copies == 1))
+    gradient = float(truth.gradients[name].square().sum())
+    if settings.noise_of(name) == "weights":
+        terms = iter([Terms(gradient, truth.gradients[name].numel(), gradient, gradient)])
+        losses = truth.losses.mean(0, keepdim=True)
+    else:
+        terms, losses = truth.terms(name), truth.losses / truth.samples
+    others = _of_others(estimator, name, truth, losses)
     variance = 0.0
-    for terms, other_change, loss in zip(truth.terms(name), others.tolist(), truth.losses.tolist(), strict=True):
-        variance += s * (terms.g + other_change) * terms.j + terms.projected + (m - s - 2) * terms.diagonal
+    for here, elsewhere, loss in zip(terms, others.tolist(), losses.tolist(), strict=True):
+        variance += (
+            s * (here.g + elsewhere / _mean_square(sigma)) * here.j + here.projected + (m - s - 2) * here.diagonal
+        )
         if not centred:
-            variance += s * (loss / truth.samples) ** 2 * terms.j / _mean_square(estimator.sigma(lead))
-    return float((1 + variance / (directions * truth.gradients[name].square().sum())) ** -0.5)
+            variance += s * loss**2 * here.j / _mean_square(sigma)
+    return (1 + variance / (directions * gradient)) ** -0.5
+
+
+def _of_others(estimator: ULR, name: str, truth: Truth, losses: Tensor) -> Tensor:
+    """The variance of each loss by the noise of other layers in the same pass."""
+    result = torch.zeros_like(losses)
+    if estimator.settings.injection != "joint":
+        return result
+    for other in truth.parameters:
+        if other not in (name, estimator.riders.get(name)) and other not in estimator.riders:
+            of_weights = estimator.settings.noise_of(other) == "weights"
+            change = truth.gradients[other].square().sum() if of_weights else truth.loss_change(other)
+            result += _mean_square(estimator.sigma(other)) * change
+    return result
 
 
 def _mean_square(sigma: float | Tensor) -> float:

@@ -190,6 +190,14 @@ class ULR:
         self._step.add_(1)
         return mean
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def look(self, x: Any, y: Any, loss_fn: LossFunction) -> Plan:
+        """The passes that a batch like this asks for. Raises what `backward` raises about the first of a shape."""
+        batch = Batch(x, y)
+        with evaluation(self.model):
+            return self._plan(batch, loss_fn)
+
     def _passes(self, plan: Plan, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor:
         """All passes and their gradients, layer by layer; the mean loss."""
         clean = self._clean(plan.clean, batch, loss_fn) if self.settings.baseline == "clean" else None
