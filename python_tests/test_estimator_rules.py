@@ -466,6 +466,18 @@ def test_a_mapping_without_every_layer_is_refused_before_any_gradient():
     assert_no_gradient(model)
 
 
+def test_a_mapping_may_name_modules():
+    """The closest name counts."""
+    inner = filled(nn.Sequential(mlp(), nn.Linear(3, 3)))
+    by_module = {"copies": {"0": 8, "": 4}, "sigma": {"0": 0.2, "0.2": 0.3, "": 0.1}}
+    by_layer = {"copies": {"0.0": 8, "0.2": 8, "1": 4}, "sigma": {"0.0": 0.2, "0.2": 0.3, "1": 0.1}}
+    assert_same(gradients(inner, **by_module)[1], gradients(inner, **by_layer)[1], 0)
+    noise = {"0.0": "weights", "0.2": "weights"}
+    assert_same(gradients(inner, noise={"0": "weights"})[1], gradients(inner, noise=noise)[1], 0)
+    with pytest.raises(ValueError, match=r"'copies' must have an entry for every trained layer, also for '1' \(''"):
+        gradients(inner, copies={"0": 8})
+
+
 def test_an_input_modified_after_it_was_read_is_refused_before_any_gradient():
     class InPlace(nn.Module):
         def __init__(self):

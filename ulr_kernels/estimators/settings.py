@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from ulr_kernels import contract
@@ -96,34 +96,49 @@ class Settings:
         return 2 if self.antithetic else 1
 
     def sigma_of(self, layer: str) -> float:
-        return self._of("sigma", layer)
+        return self._required("sigma", layer)
 
     def copies_of(self, layer: str) -> int:
-        return self._of("copies", layer)
+        return self._required("copies", layer)
 
     def noise_of(self, layer: str) -> str:
         """Layers that a mapping does not name have noise on their outputs."""
-        return self.noise.get(layer, "logits") if isinstance(self.noise, Mapping) else self.noise
+        return self._of("noise", layer) or "logits"
 
     def _of(self, argument: str, layer: str) -> Any:
+        """The setting of a layer: that of its own name, or of the smallest module that has one; None without any."""
         value = getattr(self, argument)
         if not isinstance(value, Mapping):
             return value
-        if layer not in value:
-            fail(argument, f"have an entry for every trained layer, also for {layer!r}", dict(value))
-        return value[layer]
+        return next((value[name] for name in _and_modules(layer) if name in value), None)
+
+    def _required(self, argument: str, layer: str) -> Any:
+        value = self._of(argument, layer)
+        if value is None:
+            rule = f"have an entry for every trained layer, also for {layer!r} ('' stands for all others)"
+            fail(argument, rule, dict(getattr(self, argument)))
+        return value
 
     def check_names(self, layers: set[str]) -> None:
-        """Raise if a mapping names a layer that the model does not have."""
+        """Raise if a mapping names neither a layer of the model nor a module that has some."""
+        names = {name for layer in layers for name in _and_modules(layer)}
         for argument in ("sigma", "copies", "noise"):
             value = getattr(self, argument)
-            unknown = sorted(set(value) - layers) if isinstance(value, Mapping) else []
+            unknown = sorted(set(value) - names) if isinstance(value, Mapping) else []
             if unknown:
                 fail(argument, f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
 
     def to_dict(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+
+
+def _and_modules(layer: str) -> Iterator[str]:
+    """A layer's name, and those of the modules that it is in, up to '', the model."""
+    yield layer
+    while layer:
+        layer = layer.rpartition(".")[0]
+        yield layer
 
 
 def _values(setting: Any) -> list:

@@ -54,7 +54,8 @@ class ULR:
     Args:
         model: any module; make a new estimator after replacing parts of it.
         sigma: noise scale in units of the layer's output, > 0; a number or a mapping from layer names (the qualified
-            name of the module whose own parameters are called weight and bias; else of the parameter) to numbers.
+            name of the module whose own parameters are called weight and bias; else of the parameter) to numbers. The
+            name of a module stands for all layers in it that are not named more closely, "" for all others.
         copies: noised copies of each sample per pass; a number or (layer-wise) such a mapping.
         antithetic: copies come as pairs eps, -eps; the number of copies must be even.
         injection: "layerwise": one pass per layer, in which only that layer is noised; "joint": one pass for all.
