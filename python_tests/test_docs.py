@@ -8,8 +8,6 @@ import small_models
 import torch
 from small_models import cross_entropy, v
 
-import ulr_kernels as ulr
-
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 ROOT = Path(__file__).parents[1]
 
