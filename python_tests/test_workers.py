@@ -51,7 +51,7 @@ def saved(folder: Path) -> list[dict]:
 def done(tmp_path_factory) -> Path:
     """The jobs of two ranks that end well, in one launch: to start Python and torch takes longer than any of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, "batches", "probes", "population", "late", "replicas", "fsdp", "tensor")
+    launch(folder, "batches", "probes", "population", "unlike", "late", "replicas", "fsdp", "tensor")
     return folder
 
 
@@ -74,7 +74,7 @@ def check_split(found: list[dict], own_batches: int, own_probes: int) -> None:
     workers_run.whole(workers_run.mezo(model), model, 5)
     for rank in found:
         assert_bitwise(rank["weights"], model)
-        assert rank["sent"] == 5 * (12 + 4 * own_batches * own_probes)  # scalars alone
+        assert rank["sent"] == 5 * (16 + 4 * own_batches * own_probes)  # scalars alone
 
 
 def test_ranks_share_micro_batches_or_probes_and_step_as_one_process_does(done, one_thread):
@@ -93,10 +93,19 @@ def test_a_population_shared_by_ranks_steps_as_one_process_does(done, one_thread
     model = workers_run.network()
     optimizer = EGGROLL(model, 0.1, 0.05, population=10)
     for _ in range(3):
-        optimizer.step_batch(workers_run.X, workers_run.Y, cross_entropy, chunk=1)
-    for rank in saved(done / "population"):
-        for name, p in model.named_parameters():  # products round as the number of their rows wants
-            torch.testing.assert_close(rank["weights"][name], p, rtol=1e-4, atol=1e-5)
+        optimizer.step_batch(workers_run.X, workers_run.Y, cross_entropy, chunk=4)
+    for rank in saved(done / "population"):  # three forwards of 4, 4 and 2 members, each on one rank
+        assert_bitwise(rank["weights"], model)
+        assert rank["sent"] == 3 * (16 + 8 * 6)  # whatever the samples
+
+
+def test_ranks_that_are_not_alike_are_told_so(done):
+    for number, rank in enumerate(saved(done / "unlike")):
+        forwards, values, batches = rank["errors"]
+        assert "losses of each and probes in a forward, got [0, 1, 10, " in forwards
+        assert f"all ranks must have the same place, got {number} on rank {number} and another" in values
+        assert "'chunk' must be one for all micro-batches of a step that ranks share" in batches
+        assert_bitwise(rank["weights"], workers_run.network())
 
 
 def test_a_dead_rank_is_an_error_in_time_that_loses_nothing(tmp_path, one_thread):

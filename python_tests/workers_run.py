@@ -74,10 +74,35 @@ def split(folder: Path, probe_ranks: int) -> None:
 def population(folder: Path) -> None:
     """Members of one forward, shared by ranks."""
     model = network()
-    optimizer = EGGROLL(model, 0.1, 0.05, population=10, workers=Workers(probe_ranks=dist.get_world_size()))
+    workers = Workers(probe_ranks=dist.get_world_size())
+    optimizer = EGGROLL(model, 0.1, 0.05, population=10, workers=workers)
     for _ in range(3):
-        optimizer.step_batch(X, Y, lambda out, y: F.cross_entropy(out, y, reduction="none"), chunk=3)
-    save(folder, model)
+        optimizer.step_batch(X, Y, cross_entropy, chunk=4)
+    save(folder, model, sent=workers.bytes_sent)
+
+
+def unlike(folder: Path) -> None:
+    """Ranks that take other forwards each, or have other values; micro-batches of which each has other forwards."""
+    model, rank = network(), dist.get_rank()
+    workers = Workers(probe_ranks=2)
+    optimizer = EGGROLL(model, 0.1, 0.05, population=10, workers=workers)
+
+    def uneven() -> None:
+        optimizer.zero_grad()
+        for chunk in (2, 4):
+            optimizer.accumulate_batch(X, Y, cross_entropy, chunk)
+
+    errors = []
+    for call in (
+        lambda: optimizer.step_batch(X, Y, cross_entropy, chunk=2 + 2 * rank),
+        lambda: workers.agree({"name": "one", "place": rank}),
+        uneven,
+    ):
+        try:
+            call()
+        except (ulr.optim.WorkerError, ValueError) as failure:
+            errors.append(str(failure))
+    save(folder, model, errors=errors)
 
 
 def dies(folder: Path) -> None:
@@ -227,6 +252,7 @@ JOBS = {
     "batches": lambda folder: split(folder, 1),
     "probes": lambda folder: split(folder, 2),
     "population": population,
+    "unlike": unlike,
     "dies": dies,
     "late": late,
     "replicas": replicas,

@@ -59,7 +59,7 @@ class FZOO(ForwardOptimizer):
         return [Probe(0, 0), *(Probe(draw, 1) for draw in range(self.probes))]
 
     def _probed(self, losses: Tensor) -> Probed:
-        clean, *_ = means = losses.mean(1)
+        clean, *_ = means = losses.squeeze(1)
         # Equal losses move nothing, whatever their difference, 0 or next to it, is divided by.
         deviation = means[1:].std().clamp_min(torch.finfo(torch.float32).tiny)
         return Probed(clean, (means[1:] - clean) / (self.probes * deviation))

@@ -69,7 +69,7 @@ class MeZO(ForwardOptimizer):
         return [Probe(0, 0), *plus]
 
     def _probed(self, losses: Tensor) -> Probed:
-        means = losses.mean(1)
+        means = losses.squeeze(1)
         if self.two_sided:
             plus, minus = means.unflatten(0, (2, self.probes))
             return Probed(means.mean(), (plus - minus) / (2 * self.probes))

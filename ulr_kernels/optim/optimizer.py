@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypedDict
 
@@ -83,7 +83,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, self.SCALE: scale, "weight_decay": settings.pop("weight_decay", 0.0)}
         self._rule = Rule(names=(), dist=dist, rank=rank, **settings)
         self._names = parameter_names(self.model)
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor] = []  # of the micro-batches so far
+        self._forwards: list[list[int]] = []  # of each of them: the places of the probes of each forward
         self._checked = False
         self._checked_batches: set[tuple] = set()
         trained = (p for p in self.model.parameters() if p.requires_grad)
@@ -153,8 +154,12 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """The evaluations of a step; where there is one at W itself, it comes first."""
         raise NotImplementedError
 
+    def _kept(self, losses: Tensor) -> Tensor:
+        """What a step needs of fp32 losses `[probes, samples]`, and ranks exchange: one column, their means."""
+        return losses.mean(1, keepdim=True)
+
     def _probed(self, losses: Tensor) -> Probed:
-        """Of fp32 losses `[probes, samples]` (one column where a probe gave one number)."""
+        """Of what was kept of the losses, its mean over the micro-batches."""
         raise NotImplementedError
 
     # --- a step ------------------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if self.workers is None:
             collected = torch.stack(self._losses)
         else:
-            collected = self.workers.exchange(self._losses, self.steps)
+            collected = self.workers.exchange(self._losses, self._forwards, self.steps)
         losses = collected.mean(0)
         loss, coefficients = self._probed(losses)
         # A probe that overflowed says nothing about the others; the weights stay whole, and the caller sees the loss.
@@ -209,18 +214,18 @@ class ForwardOptimizer(torch.optim.Optimizer):
         Returns:
             The mean over the probes that this process evaluates, a scalar; NaN where other ranks have them all.
         """
-        probes = self._probes()
-        losses = torch.zeros(len(probes), 1, dtype=torch.float32, device=self._device())
-        for place in self._own(probes):
-            probe = probes[place]
-            with evaluation(self.model), self._probing(Draws(probe.draw), probe.sign) as probing:
+        forwards = self._forwards_of(1)
+        losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
+        for forward in self._own(forwards):
+            with evaluation(self.model), self._probing(forward.draws, forward.sign) as probing:
                 loss = closure()
             self._check_met(probing)
             loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
             if loss.numel() != 1:
                 self._fail("closure", "return one loss", list(loss.shape))
-            losses[place] = loss
-        return self._collect(losses)
+            for place in forward.places:
+                losses[place] = loss
+        return self._collect(losses, forwards)
 
     @torch.no_grad()
     def accumulate_batch(self, x: Any, y: Any, loss_fn: LossFunction, chunk: int | None = None) -> Tensor:
@@ -241,18 +246,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 samples first wherever it uses a trained parameter); use `step(closure)` for such.
         """
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
-        probes = self._probes()
-        own = self._own(probes)
+        probes, forwards = self._probes(), self._forwards_of(chunk)
         rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
-        most = len(probes) if chunk is None else self._count("chunk", chunk, 1)
-        for forward in together([probes[place] for place in own], most):
-            forward = forward._replace(places=[own[place] for place in forward.places])
+        for forward in self._own(forwards):
             found = self._evaluate(forward, batch, loss_fn).to(self._device())
             for place, losses in zip(forward.places, found.unbind(), strict=True):
                 rows[place] = losses
             if len(forward.places) > 1 and batch.signature not in self._checked_batches:
                 self._check_apart(probes[forward.places[-1]], batch, loss_fn, found)
-        return self._collect(torch.stack(rows))
+        return self._collect(torch.stack(rows), forwards)
 
     def _evaluate(self, forward: Together, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """fp32 `[members, samples]`: the losses of probes that one forward evaluates."""
@@ -288,16 +290,32 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.accumulate_batch(x, y, loss_fn, chunk)
         return self.step()
 
-    def _collect(self, losses: Tensor) -> Tensor:
-        if self._losses and self._losses[0].shape != losses.shape:
-            self._fail("closure", f"give losses {list(self._losses[0].shape)} as before", list(losses.shape))
-        self._losses.append(losses)
-        own = self._own(losses)
-        return losses[own.start : own.stop].mean()  # a range would be copied to the device, which the host waits for
+    def _collect(self, losses: Tensor, forwards: list[Together]) -> Tensor:
+        kept, places = self._kept(losses), [forward.places for forward in forwards]
+        if self._losses and self._losses[0].shape != kept.shape:
+            self._fail("closure", f"give losses {list(self._losses[0].shape)} as before", list(kept.shape))
+        if self._losses and self.workers is not None and self._forwards != places:
+            self._fail("chunk", "be one for all micro-batches of a step that ranks share", "another than before")
+        self._losses.append(kept)
+        self._forwards = places
+        # One by one: a list of places would be copied to the device, which the host waits for.
+        own = [losses[place] for place in sorted(place for forward in self._own(forwards) for place in forward.places)]
+        return torch.stack(own).mean() if own else losses.new_full((), math.nan)
 
-    def _own(self, probes: Sized) -> range:
-        """The places of the probes that this process evaluates."""
-        return range(len(probes)) if self.workers is None else self.workers.own(len(probes))
+    def forwards(self, chunk: int | None = None) -> int:
+        """How often `accumulate_batch` runs the model on a micro-batch, on all ranks that share it together."""
+        return len(self._forwards_of(chunk))
+
+    def _forwards_of(self, chunk: int | None) -> list[Together]:
+        """The forwards of a micro-batch, with at most so many probes in each; all of one kind if None."""
+        probes = self._probes()
+        return list(together(probes, len(probes) if chunk is None else self._count("chunk", chunk, 1)))
+
+    def _own(self, forwards: list[Together]) -> list[Together]:
+        """Those that this process evaluates: whole ones, so that each makes what it would make in one process."""
+        if self.workers is None:
+            return forwards
+        return [forwards[place] for place in self.workers.own(len(forwards))]
 
     @torch.no_grad()
     def apply(self, update: Update) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,13 +17,13 @@ class WorkerError(RuntimeError):
 class Workers:
     """The ranks of a process group, by what each evaluates.
 
-    `probe_ranks` ranks that follow one another share the probes of the same micro-batches; each such block of ranks has
-    micro-batches of its own. Micro-batch j of block b counts as number `j * blocks + b` (as torch's DistributedSampler
-    deals samples), and losses are summed in that order on every rank: the weights stay bitwise the same on all of
-    them, and as in one process that accumulates the same micro-batches in that order.
+    `probe_ranks` ranks that follow one another share the probes of the same micro-batches, by whole forwards; each such
+    block of ranks has micro-batches of its own. Micro-batch j of block b counts as number `j * blocks + b` (as torch's
+    DistributedSampler deals samples), and losses are summed in that order on every rank: the weights stay bitwise the
+    same on all of them, and as in one process that accumulates the same micro-batches in that order.
 
-    What a rank sends in a step, `bytes_sent` in all: 12 bytes, and 4 for each loss: of its probes and micro-batches,
-    and after `accumulate_batch` of their samples.
+    What a rank sends, `bytes_sent` in all: in a step 16 bytes, and 4 for each loss: of its probes and micro-batches. ES
+    has 8 for each, and with `shaping="group"` 4 for each sample.
 
     Args:
         group: a process group of gloo or NCCL; None for the default one. Its time-out is how long a rank waits for
@@ -42,56 +43,91 @@ class Workers:
         self.blocks = self.size // probe_ranks
         self.bytes_sent = 0
 
-    def own(self, probes: int) -> range:
-        """The places of the probes that this rank evaluates."""
-        return self._places(self.rank, probes)
+    def batches(self, count: int) -> range:
+        """The numbers of the micro-batches that this rank evaluates, of so many in a step."""
+        return range(self.rank // self.probe_ranks, count, self.blocks)
 
-    def _places(self, rank: int, probes: int) -> range:
+    def own(self, forwards: int) -> range:
+        """The forwards of a micro-batch that this rank evaluates, of so many."""
+        return self._share(self.rank, forwards)
+
+    def _share(self, rank: int, forwards: int) -> range:
         share = rank % self.probe_ranks
-        return range(share * probes // self.probe_ranks, (share + 1) * probes // self.probe_ranks)
+        return range(share * forwards // self.probe_ranks, (share + 1) * forwards // self.probe_ranks)
 
-    def exchange(self, losses: Sequence[Tensor], step: int) -> Tensor:
+    def exchange(self, losses: Sequence[Tensor], forwards: Sequence[Sequence[int]], step: int) -> Tensor:
         """The losses of all micro-batches, in their order.
 
         Args:
-            losses: of this rank's micro-batches, fp32 `[probes, samples]` each; only its own probes' rows count.
+            losses: of this rank's micro-batches, `[probes, columns]` each; only its own forwards' rows count.
+            forwards: of a micro-batch: the rows of each.
             step: where this rank is.
 
         Returns:
-            fp32 `[micro-batches, probes, samples]`, bitwise the same on every rank.
+            `[micro-batches, probes, columns]`, bitwise the same on every rank.
 
         Raises:
             WorkerError: a rank did not answer in time or has gone, or ranks are at different steps or have different
-                numbers of micro-batches.
+                numbers of micro-batches, losses, or probes in a forward.
         """
-        count, probes, samples = len(losses), *losses[0].shape
-        header = torch.tensor([step & 0x7FFFFFFF, count, probes * samples], dtype=torch.int32, device="cpu")
-        own = self.own(probes)
-        mine = losses[0].new_zeros(count, -(-probes // self.probe_ranks), samples)
+        count, probes, columns = len(losses), *losses[0].shape
+        shares = [
+            [row for forward in self._share(rank, len(forwards)) for row in forwards[forward]]
+            for rank in range(self.probe_ranks)
+        ]
+        own = shares[self.rank % self.probe_ranks]
+        mine = losses[0].new_zeros(count, max(map(len, shares)), columns)
         mine[:, : len(own)] = torch.stack(list(losses))[:, own]
-        try:
-            # Headers first: ranks whose losses differ in size must not meet in one exchange.
-            headers = self._gather(header.to(mine.device))
-            wrong = [rank for rank, other in enumerate(headers) if not torch.equal(other.cpu(), header)]
-            parts = [] if wrong else self._gather(mine)
-        except RuntimeError as error:
-            raise WorkerError(
-                f"ulr.optim: rank {self.rank} of {self.size} did not hear from the others at step {step}; its weights "
-                "are those before that step"
-            ) from error
-        if wrong:
-            raise WorkerError(
-                "ulr.optim: all ranks must be at one step with as many micro-batches and losses of each, got "
-                f"{header.tolist()} on rank {self.rank}, {headers[wrong[0]].tolist()} on rank {wrong[0]}"
-            )
-        self.bytes_sent += header.nbytes + mine.nbytes
-        result = mine.new_empty(count, self.blocks, probes, samples)
-        for rank, part in enumerate(parts):
-            places = self._places(rank, probes)
-            result[:, rank // self.probe_ranks, places] = part[:, : len(places)]
+        # Headers first: ranks whose losses differ in size must not meet in one exchange. How many probes a forward has
+        # at most says which rank has which.
+        sizes = [step & 0x7FFFFFFF, count, probes * columns, max(map(len, forwards))]
+        header = torch.tensor(sizes, dtype=torch.int32, device="cpu")
+        lost = f"at step {step}; its weights are those before that step"
+        for rank, other in enumerate(self.gather(header, lost)):
+            if not torch.equal(other, header):
+                raise WorkerError(
+                    "ulr.optim: all ranks must be at one step with as many micro-batches, losses of each and probes in "
+                    f"a forward, got {sizes} on rank {self.rank}, {other.tolist()} on rank {rank}"
+                )
+        result = mine.new_empty(count, self.blocks, probes, columns)
+        for rank, part in enumerate(self.gather(mine, lost)):
+            rows = shares[rank % self.probe_ranks]
+            result[:, rank // self.probe_ranks, rows] = part[:, : len(rows)]
         return result.flatten(0, 1)
 
-    def _gather(self, mine: Tensor) -> list[Tensor]:
-        received = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(received, mine, group=self.group)
+    def agree(self, values: Mapping[str, object]) -> None:
+        """Check that all ranks have the same values, as their `repr` tells.
+
+        Raises:
+            WorkerError: they differ, or a rank did not answer in time or has gone.
+        """
+        mine = torch.tensor([_digest(value) for value in values.values()], device="cpu")
+        for rank, other in enumerate(self.gather(mine, "when all were to agree")):
+            for name, same in zip(values, (other == mine).tolist(), strict=True):
+                if not same:
+                    raise WorkerError(
+                        f"ulr.optim: all ranks must have the same {name}, got {values[name]!r} on rank {self.rank} and "
+                        f"another on rank {rank}"
+                    )
+
+    def gather(self, mine: Tensor, when: str) -> list[Tensor]:
+        """The tensors of all ranks, of one shape and dtype, in their order.
+
+        Raises:
+            WorkerError: a rank did not answer in time or has gone; the message ends with `when`.
+        """
+        sent = mine.to({"gloo": "cpu", "nccl": "cuda"}.get(dist.get_backend(self.group), mine.device))
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        try:
+            dist.all_gather(received, sent, group=self.group)
+            received = [other.to(mine.device) for other in received]
+        except RuntimeError as error:
+            raise WorkerError(
+                f"ulr.optim: rank {self.rank} of {self.size} did not hear from the others {when}"
+            ) from error
+        self.bytes_sent += sent.nbytes
         return received
+
+
+def _digest(value: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
