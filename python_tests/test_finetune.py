@@ -245,6 +245,22 @@ def test_a_resumed_run_and_a_replayed_log_are_bitwise_the_run(files: Path, tmp_p
     assert any(not torch.equal(start[name], got[name]) for name in got)
 
 
+def test_a_run_of_before_there_were_ranks_goes_on(files: Path, tmp_path: Path):
+    runs.start(settings(files), tmp_path, "")
+    expected, header = contents(tmp_path), trajectory.read(tmp_path / runs.LOG).header
+    assert "micro_batches" not in header.settings["run"]  # as in the logs of then
+    history = json.loads((tmp_path / runs.HISTORY).read_text())
+    history["evaluations"] = [
+        {name: value for name, value in record.items() if name not in ("ranks", "bytes_sent")}
+        for record in history["evaluations"][:2]
+    ]
+    (tmp_path / runs.HISTORY).write_text(json.dumps(history))
+    (tmp_path / runs.LOG).write_bytes(expected[0][: -6 * (header.record.size + 4)])
+    runs.resume(tmp_path, "")
+    assert contents(tmp_path) == expected
+    assert json.loads((tmp_path / report.REPORT).read_text())["ranks"] == 1
+
+
 def test_a_run_that_lost_the_times_of_all_its_steps_is_reported(files: Path, tmp_path: Path):
     runs.start(settings(files, evaluations=1), tmp_path, "")
     expected, history = contents(tmp_path), json.loads((tmp_path / runs.HISTORY).read_text())
@@ -470,6 +486,12 @@ BAD = {
         "different tokens",
     ),
     "no start": (["--data", "{set}", "--max-tokens", "32", "--start", "none"], "none: cannot be read as weights"),
+    "uneven parts": (
+        ["--data", "{set}", "--max-tokens", "32", "--batch", "8", "--micro-batches", "3"],
+        "micro-batches must divide the 8 sentences of a step, got 3",
+    ),
+    "no parts": (["--data", "{set}", "--micro-batches", "0"], "micro-batches must be at least 1, got 0"),
+    "no time": (["--data", "{set}", "--timeout", "0"], "timeout must be at least 1, got 0"),
     "nothing to resume": (["--resume", "nowhere"], "cannot be read: No such file or directory"),
     "resume with settings": (["--resume", "nowhere", "--lr", "1"], "drop --lr"),
 }

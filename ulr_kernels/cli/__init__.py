@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from ulr_kernels.cli import bench, demo, doctor, finetune, replay, train
 from ulr_kernels.cli.parser import Parser
+from ulr_kernels.optim import WorkerError
 from ulr_kernels.recipes import RecipeError
 
 _COMMANDS = {"train": train, "finetune": finetune, "replay": replay, "demo": demo, "bench": bench, "doctor": doctor}
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, WorkerError) as error:
         print(f"{prog}: error: {error}{''.join(args.what_is_kept(args))}", file=sys.stderr)
         return 1
     except FloatingPointError as error:  # to which the run would come again, if it went on

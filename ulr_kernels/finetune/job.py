@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import optim
-from ulr_kernels.finetune import data, models, weights
+from ulr_kernels.finetune import data, models, ranks, weights
 from ulr_kernels.finetune.settings import Settings
 from ulr_kernels.finetune.trajectory import Header, Trajectory, weights_digest
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.optim.optimizer import ForwardOptimizer
+from ulr_kernels.optim.workers import Workers
 from ulr_kernels.recipes import RecipeError, memory, rules
 from ulr_kernels.recipes.order import permutation
 
@@ -33,9 +36,10 @@ class Examples:
     labels: Tensor
     features: Tensor | None = None
 
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.ids))
+    def by_length(self, size: int) -> list[list[int]]:
+        """All rows in parts of so many: sentences of like length go together, so that little is padding."""
+        order = sorted(range(len(self.ids)), key=lambda row: len(self.ids[row]))
+        return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class Job:
@@ -44,17 +48,26 @@ class Job:
     Args:
         settings: what the run is.
         header: of the log of the run that goes on; the model and the data must be what they were.
+        group: of the ranks that share the run; None for a process by itself.
 
     Attributes:
         splits: `train`, `dev` and `test`.
+        workers: what the ranks of `group` evaluate in a step, or None.
+        rank, ranks: this process's number, and how many share the run.
         inference_memory: MiB, the peak of a forward pass of the batch without noise; 0 before `warm_up`.
 
     Raises:
         RecipeError: a setting does not fit, a device is absent, or model or data cannot be had or have changed.
     """
 
-    def __init__(self, settings: Settings, header: Header | None = None) -> None:
+    def __init__(
+        self, settings: Settings, header: Header | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.workers = None if group is None else _workers(settings, group)
+        self.rank, self.ranks = (self.workers.rank, self.workers.size) if self.workers else (0, 1)
         self.device = rules.device(settings.device)
+        if self.workers and self.device.type == "cuda":
+            ranks.use_own_device()
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         self.settings = settings = dataclasses.replace(settings, threads=torch.get_num_threads())
         dataset = data.load(settings.data)
@@ -69,16 +82,27 @@ class Job:
             "test": dataset.test,
         }
         self.splits = {name: self._examples(part) for name, part in parts.items()}
+        sentences = len(self._rows(0))
+        if sentences % settings.micro_batches:
+            raise RecipeError(
+                f"micro-batches must divide the {sentences} sentences of a step, got {settings.micro_batches}"
+            )
         try:
-            self.optimizer = _optimizer(settings, self.model)
+            self.optimizer = _optimizer(settings, self.model, self.workers)
         except ValueError as error:
             raise RecipeError(str(error)) from error
+        forwards = self.optimizer.forwards(settings.chunk)
+        if self.workers and self.workers.probe_ranks > forwards:
+            raise RecipeError(
+                f"a step has too few parts for {self.ranks} ranks (micro-batches: {settings.micro_batches}, forwards "
+                f"of each: {forwards}): start fewer, or give more --micro-batches or --probes, or a smaller --chunk"
+            )
         self.header = Header(
             rule=self.optimizer.rule,
             draws=settings.probes // 2 if settings.method == "eggroll" else settings.probes,
             weights=weights_digest(named_parameters(self.model)),
             settings={
-                "run": dataclasses.asdict(settings),
+                "run": settings.for_log(),
                 "classes": list(self.classes),
                 "data": data_digest,
                 "calibration": loaded.calibration,
@@ -107,28 +131,58 @@ class Job:
         for update in trajectory.updates:
             self.optimizer.apply(update)
 
+    # --- ranks -------------------------------------------------------------------------------------------------------
+
+    def agree(self, more: dict[str, object]) -> None:
+        """Check that all ranks are the same run, at the same step with the same weights, and have the same `more`.
+
+        Raises:
+            WorkerError: they are not, or a rank did not answer.
+        """
+        if self.workers:
+            run = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(self.settings).items()}
+            own = {"data": self.header.settings["data"], "model": self.header.weights, "step": self.step}
+            self.workers.agree(run | own | {"tuned weights": weights_digest(self.parameters)} | more)
+
+    def meet(self, when: str, told: bool = False) -> bool:
+        """Wait until all ranks are here; what the first of them tells."""
+        if self.workers is None:
+            return told
+        return bool(self.workers.gather(torch.tensor([told], dtype=torch.uint8), when)[0])
+
+    def _own(self, parts: list[list[int]]) -> list[list[int]]:
+        """Dealt to the ranks in turn."""
+        return parts[self.rank :: self.ranks]
+
     # --- work --------------------------------------------------------------------------------------------------------
 
     def _examples(self, split: data.Split) -> Examples:
         return Examples([self.encoder.encode(text) for text in split.sentences], torch.tensor(split.labels))
 
+    def feature_tokens(self) -> int:
+        """Tokens that this rank meets in `make_features` of all splits."""
+        splits = self.splits.values()
+        return sum(len(s.ids[row]) for s in splits for rows in self._own(s.by_length(_FEATURE_BATCH)) for row in rows)
+
     @torch.inference_mode()
     def make_features(self, split: Examples, bar: Any) -> Tensor:
-        """The pooled states `[sentences, H]` of a split; longer sentences go together, so that little is padding."""
-        order = sorted(range(len(split.ids)), key=lambda row: len(split.ids[row]))
-        features: Tensor | None = None
-        for start in range(0, len(order), _FEATURE_BATCH):
-            rows = order[start : start + _FEATURE_BATCH]
-            made = self.model.features(**self.encoder.batch([split.ids[row] for row in rows], self.device))
-            if features is None:
-                features = made.new_empty(len(order), made.shape[1])
-            features[rows] = made
+        """The pooled states `[sentences, H]` of a split, of which this rank makes its part: the others' rows are 0."""
+        head = self.model.head
+        features = torch.zeros(len(split.ids), head.in_features, dtype=head.weight.dtype, device=self.device)
+        for rows in self._own(split.by_length(_FEATURE_BATCH)):
+            features[rows] = self.model.features(**self._tokens(split, rows))
             bar.update(sum(len(split.ids[row]) for row in rows))
-        assert features is not None
+        return features
+
+    def join_features(self, split: Examples, parts: Sequence[Tensor]) -> Tensor:
+        """Those of the whole split, of what each rank has made."""
+        features = torch.empty_like(parts[0])
+        for number, rows in enumerate(split.by_length(_FEATURE_BATCH)):
+            features[rows] = parts[number % self.ranks][rows]
         return features
 
     def warm_up(self) -> None:
-        """Classify the largest batch of the run without noise, and note how much memory that takes.
+        """Classify the largest micro-batch of the run without noise, and note how much memory that takes.
 
         Where the features are made already, no step reads sentences; then it is as many of the longest as the features
         were made of at a time.
@@ -137,7 +191,8 @@ class Job:
         if self.settings.tune == "head":
             largest = sorted(ids, key=len)[-_FEATURE_BATCH:]
         else:
-            batches = ([ids[row] for row in self._rows(step)] for step in range(self.step, self.settings.steps))
+            steps = range(self.step, self.settings.steps)
+            batches = ([ids[row] for row in part] for step in steps for part in self._micro_batches(step))
             largest = max(batches, key=lambda batch: len(batch) * max(map(len, batch)), default=ids[:1])
         x = self.encoder.batch(largest, self.device)
         memory.reset_peak(self.device)
@@ -151,22 +206,27 @@ class Job:
         memory.give_back()
         memory.reset_peak(self.device)
 
-    def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor, int]:
-        """Inputs, classes and number of tokens of a step."""
-        return self._inputs(self.splits["train"], self._rows(step))
-
     def _rows(self, step: int) -> list[int]:
         """Training sentences of a step; what is left of an epoch after its last whole batch rests."""
         count, size = len(self.splits["train"].ids), self.settings.batch
         epoch, place = divmod(step, max(count // size, 1))
         return _permutation(self.settings.seed, epoch, count)[place * size : (place + 1) * size].tolist()
 
-    def _inputs(self, split: Examples, rows: list[int]) -> tuple[dict[str, Tensor], Tensor, int]:
+    def _micro_batches(self, step: int) -> list[list[int]]:
+        """The equal parts of those sentences, in their order."""
+        rows, count = self._rows(step), self.settings.micro_batches
+        size = len(rows) // count
+        return [rows[number * size : (number + 1) * size] for number in range(count)]
+
+    def _inputs(self, split: Examples, rows: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and classes."""
         labels = split.labels[rows].to(self.device)
-        tokens = sum(len(split.ids[row]) for row in rows)
         if split.features is not None:
-            return {"features": split.features[rows]}, labels, tokens
-        return self.encoder.batch([split.ids[row] for row in rows], self.device), labels, tokens
+            return {"features": split.features[rows]}, labels
+        return self._tokens(split, rows), labels
+
+    def _tokens(self, split: Examples, rows: list[int]) -> dict[str, Tensor]:
+        return self.encoder.batch([split.ids[row] for row in rows], self.device)
 
     @property
     def unit(self) -> str:
@@ -174,19 +234,25 @@ class Job:
         return "sentences" if self.settings.tune == "head" else "tokens"
 
     def train_step(self) -> tuple[float, int]:
-        """One update of the weights: the loss that the optimiser reports, and the `unit`s that its probes met.
+        """One update of the weights: the loss that the optimiser reports, and the `unit`s that its probes met on all
+        ranks.
 
         Raises:
             FloatingPointError: the loss is not finite. The step was taken without its estimate: go on from the log.
+            WorkerError: a rank did not answer. The step was not taken.
         """
-        settings = self.settings
-        x, labels, tokens = self.batch(self.step)
+        split, step, parts = self.splits["train"], self.step, self._micro_batches(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        loss = self.optimizer.step_batch(x, labels, _loss_of_rows, settings.chunk).item()
+        for number in self.workers.batches(len(parts)) if self.workers else range(len(parts)):
+            x, labels = self._inputs(split, parts[number])
+            self.optimizer.accumulate_batch(x, labels, _loss_of_rows, self.settings.chunk)
+        loss = self.optimizer.step().item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.step}: the loss is {loss}: try a smaller --lr or --sigma")
-        return loss, (len(labels) if self.settings.tune == "head" else tokens) * self.optimizer.evaluations
+        rows = self._rows(step)
+        met = len(rows) if self.settings.tune == "head" else sum(len(split.ids[row]) for row in rows)
+        return loss, met * self.optimizer.evaluations
 
     def _learning_rate(self) -> float:
         settings = self.settings
@@ -197,15 +263,17 @@ class Job:
     @torch.inference_mode()
     def evaluate(self, name: str) -> tuple[float, float]:
         """Mean cross-entropy (nats) and accuracy (0 to 1) on a split, without noise."""
-        split, size = self.splits[name], self.settings.batch
-        order = sorted(range(len(split.ids)), key=lambda row: len(split.ids[row]))
-        loss, right = 0.0, 0
-        for start in range(0, len(order), size):
-            x, labels, _ = self._inputs(split, order[start : start + size])
+        split = self.splits[name]
+        parts = split.by_length(self.settings.batch)
+        mine = torch.zeros(-(-len(parts) // self.ranks), 2, dtype=torch.float64)  # of a part: loss, right answers
+        for place, rows in enumerate(self._own(parts)):
+            x, labels = self._inputs(split, rows)
             logits = self.model(**x)
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            right += int((logits.argmax(1) == labels).sum())
-        return loss / len(order), right / len(order)
+            mine[place, 0] = F.cross_entropy(logits, labels, reduction="sum")
+            mine[place, 1] = (logits.argmax(1) == labels).sum()
+        found = self.workers.gather(mine, f"evaluating after step {self.step}") if self.workers else [mine]
+        loss, right = torch.stack(found, 1).flatten(0, 1).cumsum(0)[-1].tolist()  # in the order of the parts
+        return loss / len(split.ids), right / len(split.ids)
 
 
 def build(settings: Settings, classes: int, calibration: list[float] | None, base: str | None = None) -> models.Loaded:
@@ -245,8 +313,15 @@ def named_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {names[id(parameter)]: parameter for parameter in model.parameters()}
 
 
-def _optimizer(settings: Settings, model: torch.nn.Module) -> ForwardOptimizer:
+def _workers(settings: Settings, group: dist.ProcessGroup) -> Workers:
+    """Ranks have micro-batches of their own as far as these can be dealt evenly, and share the probes beyond that."""
+    size = dist.get_world_size(group)
+    return Workers(group, probe_ranks=size // math.gcd(size, settings.micro_batches))
+
+
+def _optimizer(settings: Settings, model: torch.nn.Module, workers: Workers | None) -> ForwardOptimizer:
     common: dict[str, Any] = {"weight_decay": settings.weight_decay, "dist": settings.dist, "seed": settings.seed}
+    common["workers"] = workers
     if settings.optimizer == "adam":
         common["betas"] = _BETAS
     elif settings.optimizer == "momentum":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,14 @@ def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) ->
     """All there is to say of a run, as JSON can hold it: times in seconds, memory in MiB, losses in nats.
 
     `training_seconds` are those of `timed_steps`: all but the steps that a process which was stopped had done since its
-    last evaluation.
+    last evaluation. `bytes_sent_per_step` are those of one rank.
     """
     first, last = evaluations[0], evaluations[-1]
     everything = sum(p.numel() * p.element_size() for p in job.model.parameters())
     tuned = sum(p.numel() for p in job.parameters.values())
     return {
         "commands": commands,
-        "settings": job.header.settings["run"],
+        "settings": dataclasses.asdict(job.settings),
         "classes": job.header.settings["classes"],
         "sentences": {name: len(split.ids) for name, split in job.splits.items()},
         "versions": versions(),
@@ -63,6 +64,8 @@ def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) ->
         "timed_steps": last["timed_steps"],
         "training_seconds": last["seconds"],
         f"{job.unit}_per_second": last["met"] / last["seconds"] if last["timed_steps"] else None,
+        "ranks": last["ranks"],
+        "bytes_sent_per_step": last["bytes_sent"] / last["timed_steps"] if last["timed_steps"] else None,
         "tuned_parameters": tuned,
         "memory": {
             "weights_mib": everything / 2**20,

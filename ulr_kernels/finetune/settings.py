@@ -22,6 +22,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "all": {"steps": 4000, "batch": 32, "probes": 1, "chunk": 1, "optimizer": "sgd", "lr": 1e-5, "sigma": 1e-3},
 }
 
+# Settings that came later, with what runs did before. A log leaves them out there, so that those of before are read.
+_ADDED: dict[str, Any] = {"micro_batches": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -35,6 +38,7 @@ class Settings:
         tune: `all`, `lora` or `head`. For `head` the features are made once, before the first step.
         steps: updates of the weights.
         batch: sentences in a step.
+        micro_batches: equal parts of a step's sentences, evaluated one after the other, or by ranks of their own.
         probes: directions of a step (mezo, fzoo), or members of the population (eggroll).
         chunk: probes that one forward evaluates together; 1 keeps to the memory of inference.
         lr: learning rate at the start.
@@ -64,6 +68,7 @@ class Settings:
     tune: str = "head"
     steps: int = 0
     batch: int = 0
+    micro_batches: int = 1
     probes: int = 0
     chunk: int = 0
     lr: float = 0.0
@@ -92,11 +97,17 @@ class Settings:
         Raises:
             RecipeError: another version wrote them, with a setting more or less: the run would be another one here.
         """
+        values = {**_ADDED, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         for name in sorted(values.keys() ^ names):
             has = "has the setting" if name in values else "lacks the setting"
             raise RecipeError(f"{path}: of another version: it {has} '{name}'")
         return cls(**values)
+
+    def for_log(self) -> dict[str, Any]:
+        """What `of_log` reads."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
 
     def __post_init__(self) -> None:
         rules.one_of(self, "method", METHODS)
@@ -109,7 +120,9 @@ class Settings:
         rules.one_of(self, "optimizer", OPTIMIZERS)
         rules.one_of(self, "dist", contract.DISTRIBUTIONS)
         rules.one_of(self, "dtype", tuple(DTYPES))
-        for option in ("steps", "batch", "probes", "chunk", "rank", "lora_rank", "max_tokens", "evaluations"):
+        for option in ("steps", "batch", "micro_batches", "probes", "chunk"):
+            rules.at_least(self, option, 1)
+        for option in ("rank", "lora_rank", "max_tokens", "evaluations"):
             rules.at_least(self, option, 1)
         for option in ("train_examples", "dev_examples", "threads"):
             rules.at_least(self, option, 0)
