@@ -127,7 +127,7 @@ def test_a_rank_that_dies_or_hangs_is_an_error_in_time_and_the_run_goes_on(files
     options = ["--data", files / "set", "--model", files / "encoder", *LONG]
     whole, shared, alone = tmp_path / "whole", tmp_path / "shared", tmp_path / "alone"
     assert ulr("finetune", *options, "--out", whole) == 0
-    command = ("-m", "ulr_kernels", "finetune", "--timeout", 4)
+    command = ("-m", "ulr_kernels", "finetune", "--timeout", 15)  # ranks start apart where a machine is busy
     for way, lost, arguments in (
         (signal.SIGKILL, 1, (*options, "--out", shared)),
         (signal.SIGSTOP, 0, ("--resume", shared)),
@@ -137,7 +137,7 @@ def test_a_rank_that_dies_or_hangs_is_an_error_in_time_and_the_run_goes_on(files
         try:
             when = stop(started[lost], way, shared)
             _, errors = left.communicate(timeout=60)
-            assert time.monotonic() - when < 10
+            assert time.monotonic() - when < 30
         finally:
             for process in started:
                 process.kill()
