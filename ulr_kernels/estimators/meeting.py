@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels.estimators.batch import tensors
-from ulr_kernels.nn import COMPOSITES, READERS
+from ulr_kernels.nn import COMPOSITES, LOOPS, READERS
 from ulr_kernels.nn.call import Call, Owned
 from ulr_kernels.nn.local import ELEMENTWISE, EXPANDS, LIKES, LocalCall, RowsCall
 
@@ -51,6 +51,10 @@ class Meeting(TorchFunctionMode):
             return None
         return self._layers[id(call.parameters[0])]
 
+    def noises_outputs(self, given: list[Tensor]) -> bool:
+        """Whether a function of these has a layer inside that may have noise on its output."""
+        return any(t.requires_grad for t in given if self.origin(t) is not None)
+
     def met(self, call: Call) -> tuple[Any, int]:
         """A call of a layer: its result, and the marks that this gets beside those of the arguments."""
         raise NotImplementedError
@@ -80,11 +84,8 @@ class Meeting(TorchFunctionMode):
         owned, marks, bits = self._sort(args, kwargs)
         if owned and not bits & SAMPLE:
             return self._of_parameters(func, args, kwargs, owned)
-        if owned and func in COMPOSITES:
-            with self:
-                result = COMPOSITES[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if owned and (result := self._shown(func, args, kwargs)) is not NotImplemented:
+            return result
         if rowed := self._rowed(func, owned, marks):
             return self._with_rows(func, types, args, kwargs, rowed)
         if (known := self.recalled(bits)) is not None:
@@ -102,6 +103,13 @@ class Meeting(TorchFunctionMode):
         self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
         self.returned(result, bits)
         return result
+
+    def _shown(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of a function that hides layers, by the form that shows them; NotImplemented if it is none."""
+        if func not in COMPOSITES or (func in LOOPS and not self.noises_outputs(flat(args))):
+            return NotImplemented
+        with self:
+            return COMPOSITES[func](*args, **kwargs)
 
     def _sort(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[Owned], list[tuple[Tensor, int]], int]:
         """The tensors among the arguments: those owed to parameters alone; the others with their marks; all marks."""

@@ -13,7 +13,6 @@ from torch.utils import _pytree
 from ulr_kernels import ops
 from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting, flat
 from ulr_kernels.estimators.prefix import Prefix
-from ulr_kernels.nn import COMPOSITES
 from ulr_kernels.nn.call import Call, Known, Noise
 from ulr_kernels.nn.local import RowsCall
 from ulr_kernels.optim.probing import Probing
@@ -93,17 +92,20 @@ class NoisedPass(Meeting):
         given = flat(args) + flat(kwargs.values())
         if self.probing is None or not any(id(tensor) in self.probing.sites for tensor in given):
             return super().__torch_function__(func, types, args, kwargs)
-        if func in COMPOSITES:
-            with self:
-                result = COMPOSITES[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if (result := self._shown(func, args, kwargs)) is not NotImplemented:
+            return result
         bits = NOISED
         for tensor in given:
             bits |= self.marks(tensor)
         result = self.probing.__torch_function__(func, types, args, kwargs)
         self._mark(result, bits)
         return result
+
+    def noises_outputs(self, given: list[Tensor]) -> bool:
+        if self.probing is not None and any(id(t) in self.probing.sites for t in given):
+            return False  # some have noise themselves
+        layers = {self._layers[id(p)] for t in given if (owned := self.origin(t)) for p in owned.parameters}
+        return any(self._riders.get(layer, layer) in self._noises for layer in layers)
 
     def met(self, call: Call) -> tuple[Tensor, int]:
         layer = self.trained_layer(call)
@@ -114,9 +116,11 @@ class NoisedPass(Meeting):
         if self._prefix is not None:
             self._prefix.reached()
             self._prefix = None
-        count = self._counts.get(layer, 0)
-        self._counts[layer] = count + 1
+        count = self._counts.get(layer, -1) + (not call.time)  # the first time step begins a call
+        self._counts[layer] = count
         key = ops.fold_in(noise.key, count) if count else noise.key
+        if call.time is not None:
+            key = ops.fold_in(key, call.time)
         shared = not any(self.marks(x) & NOISED for x in call.given)
         if isinstance(call, RowsCall):
             x_copies = call.inputs[0].shape[0] // self._samples

@@ -19,4 +19,5 @@ READERS: dict[Any, Callable] = {
     **embedding.READERS,
     **recurrent.READERS,
 }
-COMPOSITES: dict[Any, Callable] = {**attention.COMPOSITES}
+COMPOSITES: dict[Any, Callable] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
+LOOPS = recurrent.COMPOSITES.keys()  # shown only for noise inside: torch's own functions are faster

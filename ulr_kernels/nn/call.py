@@ -66,10 +66,12 @@ class Call:
         parameters: the model's own parameters in the call, the one that names it first; empty if it has none.
         feature_dim: the axis of the output that counts the noise's columns; all others, in order, are its rows.
         additive: the first input goes into the output as it is: v = x + phi(theta).
+        time: the time step of a recurrent layer, from 0 in the order in which it takes them; None in any other layer.
     """
 
     feature_dim = -1
     additive = False
+    time: int | None = None
 
     def __init__(self, inputs: tuple[Tensor, ...], owned: tuple[Owned | None, ...]) -> None:
         self.inputs = self.given = inputs
