@@ -60,6 +60,34 @@ class Indices(nn.Module):
         return self.table(x.argmax(-1)) + x.mean((1, 2))[:, None]
 
 
+class Steps(nn.Module):
+    """A recurrent layer, of whose output and last states all is used; `start`: from states that are trained."""
+
+    def __init__(self, kind, start=0, **settings):
+        super().__init__()
+        self.layer = getattr(nn, kind)(4, 2, batch_first=True, **settings)
+        self.start = nn.ParameterList(torch.empty(1, 1, 2) for _ in range(start))
+
+    def forward(self, x):
+        start = [each.expand(-1, len(x), -1) for each in self.start]
+        out, last = self.layer(x, (start[0] if len(start) == 1 else tuple(start)) if start else None)
+        return torch.cat([out.flatten(1), *(last if isinstance(last, tuple) else (last,))[-1]], 1)
+
+
+class OwnSteps(nn.Module):
+    """A cell in a loop."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        states = None
+        for x_t in x.unbind(1):
+            states = self.cell(x_t, states)
+        return torch.cat(states, 1) if isinstance(states, tuple) else states
+
+
 def in_place(self, x):
     h = x + 0
     h += self.shift
@@ -85,6 +113,13 @@ LAYERS = {
     "attention": (lambda: Attention(False, add_bias_kv=True, add_zero_attn=True), (3, 4)),
     "tokens": (Tokens, (2, 2)),
     "gru cell": (lambda: nn.GRUCell(4, 3), (4,)),
+    "rnn cell": (lambda: OwnSteps(nn.RNNCell(4, 2)), (2, 4)),
+    "lstm cell": (lambda: OwnSteps(nn.LSTMCell(4, 2)), (2, 4)),
+    "rnn": (lambda: Steps("RNN", nonlinearity="relu", bias=False), (3, 4)),
+    "gru": (lambda: Steps("GRU", start=1), (3, 4)),
+    "lstm": (lambda: Steps("LSTM", start=2), (3, 4)),
+    "gru of two layers": (lambda: Steps("GRU", num_layers=2, bidirectional=True), (2, 4)),
+    "lstm of two layers": (lambda: Steps("LSTM", num_layers=2, proj_size=1), (2, 4)),
     "embedding bag": (lambda: Indices(nn.EmbeddingBag(4, 2, padding_idx=1)), (3, 4)),
     "depthwise": (lambda: nn.Conv2d(2, 4, 2, groups=2, padding=1, padding_mode="circular"), (2, 2, 2)),
     "transposed, all": (
@@ -115,7 +150,7 @@ def test_unbiased(layer, injection):
     assert_unbiased(samples[:, 1:], exact[1:])
 
 
-@pytest.mark.parametrize("layer", ["tokens", "group norm", "transposed 2d"])
+@pytest.mark.parametrize("layer", ["tokens", "group norm", "transposed 2d", "gru of two layers", "lstm of two layers"])
 def test_the_law_holds(layer):
     """Its Jacobian is each function's own, also that of rows made from a parameter."""
     make, shape = LAYERS[layer]

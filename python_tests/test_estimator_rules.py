@@ -272,7 +272,8 @@ class Unreachable(nn.Module):
         self.threshold, self.start = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
 
     def forward(self, x):
-        h = self.lstm(self.fc(x)[:, None])[0][:, -1]
+        steps = nn.utils.rnn.pack_padded_sequence(self.fc(x)[:, None], torch.ones(len(x)), batch_first=True)
+        h = self.lstm(steps)[0].data
         h[:, 0] = self.start[0]
         return (h > self.threshold).float()
 

@@ -129,15 +129,20 @@ def test_copies_share_a_forward(make, noise, monkeypatch):
 
 
 class Recurrent(nn.Module):
-    """A recurrent layer, which noise on outputs does not reach, and a parameter in a function without samples."""
+    """A recurrent layer, which noise on outputs does not reach where its sequences are packed, and a parameter in a
+    function without samples.
+    """
 
-    def __init__(self):
+    def __init__(self, packed=False):
         super().__init__()
-        self.fc, self.cell = nn.Linear(5, 4), nn.LSTM(4, 3, batch_first=True)
+        self.fc, self.cell, self.packed = nn.Linear(5, 4), nn.LSTM(4, 3, batch_first=True), packed
         self.threshold, self.start = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
 
     def forward(self, x):
-        _, (h, _) = self.cell(self.fc(x)[:, None])
+        steps = self.fc(x)[:, None]
+        if self.packed:
+            steps = nn.utils.rnn.pack_padded_sequence(steps, torch.ones(len(x)), batch_first=True)
+        _, (h, _) = self.cell(steps)
         return torch.sigmoid((h[-1] + self.start.abs() - self.threshold) * 2)
 
 
@@ -187,7 +192,7 @@ def test_settings_survive_a_checkpoint():
 
 def test_what_noise_on_weights_cannot_do_is_named():
     with pytest.raises(ValueError) as error:
-        gradients(Recurrent())
+        gradients(Recurrent(packed=True))
     for text in ("cell.weight_ih_l0 (used by lstm)", "noise on the weights (noise={name: 'weights'}, ulr.optim)"):
         assert text in str(error.value)
     bare = filled(nn.Sequential(nn.Linear(5, 3)))
