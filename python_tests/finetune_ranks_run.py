@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from ulr_kernels.finetune import ranks, runs
 from ulr_kernels.finetune.settings import Settings
 from ulr_kernels.optim import WorkerError
@@ -32,15 +34,16 @@ def settings(files: Path, model: str, options: dict[str, Any]) -> Settings:
 
 
 def main(files: Path, out: Path) -> None:
-    with ranks.joined(60) as group:
-        assert group is not None
+    with ranks.joined(60) as shared:
         for name, (model, options, _) in SHARED.items():
-            runs.start(settings(files, model, options), out / name, "", group=group)
-        for name, options in REFUSED.items():
+            runs.start(settings(files, model, options), out / name, "", shared=shared)
+        for name, wanted in REFUSED.items():
             try:
-                runs.start(settings(files, "encoder", options[group.rank()]), out / name, "", group=group)
+                runs.start(settings(files, "encoder", wanted[dist.get_rank()]), out / name, "", shared=shared)
             except (RecipeError, WorkerError) as error:
                 print(error, file=sys.stderr)
+    # A thread of the group that is left can abort the process when it ends.
+    assert not [task for task in Path("/proc/self/task").glob("*/comm") if "gloo" in task.read_text()]
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     command = shlex.join(["ulr", *argv])
     timeout = getattr(args, "timeout", _TIMEOUT)
     if "resume" in args:
-        with ranks.joined(timeout) as group:
-            runs.resume(args.resume, command, group)
+        with ranks.joined(timeout) as shared:
+            runs.resume(args.resume, command, shared)
         return
     if "data" not in given:
         raise RecipeError("give --data (movie-reviews, a .tsv file, or a folder of them), or --resume DIR")
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         data, model = (Path(name).resolve().stem for name in (settings.data, settings.model))
         names = (data, model, settings.tune, settings.method)
         args.out = Path("runs") / "-".join(names)
-    with ranks.joined(timeout) as group:
-        runs.start(settings, args.out, command, "overwrite" in args, group)
+    with ranks.joined(timeout) as shared:
+        runs.start(settings, args.out, command, "overwrite" in args, shared)
 
 
 def what_is_kept(args: argparse.Namespace) -> tuple[str, str]:

@@ -48,11 +48,11 @@ class Job:
     Args:
         settings: what the run is.
         header: of the log of the run that goes on; the model and the data must be what they were.
-        group: of the ranks that share the run; None for a process by itself.
+        shared: by the ranks of the default process group.
 
     Attributes:
         splits: `train`, `dev` and `test`.
-        workers: what the ranks of `group` evaluate in a step, or None.
+        workers: what the ranks evaluate in a step; None for a process by itself.
         rank, ranks: this process's number, and how many share the run.
         inference_memory: MiB, the peak of a forward pass of the batch without noise; 0 before `warm_up`.
 
@@ -60,10 +60,8 @@ class Job:
         RecipeError: a setting does not fit, a device is absent, or model or data cannot be had or have changed.
     """
 
-    def __init__(
-        self, settings: Settings, header: Header | None = None, group: dist.ProcessGroup | None = None
-    ) -> None:
-        self.workers = None if group is None else _workers(settings, group)
+    def __init__(self, settings: Settings, header: Header | None = None, shared: bool = False) -> None:
+        self.workers = _workers(settings) if shared else None
         self.rank, self.ranks = (self.workers.rank, self.workers.size) if self.workers else (0, 1)
         self.device = rules.device(settings.device)
         if self.workers and self.device.type == "cuda":
@@ -313,10 +311,10 @@ def named_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {names[id(parameter)]: parameter for parameter in model.parameters()}
 
 
-def _workers(settings: Settings, group: dist.ProcessGroup) -> Workers:
+def _workers(settings: Settings) -> Workers:
     """Ranks have micro-batches of their own as far as these can be dealt evenly, and share the probes beyond that."""
-    size = dist.get_world_size(group)
-    return Workers(group, probe_ranks=size // math.gcd(size, settings.micro_batches))
+    size = dist.get_world_size()
+    return Workers(probe_ranks=size // math.gcd(size, settings.micro_batches))
 
 
 def _optimizer(settings: Settings, model: torch.nn.Module, workers: Workers | None) -> ForwardOptimizer:

@@ -16,14 +16,17 @@ from ulr_kernels.recipes import RecipeError
 
 
 @contextlib.contextmanager
-def joined(timeout: int) -> Iterator[dist.ProcessGroup | None]:
-    """The group of the ranks that torchrun, or what sets its variables, has started; None for a process by itself.
+def joined(timeout: int) -> Iterator[bool]:
+    """For the block, make the default process group of the ranks that torchrun, or what sets its variables, started.
 
-    It is of gloo on a GPU too. What ranks exchange is a few numbers a step, and these pass the CPU anyway; NCCL would
-    take memory of the GPU for its buffers, and where a rank does not answer it ends the process.
+    The group is of gloo on a GPU too. What ranks exchange is a few numbers a step, and these pass the CPU anyway; NCCL
+    would take memory of the GPU for its buffers, and where a rank does not answer it ends the process.
 
     Args:
         timeout: seconds that a rank waits for another, at least 1.
+
+    Returns:
+        Whether there is one: a process by itself has none.
 
     Raises:
         RecipeError: a variable is missing or nonsense, or this torch cannot do it.
@@ -33,24 +36,26 @@ def joined(timeout: int) -> Iterator[dist.ProcessGroup | None]:
         raise RecipeError(f"timeout must be at least 1, got {timeout}")
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if size == "1":
-        yield None
+        yield False
         return
     if not dist.is_available():
         raise RecipeError(f"{size} ranks need a torch with torch.distributed")
     # torchrun ends the other ranks by SIGTERM where one has died: then they, too, say what is kept.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
-    except ValueError as error:
-        raise RecipeError(f"{size} ranks cannot meet: {_first_line(error)}") from error
-    except RuntimeError as error:
-        raise WorkerError(
-            f"rank {rank} of {size} did not meet the others in {timeout} s: {_first_line(error)}"
-        ) from error
-    try:
-        yield dist.group.WORLD
+        try:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+        except ValueError as error:
+            raise RecipeError(f"{size} ranks cannot meet: {_first_line(error)}") from error
+        except RuntimeError as error:
+            raise WorkerError(
+                f"rank {rank} of {size} did not meet the others in {timeout} s: {_first_line(error)}"
+            ) from error
+        try:
+            yield True
+        finally:
+            dist.destroy_process_group()
     finally:
-        dist.destroy_process_group()
         signal.signal(signal.SIGTERM, before)
 
 

@@ -56,13 +56,7 @@ class History:
             raise RecipeError(f"{folder / HISTORY}: cannot be read: {error}") from error
 
 
-def start(
-    settings: Settings,
-    out: Path,
-    command: str,
-    overwrite: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> None:
+def start(settings: Settings, out: Path, command: str, overwrite: bool = False, shared: bool = False) -> None:
     """Fine-tune a model from its pre-trained weights and write the report.
 
     Ranks call it alike; the first one alone writes and prints. They share the folder.
@@ -72,7 +66,7 @@ def start(
         out: its folder, made if need be.
         command: what the user typed, for the report.
         overwrite: replace a run that is there.
-        group: of the ranks that share the run; None for a process by itself.
+        shared: by the ranks of the default process group.
 
     Raises:
         RecipeError: the run cannot be made; nothing has been written.
@@ -83,7 +77,7 @@ def start(
         raise RecipeError(
             f"start '{settings.start}' must be in another folder than this run, which needs it to the end"
         )
-    job = Job(settings, group=group)
+    job = Job(settings, shared=shared)
     with contextlib.ExitStack() as stack:
         writer = None
         if job.rank == 0:
@@ -92,18 +86,18 @@ def start(
         _Run(job, out, writer, History([command], []), []).finish()
 
 
-def resume(folder: Path, command: str, group: dist.ProcessGroup | None = None) -> None:
+def resume(folder: Path, command: str, shared: bool = False) -> None:
     """Continue the run in a folder, bitwise as if it had never stopped, and write its report.
 
     So many ranks as there are now, whatever their number before, each replay the log. Arguments and errors are those of
     `start`.
     """
     with contextlib.ExitStack() as stack:
-        first = group is None or group.rank() == 0
+        first = not shared or dist.get_rank() == 0
         if first:
             stack.enter_context(folders.held(folder))
         log = trajectory.read(folder / LOG, torn=True)
-        job = Job(Settings.of_log(folder / LOG, log.header.settings["run"]), log.header, group)
+        job = Job(Settings.of_log(folder / LOG, log.header.settings["run"]), log.header, shared)
         job.replay(log)
         history = History.load(folder, job.step)
         history.commands.append(command)

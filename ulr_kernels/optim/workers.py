@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if dist.is_available():
+    # Its functions have the default group of the time of their import as default arguments, and torch's optimisers
+    # import it. Imported after init_process_group it would keep the group, and gloo's threads, beyond
+    # destroy_process_group: such a thread can abort a process that ends.
+    import torch.distributed.nn  # noqa: F401
+
 
 class WorkerError(RuntimeError):
     """A rank did not answer, or is not where the others are. No weight has been changed by the step."""
