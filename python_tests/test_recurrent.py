@@ -94,7 +94,7 @@ def step_noise(name, call, time, width):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_gradient_is_the_formula(kind):
-    """Each direction of the layer is a site of its own, whose steps count from 0 in the order in which it takes them."""
+    """Each direction of the layer is a site of its own; its steps count from 0 in the order in which it takes them."""
     model, x, targets = filled(TwoCalls(kind), 0.7), v(1, 3, 3, 4), v(2, 3, 4)
     settings = {"antithetic": False, "baseline": "none", "injection": "joint", "sigma": SIGMA}
     loss, found = gradients(model, copies=2, batch=(x, targets), loss_fn=half_squares, **settings)
