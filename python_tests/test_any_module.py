@@ -150,7 +150,7 @@ def test_unbiased(layer, injection):
     assert_unbiased(samples[:, 1:], exact[1:])
 
 
-@pytest.mark.parametrize("layer", ["tokens", "group norm", "transposed 2d", "gru of two layers", "lstm of two layers"])
+@pytest.mark.parametrize("layer", ["tokens", "group norm", "transposed 2d"])
 def test_the_law_holds(layer):
     """Its Jacobian is each function's own, also that of rows made from a parameter."""
     make, shape = LAYERS[layer]

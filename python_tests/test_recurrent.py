@@ -94,7 +94,7 @@ def step_noise(name, call, time, width):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_gradient_is_the_formula(kind):
-    """Each direction of the layer is a site of its own; its steps count from 0 in the order in which it takes them."""
+    """Each direction is a site of its own, whose steps count from 0 in the order in which it takes them."""
     model, x, targets = filled(TwoCalls(kind), 0.7), v(1, 3, 3, 4), v(2, 3, 4)
     settings = {"antithetic": False, "baseline": "none", "injection": "joint", "sigma": SIGMA}
     loss, found = gradients(model, copies=2, batch=(x, targets), loss_fn=half_squares, **settings)
@@ -175,6 +175,15 @@ def test_chunks_and_replay_give_the_same_gradients(kind, more, injection):
     for more in ({"max_rows": 6}, {"max_rows": 2}, {"memory": "replay"}, {"memory": "replay", "max_rows": 6}):
         _, found = gradients(model, **settings, **more)
         assert_same(expected, found)
+
+
+@pytest.mark.parametrize("kind, more", [("LSTM", {"num_layers": 2}), ("GRU", {})])
+def test_cosines_follow_the_law(kind, more):
+    model = filled(Reader(kind, **more), 0.7)
+    report = ulr.check(model, *BATCH, cross_entropy, sigma=0.01, copies=128, steps=16)
+    assert report.ok, report
+    for layer in report.layers:
+        assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
 
 
 def test_steps_are_shown_only_for_noise_inside(monkeypatch):

@@ -201,13 +201,8 @@ class Call:
 
         One for all copies, summed, where they share the inputs; else one for each copy.
         """
+        self._add_log_sigma(loss_weight, draw, log_sigma)
         noise, spec = self.noise, self._spec(self._positions) | {"feature_dim": self.feature_dim}
-        if log_sigma is not None:
-            like = loss_weight.new_empty(()).expand(self._grid)
-            buffer = gradient_buffer(log_sigma)
-            ops.noise_dot_(
-                None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec
-            )
         if self._shared:
             score = ops.noise_score(self._grid, loss_weight, noise.sigma, noise.key, draw=draw, **spec)
             yield score.view(self._shape), *self._operands
@@ -222,6 +217,14 @@ class Call:
                 self._grid, -weight if c >= draws else weight, noise.sigma, noise.key, draw=draw + c % draws, **spec
             )
             yield score.view(self._shape), *(x[c] for x in by_copy)
+
+    def _add_log_sigma(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
+        if log_sigma is None:
+            return
+        noise, spec = self.noise, self._spec(self._positions) | {"feature_dim": self.feature_dim}
+        like = loss_weight.new_empty(()).expand(self._grid)
+        buffer = gradient_buffer(log_sigma)
+        ops.noise_dot_(None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec)
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:

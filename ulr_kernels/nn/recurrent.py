@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import wrap_torch_function
 
+from ulr_kernels import ops
+from ulr_kernels.contract import score
 from ulr_kernels.nn import linear
 from ulr_kernels.nn.call import Call, Origin
 from ulr_kernels.nn.local import LocalCall, RowsCall
@@ -41,10 +43,18 @@ def _initial(args: tuple, kwargs: dict[str, Any], origin: Origin) -> RowsCall | 
 
 
 class StateCall(LocalCall):
-    """A new state of a cell. The copies' gradients come from one derivative: a step is small, and there are many."""
+    """A new state of a cell. One derivative makes the gradients of all copies: a step is small, and there are many."""
 
     def _scores(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-        yield torch.cat([score for score, *_ in super()._scores(loss_weight, draw, log_sigma)]), *self._operands
+        if self._shared:
+            yield from super()._scores(loss_weight, draw, log_sigma)
+            return
+        self._add_log_sigma(loss_weight, draw, log_sigma)
+        noise, copies = self.noise, len(loss_weight)
+        nothing = torch.full(self._shape, -0.0, device=loss_weight.device)  # to which -0. adds up to -0.
+        eps = ops.noise_add(nothing, 1.0, noise.key, copies=copies, draw=draw, **self._spec(1))
+        scores = score(eps, noise.dist) * (loss_weight / noise.sigma).unsqueeze(-1)
+        yield scores.flatten(0, 1), *self._operands
 
 
 @_seen
