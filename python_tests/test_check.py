@@ -136,26 +136,24 @@ def test_model_that_cannot_be_trained():
 
 
 class Last(nn.Module):
-    """The last state of a recurrent layer: a function with several outputs."""
+    """The last state of a recurrent layer of packed sequences: a function with several outputs."""
 
     def __init__(self):
         super().__init__()
-        self.cell, self.head = nn.LSTMCell(4, 6), nn.Linear(6, 5)
+        self.cell, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 5)
 
     def forward(self, x):
-        state = None
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-        return self.head(state[0])
+        lengths = torch.full((len(x),), x.shape[1])
+        _, (h, _) = self.cell(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))
+        return self.head(h[-1])
 
 
 def test_functions_with_several_outputs_take_noise_on_their_weights():
     model, x = filled(Last()), v(1, 6, 3, 4)
     report = ulr.check(model, x, Y, cross_entropy)
-    if not report.ok:  # refused
-        assert "cell.weight_ih (used by lstm_cell)" in report.verdict
-    on_weights = {f"cell.{name}": "weights" for name, _ in model.cell.named_parameters()}
-    report = ulr.check(model, x, Y, cross_entropy, sigma=0.02, copies=64, steps=32, noise=on_weights)
+    assert not report.ok and report.layers == ()
+    assert "cell.weight_ih_l0 (used by lstm)" in report.verdict
+    report = ulr.check(model, x, Y, cross_entropy, sigma=0.02, copies=64, steps=32, noise={"cell": "weights"})
     assert report.ok, report
     for layer in report.layers:
         assert layer.cosine == pytest.approx(layer.law, abs=0.05)
