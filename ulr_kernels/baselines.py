@@ -8,21 +8,20 @@ BASELINES = ("mean", "clean", "none")
 
 
 def loss_weights(losses: Tensor, clean: Tensor | None, baseline: str, antithetic: bool) -> Tensor:
-    """(L - b) / (C * B): the weight of each copy of each sample in the gradient of the mean loss.
+    """(L - b) / (number of losses): the weight of each copy of each sample in the gradient of the mean loss.
 
     Args:
-        losses: fp32 `[C, B]`; antithetic copies come as two halves.
-        clean: fp32 `[B]`, the losses without noise; used by the baseline "clean".
+        losses: fp32 `[C, B]`, or `[C, B, Q]` where a sample has Q losses; antithetic copies come as two halves.
+        clean: fp32 `[B]` or `[B, Q]`, the losses without noise; used by the baseline "clean".
         baseline: "none"; "clean"; or "mean": of the sample's *other* copies, or of its other antithetic pairs, so that
             b is independent of the copy's own noise and the estimate is not scaled (a mean over all copies would
             shrink it by 1 - 1/C). b is 0 where there is no other.
         antithetic: whether the copies are antithetic pairs.
 
     Returns:
-        fp32 `[C, B]`.
+        fp32, of the losses' shape.
     """
-    copies, samples = losses.shape
-    count = copies * samples
+    count = losses.numel()
     if baseline == "clean":
         assert clean is not None
         return (losses - clean) / count

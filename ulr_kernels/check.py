@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ulr_kernels import contract, ops
 from ulr_kernels.estimators.batch import LossFunction
 from ulr_kernels.estimators.law import Truth, law
+from ulr_kernels.estimators.reach import Given
 from ulr_kernels.estimators.ulr import ULR
 
 STREAMS, STREAM_SHAPE = 8, (64, 64)
@@ -30,7 +31,7 @@ class LayerCheck:
         slope_error: the standard error of that mean.
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
-        law: the cosine that the number of copies and noise coordinates predict for small sigma.
+        law: the cosine that the number of copies and noise coordinates predict for small sigma; NaN with a reach.
         agreement: mean cosine of the estimates of two steps, the cosine's square if unbiased; needs no gradient.
         agreement_error: the standard error of that mean.
 
@@ -80,7 +81,16 @@ class Report:
         return "\n".join([*lines, self.verdict])
 
 
-def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int = 16, **settings: Any) -> Report:
+def check(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    loss_fn: LossFunction,
+    *,
+    reach: Given = None,
+    steps: int = 16,
+    **settings: Any,
+) -> Report:
     """Compare the estimator with autograd of the clean loss, on one batch, and say what is wrong.
 
     The law is cos = (1 + V / (M |g|^2))^(-1/2), with g the gradient, M the independent directions per sample (copies,
@@ -88,7 +98,8 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     it is (1 + (d + 1) / M)^(-1/2). It assumes a loss that is linear over the noise, and independent copies.
 
     Args:
-        model, x, y, loss_fn: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as they were.
+        model, x, y, loss_fn, reach: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as they
+            were.
         steps: estimates to make, at least 2; each has its own noise.
         settings: of `ulr.ULR`; noise on weights of some layers only layer-wise, as one pass of both kinds has no law.
 
@@ -110,17 +121,19 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
         )
     saved = [(p, p.grad) for p in estimator.model.parameters()]
     try:
-        plan = estimator.look(x, y, loss_fn)
+        plan = estimator.look(x, y, loss_fn, reach)
         truth = Truth(estimator, x, y, loss_fn)
-        estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, steps)
-        layers = tuple(_compare(estimator, name, estimates[name], truth) for name in estimates)
+        laws = _laws(estimator, truth) if reach is None else {}
+        estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, reach, steps)
+        layers = tuple(_compare(name, estimates[name], truth, laws) for name in estimates)
         correlations = _correlations(estimator, plan.names)
         others = {}
         if any(_is_off(layer) or _is_noisy(layer) for layer in layers):
             for factor in (SMALLER, LARGER):
                 other = ULR(model, **{**settings, "sigma": _scaled(estimator.settings.sigma, factor)})
-                again = _estimates(other, truth.parameters, x, y, loss_fn, steps)
-                others[factor] = {name: _compare(other, name, again[name], truth) for name in again}
+                laws = _laws(other, truth) if reach is None else {}
+                again = _estimates(other, truth.parameters, x, y, loss_fn, reach, steps)
+                others[factor] = {name: _compare(name, again[name], truth, laws) for name in again}
     except ValueError as error:
         return Report(False, str(error))
     finally:
@@ -130,15 +143,26 @@ def check(model: nn.Module, x: Any, y: Any, loss_fn: LossFunction, *, steps: int
     return Report(not problems, "\n".join(problems) or _praise(layers), layers, correlations)
 
 
+def _laws(estimator: ULR, truth: Truth) -> dict[str, float]:
+    """The law of each layer of which autograd has a gradient."""
+    return {name: law(estimator, name, truth) for name in truth.gradients}
+
+
 def _estimates(
-    estimator: ULR, parameters: Mapping[str, list[Tensor]], x: Any, y: Any, loss_fn: LossFunction, steps: int
+    estimator: ULR,
+    parameters: Mapping[str, list[Tensor]],
+    x: Any,
+    y: Any,
+    loss_fn: LossFunction,
+    reach: Given,
+    steps: int,
 ) -> dict[str, Tensor]:
     """Each layer's estimates, fp64 `[steps, parameters]`."""
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for _ in range(steps):
         for parameter in estimator.model.parameters():
             parameter.grad = None
-        estimator.backward(x, y, loss_fn)
+        estimator.backward(x, y, loss_fn, reach)
         for name in parameters:
             rows[name].append(torch.cat([p.grad.flatten().double() for p in parameters[name] if p.grad is not None]))
     return {name: torch.stack(row) for name, row in rows.items()}
@@ -148,7 +172,7 @@ def _scaled(sigma: float | Mapping[str, float], factor: float) -> float | dict[s
     return {name: value * factor for name, value in sigma.items()} if isinstance(sigma, Mapping) else sigma * factor
 
 
-def _compare(estimator: ULR, name: str, estimates: Tensor, truth: Truth) -> LayerCheck:
+def _compare(name: str, estimates: Tensor, truth: Truth, laws: Mapping[str, float]) -> LayerCheck:
     units = F.normalize(estimates, dim=1)
     steps = len(units)
     agreement, error = _mean((units @ units.sum(0) - 1) / (steps - 1))  # of each with all others
@@ -159,9 +183,8 @@ def _compare(estimator: ULR, name: str, estimates: Tensor, truth: Truth) -> Laye
         return LayerCheck(name, unknown, unknown, unknown, unknown, unknown, agreement, agreement_error)
     slope, slope_error = _mean(estimates @ gradient / gradient.square().sum())
     cosine, cosine_error = _mean(units @ F.normalize(gradient, dim=0))
-    return LayerCheck(
-        name, slope, slope_error, cosine, cosine_error, law(estimator, name, truth), agreement, agreement_error
-    )
+    predicted = laws.get(name, math.nan)
+    return LayerCheck(name, slope, slope_error, cosine, cosine_error, predicted, agreement, agreement_error)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
@@ -206,7 +229,7 @@ def _is_noisy(layer: LayerCheck) -> bool:
 
 def _distance(layer: LayerCheck) -> float:
     """From what an unbiased estimator without rounding would show."""
-    return abs(layer.slope - 1) + max(layer.law - layer.cosine, 0)
+    return abs(layer.slope - 1) + (0 if math.isnan(layer.law) else max(layer.law - layer.cosine, 0))
 
 
 def _names(layers: list[LayerCheck]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from ulr_kernels.estimators.reach import Reach
 from ulr_kernels.estimators.settings import fail
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -21,11 +22,13 @@ class Batch:
         samples: how many it has.
         first: the place of its first sample in the whole batch, of which other ranks may have the rest.
         share: its part of the samples, times the number of ranks: what its mean counts in the mean over the ranks.
+        reach: which losses of a sample its rows' noise reaches, if it has many; None: a sample has one loss.
         owner: who speaks in its errors.
     """
 
     def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR") -> None:
         self.x, self.y, self.owner = x, y, owner
+        self.reach: Reach | None = None
         self.samples = self.first = 0
         self.share = 1.0
         for argument, value in (("x", x), ("y", y)):
@@ -39,7 +42,11 @@ class Batch:
                     self._fail(argument, "have at least one sample", list(leaf.shape))
         if not tensors(x):
             self._fail("x", "be or hold a tensor", type(x).__name__)
-        self.signature = (_signature(x), _signature(y))
+
+    @property
+    def signature(self) -> tuple:
+        """What a model may decide by before it looks at values of tensors."""
+        return _signature(self.x), _signature(self.y), self.reach and self.reach.signature
 
     def part(self, rows: slice) -> Batch:
         """Some of the samples, in their place."""
@@ -47,18 +54,22 @@ class Batch:
             return self
         x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows], value) for value in (self.x, self.y))
         part = Batch(x, y, self.owner)
+        part.reach = self.reach and self.reach.part(rows)
         part.first = self.first + rows.start
         part.share = self.share * part.samples / self.samples
         return part
 
     def losses(self, outputs: Any, loss_fn: LossFunction, copies: int) -> Tensor:
-        """The loss of each row: fp32 `[copies, samples]`."""
+        """The loss of each row: fp32 `[copies, samples]`; with a reach `[copies, samples, losses]`."""
         losses = loss_fn(outputs, repeat(self.y, copies))
         rows = copies * self.samples
-        if not isinstance(losses, Tensor) or losses.shape != (rows,):
+        shape, rule = [rows], "one loss per row"
+        if self.reach is not None:
+            shape, rule = [rows, self.reach.losses], "a loss for each row and column of reach"
+        if not isinstance(losses, Tensor) or list(losses.shape) != shape:
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            self._fail("loss_fn", f"return one loss per row, [{rows}] here (reduction='none'?)", got)
-        return losses.detach().to(torch.float32).view(copies, self.samples)
+            self._fail("loss_fn", f"return {rule}, {shape} here (reduction='none'?)", got)
+        return losses.detach().to(torch.float32).unflatten(0, (copies, self.samples))
 
     def _fail(self, argument: str, rule: str, value: object) -> NoReturn:
         fail(argument, rule, value, self.owner)
@@ -74,7 +85,6 @@ def _signature(value: Any) -> tuple:
 
 
 def _leaf_signature(leaf: Any) -> Any:
-    """What a model may decide by before it looks at values of tensors."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return leaf if isinstance(leaf, bool | int | float | str) else type(leaf)

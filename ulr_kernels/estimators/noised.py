@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch.utils import _pytree
 from ulr_kernels import ops
 from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting, flat
 from ulr_kernels.estimators.prefix import Prefix
+from ulr_kernels.estimators.reach import Weights
 from ulr_kernels.nn.call import Call, Known, Noise
 from ulr_kernels.nn.local import RowsCall
 from ulr_kernels.optim.probing import Probing
@@ -22,14 +24,22 @@ class Replay(NamedTuple):
     """What a second pass knows: it adds each layer's gradients when it comes to it, so that nothing is kept.
 
     Attributes:
-        loss_weight: fp32 `[copies, samples]`.
+        weights: what each row counts.
         log_sigma: layer -> its learnt ln sigma.
         order: the layers of the first pass's noised calls. The last one's output is of no more use.
     """
 
-    loss_weight: Tensor
+    weights: Weights
     log_sigma: Mapping[str, Tensor]
     order: Sequence[str]
+
+
+class Kept(NamedTuple):
+    """A noised call that is kept for its gradient: its layer, its number among that layer's, from 0, and it."""
+
+    layer: str
+    number: int
+    call: Call
 
 
 class Finished(BaseException):
@@ -51,8 +61,9 @@ class NoisedPass(Meeting):
         replay: add the gradients now.
         probing: makes the noise of weights, if any have some.
         prefix: what earlier forwards of this pass have found in front of the noise, or is to be found for later ones.
-        noisy: bool `[copies * samples]`, on the model's device: those that get the noise, the others going on as they
-            are; None for all. Only where the model is given all copies, and nothing is replayed.
+        noisy: of a layer and the number of its call, bool `[copies * samples]` or `[copies * samples * rows]`, on the
+            model's device: those rows that get the noise, the others going on as they are; None for all. Only where the
+            model is given all copies, and nothing is replayed.
 
     Attributes:
         order: the layers of the noised calls, in their order.
@@ -73,7 +84,7 @@ class NoisedPass(Meeting):
         replay: Replay | None,
         probing: Probing | None,
         prefix: Prefix | None,
-        noisy: Tensor | None,
+        noisy: Callable[[str, int], Tensor] | None,
     ) -> None:
         super().__init__(layers, parameters, inputs)
         self._noises = noises
@@ -83,9 +94,10 @@ class NoisedPass(Meeting):
         self.probing = probing
         self._prefix = prefix  # until the noise is reached
         self._noisy = noisy
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}  # by which the keys of a layer's calls differ
+        self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []
-        self.calls: list[tuple[str, Call]] = []
+        self.calls: list[Kept] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -126,19 +138,25 @@ class NoisedPass(Meeting):
             x_copies = call.inputs[0].shape[0] // self._samples
         else:
             x_copies = 1 if shared and self._cut else noise.copies
+        number = self._numbers[layer]
+        self._numbers[layer] += 1
         self.order.append(layer)
         if self._keep:
-            self.calls.append((layer, call))
+            self.calls.append(Kept(layer, number, call))
         noise = noise._replace(key=key.to(call.inputs[0].device))
-        rides, known = lead != layer, self._known(layer)
+        rides, known = lead != layer, self._known(layer, number)
         last = self._replay is not None and len(self.order) == len(self._replay.order)
         silent = rides or last  # nobody reads the last one's noise
         result = call.noised(noise, self._samples, x_copies, shared=shared, rides=silent, known=known)
         if last:
             raise Finished
         if self._noisy is not None and not rides:
-            rows = self._noisy.repeat_interleave(len(result) // len(self._noisy)).view(-1, *[1] * (result.dim() - 1))
-            result.copy_(torch.where(rows, result, call.forward(*call.inputs)))  # it may be what the model writes into
+            noisy = self._noisy(layer, number)
+            rows = result.unsqueeze(-1) if result.dim() == 1 else result.movedim(call.feature_dim, -1)
+            noisy = noisy.repeat_interleave(rows[..., 0].numel() // len(noisy)).view(rows.shape[:-1]).unsqueeze(-1)
+            clean = call.forward(*call.inputs)
+            clean = clean.unsqueeze(-1) if result.dim() == 1 else clean.movedim(call.feature_dim, -1)
+            rows.copy_(torch.where(noisy, rows, clean))  # the result may be what the model writes into
         return result, 0 if rides else NOISED
 
     def recalled(self, bits: int) -> tuple[Any, int] | None:
@@ -148,11 +166,11 @@ class NoisedPass(Meeting):
         if self._prefix is not None and bits & SAMPLE:
             self._prefix.remember(result, bits)
 
-    def _known(self, layer: str) -> Known | None:
+    def _known(self, layer: str, number: int) -> Known | None:
         if self._replay is None:
             return None
         self.check_order(self._replay.order[: len(self.order)])
-        return Known(self._replay.loss_weight, self._replay.log_sigma.get(layer))
+        return Known(self._replay.weights.of(layer, number), self._replay.log_sigma.get(layer))
 
     def check_order(self, expected: Sequence[str]) -> None:
         """Raise if the noised layers are others than in the first pass, before anything is added for them."""

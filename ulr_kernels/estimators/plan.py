@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
 from ulr_kernels.estimators.meeting import Meeting
 from ulr_kernels.estimators.prefix import Prefix
+from ulr_kernels.estimators.reach import Rows
 from ulr_kernels.estimators.recording import Recording, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.local import RowsCall
@@ -33,6 +35,7 @@ class Pass(NamedTuple):
         weights: names of the parameters that have noise themselves.
         copies: of each sample.
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
+        calls: layer -> the rows of noise that a sample has in each of its calls.
         cut: the layers before the first noise run on one copy only.
         resumes: chunks of copies share what the layers before the first noise have made (`estimators/prefix.py`).
         shared: what the noised layers read is the same in all copies.
@@ -45,6 +48,7 @@ class Pass(NamedTuple):
     weights: tuple[str, ...]
     copies: int
     riders: Mapping[str, str]
+    calls: Rows
     cut: bool = False
     resumes: bool = False
     shared: bool = False
@@ -77,34 +81,37 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     for layer in (*layers, *weights.values()):  # both raise where a mapping has no entry
         s.copies_of(layer)
         s.sigma_of(layer)
+    if batch.reach is not None:
+        batch.reach.check(recording.rows)
     estimator.riders = riders = recording.riders()
     names = (*layers, *weights)
     device = estimator.device
     sites = torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
     keys = estimator.keys(names, sites)
     passes = []
-    for item in _passes(layers, weights, riders, s):
+    for item in _passes(layers, weights, riders, recording.rows, s):
         if item.layers:
             _refuse_mixing(estimator, item, keys, batch, loss_fn, clean_losses)
+            _refuse_reach(estimator, item, keys, batch, loss_fn, clean_losses)
         passes.append(_tried(estimator, item, keys, batch))
-    clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), (), 1, {}, shared=True), *passes))
+    clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), (), 1, {}, {}, shared=True), *passes))
     return Plan(tuple(bounded), clean, names, sites)
 
 
 def _passes(
-    layers: tuple[str, ...], weights: Mapping[str, str], riders: Mapping[str, str], settings: Settings
+    layers: tuple[str, ...], weights: Mapping[str, str], riders: Mapping[str, str], rows: Rows, settings: Settings
 ) -> Iterator[Pass]:
     """`layers` have noise on their outputs; `weights`: name of a parameter with noise -> its layer."""
     if settings.injection == "joint":
-        yield Pass(layers, tuple(weights), settings.copies_of(""), riders)
+        yield Pass(layers, tuple(weights), settings.copies_of(""), riders, rows)
         return
     for lead in layers:
         if lead not in riders:
             group = (lead, *(layer for layer in riders if riders[layer] == lead))
-            yield Pass(group, (), settings.copies_of(lead), riders)
+            yield Pass(group, (), settings.copies_of(lead), riders, rows)
     for layer in dict.fromkeys(weights.values()):
         own = tuple(name for name in weights if weights[name] == layer)
-        yield Pass((), own, settings.copies_of(layer), riders)
+        yield Pass((), own, settings.copies_of(layer), riders, rows)
 
 
 def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> tuple[Recording, Tensor]:
@@ -161,9 +168,7 @@ def _refuse_mixing(
     # Which samples get noise has no period (Thue and Morse's sequence), so it differs within pairs at any distance.
     marks = [sample.bit_count() % 2 == 1 for sample in range(batch.samples)]
     noisy = torch.tensor([marks, [not mark for mark in marks]], device=estimator.device)
-    item = item._replace(weights=())
-    outputs = estimator.noised(item, keys, batch, 2, keep=False, noisy=noisy.flatten())[1]
-    change = torch.nan_to_num(batch.losses(outputs, loss_fn, 2) - clean)
+    change = _change(estimator, item, keys, batch, loss_fn, clean, lambda *_: noisy.flatten())
     noisy = noisy.to(change.device)
     if change[~noisy].norm() > 0.01 * change[noisy].norm() + 1e-5 * torch.nan_to_num(clean).norm():
         fail(
@@ -174,15 +179,53 @@ def _refuse_mixing(
         )
 
 
+TRIED = 8  # losses of a sample of which it is tried whether they are out of reach as they are said to be
+
+
+def _refuse_reach(
+    estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction, clean: Tensor
+) -> None:
+    """Raise if noise on all rows that do not reach some loss changes it: the gradient would lack what it does there."""
+    reach = batch.reach
+    if reach is None:
+        return
+    count = min(TRIED, reach.losses) // 2 or 1
+    for which in range(count):  # spread over all, two at a time as there are two copies
+        losses = [reach.losses * (2 * which + copy) // (2 * count) for copy in range(2)]
+        noisy = functools.partial(reach.beyond, losses=losses, samples=batch.samples, rows=item.calls)
+        change = _change(estimator, item, keys, batch, loss_fn, clean, noisy)
+        for copy, loss in enumerate(losses):
+            if change[copy, :, loss].norm() > 0.01 * change[copy].norm() + 1e-5 * torch.nan_to_num(clean).norm():
+                fail(
+                    "reach",
+                    "not be 0 where a row's noise changes a loss",
+                    f"0 for rows whose noise changes loss {loss} ({', '.join(item.layers)})",
+                )
+
+
+def _change(
+    estimator: ULR,
+    item: Pass,
+    keys: Mapping[str, Tensor],
+    batch: Batch,
+    loss_fn: LossFunction,
+    clean: Tensor,
+    noisy: Callable[[str, int], Tensor],
+) -> Tensor:
+    """How noise on some rows of two copies' layers changes the losses."""
+    outputs = estimator.noised(item._replace(weights=()), keys, batch, 2, keep=False, noisy=noisy)[1]
+    return torch.nan_to_num(batch.losses(outputs, loss_fn, 2) - clean)
+
+
 def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
     """A pass and how it can run, found by running it with two copies."""
     if item.weights:
         return _tried_weights(estimator, item, keys, batch)
     noised, outputs = estimator.noised(item, keys, batch, 2)
     # Rows made of a parameter cannot be told from the parameter in a forward of one row, as a cut makes of one sample.
-    rowed = any(isinstance(call, RowsCall) for _, call in noised.calls)
+    rowed = any(isinstance(kept.call, RowsCall) for kept in noised.calls)
     cut = not rowed and can_cut(estimator, item, keys, batch, tensors(outputs))
-    item = item._replace(cut=cut, shared=all(call.shared for _, call in noised.calls))
+    item = item._replace(cut=cut, shared=all(kept.call.shared for kept in noised.calls))
     return item._replace(resumes=cut and can_resume(estimator, item, keys, batch))
 
 
@@ -216,7 +259,7 @@ def _tried_weights(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch
     if set(noised.order) != set(item.layers):
         missing = ", ".join(sorted(set(item.layers) - set(noised.order)))
         fail("noise", f"be the same for all parameters of a function, also for {missing}", estimator.settings.noise)
-    return item._replace(shared=all(call.shared for _, call in noised.calls))
+    return item._replace(shared=all(kept.call.shared for kept in noised.calls))
 
 
 def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch.device) -> Pass:

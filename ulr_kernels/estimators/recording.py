@@ -28,6 +28,7 @@ class Recording(Meeting):
         sizes: bytes that each function's result has for one sample, in their order.
         begins: layer -> the place of its first call among them.
         columns: layer -> how many features the outputs of its calls have.
+        rows: layer -> the rows of noise that a sample has in each of its calls.
     """
 
     def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any, samples: int) -> None:
@@ -40,6 +41,7 @@ class Recording(Meeting):
         self.sizes: list[int] = []
         self.begins: dict[str, int] = {}
         self.columns: dict[str, set[int]] = {}
+        self.rows: dict[str, list[int]] = {}
         self._sums = Sums()
 
     def met(self, call: Call) -> tuple[Any, int]:
@@ -66,6 +68,8 @@ class Recording(Meeting):
         self.begins.setdefault(layer, len(self.sizes))
         self._note_size(result)
         self._sums.output(result, layer, call.feature_dim)
+        columns = result.shape[call.feature_dim] if result.dim() > 1 else 1
+        self.rows.setdefault(layer, []).append(result.numel() // (2 * self._samples * max(1, columns)))
         if result.dim() > 1:
             self.columns.setdefault(layer, set()).add(result.shape[call.feature_dim])
         if call.additive and terms:

@@ -106,11 +106,9 @@ class Settings:
         return self._of("noise", layer) or "logits"
 
     def _of(self, argument: str, layer: str) -> Any:
-        """The setting of a layer: that of its own name, or of the smallest module that has one; None without any."""
+        """The setting of a layer, None without any."""
         value = getattr(self, argument)
-        if not isinstance(value, Mapping):
-            return value
-        return next((value[name] for name in _and_modules(layer) if name in value), None)
+        return of_layer(value, layer) if isinstance(value, Mapping) else value
 
     def _required(self, argument: str, layer: str) -> Any:
         value = self._of(argument, layer)
@@ -121,16 +119,24 @@ class Settings:
 
     def check_names(self, layers: set[str]) -> None:
         """Raise if a mapping names neither a layer of the model nor a module that has some."""
-        names = {name for layer in layers for name in _and_modules(layer)}
         for argument in ("sigma", "copies", "noise"):
             value = getattr(self, argument)
-            unknown = sorted(set(value) - names) if isinstance(value, Mapping) else []
-            if unknown:
+            if isinstance(value, Mapping) and (unknown := unknown_names(value, layers)):
                 fail(argument, f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
 
     def to_dict(self) -> dict[str, Any]:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+
+
+def of_layer(values: Mapping[str, Any], layer: str) -> Any:
+    """The value of a layer: that of its own name, or of the smallest module that has one; None without any."""
+    return next((values[name] for name in _and_modules(layer) if name in values), None)
+
+
+def unknown_names(values: Mapping[str, Any], layers: set[str]) -> list[str]:
+    """Those that are neither a layer's nor a module's that has some."""
+    return sorted(set(values) - {name for layer in layers for name in _and_modules(layer)})
 
 
 def _and_modules(layer: str) -> Iterator[str]:

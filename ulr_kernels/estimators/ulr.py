@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ulr_kernels.estimators.mlp import losses_of_step
 from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
 from ulr_kernels.estimators.plan import Pass, Plan, make_plan
 from ulr_kernels.estimators.prefix import Prefix
+from ulr_kernels.estimators.reach import Given, Weights, read_reach
 from ulr_kernels.estimators.replicas import Replicas
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.estimators.weights import WeightNoise
@@ -159,15 +160,22 @@ class ULR:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def backward(self, x: Any, y: Any, loss_fn: LossFunction) -> Tensor:
+    def backward(self, x: Any, y: Any, loss_fn: LossFunction, reach: Given = None) -> Tensor:
         """Add the gradient of the batch's mean noised loss to `.grad` of the trained parameters, and go on by a step.
 
         Args:
             x: the model's input: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of tensors with
                 samples first.
             y: targets: a tensor, tuple or dict of tensors with samples first, or None.
-            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`; need not be differentiable. It gets
-                all copies of the targets.
+            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `reach` `[rows, losses]`;
+                need not be differentiable. It gets all copies of the targets.
+            reach: for samples that are a graph, a text, a series: which of a sample's losses (of its nodes, tokens,
+                steps) the noise of each of its rows in a layer can change. A matrix `[rows, losses]`, on the model's
+                device, 1 or True where it can; `[samples, rows, losses]` where samples differ; or a mapping from names
+                of layers or modules to such, the others reaching all losses. A row's noise is then weighed by the
+                losses it reaches alone, of which fewer are less noise; a matrix with too many 1s is right, too. Rows
+                are the output's, without its features, in all calls of the layer one behind the other. A text of T
+                tokens, causal: `torch.ones(T, T).triu()`, and `torch.eye(T)` for its head. May be sparse.
 
         Returns:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
@@ -178,13 +186,13 @@ class ULR:
             ValueError: a batch, a loss or a model that breaks the rules. What the first batch of a shape shows is
                 raised before any gradient is written; a loss that fails later may leave those of earlier layers.
         """
-        batch = Batch(x, y)
+        batch = self._batch(x, y, reach)
         if self._replicas is not None:
             self._replicas.place(batch, self.device)
         with evaluation(self.model):
             plan = self._plan(batch, loss_fn)
             keys = self.keys(plan.names, plan.sites)
-            losses = losses_of_step(self, keys, batch, loss_fn)
+            losses = losses_of_step(self, keys, batch, loss_fn) if reach is None else None
             mean = self._passes(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._replicas is not None:
             self._replicas.average([*self.model_parameters, *self.parameters()])
@@ -193,11 +201,18 @@ class ULR:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def look(self, x: Any, y: Any, loss_fn: LossFunction) -> Plan:
+    def look(self, x: Any, y: Any, loss_fn: LossFunction, reach: Given = None) -> Plan:
         """The passes that a batch like this asks for. Raises what `backward` raises about the first of a shape."""
-        batch = Batch(x, y)
+        batch = self._batch(x, y, reach)
         with evaluation(self.model):
             return self._plan(batch, loss_fn)
+
+    def _batch(self, x: Any, y: Any, reach: Given) -> Batch:
+        batch = Batch(x, y)
+        batch.reach = read_reach(reach, batch.samples, set(self.layers.values()))
+        if reach is not None and self.settings.sampler == "sobol":
+            fail("reach", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
+        return batch
 
     def _passes(self, plan: Plan, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor:
         """All passes and their gradients, layer by layer; the mean loss."""
@@ -205,7 +220,7 @@ class ULR:
         return torch.stack([self._pass(item, keys, batch, clean, loss_fn) for item in plan.passes]).mean()
 
     def _clean(self, item: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
-        """The losses without noise, `[samples]`."""
+        """The losses without noise, `[samples]` or `[samples, losses]`."""
         parts = [batch.part(rows) for rows in parts_of(batch.samples, item.part)]
         return torch.cat([part.losses(self.noised(item, {}, part, 1, keep=False)[1], loss_fn, 1)[0] for part in parts])
 
@@ -238,9 +253,9 @@ class ULR:
         weights = loss_weights(losses, clean, s.baseline, s.antithetic)
         weights *= batch.share
         if item.weights:
-            self._weight_noise(item, keys).add_gradients(weights)
+            self._weight_noise(item, keys).add_gradients(self._weights(item, batch, weights).of_samples)
         if kept is not None:
-            self._add_gradients(kept, item, weights)
+            self._add_gradients(kept, item, self._weights(item, batch, weights))
         elif len(noised.order) == 1:  # it reads what no noise has changed
             self._replay(item._replace(cut=True), keys, batch, weights, 0, noised.order)
         else:
@@ -249,21 +264,27 @@ class ULR:
                 self._replay(item, keys, batch, part, draw, noised.order)
         return losses.mean()
 
-    def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Tensor) -> None:
-        for _, call in noised.calls:
-            call.check_unchanged()
+    @staticmethod
+    def _weights(item: Pass, batch: Batch, loss_weight: Tensor) -> Weights:
+        return Weights(loss_weight, batch.reach, item.calls, item.riders)
+
+    def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Weights) -> None:
+        for kept in noised.calls:
+            kept.call.check_unchanged()
         log_sigma = self._learnt(item)
-        together = [call for layer, call in noised.calls if isinstance(call, LinearCall) and layer not in log_sigma]
-        add_gradients(together, weights, 0)
-        for layer, call in noised.calls:
-            if call not in together:
-                call.add_gradient(weights, 0, log_sigma.get(layer))
+        together = []
+        for layer, number, call in noised.calls:
+            if isinstance(call, LinearCall) and layer not in log_sigma:
+                together.append((call, weights.of(layer, number)))
+            else:
+                call.add_gradient(weights.of(layer, number), 0, log_sigma.get(layer))
+        add_gradients(together, 0)
 
     def _replay(
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, weights: Tensor, draw: int, order: list[str]
     ) -> None:
         """The forward once more, with known losses; each layer adds its gradients as it goes."""
-        replay = Replay(weights, self._learnt(item), order)
+        replay = Replay(self._weights(item, batch, weights), self._learnt(item), order)
         try:
             noised, _ = self.noised(item, keys, batch, weights.shape[0], draw, keep=False, replay=replay)
         except Finished:
@@ -285,7 +306,7 @@ class ULR:
         keep: bool = True,
         replay: Replay | None = None,
         prefix: Prefix | None = None,
-        noisy: Tensor | None = None,
+        noisy: Callable[[str, int], Tensor] | None = None,
     ) -> tuple[NoisedPass, Any]:
         """One forward of a pass, for `copies` copies from a draw on; and the model's output."""
         s = self.settings

@@ -44,7 +44,7 @@ class Owned(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a second pass knows when it comes to a call: fp32 `[copies, samples]`, and the learnt ln sigma or None."""
+    """What a second pass knows when it comes to a call: what `add_gradient` takes, and the learnt ln sigma or None."""
 
     loss_weight: Tensor
     log_sigma: Tensor | None
@@ -151,14 +151,18 @@ class Call:
         self.add_gradient(known.loss_weight, self.noise.draw, known.log_sigma)
         return y
 
-    def _spec(self, positions: int) -> dict[str, Any]:
-        """The arguments that say which noise, in a forward as in its gradient."""
+    def _spec(self, positions: int, loss_weight: Tensor | None = None) -> dict[str, Any]:
+        """The arguments that say which noise, in a forward as in its gradient.
+
+        Rows that differ in what they count are samples to an op (which is the same but for Sobol's dimensions).
+        """
         noise = self.noise
+        by_row = loss_weight is not None and loss_weight.shape[1] > self._samples
         return {
             "antithetic": noise.antithetic,
             "dist": noise.dist,
             "sampler": noise.sampler,
-            "positions": positions,
+            "positions": 1 if by_row else positions,
             "row_offset": noise.first * positions,
         }
 
@@ -190,7 +194,7 @@ class Call:
         """Add the likelihood-ratio gradient of this call to `.grad` of its trained parameters.
 
         Args:
-            loss_weight: fp32 `[copies, samples]`.
+            loss_weight: fp32 `[copies, samples]`, or `[copies, samples * rows]` where a sample's rows of noise differ.
             draw: of the first copy.
             log_sigma: the learnt ln sigma, which gets its gradient too, or None.
         """
@@ -202,7 +206,7 @@ class Call:
         One for all copies, summed, where they share the inputs; else one for each copy.
         """
         self._add_log_sigma(loss_weight, draw, log_sigma)
-        noise, spec = self.noise, self._spec(self._positions) | {"feature_dim": self.feature_dim}
+        noise, spec = self.noise, self._spec(self._positions, loss_weight) | {"feature_dim": self.feature_dim}
         if self._shared:
             score = ops.noise_score(self._grid, loss_weight, noise.sigma, noise.key, draw=draw, **spec)
             yield score.view(self._shape), *self._operands
@@ -221,7 +225,7 @@ class Call:
     def _add_log_sigma(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         if log_sigma is None:
             return
-        noise, spec = self.noise, self._spec(self._positions) | {"feature_dim": self.feature_dim}
+        noise, spec = self.noise, self._spec(self._positions, loss_weight) | {"feature_dim": self.feature_dim}
         like = loss_weight.new_empty(()).expand(self._grid)
         buffer = gradient_buffer(log_sigma)
         ops.noise_dot_(None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec)

@@ -56,11 +56,12 @@ class ConvCall(Call):
         )
         return y if two else y.squeeze(-2)
 
-    def _forward_spec(self, x: Tensor) -> dict[str, Any]:
+    def _forward_spec(self, x: Tensor, loss_weight: Tensor | None = None) -> dict[str, Any]:
         """`_spec` before there is an output whose rows can be counted."""
         if (images := x.shape[-4] // self._samples) > 1 or self.noise.first:
-            return self._spec(images * self.forward(self._operands[0][:1])[0, 0].numel())
-        return self._spec(0) | {"positions": None}  # those of one image
+            return self._spec(images * self.forward(self._operands[0][:1])[0, 0].numel(), loss_weight)
+        spec = self._spec(0, loss_weight)
+        return spec if spec["positions"] else spec | {"positions": None}  # those of one image
 
     def _replayed(self, known: Known) -> Tensor:
         noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
@@ -77,7 +78,7 @@ class ConvCall(Call):
                 draw=noise.draw,
                 grad_log_sigma=None if known.log_sigma is None else gradient_buffer(known.log_sigma),
                 **window,
-                **self._forward_spec(x),
+                **self._forward_spec(x, known.loss_weight),
             )
         return y if two else y.squeeze(-2)
 
@@ -101,7 +102,7 @@ class ConvCall(Call):
                 draw=draw,
                 grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
                 **window,
-                **self._spec(self._positions),
+                **self._spec(self._positions, loss_weight),
             )
 
 

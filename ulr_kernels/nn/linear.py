@@ -66,7 +66,7 @@ class LinearCall(Call):
                 noise.key,
                 draw=noise.draw,
                 grad_log_sigma=None if known.log_sigma is None else gradient_buffer(known.log_sigma),
-                **self._spec(rows.shape[-2] // self._samples),
+                **self._spec(rows.shape[-2] // self._samples, known.loss_weight),
             )
         return self._like_input(y)
 
@@ -97,29 +97,31 @@ class LinearCall(Call):
                 noise.key,
                 draw=draw,
                 grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
-                **self._spec(rows.shape[-2] // self._samples),
+                **self._spec(rows.shape[-2] // self._samples, loss_weight),
             )
 
 
-def add_gradients(calls: Iterable[LinearCall], loss_weight: Tensor, draw: int) -> None:
-    """`add_gradient` of each, of many in one launch: the gradients of small layers fill a device only together."""
-    groups: list[list[LinearCall]] = []
-    for call in calls:
-        group = next((group for group in groups if call.joins(group)), None)
+def add_gradients(calls: Iterable[tuple[LinearCall, Tensor]], draw: int) -> None:
+    """`add_gradient` of each call with its loss weights, of many in one launch: the gradients of small layers fill a
+    device only together."""
+    groups: list[list[tuple[LinearCall, Tensor]]] = []
+    for call, loss_weight in calls:
+        group = next((group for group in groups if call.joins([other for other, _ in group])), None)
         if group is None:
-            groups.append([call])
+            groups.append([(call, loss_weight)])
         else:
-            group.append(call)
+            group.append((call, loss_weight))
     for group in groups:
         if len(group) == 1:
-            group[0].add_gradient(loss_weight, draw, None)
+            group[0][0].add_gradient(group[0][1], draw, None)
         else:
-            _add_together(group, loss_weight, draw)
+            _add_together(group, draw)
 
 
-def _add_together(calls: list[LinearCall], loss_weight: Tensor, draw: int) -> None:
+def _add_together(group: list[tuple[LinearCall, Tensor]], draw: int) -> None:
+    calls, loss_weights = zip(*group, strict=True)
     rows = [call._rows() for call in calls]
-    positions = [x.shape[-2] // call._samples for call, x in zip(calls, rows, strict=True)]
+    specs = [call._spec(x.shape[-2] // call._samples, w) for call, x, w in zip(calls, rows, loss_weights, strict=True)]
     noise = calls[0].noise
     with contextlib.ExitStack() as stack:
         buffers = [stack.enter_context(call._buffers()) for call in calls]
@@ -127,15 +129,15 @@ def _add_together(calls: list[LinearCall], loss_weight: Tensor, draw: int) -> No
             [weight for weight, _ in buffers if weight is not None],
             [bias for _, bias in buffers],
             rows,
-            [loss_weight] * len(calls),
+            list(loss_weights),
             [call.noise.sigma for call in calls],
             [call.noise.key for call in calls],
             antithetic=noise.antithetic,
             dist=noise.dist,
             sampler=noise.sampler,
-            positions=positions,
+            positions=[spec["positions"] for spec in specs],
             draw=draw,
-            row_offset=[noise.first * each for each in positions],
+            row_offset=[spec["row_offset"] for spec in specs],
         )
 
 

@@ -51,7 +51,7 @@ class NormCall(Call):
                 shared=self._shared,
                 draw=draw,
                 grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
-                **self._spec(self._positions),
+                **self._spec(self._positions, loss_weight),
             )
 
 

@@ -1,0 +1,121 @@
+"""Which losses of a sample a row's noise reaches, where samples have many of both: nodes, tokens, time steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.estimators.settings import fail, of_layer, unknown_names
+
+Given = Tensor | Mapping[str, Tensor] | None  # as a user says it: of all layers, by layer, or that all reach all
+Rows = Mapping[str, Sequence[int]]  # layer -> the rows of noise that a sample has in each of its calls
+
+
+class Reach:
+    """Matrices by layer, fp32 `[rows, losses]`, or `[samples, rows, losses]` where each sample has its own.
+
+    Attributes:
+        losses: of each sample.
+    """
+
+    def __init__(self, matrices: Mapping[str, Tensor]) -> None:
+        self._matrices = matrices
+        self.losses = next(iter(matrices.values())).shape[-1]
+
+    def part(self, samples: slice) -> Reach:
+        """For some of the samples."""
+        return Reach({name: each[samples] if each.dim() == 3 else each for name, each in self._matrices.items()})
+
+    @property
+    def signature(self) -> tuple:
+        """What a plan depends on."""
+        return tuple((name, each.shape, each.layout) for name, each in self._matrices.items())
+
+    def check(self, rows: Rows) -> None:
+        """Raise if a layer's noise has other rows than its matrix."""
+        for layer, of_calls in rows.items():
+            matrix = of_layer(self._matrices, layer)
+            if matrix is not None and matrix.shape[-2] != sum(of_calls):
+                fail(
+                    "reach",
+                    f"have {sum(of_calls)} rows for layer {layer!r}, as a sample has in all its calls (a mapping from "
+                    "layer names gives each its own; the noise of a layer without one reaches all losses)",
+                    list(matrix.shape),
+                )
+
+    def sums(self, layer: str, values: Tensor) -> Tensor | None:
+        """For each row of a layer the sum of the values of the losses it reaches: `[copies, samples, losses]` ->
+        `[copies, samples, rows]`. None: all rows reach all losses."""
+        matrix = of_layer(self._matrices, layer)
+        if matrix is None:
+            return None
+        if matrix.dim() == 3:
+            return torch.einsum("ipq,ciq->cip", matrix, values)
+        return (matrix @ values.flatten(0, 1).T).T.unflatten(0, values.shape[:2])  # it may be sparse
+
+    def beyond(self, layer: str, call: int, losses: Sequence[int], samples: int, rows: Rows) -> Tensor:
+        """Which rows of a call do not reach losses[c] of copy c: bool `[copies * samples * rows]`."""
+        device = next(iter(self._matrices.values())).device
+        one = torch.eye(self.losses, device=device)[list(losses)].unsqueeze(1).expand(-1, samples, -1)
+        reached = self.sums(layer, one)
+        if reached is None:
+            return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=device)
+        return (_of_call(reached, rows[layer], call) == 0).flatten()
+
+
+def read_reach(given: Given, samples: int, layers: set[str]) -> Reach | None:
+    """What a user gives: None, a matrix for all layers, or a mapping from names; raises if it breaks the rules."""
+    if given is None:
+        return None
+    matrices = dict(given) if isinstance(given, Mapping) else {"": given}
+    if not matrices:
+        fail("reach", "be a matrix or a mapping from layer names to such, or None", "an empty mapping")
+    if unknown := unknown_names(matrices, layers):
+        fail("reach", f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
+    for each in matrices.values():
+        if not isinstance(each, Tensor) or not (each.dtype == torch.bool or each.is_floating_point()):
+            got = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            fail("reach", "be or hold tensors of bool or floating-point numbers", got)
+        if each.dim() != 2 and (each.dim() != 3 or each.shape[0] != samples or each.layout != torch.strided):
+            fail("reach", f"be [rows, losses], or dense [{samples}, rows, losses] by sample", list(each.shape))
+    if len({each.shape[-1] for each in matrices.values()}) > 1:
+        shapes = ", ".join(f"{name!r}: {list(each.shape)}" for name, each in matrices.items())
+        fail("reach", "have a column for each loss of a sample, the same for all layers", shapes)
+    return Reach({name: each.to(torch.float32) for name, each in matrices.items()})
+
+
+class Weights:
+    """What each row of noise counts in the gradient.
+
+    With w = (L - baseline) / (number of losses) a row counts the sum of w over the losses that it reaches: the noise is
+    independent of all others, which would add nothing but variance (arXiv 2305.08960, Theorem 1, for each term of a
+    loss that is a sum).
+
+    Args:
+        loss_weight: w, fp32 `[copies, samples]`, or with a reach `[copies, samples, losses]`.
+        reach: None: there is one loss for each sample.
+        rows: of the layers.
+        riders: layer -> the layer whose noise serves it too, and with it that one's reach.
+    """
+
+    def __init__(self, loss_weight: Tensor, reach: Reach | None, rows: Rows, riders: Mapping[str, str]) -> None:
+        self._each, self._reach, self._rows, self._riders = loss_weight, reach, rows, riders
+        self.of_samples = loss_weight if reach is None else loss_weight.sum(-1)
+        self._sums: dict[str, Tensor | None] = {}
+
+    def of(self, layer: str, call: int) -> Tensor:
+        """Of a layer's call: fp32 `[copies, samples]`, or `[copies, samples * rows]` where its rows differ."""
+        layer = self._riders.get(layer, layer)
+        if self._reach is None:
+            return self.of_samples
+        if layer not in self._sums:
+            self._sums[layer] = self._reach.sums(layer, self._each)
+        sums = self._sums[layer]
+        return self.of_samples if sums is None else _of_call(sums, self._rows[layer], call).flatten(1)
+
+
+def _of_call(values: Tensor, rows: Sequence[int], call: int) -> Tensor:
+    """The part of `[..., rows of all calls]` that is one call's."""
+    return values.narrow(-1, sum(rows[:call]), rows[call])
