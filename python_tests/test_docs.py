@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import small_models
 import torch
 from small_models import cross_entropy, v
+
+import ulr_kernels as ulr
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 ROOT = Path(__file__).parents[1]
@@ -30,7 +33,8 @@ def test_readme(capsys):
 
 def test_networks():
     names = run("docs/networks.md")
-    model, estimator, optimizer = names["model"], names["estimator"], names["optimizer"]
+    model, optimizer = names["model"], names["optimizer"]
+    estimator = ulr.ULR(model, sigma=0.3, copies=32)  # as the page makes it, before it goes on to a graph's
     x, y = v(1, 40, 64).abs(), torch.arange(40) % 10
     with torch.no_grad():
         before = cross_entropy(model(x), y).mean()
@@ -41,8 +45,14 @@ def test_networks():
     with torch.no_grad():
         assert cross_entropy(model(x), y).mean() < before - 0.2
 
-    nodes, labels, train = v(2, 30, 32), torch.arange(30) % 7, torch.arange(0, 30, 2)
-    adjacency = torch.softmax(3 * v(3, 30, 30), -1)
-    names["graph"].requires_grad_(True)
-    losses = [names["step_on"](nodes, adjacency, labels, train, names["opt"]).item() for _ in range(30)]
-    assert losses[-1] < losses[0] - 0.1
+    graph, reach = names["graph"], names["reach"]
+    graph_step = (names["nodes"], names["labels"], names["losses"])
+    assert graph_step[2](graph(graph_step[0]), graph_step[1]).mean().item() == pytest.approx(float(names["loss"]), abs=0.1)
+    assert reach["head"].shape == (12, 12)
+    reach = {"first": names["ring"][:, names["labelled"]], "second": torch.eye(30)[:, names["labelled"]]}
+    optimizer = torch.optim.Adam(graph.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = names["estimator"].backward(*graph_step, reach)
+        optimizer.step()
+    assert loss < names["loss"] - 0.5

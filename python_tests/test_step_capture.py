@@ -70,18 +70,23 @@ def filled(*widths: int, device: str) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def training(device: str = "cpu", whole: bool = False, **settings) -> tuple[nn.Sequential, ulr.ULR, Callable[[], None]]:
+def training(
+    device: str = "cpu", whole: bool = False, rows: bool = False, **settings
+) -> tuple[nn.Sequential, ulr.ULR, Callable[[], None]]:
     """A model, its estimator, and a step of training that keeps to the same memory; `whole`: with a loss that the
-    estimator knows, so that one op does it."""
+    estimator knows, so that one op does it; `rows`: a sample has several, with a loss each."""
     model = filled(8, 6, 3, device=device)
     estimator = ulr.ULR(model, copies=4, seed=7, **settings)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = ulr.noise((5, 8), 3, device=device), torch.arange(5, device=device) % 3
     by_row = nn.CrossEntropyLoss(reduction="none")
-    loss_fn = by_row if whole else lambda *rows: by_row(*rows)
+    loss_fn, reach = by_row if whole else lambda *rows: by_row(*rows), None
+    if rows:
+        x, y, reach = x.unflatten(0, (1, 5)), y.unsqueeze(0), torch.ones(5, 5, device=device).triu()
+        loss_fn = lambda outputs, labels: by_row(outputs.flatten(0, 1), labels.flatten()).view_as(labels)  # noqa: E731
 
     def step() -> None:
-        estimator.backward(x, y, loss_fn)
+        estimator.backward(x, y, loss_fn, reach)
         optimiser.step()
         optimiser.zero_grad(set_to_none=False)
 
@@ -92,7 +97,14 @@ def bits(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).view(torch.int32)
 
 
-RECORDED = ({}, {"injection": "joint"}, {"baseline": "clean"}, {"whole": True}, {"whole": True, "injection": "joint"})
+RECORDED = (
+    {},
+    {"injection": "joint"},
+    {"baseline": "clean"},
+    {"whole": True},
+    {"whole": True, "injection": "joint"},
+    {"rows": True},
+)
 
 
 @pytest.mark.parametrize("settings", RECORDED, ids=str)
