@@ -22,7 +22,9 @@ from ulr_kernels.ops.perturbed_conv2d import window_of
 from ulr_kernels.ops.perturbed_embedding import check_range
 
 FEW_ROWS = 8  # up to here, a tile of W' used in the first-level cache beats a panel and oneDNN (docs/measured.md)
-SMALL_WEIGHT = 2**17  # bytes: up to here, many members' products in one call beat oneDNN's for each (docs/measured.md)
+# Bytes: up to here, many members' products in one call beat one call for each (docs/measured.md). In bf16 both are
+# oneDNN's; in fp32 torch.bmm is the other BLAS, which on some machines is half as fast.
+SMALL_WEIGHT = {torch.float32: 2**17, torch.float16: 2**17, torch.bfloat16: 2**20}
 PANEL = 2**20  # elements of a panel of W', and of a copy of x
 
 
@@ -42,7 +44,7 @@ def perturbed_linear(
     if x.shape[-2] <= FEW_ROWS:
         xs, biases = _members(x, 2, how), _members(bias, 1, how)
         _launch("perturbed_linear", key, how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
-    elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT and onednn.supports(x.dtype):
+    elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT.get(x.dtype, 0) and onednn.supports(x.dtype):
         _by_batches(y, x, weight, bias, sigma, key, how)
     else:
         _by_panels(y, x, weight, bias, sigma, key, how)
