@@ -37,9 +37,12 @@ def commit() -> str:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    """Its name, family and model: a virtual machine's name is that of generations that differ by a factor of two."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    known = {name.strip(): value.strip() for name, _, value in lines}
+    name = known.get("model name", platform.processor())
+    generation = f" (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else ""
+    return f"{name}{generation}, {len(os.sched_getaffinity(0))} cores"
 
 
 def facts(device: str) -> dict:

@@ -182,7 +182,7 @@ def test_too_small_a_reach_is_refused():
     recurrent = Steps()
     x, y = tokens()
     with pytest.raises(ValueError, match="must not be 0 where"):
-        ulr.ULR(recurrent).backward(x, y, of_tokens, {"lstm": causal.T, "head": torch.eye(TOKENS)})
+        ulr.ULR(recurrent).backward(x, y, of_tokens, {"cell": causal.T, "head": torch.eye(TOKENS)})
 
 
 class Steps(nn.Module):
@@ -190,11 +190,11 @@ class Steps(nn.Module):
 
     def __init__(self, kind="LSTM"):
         super().__init__()
-        self.lstm, self.head = getattr(nn, kind)(6, 5, batch_first=True), nn.Linear(5, 4)
+        self.cell, self.head = getattr(nn, kind)(6, 5, batch_first=True), nn.Linear(5, 4)
         filled(self)
 
     def forward(self, x):
-        return self.head(self.lstm(x)[0])
+        return self.head(self.cell(x)[0])
 
 
 @pytest.mark.parametrize("memory", ["keep", "replay"])
@@ -202,9 +202,7 @@ class Steps(nn.Module):
 def test_a_time_step_reaches_itself_and_what_follows(kind, memory):
     """The rows of a recurrent layer are its time steps, one call behind the other."""
     model, (x, y) = Steps(kind), tokens()
-    reach = {"lstm": torch.ones(TOKENS, TOKENS).triu(), "head": torch.eye(TOKENS)}
-    names = [name for name, _ in model.named_parameters() if name.startswith("lstm")]
-    reach |= dict.fromkeys(names, reach["lstm"])
+    reach = {"cell": torch.ones(TOKENS, TOKENS).triu(), "head": torch.eye(TOKENS)}
     settings = {"steps": 24, "copies": 256, "sigma": 0.02, "memory": memory}
     near = ulr.check(model, x, y, of_tokens, reach=reach, **settings)
     assert near.ok, near

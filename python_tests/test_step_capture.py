@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 import ulr_kernels as ulr
 from ulr_kernels import backends, contract
+from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import listed
 
 READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")
@@ -300,8 +301,8 @@ def test_tables_of_a_list_belong_to_a_stream(tables, monkeypatch) -> None:
 def test_a_capture_is_that_of_the_list_s_device(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    assert listed.capturing(torch.device("cuda:1"))
-    assert not listed.capturing(torch.device("cpu"))
+    assert capturing(torch.device("cuda:1"))
+    assert not capturing(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("why", ["captured", "long"])
@@ -319,3 +320,24 @@ def test_layers_one_by_one_where_no_table_tells_of_them(why, monkeypatch) -> Non
     keys = [torch.tensor(1)] * 2
     module.noisy_linear_grads_(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
     assert [call[3].shape[0] for call in calls] == [6, rows]
+
+
+def test_kernels_that_a_capture_takes_have_run_before_it(monkeypatch) -> None:
+    """Triton would load them in the capture, which CUDA refuses: the first call of a form runs them, for nothing."""
+    pytest.importorskip("triton")
+    from ulr_kernels.backends.triton import noisy_linear_grads_ as module
+
+    ran: list[tuple] = []
+    monkeypatch.setattr(module, "noisy_linear_grad_", lambda *call: ran.append(call))
+    monkeypatch.setattr(module, "_rehearsed", set())
+
+    def layer(rows: int, draw: int) -> tuple:
+        weight, bias, x, losses = torch.zeros(3, 2), torch.zeros(3), torch.ones(rows, 2), torch.ones(2, rows)
+        return weight, bias, None, x, losses, torch.ones(()), torch.tensor(1), False, "normal", "iid", 1, draw, 0, 0
+
+    first, second = layer(6, 0), layer(5, 0)
+    module.rehearse([first, second, first, layer(6, 32)])
+    assert [call[3].shape[0] for call in ran] == [6, 5]
+    assert ran[0][0] is not first[0] and ran[0][1] is not first[1] and ran[0][3] is first[3]
+    module.rehearse([layer(6, 1)])  # Triton compiles for a 1
+    assert len(ran) == 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulr_kernels.backends.capture import capturing
+
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -13,7 +15,7 @@ def ticket(device: torch.device, count: int = 2) -> Tensor:
     follow one another."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():  # its memory belongs to the graph, which must set it to 0 itself
+    if capturing(device):  # its memory belongs to the graph, which must set it to 0 itself
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
     if (device, stream) not in _tickets or _tickets[device, stream].numel() < count:

@@ -152,7 +152,8 @@ def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator
         fail(
             argument,
             "take any number of rows, copies times samples, without a state from earlier forwards or anything else of "
-            "a fixed number of rows (ulr.optim's step(closure) trains models whose rows are no samples, as a graph's)",
+            "a fixed number of rows (a graph is one sample, [graphs, nodes, ...], its nodes' losses have a reach; "
+            "ulr.optim's step(closure) trains any model)",
             f"in a forward of two copies: {error}",
         )
 

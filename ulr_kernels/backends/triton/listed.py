@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.backends import BackendError
+from ulr_kernels.backends.capture import capturing
 
 Tables = tuple[Tensor, Tensor]
 Listed = tuple[torch.device, tuple[tuple[int, ...], ...], tuple[int, ...]]
@@ -21,13 +22,6 @@ LISTS = 64
 _recent: dict[Listed, dict[int, Tables]] = {}  # by stream; the list that was used last comes last
 _captured: dict[Listed, Tables] = {}
 _lock = threading.Lock()
-
-
-def capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def on_device(entries: tuple[tuple[int, ...], ...], programs: tuple[int, ...], device: torch.device) -> Tables:
