@@ -53,9 +53,17 @@ class Batch:
         if (rows.start, rows.stop) == (0, self.samples):
             return self
         x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows], value) for value in (self.x, self.y))
+        return self._of(x, y, self.reach and self.reach.part(rows), rows.start)
+
+    def select(self, rows: Tensor, place: int) -> Batch:
+        """Some of the samples, as if they were in the batch from a place on."""
+        x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows.to(leaf.device)], v) for v in (self.x, self.y))
+        return self._of(x, y, self.reach and self.reach.part(rows), place)
+
+    def _of(self, x: Any, y: Any, reach: Reach | None, place: int) -> Batch:
         part = Batch(x, y, self.owner)
-        part.reach = self.reach and self.reach.part(rows)
-        part.first = self.first + rows.start
+        part.reach = reach
+        part.first = self.first + place
         part.share = self.share * part.samples / self.samples
         return part
 

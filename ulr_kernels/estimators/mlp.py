@@ -39,7 +39,7 @@ def losses_of_step(estimator: ULR, keys: Mapping[str, Tensor], batch: Batch, los
         return None
     names, s = [estimator.layers[id(layer.weight)] for layer in mlp.layers], estimator.settings
     copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
-    if len(copies) > 1 or s.sampler != "iid" or s.learn_sigma or estimator.weights:
+    if len(copies) > 1 or (s.sampler, s.allocation) != ("iid", "even") or s.learn_sigma or estimator.weights:
         return None
     sigma: float | Tensor = sigmas[0]
     if len(set(sigmas)) > 1:  # filled on the device: nothing is copied from the host
@@ -111,6 +111,8 @@ def _takes(mlp: _Mlp, batch: Batch) -> bool:
     """Whether the op has a kernel for such tensors, and computes with them what the model does."""
     x, y = batch.x, batch.y
     if type(x) is not Tensor or type(y) is not Tensor or y.dtype != torch.int64 or y.dim() != 1 or batch.share != 1:
+        return False
+    if batch.reach is not None:
         return False
     if x.dim() != 2 and not (mlp.flattens and x.dim() > 2):
         return False

@@ -24,7 +24,7 @@ class Reach:
         self._matrices = matrices
         self.losses = next(iter(matrices.values())).shape[-1]
 
-    def part(self, samples: slice) -> Reach:
+    def part(self, samples: slice | Tensor) -> Reach:
         """For some of the samples."""
         return Reach({name: each[samples] if each.dim() == 3 else each for name, each in self._matrices.items()})
 

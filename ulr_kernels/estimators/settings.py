@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ulr_kernels import contract
 from ulr_kernels.baselines import BASELINES
+from ulr_kernels.estimators.allocation import ALLOCATIONS
 from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 
 MEMORIES = ("keep", "replay")
@@ -30,6 +31,7 @@ class Settings:
     learn_sigma: bool = False
     max_rows: int | None = None
     memory: str = "keep"
+    allocation: str = "even"
 
     def __post_init__(self) -> None:
         for argument, allowed in (
@@ -38,6 +40,7 @@ class Settings:
             ("sampler", contract.SAMPLERS),
             ("baseline", BASELINES),
             ("memory", MEMORIES),
+            ("allocation", ALLOCATIONS),
         ):
             if getattr(self, argument) not in allowed:
                 fail(argument, f"be {' or '.join(map(repr, allowed))}", repr(getattr(self, argument)))
@@ -67,6 +70,10 @@ class Settings:
             fail("learn_sigma", "be False where dist is 'rademacher', which has no density", True)
         if self.dist == "rademacher" and self.sampler == "sobol":
             fail("sampler", "be 'iid' where dist is 'rademacher'", repr(self.sampler))
+        if self.injection == "joint" and self.allocation != "even":
+            fail(
+                "allocation", "be 'even' where injection is 'joint', as one pass tells the next", repr(self.allocation)
+            )
         self._check_sobol_baseline()
         if "weights" in _values(self.noise):
             if self.learn_sigma:

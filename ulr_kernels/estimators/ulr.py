@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ulr_kernels import contract, ops
 from ulr_kernels.baselines import loss_weights
+from ulr_kernels.estimators.allocation import groups, spread
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, joined, repeat
 from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_of
 from ulr_kernels.estimators.evaluation import evaluation
@@ -81,6 +82,11 @@ class ULR:
             forward runs once more with known losses, in which a layer adds its gradients as it makes its noise again:
             training in the memory of inference. The gradients are the same, to rounding. Layer-wise the second forward
             ends at its layer, and costs little; jointly it is a whole one, and no activation outlives what reads it.
+        allocation: "even": each sample has `copies`; "neyman" (layer-wise): so many on average, the more the further
+            noise moves its loss, as the pass of the last layer shows, which comes first and is even. It is unbiased, as
+            layers' noises are independent; a network that is right about most samples needs several times fewer copies.
+            A sample's noise is then named by its place among those ordered by copies, and a backward waits for the
+            device.
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -101,9 +107,21 @@ class ULR:
         learn_sigma: bool = False,
         max_rows: int | None = None,
         memory: str = "keep",
+        allocation: str = "even",
     ) -> None:
         self.settings = Settings(
-            sigma, copies, antithetic, injection, noise, dist, sampler, baseline, learn_sigma, max_rows, memory
+            sigma,
+            copies,
+            antithetic,
+            injection,
+            noise,
+            dist,
+            sampler,
+            baseline,
+            learn_sigma,
+            max_rows,
+            memory,
+            allocation,
         )
         if not isinstance(model, nn.Module):
             fail("model", "be a torch.nn.Module", type(model).__name__)
@@ -192,7 +210,7 @@ class ULR:
         with evaluation(self.model):
             plan = self._plan(batch, loss_fn)
             keys = self.keys(plan.names, plan.sites)
-            losses = losses_of_step(self, keys, batch, loss_fn) if reach is None else None
+            losses = losses_of_step(self, keys, batch, loss_fn)
             mean = self._passes(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._replicas is not None:
             self._replicas.average([*self.model_parameters, *self.parameters()])
@@ -216,8 +234,39 @@ class ULR:
 
     def _passes(self, plan: Plan, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor:
         """All passes and their gradients, layer by layer; the mean loss."""
-        clean = self._clean(plan.clean, batch, loss_fn) if self.settings.baseline == "clean" else None
-        return torch.stack([self._pass(item, keys, batch, clean, loss_fn) for item in plan.passes]).mean()
+        s = self.settings
+        clean = self._clean(plan.clean, batch, loss_fn) if s.baseline == "clean" else None
+        if s.allocation == "even":
+            return torch.stack([self._pass(item, keys, batch, clean, loss_fn).mean() for item in plan.passes]).mean()
+        means, spreads = [], None
+        for item in reversed(plan.passes):
+            if spreads is None or item.weights:  # noise on weights is all samples'
+                losses = self._pass(item, keys, batch, clean, loss_fn)
+                means.append(losses.mean())
+                spreads = spreads if item.weights else spread(losses, s.antithetic)
+            else:
+                means.append(self._pass_of_groups(item, keys, batch, clean, loss_fn, spreads))
+        return torch.stack(means).mean()
+
+    def _pass_of_groups(
+        self,
+        item: Pass,
+        keys: Mapping[str, Tensor],
+        batch: Batch,
+        clean: Tensor | None,
+        loss_fn: LossFunction,
+        spreads: Tensor,
+    ) -> Tensor:
+        """One pass in which samples differ in their number of copies; the mean loss."""
+        least = self.settings.by_draw * (1 if self.settings.antithetic and item.shared else 2)  # else no baseline
+        place, means = 0, []
+        for group in groups(spreads, item.copies, least, self.settings.by_draw):
+            part = batch.select(group.samples, place)
+            place += part.samples
+            of_part = None if clean is None else clean[group.samples.to(clean.device)]
+            losses = self._pass(item._replace(copies=group.copies), keys, part, of_part, loss_fn)
+            means.append(losses.mean() * (part.samples / batch.samples))
+        return torch.stack(means).sum()
 
     def _clean(self, item: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """The losses without noise, `[samples]` or `[samples, losses]`."""
@@ -227,18 +276,17 @@ class ULR:
     def _pass(
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
     ) -> Tensor:
-        """One pass and its gradients; the mean loss."""
-        means = []
+        """One pass and its gradients; the losses, `[copies, samples]` or `[copies, samples, losses]`."""
+        found = []
         for rows in parts_of(batch.samples, item.part):
-            part = batch.part(rows)
-            mean = self._accumulate(item, keys, part, None if clean is None else clean[rows], loss_fn)
-            means.append(mean * (part.samples / batch.samples))
-        return torch.stack(means).sum()
+            of_part = None if clean is None else clean[rows]
+            found.append(self._accumulate(item, keys, batch.part(rows), of_part, loss_fn))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def _accumulate(
         self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
     ) -> Tensor:
-        """One pass over some samples, and its gradients; their mean loss."""
+        """One pass over some samples, and its gradients; their losses."""
         s = self.settings
         chunks = chunks_of(item.copies, batch.samples, item.rows, s.by_draw)
         replays = bool(item.layers) and (s.memory == "replay" or (len(chunks) > 1 and not item.shared))
@@ -262,7 +310,7 @@ class ULR:
             for draw, size in chunks:
                 part = of_chunk(weights, draw, size, s.antithetic)
                 self._replay(item, keys, batch, part, draw, noised.order)
-        return losses.mean()
+        return losses
 
     @staticmethod
     def _weights(item: Pass, batch: Batch, loss_weight: Tensor) -> Weights:

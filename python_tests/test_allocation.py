@@ -1,0 +1,144 @@
+"""Copies in proportion to what a sample's loss does: unbiased, within the budget, and closer for the same copies."""
+
+import pytest
+import small_models
+import torch
+from small_models import assert_same, cross_entropy, filled, gradients, v
+from torch import nn
+from z_test import STEPS, z_test
+
+import ulr_kernels as ulr
+from ulr_kernels.estimators.allocation import groups, spread
+
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
+
+SAMPLES = 12
+FAR = torch.tensor([12.0, 12, 12, 12, 12, 12, 12, 12, 1, 0, 12, 12])  # of the targets: these samples are sure
+
+
+def model():
+    return filled(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)))
+
+
+def uneven():
+    """A batch and a loss of which three samples have nearly all the gradient."""
+    x, y = v(1, SAMPLES, 5), torch.arange(SAMPLES) % 3
+    return x, {"label": y, "far": FAR}
+
+
+def loss_fn(outputs, targets):
+    """Cross-entropy of logits that are moved towards the label."""
+    label = nn.functional.one_hot(targets["label"], 3)
+    return cross_entropy(outputs + targets["far"].unsqueeze(1) * label, targets["label"])
+
+
+@pytest.mark.parametrize("copies, least, by_draw", [(32, 2, 2), (6, 4, 2), (33, 1, 1), (2, 2, 2), (64, 4, 2)])
+def test_copies_are_in_proportion_and_within_the_budget(copies, least, by_draw):
+    spreads = v(3, 200).abs() ** 3
+    found = groups(spreads, copies, least, by_draw)
+    assert torch.cat([group.samples for group in found]).sort().values.equal(torch.arange(200))
+    of_sample = torch.empty(200)
+    for group in found:
+        assert group.copies >= least and group.copies % by_draw == 0
+        of_sample[group.samples] = group.copies
+    assert of_sample.sum() <= 200 * copies
+    if copies > least:
+        assert of_sample.sum() > 0.8 * 200 * copies
+        free = of_sample > least  # others would have fewer if they could
+        ratio = of_sample[free] / spreads[free]
+        assert ratio.max() / ratio.min() < 2.3
+        variance = (spreads.square() / of_sample).sum() / (spreads.square() / copies).sum()
+        assert variance < 0.5
+
+
+@pytest.mark.parametrize("spreads", [torch.zeros(5), torch.full((5,), torch.nan), torch.ones(5)], ids=["0", "nan", "1"])
+def test_samples_that_are_alike_have_the_same(spreads):
+    (group,) = groups(spreads, 8, 2, 2)
+    assert group.copies == 8 and group.samples.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_spread_is_that_of_the_noise():
+    """Of a linear loss, g . eps, it is |g|."""
+    eps = ulr.noise((4096, 3, 2), 5)
+    slopes = torch.tensor([[3.0, 4.0], [0.5, 0.0], [0.0, 0.0]])
+    change = (eps * slopes).sum(-1)
+    for losses, antithetic in ((7 + torch.cat([change, -change]), True), (7 + change, False)):
+        torch.testing.assert_close(spread(losses, antithetic), slopes.norm(dim=1), rtol=0.05, atol=1e-4)
+    parts = change.unsqueeze(-1) * torch.tensor([0.25, 0.75])  # two losses of each sample
+    torch.testing.assert_close(spread(parts, False), slopes.norm(dim=1), rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"antithetic": False}, {"baseline": "clean", "dist": "laplace"}], ids=str)
+def test_the_estimate_is_unbiased_and_closer(settings):
+    """Small noise: the gradient of the smoothed loss is that of the clean one."""
+    net, (x, y) = model(), uneven()
+    loss_fn(net(x), y).mean().backward()
+    truth = torch.cat([p.grad.flatten() for p in net.parameters()])
+
+    def steps(allocation, copies):
+        estimator = ulr.ULR(net, sigma=0.01, copies=copies, allocation=allocation, **settings)
+        rows = []
+        for _ in range(STEPS):
+            net.zero_grad()
+            estimator.backward(x, y, loss_fn)
+            rows.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        return torch.stack(rows)
+
+    z_test(steps("neyman", 4096), truth)
+    first = slice(0, 36)  # the last layer has the same copies either way
+    even, uneven_ = ((steps(kind, 32) - truth)[:, first].square().sum() for kind in ("even", "neyman"))
+    assert uneven_ < 0.5 * even
+
+
+def test_where_samples_are_alike_nothing_changes(monkeypatch):
+    monkeypatch.setattr("ulr_kernels.estimators.ulr.spread", lambda losses, antithetic: torch.ones(SAMPLES))
+    settings = {"batch": uneven(), "loss_fn": loss_fn}
+    loss, even = gradients(model(), **settings)
+    loss_of_groups, found = gradients(model(), allocation="neyman", **settings)
+    assert_same(even, found, 1e-6)
+    assert loss == pytest.approx(float(loss_of_groups), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory": "replay"},
+        {"max_rows": 10},
+        {"memory": "replay", "baseline": "clean", "max_rows": 10},
+        {"noise": {"2": "weights"}},
+    ],
+    ids=str,
+)
+def test_memory_changes_nothing(settings):
+    plain = {name: value for name, value in settings.items() if name not in ("memory", "max_rows")}
+    common = {"batch": uneven(), "loss_fn": loss_fn, "copies": 16, "allocation": "neyman"}
+    loss, expected = gradients(model(), **common, **plain)
+    again, found = gradients(model(), **common, **settings)
+    torch.testing.assert_close(loss, again)
+    assert_same(expected, found, 1e-4)
+
+
+def test_samples_take_their_reach_along():
+    net, x = filled(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))), v(1, SAMPLES, 4, 5)
+    scale = v(2, SAMPLES, 4) ** 2
+    scale[1::2, 1:] = 0  # every other sample has one loss that is not 0, so that its matrix needs no more
+    reach = torch.eye(4).repeat(SAMPLES, 1, 1)
+    reach[1::2, 1:] = 0
+
+    def of_rows(outputs, scale):
+        return outputs.squeeze(-1) * scale
+
+    def step(reach):
+        net.zero_grad()
+        ulr.ULR(net, copies=8, allocation="neyman").backward(x, scale, of_rows, reach)
+        return [p.grad.clone() for p in net.parameters()]
+
+    for one, other in zip(step(reach), step(torch.eye(4)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_joint_pass_has_none_to_learn_from():
+    with pytest.raises(ValueError, match="ulr.ULR: 'allocation' must be 'even' where injection is 'joint'"):
+        ulr.ULR(model(), injection="joint", allocation="neyman")
+    with pytest.raises(ValueError, match="ulr.ULR: 'allocation' must be 'even' or 'neyman', got 'optimal'"):
+        ulr.ULR(model(), allocation="optimal")
