@@ -31,7 +31,8 @@ class LayerCheck:
         slope_error: the standard error of that mean.
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
-        law: the cosine that the number of copies and noise coordinates predict for small sigma; NaN with a reach.
+        law: the cosine that the number of copies and noise coordinates predict for small sigma; NaN with a reach, and
+            where the allocation is not even.
         agreement: mean cosine of the estimates of two steps, the cosine's square if unbiased; needs no gradient.
         agreement_error: the standard error of that mean.
 
@@ -123,7 +124,7 @@ def check(
     try:
         plan = estimator.look(x, y, loss_fn, reach)
         truth = Truth(estimator, x, y, loss_fn)
-        laws = _laws(estimator, truth) if reach is None else {}
+        laws = _laws(estimator, truth, reach)
         estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, reach, steps)
         layers = tuple(_compare(name, estimates[name], truth, laws) for name in estimates)
         correlations = _correlations(estimator, plan.names)
@@ -131,7 +132,7 @@ def check(
         if any(_is_off(layer) or _is_noisy(layer) for layer in layers):
             for factor in (SMALLER, LARGER):
                 other = ULR(model, **{**settings, "sigma": _scaled(estimator.settings.sigma, factor)})
-                laws = _laws(other, truth) if reach is None else {}
+                laws = _laws(other, truth, reach)
                 again = _estimates(other, truth.parameters, x, y, loss_fn, reach, steps)
                 others[factor] = {name: _compare(name, again[name], truth, laws) for name in again}
     except ValueError as error:
@@ -143,8 +144,10 @@ def check(
     return Report(not problems, "\n".join(problems) or _praise(layers), layers, correlations)
 
 
-def _laws(estimator: ULR, truth: Truth) -> dict[str, float]:
-    """The law of each layer of which autograd has a gradient."""
+def _laws(estimator: ULR, truth: Truth, reach: Given) -> dict[str, float]:
+    """The law of each layer of which autograd has a gradient, where there is one: rows and samples count alike."""
+    if reach is not None or estimator.settings.allocation != "even":
+        return {}
     return {name: law(estimator, name, truth) for name in truth.gradients}
 
 

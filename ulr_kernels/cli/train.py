@@ -9,6 +9,7 @@ from pathlib import Path
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.cli.parser import SettingsOptions, add_run_folder, given_settings, kept_in
 from ulr_kernels.contract import DISTRIBUTIONS, SAMPLERS
+from ulr_kernels.estimators.allocation import ALLOCATIONS
 from ulr_kernels.estimators.settings import MEMORIES
 from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 from ulr_kernels.recipes import RecipeError
@@ -49,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "rows, copies times images, that the model is given at a time; 0: all, or on a CPU what its caches hold",
     )
     add("memory", "keep what layers read, or run each forward again for its gradients", choices=MEMORIES)
+    add("allocation", "as many copies of each image, or more of those whose loss moves further", choices=ALLOCATIONS)
     where, add = options.group("where")
     add("device", "the device", choices=("cpu", "cuda"))
     add("threads", "CPU threads; 0 leaves the choice to torch")

@@ -60,6 +60,7 @@ class Settings:
     baseline: str = "mean"
     max_rows: int = 0
     memory: str = "keep"
+    allocation: str = "even"
 
     def __post_init__(self) -> None:
         rules.one_of(self, "model", (*MODELS, *PRETRAINED))
@@ -79,5 +80,5 @@ class Settings:
     @property
     def estimator(self) -> dict:
         """The keyword arguments of `ulr.ULR`, less its seed."""
-        names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline", "memory")
+        names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline", "memory", "allocation")
         return {name: getattr(self, name) for name in names} | {"max_rows": self.max_rows or None}
