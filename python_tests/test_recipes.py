@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,8 +154,11 @@ def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", interrupt_in_epoch_2)
+    lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        fit(Trainer(settings), stopped)
+        fit(Trainer(settings), stopped, say=lines.append)
+    assert re.fullmatch(r"epoch 1/2  \d+ of \d+ images  noised loss \d\.\d{4}  [\d,.]+ samples/s", lines[0])
+    assert len([line for line in lines if line.startswith("epoch 1/2  loss")]) == 1  # that of the whole epoch
     monkeypatch.setattr(checkpoint, "save", save)
     resumed = restore(stopped)
     assert (resumed.epoch, resumed.step, resumed.steps_per_epoch) == (1, 5, 3)

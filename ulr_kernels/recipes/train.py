@@ -173,6 +173,15 @@ class Trainer:
             "memory": max(before.get("memory", 0.0), memory.peak(self.device)),
         }
 
+    def so_far(self) -> str:
+        """The epoch under way in a line."""
+        steps, epochs = self.step - self.epoch * self.steps_per_epoch, self.settings.epochs
+        images = min(len(self.train), steps * self.settings.batch)
+        return (
+            f"epoch {self.epoch + 1:{len(str(epochs))}d}/{epochs}  {images:,} of {len(self.train):,} images  "
+            f"noised loss {self.partial['loss'].item() / steps:.4f}  {images / self.partial['seconds']:,.1f} samples/s"
+        )
+
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             hint = "a smaller --lr" + " or another --sigma" * (self.estimator is not None)
@@ -245,7 +254,7 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
     Args:
         trainer: new, or from `restore`.
         out: a folder that exists; the checkpoint goes there.
-        say: takes one line per epoch.
+        say: takes one line per epoch, and where no terminal shows a bar, one per checkpoint within an epoch.
 
     Raises:
         OSError: the checkpoint cannot be written; the last one is intact.
@@ -260,7 +269,13 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
     while trainer.epoch < epochs:
         title = f"epoch {trainer.epoch + 1}/{epochs}"
         with tqdm(total=len(trainer.train), desc=title, unit=" samples", leave=False, disable=None) as bar:
-            trainer.run_epoch(bar, save)
+
+            def save_on_the_way(bar: tqdm = bar) -> None:
+                save()
+                if bar.disable:
+                    say(trainer.so_far())
+
+            trainer.run_epoch(bar, save_on_the_way)
         save()
         last = trainer.history[-1]
         say(
