@@ -57,15 +57,61 @@ def test_samples_that_are_alike_have_the_same(spreads):
     assert group.copies == 8 and group.samples.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_what_is_left_goes_to_some_of_those_that_are_alike():
+    found = groups(torch.tensor([1.0] * 50 + [0.0] * 50), 32, 2, 2)
+    assert [(group.copies, len(group.samples)) for group in found] == [(2, 50), (32, 4), (64, 46)]
+
+
+def test_losses_that_are_not_finite_do_not_break_the_budget():
+    spreads = torch.ones(100)
+    spreads[:30], spreads[30] = torch.inf, torch.nan
+    assert sum(group.copies * len(group.samples) for group in groups(spreads, 32, 2, 2)) <= 3200
+
+
+def test_a_group_of_one_sample_has_rows_enough_for_any_model():
+    """`squeeze` drops the samples' axis where there is one row alone."""
+
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+            filled(self)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x)).view(len(x), 6, 1, 1).squeeze()
+            return self.third(torch.tanh(self.second(h)))
+
+    x, y = uneven()
+    estimator = ulr.ULR(Squeezed(), copies=8, allocation="neyman")
+    for _ in range(3):
+        estimator.backward(x, y, loss_fn)
+
+
+def test_learnt_sigma_has_a_baseline():
+    """A factor that is even in the noise keeps all of a loss that no baseline takes away."""
+    net, (x, y) = model(), uneven()
+
+    def far_off(outputs, targets):
+        return loss_fn(outputs, targets) + 100
+
+    def largest(allocation):
+        estimator = ulr.ULR(net, copies=8, learn_sigma=True, allocation=allocation)
+        for _ in range(4):
+            estimator.backward(x, y, far_off)
+        return max(p.grad.abs().max() for p in estimator.parameters())
+
+    assert largest("neyman") < 3 * largest("even")
+
+
 def test_a_spread_is_that_of_the_noise():
     """Of a linear loss, g . eps, it is |g|."""
     eps = ulr.noise((4096, 3, 2), 5)
     slopes = torch.tensor([[3.0, 4.0], [0.5, 0.0], [0.0, 0.0]])
     change = (eps * slopes).sum(-1)
     for losses, antithetic in ((7 + torch.cat([change, -change]), True), (7 + change, False)):
-        torch.testing.assert_close(spread(losses, antithetic), slopes.norm(dim=1), rtol=0.05, atol=1e-4)
+        torch.testing.assert_close(spread(losses, antithetic), slopes.norm(dim=1).double(), rtol=0.05, atol=1e-4)
     parts = change.unsqueeze(-1) * torch.tensor([0.25, 0.75])  # two losses of each sample
-    torch.testing.assert_close(spread(parts, False), slopes.norm(dim=1), rtol=0.05, atol=1e-4)
+    torch.testing.assert_close(spread(parts, False), slopes.norm(dim=1).double(), rtol=0.05, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"antithetic": False}, {"baseline": "clean", "dist": "laplace"}], ids=str)
@@ -140,5 +186,7 @@ def test_samples_take_their_reach_along():
 def test_a_joint_pass_has_none_to_learn_from():
     with pytest.raises(ValueError, match="ulr.ULR: 'allocation' must be 'even' where injection is 'joint'"):
         ulr.ULR(model(), injection="joint", allocation="neyman")
+    with pytest.raises(ValueError, match="ulr.ULR: 'allocation' must be 'even' where baseline is 'none'"):
+        ulr.ULR(model(), baseline="none", allocation="neyman")
     with pytest.raises(ValueError, match="ulr.ULR: 'allocation' must be 'even' or 'neyman', got 'optimal'"):
         ulr.ULR(model(), allocation="optimal")

@@ -95,13 +95,15 @@ def test_pixels_are_rows_of_a_convolution():
         assert_same(samples, rows, 1e-5)
 
 
-@pytest.mark.parametrize("form", ["bool", "sparse", "by sample", "by layer", "of modules"])
+@pytest.mark.parametrize("form", ["bool", "sparse", "integers", "weights", "by sample", "by layer", "of modules"])
 def test_forms_of_a_reach(form):
     model, (x, y) = token_model(), tokens()
     one = torch.ones(TOKENS, TOKENS).triu()
     forms = {
         "bool": one.bool(),
-        "sparse": one.to_sparse_coo(),
+        "sparse": (2 * one).to_sparse_coo(),
+        "integers": -one.long(),
+        "weights": one / 3,  # a normalised adjacency
         "by sample": one.expand(SAMPLES, -1, -1),
         "by layer": {name: one for name in ("0", "2", "3", "4.gain")},
         "of modules": {"": one, "3": one.bool()},
@@ -214,19 +216,20 @@ def test_a_time_step_reaches_itself_and_what_follows(kind, memory):
 @pytest.mark.parametrize(
     ("reach", "message"),
     [
-        ([[1.0]], "'reach' must be or hold tensors of bool or floating-point numbers, got list"),
-        (
-            torch.eye(TOKENS).long(),
-            "'reach' must be or hold tensors of bool or floating-point numbers, got torch.int64",
-        ),
+        ([[1.0]], "'reach' must be or hold tensors of bool or real numbers, got list"),
+        (torch.eye(TOKENS) * 1j, "'reach' must be or hold tensors of bool or real numbers, got torch.complex64"),
+        (torch.eye(TOKENS, device="meta"), "'reach' must be on the model's device, cpu, got meta"),
         ({}, "'reach' must be a matrix or a mapping"),
         ({"9": torch.eye(TOKENS)}, "'reach' must name layers of the model .*, got 9"),
-        (torch.ones(TOKENS), r"'reach' must be \[rows, losses\], or dense \[3, rows, losses\] by sample, got \[5\]"),
+        (
+            torch.ones(TOKENS),
+            r"'reach' must be \[rows, losses\], or dense \[3, rows, losses\] by sample, got \[5\], torch.strided",
+        ),
         (torch.ones(2, TOKENS, TOKENS), r"'reach' must be .*, got \[2, 5, 5\]"),
         (torch.ones(4, TOKENS), r"'reach' must have 5 rows for layer '0', .*, got \[4, 5\]"),
         ({"0": torch.ones(TOKENS, 4), "": torch.eye(TOKENS)}, "'reach' must have a column for each loss of a sample"),
-        (torch.ones(TOKENS, 4), r"'loss_fn' must return a loss for each row and column of reach, \[6, 4\] here"),
-        (None, "'loss_fn' must return one loss per row"),
+        (torch.ones(TOKENS, 4), r"'loss_fn' must return \[copies \* samples, columns of reach\], \[6, 4\] here"),
+        (None, r"'loss_fn' must return one loss per row, \[6\] here \(of several, their mean; or give a reach\), got"),
     ],
     ids=str,
 )
@@ -235,6 +238,43 @@ def test_bad_reaches_are_refused_before_anything_is_written(reach, message):
     with pytest.raises(ValueError, match="ulr.ULR: " + message):
         ulr.ULR(model).backward(x, y, of_tokens, reach)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5, 16, 17, 200])
+def test_the_last_loss_is_tried(tokens):
+    """The last row's loss sees the first row, which the reach denies; in a long sample, too."""
+
+    class Leak(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = filled(nn.Linear(3, 2))
+
+        def forward(self, x):
+            h = self.fc(x)
+            return torch.cat([h[:, :-1], h[:, -1:] + 0.2 * h[:, :1]], 1)
+
+    x, reach = v(1, 2, tokens, 3), torch.eye(tokens)
+
+    def squares(outputs, _):
+        return outputs.square().sum(-1)
+
+    with pytest.raises(ValueError, match=f"'reach' must not be 0 .* changes loss {tokens - 1} "):
+        ulr.ULR(Leak(), copies=2).backward(x, None, squares, reach)
+    reach[0, -1] = 1
+    ulr.ULR(Leak(), copies=2).backward(x, None, squares, reach)
+
+
+def test_low_precision():
+    """Weights stay fp32 under autocast; a bf16 forward's rounding is not taken for a reach."""
+    model, (x, y) = token_model(), tokens()
+    reach = torch.ones(TOKENS, TOKENS).triu()
+    for form in (reach, reach.to_sparse_csr(), reach.expand(SAMPLES, -1, -1)):
+        with torch.autocast("cpu", torch.bfloat16):
+            ulr.ULR(model, copies=4).backward(x, y, lambda o, t: of_tokens(o.float(), t), form)
+    for kind in ("GRU", "LSTM", "RNN"):
+        ulr.ULR(Steps(kind).bfloat16(), copies=4).backward(
+            x.bfloat16(), y, lambda o, t: of_tokens(o.float(), t), torch.ones(TOKENS, TOKENS)
+        )
 
 
 def test_sobol_has_whole_samples():

@@ -75,7 +75,8 @@ class Report:
             for it in self.layers:
                 slope = f"{it.slope:.3f} +- {it.slope_error:.3f}"
                 cosine = f"{it.cosine:.3f} +- {it.cosine_error:.3f}"
-                lines.append(f"{it.layer:<{width}}{slope:>17}{cosine:>17}{it.law:>8.3f}{it.agreement:>12.3f}")
+                law = "-" if math.isnan(it.law) else f"{it.law:.3f}"
+                lines.append(f"{it.layer:<{width}}{slope:>17}{cosine:>17}{law:>8}{it.agreement:>12.3f}")
         if self.correlations:
             streams = ", ".join(f"{kind} {value:.1f}" for kind, value in self.correlations.items())
             lines.append(f"greatest correlation of noise streams, in standard deviations: {streams}")

@@ -32,22 +32,23 @@ def spread(losses: Tensor, antithetic: bool) -> Tensor:
     """
     losses = losses.flatten(2).sum(2) if losses.dim() > 2 else losses
     if antithetic:
-        plus, minus = losses.unflatten(0, (2, -1))
+        plus, minus = losses.double().unflatten(0, (2, -1))
         return ((plus - minus) / 2).square().mean(0).sqrt()
-    return losses.std(0) if len(losses) > 1 else torch.ones_like(losses[0])
+    return losses.double().std(0) if len(losses) > 1 else torch.ones_like(losses[0])
 
 
 def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group]:
     """Copies in proportion to spreads, rounded to halves and doubles of `copies`, so that there are few groups; in all
-    not more than `copies` of each sample. The spreads are read on the host.
+    not more than `copies` of each sample.
 
     Args:
-        spreads: `[samples]`, independent of the noise of the copies that are given here: else there would be a bias.
+        spreads: `[samples]`, on the CPU, independent of the noise of the copies that are given here: else there would
+            be a bias.
         copies: of each sample on average.
         least: copies that a sample has at least.
         by_draw: copies that a draw makes; all numbers are multiples of it.
     """
-    spreads = torch.nan_to_num(spreads.double().cpu())
+    spreads = torch.nan_to_num(spreads.double(), nan=0.0, posinf=0.0)
     count = len(spreads)
     sizes = _sizes(copies, least, by_draw, count)
     if not spreads.any() or len(sizes) == 1:
@@ -63,7 +64,12 @@ def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group
     for _ in range(24):  # the largest scale that keeps to the budget
         middle = (low + high) / 2
         low, high = (middle, high) if table[chosen(middle)].sum() <= copies * count else (low, middle)
-    which = chosen(low)
+    which, more = chosen(low), chosen(high)
+    left = copies * count - table[which].sum()
+    for sample in spreads.argsort(descending=True).tolist():  # samples that are alike cross an edge together
+        cost = table[more[sample]] - table[which[sample]]
+        if 0 < cost <= left:
+            which[sample], left = more[sample], left - cost
     found = (((which == place).nonzero().flatten(), size) for place, size in enumerate(sizes))
     return [Group(samples, size) for samples, size in found if len(samples)]
 

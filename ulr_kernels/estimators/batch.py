@@ -73,10 +73,12 @@ class Batch:
         rows = copies * self.samples
         shape, rule = [rows], "one loss per row"
         if self.reach is not None:
-            shape, rule = [rows, self.reach.losses], "a loss for each row and column of reach"
+            shape, rule = [rows, self.reach.losses], "[copies * samples, columns of reach]"
         if not isinstance(losses, Tensor) or list(losses.shape) != shape:
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            self._fail("loss_fn", f"return {rule}, {shape} here (reduction='none'?)", got)
+            several = isinstance(losses, Tensor) and losses.dim() > 1 and self.reach is None
+            hint = "of several, their mean; or give a reach" if several else "reduction='none'?"
+            self._fail("loss_fn", f"return {rule}, {shape} here ({hint})", got)
         return losses.detach().to(torch.float32).unflatten(0, (copies, self.samples))
 
     def _fail(self, argument: str, rule: str, value: object) -> NoReturn:

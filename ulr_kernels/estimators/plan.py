@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Pass(NamedTuple):
         weights: names of the parameters that have noise themselves.
         copies: of each sample.
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
-        calls: layer -> the rows of noise that a sample has in each of its calls.
+        noise_rows: layer -> the rows of noise that a sample has in each of its calls.
         cut: the layers before the first noise run on one copy only.
         resumes: chunks of copies share what the layers before the first noise have made (`estimators/prefix.py`).
         shared: what the noised layers read is the same in all copies.
@@ -48,7 +49,7 @@ class Pass(NamedTuple):
     weights: tuple[str, ...]
     copies: int
     riders: Mapping[str, str]
-    calls: Rows
+    noise_rows: Rows
     cut: bool = False
     resumes: bool = False
     shared: bool = False
@@ -69,7 +70,7 @@ class Plan(NamedTuple):
 def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     """Watch a clean forward of two copies, then try for each pass whether noise keeps to its samples, and whether its
     prefix can run on one copy."""
-    recording, clean_losses = _watch(estimator, batch, loss_fn)
+    recording = _watch(estimator, batch, loss_fn)
     s = estimator.settings
     if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values(), default=0) > 1:
         fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
@@ -91,8 +92,8 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     passes = []
     for item in _passes(layers, weights, riders, recording.rows, s):
         if item.layers:
-            _refuse_mixing(estimator, item, keys, batch, loss_fn, clean_losses)
-            _refuse_reach(estimator, item, keys, batch, loss_fn, clean_losses)
+            _refuse_mixing(estimator, item, keys, batch, loss_fn)
+            _refuse_reach(estimator, item, keys, batch, loss_fn)
         passes.append(_tried(estimator, item, keys, batch))
     clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), (), 1, {}, {}, shared=True), *passes))
     return Plan(tuple(bounded), clean, names, sites)
@@ -114,8 +115,8 @@ def _passes(
         yield Pass((), own, settings.copies_of(layer), riders, rows)
 
 
-def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> tuple[Recording, Tensor]:
-    """A clean forward of two copies; whether the model and the loss keep the rules shows in it. And the losses."""
+def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
+    """A clean forward of two copies; whether the model and the loss keep the rules shows in it."""
     inputs = repeat(batch.x, 2)
     recording = Recording(estimator.layers, estimator.followed, inputs, batch.samples)
     with _rows_are_samples("model", lambda: apply(estimator.model, repeat(batch.x, 1))), recording:
@@ -134,7 +135,7 @@ def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> tuple[Recordi
     again = batch.losses(outputs, loss_fn, 2)
     if not same(losses, again):
         fail("model", "compute the same in every forward, as each pass runs its own", "other losses the second time")
-    return recording, again
+    return recording
 
 
 @contextlib.contextmanager
@@ -158,9 +159,7 @@ def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator
         )
 
 
-def _refuse_mixing(
-    estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction, clean: Tensor
-) -> None:
+def _refuse_mixing(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> None:
     """Raise if noise on some samples changes the losses of others: the gradient would lack what it does there.
 
     That is so where samples see one another (attention across the batch, its mean, a loss of pairs), and where a layer
@@ -169,9 +168,10 @@ def _refuse_mixing(
     # Which samples get noise has no period (Thue and Morse's sequence), so it differs within pairs at any distance.
     marks = [sample.bit_count() % 2 == 1 for sample in range(batch.samples)]
     noisy = torch.tensor([marks, [not mark for mark in marks]], device=estimator.device)
-    change = _change(estimator, item, keys, batch, loss_fn, clean, lambda *_: noisy.flatten())
+    silent = _losses(estimator, item, keys, batch, loss_fn, lambda *_: torch.zeros_like(noisy).flatten())
+    change = _losses(estimator, item, keys, batch, loss_fn, lambda *_: noisy.flatten()) - silent
     noisy = noisy.to(change.device)
-    if change[~noisy].norm() > 0.01 * change[noisy].norm() + 1e-5 * torch.nan_to_num(clean).norm():
+    if change[~noisy].norm() > 0.01 * change[noisy].norm() + 1e-5 * silent.norm():
         fail(
             "model",
             "compute each sample from its own alone, and give each layer its samples first: [samples, ...], or rows of "
@@ -180,23 +180,24 @@ def _refuse_mixing(
         )
 
 
-TRIED = 8  # losses of a sample of which it is tried whether they are out of reach as they are said to be
+TRIED = 16  # losses of a sample of which it is tried whether they are out of reach as they are said to be
 
 
-def _refuse_reach(
-    estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction, clean: Tensor
-) -> None:
+def _refuse_reach(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> None:
     """Raise if noise on all rows that do not reach some loss changes it: the gradient would lack what it does there."""
     reach = batch.reach
     if reach is None:
         return
-    count = min(TRIED, reach.losses) // 2 or 1
-    for which in range(count):  # spread over all, two at a time as there are two copies
-        losses = [reach.losses * (2 * which + copy) // (2 * count) for copy in range(2)]
-        noisy = functools.partial(reach.beyond, losses=losses, samples=batch.samples, rows=item.calls)
-        change = _change(estimator, item, keys, batch, loss_fn, clean, noisy)
+    nothing = torch.zeros(2 * batch.samples, dtype=torch.bool, device=estimator.device)
+    silent = _losses(estimator, item, keys, batch, loss_fn, lambda *_: nothing)
+    limit = 1e-5 * silent[0].norm() / math.sqrt(reach.losses)
+    count = min(TRIED, reach.losses + reach.losses % 2)  # from the first to the last one, two copies at a time
+    tried = [(reach.losses - 1) * which // (count - 1) for which in range(count)]
+    for losses in zip(tried[::2], tried[1::2], strict=True):
+        noisy = functools.partial(reach.beyond, losses=losses, samples=batch.samples, rows=item.noise_rows)
+        change = _losses(estimator, item, keys, batch, loss_fn, noisy) - silent
         for copy, loss in enumerate(losses):
-            if change[copy, :, loss].norm() > 0.01 * change[copy].norm() + 1e-5 * torch.nan_to_num(clean).norm():
+            if change[copy, :, loss].norm() > 0.01 * change[copy].norm() / math.sqrt(reach.losses) + limit:
                 fail(
                     "reach",
                     "not be 0 where a row's noise changes a loss",
@@ -204,18 +205,17 @@ def _refuse_reach(
                 )
 
 
-def _change(
+def _losses(
     estimator: ULR,
     item: Pass,
     keys: Mapping[str, Tensor],
     batch: Batch,
     loss_fn: LossFunction,
-    clean: Tensor,
     noisy: Callable[[str, int], Tensor],
 ) -> Tensor:
-    """How noise on some rows of two copies' layers changes the losses."""
+    """The losses of two copies, of whose layers some rows have noise."""
     outputs = estimator.noised(item._replace(weights=()), keys, batch, 2, keep=False, noisy=noisy)[1]
-    return torch.nan_to_num(batch.losses(outputs, loss_fn, 2) - clean)
+    return torch.nan_to_num(batch.losses(outputs, loss_fn, 2))
 
 
 def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels.estimators.settings import fail, of_layer, unknown_names
@@ -51,21 +52,23 @@ class Reach:
         matrix = of_layer(self._matrices, layer)
         if matrix is None:
             return None
-        if matrix.dim() == 3:
-            return torch.einsum("ipq,ciq->cip", matrix, values)
-        return (matrix @ values.flatten(0, 1).T).T.unflatten(0, values.shape[:2])  # it may be sparse
+        values = values.to(matrix.device)
+        with torch.autocast(values.device.type, enabled=False):
+            if matrix.dim() == 3:
+                return torch.einsum("ipq,ciq->cip", matrix, values)
+            return (matrix @ values.flatten(0, 1).T).T.unflatten(0, values.shape[:2])  # it may be sparse
 
     def beyond(self, layer: str, call: int, losses: Sequence[int], samples: int, rows: Rows) -> Tensor:
         """Which rows of a call do not reach losses[c] of copy c: bool `[copies * samples * rows]`."""
         device = next(iter(self._matrices.values())).device
-        one = torch.eye(self.losses, device=device)[list(losses)].unsqueeze(1).expand(-1, samples, -1)
+        one = F.one_hot(torch.tensor(losses, device=device), self.losses).float().unsqueeze(1).expand(-1, samples, -1)
         reached = self.sums(layer, one)
         if reached is None:
             return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=device)
         return (_of_call(reached, rows[layer], call) == 0).flatten()
 
 
-def read_reach(given: Given, samples: int, layers: set[str]) -> Reach | None:
+def read_reach(given: Given, samples: int, layers: set[str], device: torch.device) -> Reach | None:
     """What a user gives: None, a matrix for all layers, or a mapping from names; raises if it breaks the rules."""
     if given is None:
         return None
@@ -75,15 +78,25 @@ def read_reach(given: Given, samples: int, layers: set[str]) -> Reach | None:
     if unknown := unknown_names(matrices, layers):
         fail("reach", f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
     for each in matrices.values():
-        if not isinstance(each, Tensor) or not (each.dtype == torch.bool or each.is_floating_point()):
+        if not isinstance(each, Tensor) or each.is_complex():
             got = each.dtype if isinstance(each, Tensor) else type(each).__name__
-            fail("reach", "be or hold tensors of bool or floating-point numbers", got)
+            fail("reach", "be or hold tensors of bool or real numbers", got)
         if each.dim() != 2 and (each.dim() != 3 or each.shape[0] != samples or each.layout != torch.strided):
-            fail("reach", f"be [rows, losses], or dense [{samples}, rows, losses] by sample", list(each.shape))
+            rule = f"be [rows, losses], or dense [{samples}, rows, losses] by sample"
+            fail("reach", rule, f"{list(each.shape)}, {each.layout}")
+        if each.device != device:
+            fail("reach", f"be on the model's device, {device}", each.device)
     if len({each.shape[-1] for each in matrices.values()}) > 1:
         shapes = ", ".join(f"{name!r}: {list(each.shape)}" for name, each in matrices.items())
         fail("reach", "have a column for each loss of a sample, the same for all layers", shapes)
-    return Reach({name: each.to(torch.float32) for name, each in matrices.items()})
+    return Reach({name: _ones(each) for name, each in matrices.items()})
+
+
+def _ones(matrix: Tensor) -> Tensor:
+    """1 where a matrix is not 0: a weight here, as an adjacency may have, would scale the gradient."""
+    if matrix.layout == torch.sparse_coo:
+        matrix = matrix.coalesce()
+    return matrix.detach().to(torch.float32).abs().sign()
 
 
 class Weights:

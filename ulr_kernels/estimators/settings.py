@@ -74,6 +74,12 @@ class Settings:
             fail(
                 "allocation", "be 'even' where injection is 'joint', as one pass tells the next", repr(self.allocation)
             )
+        if self.baseline == "none" and self.allocation != "even":
+            fail(
+                "allocation",
+                "be 'even' where baseline is 'none' (the loss itself is then noise)",
+                repr(self.allocation),
+            )
         self._check_sobol_baseline()
         if "weights" in _values(self.noise):
             if self.learn_sigma:

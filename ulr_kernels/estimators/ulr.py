@@ -46,12 +46,12 @@ class ULR:
     running statistics.
 
     An `nn.Sequential` of `nn.Linear` and one of ReLU, Tanh and Sigmoid, with `functools.partial(F.cross_entropy,
-    reduction="none")` or `nn.CrossEntropyLoss(reduction="none")` as loss and the same copies for all layers, is not run
-    layer by layer: `ulr.ops.noisy_mlp_step` does the step, which is one launch on a CUDA device.
+    reduction="none")` or `nn.CrossEntropyLoss(reduction="none")` as loss and the same copies for all layers and
+    samples, is not run layer by layer: `ulr.ops.noisy_mlp_step` does the step, which is one launch on a CUDA device.
 
     In a `DistributedDataParallel` each rank passes its own micro-batch: noise and `.grad` are those of one process with
-    the whole batch, to rounding, `no_sync()` is honoured, and micro-batches may differ in size (which is exchanged, so
-    that each call synchronises). All ranks need the same seed.
+    the whole batch, to rounding (where the allocation is even), `no_sync()` is honoured, and micro-batches may differ
+    in size (which is exchanged, so that each call synchronises). All ranks need the same seed.
 
     Args:
         model: any module; make a new estimator after replacing parts of it.
@@ -82,11 +82,11 @@ class ULR:
             forward runs once more with known losses, in which a layer adds its gradients as it makes its noise again:
             training in the memory of inference. The gradients are the same, to rounding. Layer-wise the second forward
             ends at its layer, and costs little; jointly it is a whole one, and no activation outlives what reads it.
-        allocation: "even": each sample has `copies`; "neyman" (layer-wise): so many on average, the more the further
-            noise moves its loss, as the pass of the last layer shows, which comes first and is even. It is unbiased, as
-            layers' noises are independent; a network that is right about most samples needs several times fewer copies.
-            A sample's noise is then named by its place among those ordered by copies, and a backward waits for the
-            device.
+        allocation: "even": each sample has `copies`; "neyman" (layer-wise): at most so many on average, the more the
+            further noise moves its loss, as the pass of the last layer shows, which comes first and is even. It is
+            unbiased, as layers' noises are independent; a network that is right about most samples needs several times
+            fewer copies. A sample's noise is then named by its place among those ordered by copies (in each rank), and
+            a backward waits once for the device. Noise on weights, which all samples share, is left alone.
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -188,12 +188,14 @@ class ULR:
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `reach` `[rows, losses]`;
                 need not be differentiable. It gets all copies of the targets.
             reach: for samples that are a graph, a text, a series: which of a sample's losses (of its nodes, tokens,
-                steps) the noise of each of its rows in a layer can change. A matrix `[rows, losses]`, on the model's
-                device, 1 or True where it can; `[samples, rows, losses]` where samples differ; or a mapping from names
-                of layers or modules to such, the others reaching all losses. A row's noise is then weighed by the
-                losses it reaches alone, of which fewer are less noise; a matrix with too many 1s is right, too. Rows
-                are the output's, without its features, in all calls of the layer one behind the other. A text of T
-                tokens, causal: `torch.ones(T, T).triu()`, and `torch.eye(T)` for its head. May be sparse.
+                steps) the noise of each of its rows in a layer can change. A matrix `[rows, losses]` on the model's
+                device, dense or sparse, of which any number but 0 says that it can; a dense `[samples, rows, losses]`
+                where samples differ; or a mapping from names of layers or modules to such, where the others reach all
+                losses, as noise on weights does. A row's noise is then weighed by the losses that it reaches alone, of
+                which fewer are less noise. A matrix with too many 1s is right, too; one with a 0 too many is not, for
+                which some losses of the first batch of a shape are tried. Rows are the output's, without its features,
+                in all calls of the layer one behind the other. A causal text of T tokens: `torch.ones(T, T).triu()`,
+                and behind its last attention `torch.eye(T)`.
 
         Returns:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
@@ -202,7 +204,7 @@ class ULR:
 
         Raises:
             ValueError: a batch, a loss or a model that breaks the rules. What the first batch of a shape shows is
-                raised before any gradient is written; a loss that fails later may leave those of earlier layers.
+                raised before any gradient is written; a loss that fails later may leave those of passes before.
         """
         batch = self._batch(x, y, reach)
         if self._replicas is not None:
@@ -227,7 +229,7 @@ class ULR:
 
     def _batch(self, x: Any, y: Any, reach: Given) -> Batch:
         batch = Batch(x, y)
-        batch.reach = read_reach(reach, batch.samples, set(self.layers.values()))
+        batch.reach = read_reach(reach, batch.samples, set(self.layers.values()), self.device)
         if reach is not None and self.settings.sampler == "sobol":
             fail("reach", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
         return batch
@@ -243,7 +245,7 @@ class ULR:
             if spreads is None or item.weights:  # noise on weights is all samples'
                 losses = self._pass(item, keys, batch, clean, loss_fn)
                 means.append(losses.mean())
-                spreads = spreads if item.weights else spread(losses, s.antithetic)
+                spreads = spreads if item.weights else spread(losses, s.antithetic).cpu()
             else:
                 means.append(self._pass_of_groups(item, keys, batch, clean, loss_fn, spreads))
         return torch.stack(means).mean()
@@ -258,13 +260,17 @@ class ULR:
         spreads: Tensor,
     ) -> Tensor:
         """One pass in which samples differ in their number of copies; the mean loss."""
-        least = self.settings.by_draw * (1 if self.settings.antithetic and item.shared else 2)  # else no baseline
+        s = self.settings
+        # A single draw has no baseline; it needs none where a pair of equal inputs cancels it, as for weights.
+        least = s.by_draw * (1 if s.antithetic and item.shared and not s.learn_sigma else 2)
         place, means = 0, []
-        for group in groups(spreads, item.copies, least, self.settings.by_draw):
+        for group in groups(spreads, item.copies, least, s.by_draw):
             part = batch.select(group.samples, place)
             place += part.samples
             of_part = None if clean is None else clean[group.samples.to(clean.device)]
-            losses = self._pass(item._replace(copies=group.copies), keys, part, of_part, loss_fn)
+            many = part.samples > 1  # a model may treat a single row differently, as `squeeze` does
+            of_group = item._replace(copies=group.copies, cut=item.cut and many, resumes=item.resumes and many)
+            losses = self._pass(of_group, keys, part, of_part, loss_fn)
             means.append(losses.mean() * (part.samples / batch.samples))
         return torch.stack(means).sum()
 
@@ -314,7 +320,7 @@ class ULR:
 
     @staticmethod
     def _weights(item: Pass, batch: Batch, loss_weight: Tensor) -> Weights:
-        return Weights(loss_weight, batch.reach, item.calls, item.riders)
+        return Weights(loss_weight, batch.reach, item.noise_rows, item.riders)
 
     def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Weights) -> None:
         for kept in noised.calls:

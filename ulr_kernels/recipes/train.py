@@ -173,7 +173,7 @@ class Trainer:
             "memory": max(before.get("memory", 0.0), memory.peak(self.device)),
         }
 
-    def so_far(self) -> str:
+    def progress_line(self) -> str:
         """The epoch under way in a line."""
         steps, epochs = self.step - self.epoch * self.steps_per_epoch, self.settings.epochs
         images = min(len(self.train), steps * self.settings.batch)
@@ -265,17 +265,16 @@ def fit(trainer: Trainer, out: Path, say: Report = print) -> None:
     def save() -> None:
         checkpoint.save(out / CHECKPOINT, trainer.state_dict())
 
+    def save_on_the_way(bar: tqdm) -> None:
+        save()
+        if bar.disable:
+            say(trainer.progress_line())
+
     save()  # a run that is stopped before its first step can go on too
     while trainer.epoch < epochs:
         title = f"epoch {trainer.epoch + 1}/{epochs}"
         with tqdm(total=len(trainer.train), desc=title, unit=" samples", leave=False, disable=None) as bar:
-
-            def save_on_the_way(bar: tqdm = bar) -> None:
-                save()
-                if bar.disable:
-                    say(trainer.so_far())
-
-            trainer.run_epoch(bar, save_on_the_way)
+            trainer.run_epoch(bar, functools.partial(save_on_the_way, bar))
         save()
         last = trainer.history[-1]
         say(

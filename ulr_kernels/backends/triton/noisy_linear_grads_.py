@@ -204,9 +204,10 @@ def rehearse(each: Iterable[tuple]) -> None:
 
 
 def _form(argument: Any) -> Any:
-    """What Triton compiles a kernel of its own for, and more."""
+    """What Triton compiles a kernel of its own for."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.device, argument.shape, argument.stride(), argument.data_ptr() % 16
+        sizes = map(_form, (*argument.shape, *argument.stride(), argument.data_ptr()))
+        return argument.dtype, argument.device, *sizes
     if isinstance(argument, int):
-        return argument == 1, argument % 16, argument.bit_length() > 31
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
     return argument
