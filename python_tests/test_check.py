@@ -184,7 +184,7 @@ def test_estimator_that_is_scaled(monkeypatch):
     report = ulr.check(mlp(), X, Y, cross_entropy, sigma=0.01, copies=64, steps=32)
     assert not report.ok
     assert report.verdict.startswith(
-        "The estimate is biased or too noisy for '0', '2', '4', and another sigma does not help"
+        "The estimate is biased or too noisy for '0', '2', '4', and 0.1 times sigma does not help"
     )
 
 

@@ -35,7 +35,9 @@ class Reach:
         return tuple((name, each.shape, each.layout) for name, each in self._matrices.items())
 
     def check(self, rows: Rows) -> None:
-        """Raise if a layer's noise has other rows than its matrix."""
+        """Raise if a layer's noise has other rows than its matrix, or a matrix is none of theirs."""
+        if unknown := unknown_names(self._matrices, set(rows)):
+            fail("reach", f"name layers with noise on their outputs ({', '.join(rows)})", ", ".join(unknown))
         for layer, of_calls in rows.items():
             matrix = of_layer(self._matrices, layer)
             if matrix is not None and matrix.shape[-2] != sum(of_calls):
@@ -68,15 +70,13 @@ class Reach:
         return (_of_call(reached, rows[layer], call) == 0).flatten()
 
 
-def read_reach(given: Given, samples: int, layers: set[str], device: torch.device) -> Reach | None:
+def read_reach(given: Given, samples: int, device: torch.device) -> Reach | None:
     """What a user gives: None, a matrix for all layers, or a mapping from names; raises if it breaks the rules."""
     if given is None:
         return None
     matrices = dict(given) if isinstance(given, Mapping) else {"": given}
     if not matrices:
         fail("reach", "be a matrix or a mapping from layer names to such, or None", "an empty mapping")
-    if unknown := unknown_names(matrices, layers):
-        fail("reach", f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
     for each in matrices.values():
         if not isinstance(each, Tensor) or each.is_complex():
             got = each.dtype if isinstance(each, Tensor) else type(each).__name__

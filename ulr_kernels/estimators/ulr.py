@@ -229,7 +229,7 @@ class ULR:
 
     def _batch(self, x: Any, y: Any, reach: Given) -> Batch:
         batch = Batch(x, y)
-        batch.reach = read_reach(reach, batch.samples, set(self.layers.values()), self.device)
+        batch.reach = read_reach(reach, batch.samples, self.device)
         if reach is not None and self.settings.sampler == "sobol":
             fail("reach", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
         return batch
