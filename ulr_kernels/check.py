@@ -277,8 +277,8 @@ def _problems(
         )
     if unexplained := causes.get(None):
         problems.append(
-            f"The estimate is biased or too noisy for {_names(unexplained)}, and {SMALLER:g} times sigma does not help: "
-            "the loss may be far from smooth, its rows may depend on one another, or the forward on a state."
+            f"The estimate is biased or too noisy for {_names(unexplained)}, and {SMALLER:g} times sigma does not "
+            "help: the loss may be far from smooth, its rows may depend on one another, or the forward on a state."
         )
     return problems
 
