@@ -151,12 +151,11 @@ class NoisedPass(Meeting):
         if last:
             raise Finished
         if self._noisy is not None and not rides:
-            noisy = self._noisy(layer, number)
-            rows = result.unsqueeze(-1) if result.dim() == 1 else result.movedim(call.feature_dim, -1)
-            noisy = noisy.repeat_interleave(rows[..., 0].numel() // len(noisy)).view(rows.shape[:-1]).unsqueeze(-1)
-            clean = call.forward(*call.inputs)
-            clean = clean.unsqueeze(-1) if result.dim() == 1 else clean.movedim(call.feature_dim, -1)
-            rows.copy_(torch.where(noisy, rows, clean))  # the result may be what the model writes into
+            noisy, rows = self._noisy(layer, number), list(result.shape)
+            if len(rows) > 1:
+                rows[call.feature_dim] = 1
+            noisy = noisy.repeat_interleave(math.prod(rows) // len(noisy)).view(rows)
+            result.copy_(torch.where(noisy, result, call.forward(*call.inputs)))  # it may be what the model writes into
         return result, 0 if rides else NOISED
 
     def recalled(self, bits: int) -> tuple[Any, int] | None:

@@ -39,7 +39,7 @@ class Reach:
         if unknown := unknown_names(self._matrices, set(rows)):
             fail("reach", f"name layers with noise on their outputs ({', '.join(rows)})", ", ".join(unknown))
         for layer, of_calls in rows.items():
-            matrix = of_layer(self._matrices, layer)
+            matrix = self.matrix(layer)
             if matrix is not None and matrix.shape[-2] != sum(of_calls):
                 fail(
                     "reach",
@@ -48,12 +48,14 @@ class Reach:
                     list(matrix.shape),
                 )
 
-    def sums(self, layer: str, values: Tensor) -> Tensor | None:
-        """For each row of a layer the sum of the values of the losses it reaches: `[copies, samples, losses]` ->
-        `[copies, samples, rows]`. None: all rows reach all losses."""
-        matrix = of_layer(self._matrices, layer)
-        if matrix is None:
-            return None
+    def matrix(self, layer: str) -> Tensor | None:
+        """Of a layer; None: all its rows reach all losses."""
+        return of_layer(self._matrices, layer)
+
+    @staticmethod
+    def sums(matrix: Tensor, values: Tensor) -> Tensor:
+        """For each row the sum of the values of the losses it reaches: `[copies, samples, losses]` ->
+        `[copies, samples, rows]`."""
         values = values.to(matrix.device)
         with torch.autocast(values.device.type, enabled=False):
             if matrix.dim() == 3:
@@ -62,12 +64,11 @@ class Reach:
 
     def beyond(self, layer: str, call: int, losses: Sequence[int], samples: int, rows: Rows) -> Tensor:
         """Which rows of a call do not reach losses[c] of copy c: bool `[copies * samples * rows]`."""
-        device = next(iter(self._matrices.values())).device
-        one = F.one_hot(torch.tensor(losses, device=device), self.losses).float().unsqueeze(1).expand(-1, samples, -1)
-        reached = self.sums(layer, one)
-        if reached is None:
+        device, matrix = next(iter(self._matrices.values())).device, self.matrix(layer)
+        if matrix is None:
             return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=device)
-        return (_of_call(reached, rows[layer], call) == 0).flatten()
+        one = F.one_hot(torch.tensor(losses, device=device), self.losses).float().unsqueeze(1).expand(-1, samples, -1)
+        return (_of_call(self.sums(matrix, one), rows[layer], call) == 0).flatten()
 
 
 def read_reach(given: Given, samples: int, device: torch.device) -> Reach | None:
@@ -89,7 +90,8 @@ def read_reach(given: Given, samples: int, device: torch.device) -> Reach | None
     if len({each.shape[-1] for each in matrices.values()}) > 1:
         shapes = ", ".join(f"{name!r}: {list(each.shape)}" for name, each in matrices.items())
         fail("reach", "have a column for each loss of a sample, the same for all layers", shapes)
-    return Reach({name: _ones(each) for name, each in matrices.items()})
+    made = {id(each): _ones(each) for each in matrices.values()}  # layers may share one
+    return Reach({name: made[id(each)] for name, each in matrices.items()})
 
 
 def _ones(matrix: Tensor) -> Tensor:
@@ -116,17 +118,17 @@ class Weights:
     def __init__(self, loss_weight: Tensor, reach: Reach | None, rows: Rows, riders: Mapping[str, str]) -> None:
         self._each, self._reach, self._rows, self._riders = loss_weight, reach, rows, riders
         self.of_samples = loss_weight if reach is None else loss_weight.sum(-1)
-        self._sums: dict[str, Tensor | None] = {}
+        self._sums: dict[int, Tensor] = {}  # by id(matrix), which many layers may share
 
     def of(self, layer: str, call: int) -> Tensor:
         """Of a layer's call: fp32 `[copies, samples]`, or `[copies, samples * rows]` where its rows differ."""
         layer = self._riders.get(layer, layer)
-        if self._reach is None:
+        matrix = None if self._reach is None else self._reach.matrix(layer)
+        if matrix is None:
             return self.of_samples
-        if layer not in self._sums:
-            self._sums[layer] = self._reach.sums(layer, self._each)
-        sums = self._sums[layer]
-        return self.of_samples if sums is None else _of_call(sums, self._rows[layer], call).flatten(1)
+        if id(matrix) not in self._sums:
+            self._sums[id(matrix)] = Reach.sums(matrix, self._each)
+        return _of_call(self._sums[id(matrix)], self._rows[layer], call).flatten(1)
 
 
 def _of_call(values: Tensor, rows: Sequence[int], call: int) -> Tensor:

@@ -71,7 +71,7 @@ class Recording(Meeting):
         columns = result.shape[call.feature_dim] if result.dim() > 1 else 1
         self.rows.setdefault(layer, []).append(result.numel() // (2 * self._samples * max(1, columns)))
         if result.dim() > 1:
-            self.columns.setdefault(layer, set()).add(result.shape[call.feature_dim])
+            self.columns.setdefault(layer, set()).add(columns)
         if call.additive and terms:
             (own,) = self._sums.read([result])
             self._sums.add(terms[0], own, result)

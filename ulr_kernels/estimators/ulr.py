@@ -306,10 +306,11 @@ class ULR:
         losses = in_order(parts, s.antithetic)
         weights = loss_weights(losses, clean, s.baseline, s.antithetic)
         weights *= batch.share
+        of_all = self._weights(item, batch, weights)
         if item.weights:
-            self._weight_noise(item, keys).add_gradients(self._weights(item, batch, weights).of_samples)
+            self._weight_noise(item, keys).add_gradients(of_all.of_samples)
         if kept is not None:
-            self._add_gradients(kept, item, self._weights(item, batch, weights))
+            self._add_gradients(kept, item, of_all)
         elif len(noised.order) == 1:  # it reads what no noise has changed
             self._replay(item._replace(cut=True), keys, batch, weights, 0, noised.order)
         else:
