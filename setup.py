@@ -1,7 +1,10 @@
 """Builds the native parts with ninja: two C ABI libraries (CPU, CUDA) and `_C`, the shim that calls their launchers.
 
-A missing tool leaves a part out and `ulr_kernels/_build_info.py` says why; an error in our own sources ends the build.
-`ULR_BUILD=cpp,cuda` (any subset, or `none`) builds just these parts, and then a missing tool is an error.
+The build is for this machine: CUDA kernels are compiled for the GPUs that are present, and `TORCH_CUDA_ARCH_LIST` names
+others ("9.0a", or "All" for a wheel that serves many machines).
+
+A missing tool or GPU leaves a part out and `ulr_kernels/_build_info.py` says why; an error in our own sources ends the
+build. `ULR_BUILD=cpp,cuda` (any subset, or `none`) builds just these parts, and then a missing tool is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0"
+ALL_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 OLDEST_CAPABILITY = 8  # mma.sync of bf16 operands
 OLDEST_NVCC = 12
 WARNINGS = "-Wall -Wextra"  # .ci/run adds -Werror, by CXXFLAGS; a stranger's newer compiler must not end an install
@@ -110,19 +113,38 @@ def nvcc_version(nvcc: str) -> str:
     return found[0][1:]
 
 
+def present_gpus() -> tuple[str, ...]:
+    """The compute capabilities of this machine's GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    printed = subprocess.run(command, capture_output=True, text=True).stdout
+    return tuple(sorted(set(re.findall(r"^\d+\.\d$", printed, re.MULTILINE)), key=float))
+
+
 def architectures(nvcc: str) -> tuple[str, ...]:
-    """The compute capabilities to build for, those that this nvcc knows; with +PTX on the newest unless one has it."""
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"compute_(\d+)", listed))
-    wanted = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES))
-    wanted = [name for name in wanted if name]
+    """The compute capabilities to build for, out of those that this nvcc knows.
+
+    A list from the environment gets PTX of its newest entry too, for GPUs that are newer still.
+    """
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    wanted = list(ALL_ARCHITECTURES) if chosen.lower() == "all" else [n for n in re.split(r"[;,\s]+", chosen) if n]
     for name in wanted:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: an entry must look like 9.0a or 12.0+PTX, got {name!r}")
+    here = not wanted
+    if here:
+        wanted = [f"{name}a" if f"{name}a" in ALL_ARCHITECTURES else name for name in present_gpus()]
+        if not wanted:
+            raise Absent(
+                "no GPU was found when the package was built (TORCH_CUDA_ARCH_LIST=9.0a builds for one elsewhere)"
+            )
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
     kept = [n for n in wanted if re.sub(r"\D", "", n) in known and int(n.split(".")[0]) >= OLDEST_CAPABILITY]
     if not kept:
         raise Absent(f"nvcc knows none of {', '.join(wanted)} from compute capability {OLDEST_CAPABILITY}.0 on")
-    if not any(name.endswith("+PTX") for name in kept):
+    if not here and not any(name.endswith("+PTX") for name in kept):
         # PTX of an architecture-specific target (9.0a) runs nowhere else, so the newest plain one carries it.
         plain = [name for name in kept if name[-1].isdigit()]
         if plain:
@@ -148,7 +170,7 @@ class NinjaFile:
         self.lines = ["ninja_required_version = 1.3"]
 
     def rule(self, name: str, command: str, *, dependencies: bool = False) -> None:
-        self.lines += [f"rule {name}", f"  command = {command}"]
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
         if dependencies:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 
@@ -214,6 +236,14 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
     return made
 
 
+def plan_of(tools: Tools, parts: set[str]) -> str:
+    """The line that says what is built, and why the rest is not."""
+    with_tools = {"cpp": tools.compiler, "cuda": f"nvcc {tools.nvcc} for {', '.join(tools.architectures)}"}
+    built = [f"{part} kernels ({with_tools[part]})" for part in sorted(parts - set(tools.absent))]
+    left_out = [f"no {part} kernels: {reason}" for part, reason in sorted(tools.absent.items())]
+    return "ulr_kernels builds " + "; ".join([" and ".join(built) or "nothing", *left_out])
+
+
 def build_native(target: Path) -> Tools:
     """Build what the tools here allow, into the package at `target`."""
     requested = os.environ.get("ULR_BUILD") or None  # CI systems set an unused variable to nothing
@@ -228,6 +258,7 @@ def build_native(target: Path) -> Tools:
         tools.compiler = first_line(*shlex.split(compiler), "--version")
     except Absent as reason:
         tools.absent.update(dict.fromkeys(parts, str(reason)))
+        print(plan_of(tools, parts), flush=True)
     else:
         if "cuda" in parts:
             try:
@@ -237,6 +268,7 @@ def build_native(target: Path) -> Tools:
             except Absent as reason:
                 nvcc = tools.nvcc = None
                 tools.absent["cuda"] = str(reason)
+        print(plan_of(tools, parts), flush=True)
         if parts - set(tools.absent):
             made = write_ninja(compiler, includes, nvcc, tools.architectures, "cpp" in parts)
             subprocess.run([ninja, "-C", str(BUILD)], check=True)

@@ -1,15 +1,20 @@
-"""Options of `pytest bench/`, the order of its measurements, and the facts about the machine that go into its JSON."""
+"""Options of `pytest bench/`, the order of its measurements, and the record that goes to the disk row by row."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import machine, rows
+from bench.record import Record
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="fewer and shorter measurements: a look, not a result")
+    parser.addoption("--out", type=Path, help="write bench.txt, .csv and .json there, anew after each row")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,8 +34,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     )
 
 
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Iterator[Record]:
+    found = Record(request.config.getoption("out"))
+    yield found
+    found.write()
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info |= {"ulr": machine.facts("cpu"), "ceilings": machine.cpu_ceilings()}
+    machine_info |= {"ulr": machine.facts("cpu")}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 
 import ulr_kernels as ulr
-from bench import machine, rows
+from bench import machine, report, rows
 from bench.probes import probes
 from bench.rows import conv, linear, noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import backends, bench
+from ulr_kernels import backends
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import OPS
@@ -80,7 +80,7 @@ def extra_bytes(run: Callable[[], object], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]:
+def measure(key: str, row: rows.Row, device: str) -> Iterator[report.Measurement]:
     """A row's contestants in turn, sweep by sweep, as on the CPU. One that cannot run is named, and left out.
 
     Raises:
@@ -100,7 +100,7 @@ def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]
                     )
             calls[name] = itertools.cycle(kept)
         except Exception as error:
-            if bench.is_ours(name):
+            if report.is_ours(name):
                 ours.append(name)
                 traceback.print_exc()
             print(f"{row.name}: {name} cannot run: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
@@ -108,7 +108,7 @@ def measure(key: str, row: rows.Row, device: str) -> Iterator[bench.Measurement]
         contestant = row.contestants[name]
         with contestant.settings(row), torch.set_grad_enabled(name == "backpropagation"):
             seconds = median(contestant.run, arguments, device)
-        yield bench.Measurement(key, row.name, name, sweep, seconds, row.floor(), device, held.get(name))
+        yield report.Measurement(key, row.name, name, sweep, seconds, row.floor(), device, held.get(name))
     if ours:
         raise RuntimeError(f"{row.name}: {', '.join(ours)} cannot run")
 
@@ -155,7 +155,7 @@ def run_rows(options: argparse.Namespace) -> None:
         done = json.loads(part.read_text())
     else:
         done = {"ceilings": {device: ceilings(device, small, options.backends)}, "begun": 0, "failed": [], "found": []}
-    found = [bench.Measurement(**measurement) for measurement in done["found"]]
+    found = [report.Measurement(**measurement) for measurement in done["found"]]
 
     def probe() -> None:
         done["ceilings"][device] |= probes(device, small, lambda run: median(run, itertools.repeat(()), device))
@@ -164,9 +164,9 @@ def run_rows(options: argparse.Namespace) -> None:
         found.extend(measure(f"gpu-{key}", make(), device))
 
     def keep() -> None:
-        lines = list(bench.lines(found, done["ceilings"]))
+        lines = list(report.lines(found, done["ceilings"]))
         if lines:
-            bench.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": done["ceilings"]})
+            report.write(options.out, "gpu", lines, {"ulr": facts, "ceilings": done["ceilings"]})
         part.write_text(json.dumps(done | {"found": [dataclasses.asdict(each) for each in found]}))
 
     def give_up(key: str, why: str) -> None:
@@ -196,7 +196,7 @@ def run_rows(options: argparse.Namespace) -> None:
         if lost(device):
             give_up(key, "the device is lost")
     keep()
-    print(bench.table(list(bench.lines(found, done["ceilings"]))))
+    print(report.table(list(report.lines(found, done["ceilings"]))))
     if done["failed"]:
         raise SystemExit(f"failed rows: {', '.join(done['failed'])}")
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ulr_kernels.backends.cpp import onednn
+
 PACKAGES = {"torcheggroll": "torcheggroll", "eggroll-es": "eggroll", "EvoX": "evox"}  # rival -> its module
 
 
@@ -48,8 +50,18 @@ def antithetic_randn(like: Tensor, source: torch.Generator) -> Tensor:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The noiseless product by the fastest kernel that torch carries on a CPU."""
+class RivalAbsent(RuntimeError):
+    """This machine cannot run the rival; the message says why."""
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The noiseless product by oneDNN, the fastest kernel that torch carries on a CPU with AVX-512.
+
+    Raises:
+        RivalAbsent: oneDNN has no product of this dtype here, as bf16 on a CPU without AVX-512.
+    """
+    if not onednn.supports(x.dtype):
+        raise RivalAbsent(f"oneDNN multiplies no {str(x.dtype).removeprefix('torch.')} on this CPU")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

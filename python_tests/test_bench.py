@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,15 @@ from small_models import unfilled
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import backends, bench
-from ulr_kernels.bench import Goal, Line, Measurement
+from ulr_kernels import backends
 from ulr_kernels.recipes import RecipeError
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_bench, machine, memory, rivals, rows  # noqa: E402
+from bench import goals, gpu_bench, machine, memory, record, report, rivals, rows, run  # noqa: E402
+from bench.goals import Goal  # noqa: E402
+from bench.report import Line, Measurement  # noqa: E402
 from bench.rows import noise, row, step  # noqa: E402
 
 native = pytest.mark.skipif(
@@ -161,15 +162,15 @@ def sweeps(contestant: str, *seconds: float, extra_bytes: int | None = None) -> 
 
 
 def test_ratios_are_taken_sweep_by_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "GOALS", (Goal("row", "rival", 4), Goal("row", "rival", 30, "memory")))
+    monkeypatch.setattr(report, "GOALS", (Goal("row", "rival", 4), Goal("row", "rival", 30, "memory")))
     measured = sweeps("ulr", 0.002, 0.004, 0.002, extra_bytes=10**6) + sweeps("ulr, one thread", 0.004, 0.008, 0.004)
     measured += sweeps("rival", 0.008, 0.016, 0.010, extra_bytes=2 * 10**7)
-    thread, rival, held = bench.lines(measured, CEILINGS)
+    thread, rival, held = report.lines(measured, CEILINGS)
     assert (thread.rival, thread.ratio, thread.goal, thread.met) == ("ulr, one thread", 2, None, None)
     assert (rival.rival, rival.ratio, rival.goal, rival.met) == ("rival", 4, 4, True)
     assert rival.floor == pytest.approx(2), "a megabyte at 1e9 bytes/s takes 1 ms"
     assert (held.what, held.ratio, held.met) == ("memory", 20, False)
-    text = bench.table([thread, rival, held])
+    text = report.table([thread, rival, held])
     assert "NOT MET" in text and ">= 4x" in text and "20.00 MB" in text
 
 
@@ -178,14 +179,14 @@ def test_figures_of_a_table_are_never_powers_of_ten() -> None:
     shown = {9.997e-5: "100 us", 9.994e-4: "999 us", 9.997e-4: "1 ms", 0.9996: "1 s", 1234.0: "1230 s"}
     for seconds, text in shown.items():
         line = Line("a row", "time", "ulr", seconds, "a rival", seconds, 34816.0, 1000.0, None)
-        assert bench.table([line]).splitlines()[1] == f"a row  {text}         a rival  {text}  34800x  >= 1000x  met"
+        assert report.table([line]).splitlines()[1] == f"a row  {text}         a rival  {text}  34800x  >= 1000x  met"
 
 
 def test_floor_adds_arithmetic_on_a_cpu_and_overlaps_it_on_a_gpu() -> None:
     work = cost(size=10**6, flops=2 * 10**6, noise=3 * 10**6)
-    assert bench.floor_seconds(work, CEILINGS["2"]) == pytest.approx(5e-3)
-    assert bench.floor_seconds(work, CEILINGS["2"] | {"overlap": True}) == pytest.approx(3e-3)
-    assert bench.floor_seconds(cost(size=10**7, noise=1), CEILINGS["2"]) == pytest.approx(1e-2)
+    assert report.floor_seconds(work, CEILINGS["2"]) == pytest.approx(5e-3)
+    assert report.floor_seconds(work, CEILINGS["2"] | {"overlap": True}) == pytest.approx(3e-3)
+    assert report.floor_seconds(cost(size=10**7, noise=1), CEILINGS["2"]) == pytest.approx(1e-2)
 
 
 def test_every_row_has_its_ceilings_however_many_threads_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,9 +198,9 @@ def test_every_row_has_its_ceilings_however_many_threads_torch_has(monkeypatch: 
 
 def test_every_goal_has_its_row_and_rival() -> None:
     made = {key: make() for key, make in rows.cpu_rows().items()}
-    on_gpu, wanted = rows.gpu_rows(("torch",), small=True, device="cpu"), {goal.row for goal in bench.GOALS}
+    on_gpu, wanted = rows.gpu_rows(("torch",), small=True, device="cpu"), {goal.row for goal in goals.GOALS}
     made |= {f"gpu-{key}": make() for key, make in on_gpu.items() if f"gpu-{key}" in wanted}
-    for goal in bench.GOALS:
+    for goal in goals.GOALS:
         if goal.row == "normal-2-threads" and goal.row not in made:
             continue  # this machine has one core
         if goal.row.startswith("mezo-") and goal.row not in made:
@@ -223,7 +224,7 @@ def test_cost_of_a_step_by_hand() -> None:
 @native
 def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under which pytest-benchmark measures nothing
-    found = bench.run(tmp_path, quick=True, only="rademacher and not perturb")
+    found = run.run(tmp_path, quick=True, only="rademacher and not perturb")
     assert [(line.rival, line.goal) for line in found] == [("tensor.bernoulli_", 60)]
     content = json.loads((tmp_path / "bench.json").read_text())
     assert content["lines"][0]["ratio"] == found[0].ratio > 1
@@ -234,45 +235,79 @@ def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureF
     assert "tensor.bernoulli_" in capsys.readouterr().out
 
 
-def test_rows_without_rivals_make_no_table(tmp_path: Path, monkeypatch) -> None:
-    alone = Measurement("population", "a row", "ulr", 0, 1.0, {}, "2")
-    monkeypatch.setattr(bench.subprocess, "run", lambda *command, **options: subprocess.CompletedProcess(command, 0))
-    monkeypatch.setattr(bench, "read", lambda path: ([alone], {"ulr": {}, "ceilings": CEILINGS}))
-    monkeypatch.setattr(bench, "floor_seconds", lambda cost, ceilings: 1.0)
-    with pytest.raises(RecipeError, match="no rival was measured"):
-        bench.run(tmp_path / "out")
+def test_a_rival_that_the_machine_lacks_is_a_dash_with_its_reason(monkeypatch) -> None:
+    monkeypatch.setattr(rivals.onednn, "supports", lambda dtype: False)
+    with pytest.raises(rivals.RivalAbsent, match="oneDNN multiplies no bfloat16 on this CPU") as reason:
+        rivals.onednn_linear(*(normal(i, 2, 2).bfloat16() for i in (1, 2)), None)
+    absent = Measurement("row", "a row", "rival", 0, None, cost(10**6), "2", absent=str(reason.value))
+    (line,) = report.lines([*sweeps("ulr", 0.002), absent], CEILINGS)
+    assert (line.rival_value, line.ratio, line.met) == (None, None, None)
+    shown = report.table([line]).splitlines()[1]
+    assert shown.split("rival")[1].split()[:2] == ["-", "-"] and shown.endswith("no bfloat16 on this CPU")
+
+
+def test_ceilings_of_products_need_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without AVX-512 has no oneDNN product of bf16."""
+    monkeypatch.setattr(rivals.onednn, "supports", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(machine, "median_seconds", lambda call, budget=0.0: call(0) is None or 1.0)
+    for ceilings in machine.cpu_ceilings().values():
+        assert ceilings["flops bf16"] == ceilings["flops fp32"] == 2 * 1024**3
+
+
+def kept(monkeypatch: pytest.MonkeyPatch, out: Path) -> record.Record:
+    monkeypatch.setattr(record.machine, "cpu_ceilings", lambda: CEILINGS)
+    return record.Record(out)
+
+
+def test_a_row_is_on_the_disk_when_the_next_one_begins(tmp_path: Path, monkeypatch) -> None:
+    found = kept(monkeypatch, tmp_path / "out")
+    for measurement in sweeps("ulr", 0.002) + sweeps("rival", 0.008):
+        found.add(measurement)
     assert not (tmp_path / "out").exists()
+    found.add(Measurement("next", "the next row", "ulr", 0, 1.0, cost(10**6), "2"))
+    (line,) = json.loads((tmp_path / "out" / "bench.json").read_text())["lines"]
+    assert (line["row"], line["ratio"]) == ("a row", 4)
 
 
-def pytest_that(monkeypatch: pytest.MonkeyPatch, code: int, measured: bool) -> None:
-    """Instead of the benchmarks: ends with this exit code, and has measured a row or not."""
+def test_rows_without_rivals_make_no_table(tmp_path: Path, monkeypatch) -> None:
+    found = kept(monkeypatch, tmp_path / "out")
+    found.add(sweeps("ulr", 0.002)[0])
+    found.write()
+    assert not (tmp_path / "out").exists()
+    pytest_that(monkeypatch, pytest.ExitCode.OK)
+    with pytest.raises(RecipeError, match="no rival was measured"):
+        run.run(tmp_path / "out")
+
+
+def pytest_that(monkeypatch: pytest.MonkeyPatch, code: int, measurements: Sequence[Measurement] = ()) -> None:
+    """Instead of the benchmarks: ends with this exit code, and has measured this."""
 
     def done(command: list[str], **options) -> subprocess.CompletedProcess:
-        if measured:
-            Path(next(c for c in command if c.startswith("--benchmark-json")).split("=")[1]).touch()
+        written = kept(monkeypatch, Path(next(c for c in command if c.startswith("--out=")).removeprefix("--out=")))
+        written.found.extend(measurements)
+        written.write()
         return subprocess.CompletedProcess(command, code)
 
     facts = machine.facts("cpu")
-    monkeypatch.setattr(bench.subprocess, "run", done)
-    measurements = sweeps("ulr", 0.002) + sweeps("rival", 0.008)
-    monkeypatch.setattr(bench, "read", lambda path: (measurements, {"ulr": facts, "ceilings": CEILINGS}))
+    monkeypatch.setattr(record.machine, "facts", lambda device: facts)
+    monkeypatch.setattr(run.subprocess, "run", done)
 
 
 def test_a_benchmark_that_fails_does_not_take_the_others_with_it(tmp_path: Path, monkeypatch) -> None:
-    pytest_that(monkeypatch, pytest.ExitCode.TESTS_FAILED, measured=True)
+    pytest_that(monkeypatch, pytest.ExitCode.TESTS_FAILED, sweeps("ulr", 0.002) + sweeps("rival", 0.008))
     with pytest.raises(ChildProcessError, match="a benchmark failed"):
-        bench.run(tmp_path)
+        run.run(tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text())["lines"][0]["ratio"] == 4
 
 
 def test_nothing_is_measured_for_a_table_that_cannot_be_made(tmp_path: Path, monkeypatch) -> None:
-    pytest_that(monkeypatch, pytest.ExitCode.USAGE_ERROR, measured=False)
+    pytest_that(monkeypatch, pytest.ExitCode.USAGE_ERROR)
     with pytest.raises(RecipeError, match="--only must be an expression of pytest's -k, got 'a b'"):
-        bench.run(tmp_path, only="a b")
+        run.run(tmp_path, only="a b")
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "folder"):
         with pytest.raises(RecipeError, match="cannot be written"):
-            bench.run(out)
+            run.run(out)
 
 
 @native

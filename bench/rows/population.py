@@ -36,7 +36,7 @@ def eggroll_row(width: int, population: int, rank: int, rows: int, device: str =
     contestants["plain forward, F.linear"] = Contestant(lambda x, w, key: F.linear(x.flatten(0, 1), w))
     if device == "cpu":
         contestants["plain forward, oneDNN"] = Contestant(
-            lambda x, w, key: torch.ops.mkldnn._linear_pointwise(x.flatten(0, 1), w, None, "none", [], "")
+            lambda x, w, key: rivals.onednn_linear(x.flatten(0, 1), w, None)
         )
     if rivals.installed(rivals.PACKAGES["torcheggroll"]):
         contestants["torcheggroll"] = Contestant(functools.partial(_torcheggroll, population, rank))

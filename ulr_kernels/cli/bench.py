@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ulr_kernels.recipes import RecipeError
@@ -21,12 +22,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
-    from ulr_kernels import bench
-
+    root = Path(__file__).parents[2]
+    if not (root / "bench" / "run.py").exists():
+        raise RecipeError(f"bench needs the project's source folder; {root} has no bench/")
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
     if "model" in args:
+        from bench import model
+
         measuring = [name for name in ("quick", "only", "out") if name in args]
         if measuring:
             raise RecipeError(f"--model measures nothing and writes nothing: drop --{measuring[0]}")
-        print(bench.predictions(args.model))
+        print(model.table(args.model))
         return
-    bench.run(getattr(args, "out", OUT), quick="quick" in args, only=getattr(args, "only", ""))
+    from bench.run import run
+
+    run(getattr(args, "out", OUT), quick="quick" in args, only=getattr(args, "only", ""))
