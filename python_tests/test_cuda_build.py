@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
+from compile_cache import compile_once, with_includes
 
 from ulr_kernels import contract
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 BUDGETS = HERE / "budgets" / "cuda"
-BUILD = ROOT / "build" / "cubins"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 SOURCES = sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
 FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()
@@ -47,19 +45,10 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 def compile_cubin(source: pathlib.Path, architecture: str) -> tuple[pathlib.Path, str]:
     """The cubin and what ptxas says of it; made once for each state of the sources."""
-    state = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted([source, *ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/include/ulr/*")]):
-        state.update(path.read_bytes())
-    BUILD.mkdir(parents=True, exist_ok=True)
-    cubin = BUILD / f"{source.stem}.{architecture}.{state.hexdigest()[:16]}.cubin"
-    log = cubin.with_suffix(".log")
-    if not log.exists():
-        command = ["nvcc", *FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v", f"-arch={architecture}", "-cubin"]
-        command += [f"-I{ROOT}/csrc/include", "-o", str(cubin), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"{source.name} for {architecture}:\n{done.stderr}"
-        log.write_text(done.stderr)
-    return cubin, log.read_text()
+    command = ["nvcc", *FLAGS, "-Werror", "all-warnings", "-Xptxas", "-v", f"-arch={architecture}", "-cubin"]
+    command += [f"-I{ROOT}/csrc/include", "-o", "OUT", str(source)]
+    inputs = with_includes(source, [ROOT / "csrc/include"])
+    return compile_once(f"{source.stem}.{architecture}.cubin", command, inputs)
 
 
 def short_name(mangled: str) -> str:

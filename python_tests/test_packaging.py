@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import pytest
@@ -27,9 +28,11 @@ print(ulr.describe())
 def build_wheel(folder: pathlib.Path, **environment: str) -> pathlib.Path:
     sources = folder / "sources"  # a copy: the wheel's build must not touch the tree that runs these tests
     skip = shutil.ignore_patterns(
-        ".venv", "build", "dist", ".git", "*.so", "_build_info.py", "__pycache__", "*.egg-info"
+        ".venv", "lib.*", "dist", ".git", "_build_info.py", "__pycache__", "*.egg-info", "runs", ".*_cache"
     )
     shutil.copytree(ROOT, sources, ignore=skip)
+    for built in (sources / "ulr_kernels").glob("*.so"):
+        built.unlink()  # what ninja made in build/native stays, and is not made again
     command = [
         sys.executable,
         "-m",
@@ -84,13 +87,62 @@ def test_a_required_part_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> 
         build_wheel(tmp_path, ULR_BUILD="cpp", PATH=str(tmp_path), CXX="", CC="")
 
 
-@pytest.mark.parametrize("compiler", ["g++-13", "ccache g++-13", "ccache g++-13 -m64 -pthread"])
-def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def setup(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("ulr_setup", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ulr_setup", setup)  # dataclasses look there
-    spec.loader.exec_module(setup)
-    monkeypatch.setattr(setup, "BUILD", tmp_path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "ulr_setup", module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "BUILD", tmp_path / "native")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return module
+
+
+@pytest.mark.parametrize("compiler", ["g++-13", "ccache g++-13", "ccache g++-13 -m64 -pthread"])
+def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str, setup) -> None:
     setup.write_ninja(compiler, [], "nvcc", ("9.0a",), cpp=False)
-    assert "nvcc -ccbin g++-13 -std=c++17" in (tmp_path / "build.ninja").read_text()
+    assert "nvcc -ccbin g++-13 -std=c++17" in (setup.BUILD / "build.ninja").read_text()
+
+
+def tool(folder: pathlib.Path, name: str, prints: str) -> str:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "gpus, listed, expected",
+    [
+        (["9.0", "9.0"], None, ("9.0a",)),
+        (["8.6", "12.0"], None, ("8.6", "12.0")),
+        (["7.5", "8.0"], None, ("8.0",)),
+        (["9.0"], "8.0;8.6", ("8.0", "8.6+PTX")),
+        ([], "all", ("8.0", "8.6", "9.0a", "12.0+PTX")),
+        ([], None, "no GPU was found when the package was built"),
+        (["7.5"], None, "nvcc knows none of 7.5"),
+    ],
+)
+def test_cuda_kernels_are_built_for_the_gpus_that_are_present(gpus, listed, expected, setup, tmp_path, monkeypatch):
+    nvcc = tool(tmp_path, "nvcc", "".join(f"compute_{n}\\n" for n in (80, 86, 90, 120)))
+    tool(tmp_path, "nvidia-smi", "".join(f"{gpu}\\n" for gpu in gpus) or "No devices were found\\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if listed is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    if isinstance(expected, tuple):
+        assert setup.architectures(nvcc) == expected
+    else:
+        with pytest.raises(setup.Absent, match=expected):
+            setup.architectures(nvcc)
+
+
+def test_one_line_says_what_is_built_and_why_not_more(setup) -> None:
+    tools = setup.Tools(compiler="g++ 12", absent={"cuda": "no GPU was found"})
+    assert setup.plan_of(tools, {"cpp", "cuda"}) == (
+        "ulr_kernels builds cpp kernels (g++ 12); no cuda kernels: no GPU was found"
+    )
+    tools = setup.Tools(compiler="g++ 12", nvcc="13.0", architectures=("8.6", "9.0a"))
+    assert setup.plan_of(tools, {"cpp", "cuda"}).endswith(
+        "cpp kernels (g++ 12) and cuda kernels (nvcc 13.0 for 8.6, 9.0a)"
+    )

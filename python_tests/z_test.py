@@ -6,6 +6,11 @@ import torch
 import ulr_kernels as ulr
 
 NOISED_ROWS, STEPS = 2**17, 12  # rows of all copies in one step
+# A step sums rows of one sample over and over. Where they do not scatter (the last layer of a quadratic loss, in
+# pairs), the addends of a gradient are equal, and each fp32 addition rounds the same way: by up to half a unit of a sum
+# that is on average half of the last one. How much of it shows depends on how the product splits the rows, as on its
+# number of threads.
+EQUAL_ADDENDS = NOISED_ROWS * 2.0**-25
 
 
 def flat(tensors):
@@ -33,9 +38,10 @@ def z_test(samples, expected):
     samples, expected = samples.double(), expected.detach().double()
     slopes = samples @ expected / expected.square().sum()
     error = slopes.std() / len(slopes) ** 0.5
-    assert abs(slopes.mean() - 1) < 4.5 * error, f"slope {slopes.mean():.4f} +- {error:.4f}"
+    assert abs(slopes.mean() - 1) < 4.5 * error + EQUAL_ADDENDS, f"slope {slopes.mean():.4f} +- {error:.4f}"
     errors = samples.std(0) / len(samples) ** 0.5 + 1e-5 * expected.abs().max()  # and of fp32
-    assert ((samples.mean(0) - expected).abs() / errors).max() < 8  # Student's t with 11 degrees of freedom
+    distance = ((samples.mean(0) - expected).abs() - EQUAL_ADDENDS * expected.abs()).clamp(min=0)
+    assert (distance / errors).max() < 8  # Student's t with 11 degrees of freedom
 
 
 def assert_unbiased(samples, expected):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
-import hashlib
 import os
 import pathlib
 import subprocess
 from collections.abc import Callable
+
+from compile_cache import compile_once, with_includes
 
 from ulr_kernels.backends import _native, cuda
 from ulr_kernels.backends.cuda import mlp
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "cuda_emulation"
 FLAGS = (
     "-std=c++17 -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas "
     f"-I{ROOT}/csrc/include -I{HERE}/include"
@@ -25,39 +26,17 @@ SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recove
 
 
 def compile_library(name: str, sources: list[pathlib.Path], mode: tuple[str, ...] = PLAIN) -> pathlib.Path:
-    """A shared library of CUDA sources, made once for each state of all sources and flags."""
-    headers = [
-        *ROOT.glob("csrc/cuda/*.cuh"),
-        *ROOT.glob("csrc/include/ulr/*"),
-        *HERE.glob("*.h"),
-        *HERE.glob("include/*"),
-    ]
+    """A shared library of CUDA sources for the host; each file of it is compiled once for each state of its text."""
     sources = [*sources, HERE / "emulator.cpp"]
-    state = hashlib.sha256(repr((FLAGS, mode)).encode())
-    for path in sorted([*headers, *sources]):
-        state.update(path.read_bytes())
-    folder = BUILD / f"{name}-{state.hexdigest()[:16]}"
-    library = folder / f"lib{name}.so"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    pending = [
-        (s, ["g++", "-x", "c++", *FLAGS, *mode, "-c", str(s), "-o", str(folder / f"{s.stem}.o")]) for s in sources
-    ]
-    running: list[tuple[pathlib.Path, subprocess.Popen]] = []
-    while pending or running:
-        while pending and len(running) < (os.cpu_count() or 1):
-            source, command = pending.pop()
-            running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        source, process = running.pop(0)
-        _, errors = process.communicate()
-        if process.returncode:
-            raise RuntimeError(f"{source.name} does not compile for the host:\n{errors}")
-    objects = [str(folder / f"{s.stem}.o") for s in sources]
-    partial = library.with_suffix(f".{os.getpid()}")
-    subprocess.run(["g++", "-shared", *mode, *objects, "-o", str(partial)], check=True)
-    partial.rename(library)
-    return library
+    folders = [ROOT / "csrc/include", HERE / "include"]
+
+    def compile_source(source: pathlib.Path) -> pathlib.Path:
+        command = ["g++", "-x", "c++", *FLAGS, *mode, "-c", str(source), "-o", "OUT"]
+        return compile_once(f"{source.stem}.o", command, with_includes(source, folders))[0]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, sources))
+    return compile_once(f"lib{name}.so", ["g++", "-shared", *mode, *map(str, objects), "-o", "OUT"], objects)[0]
 
 
 def kernels(mode: tuple[str, ...] = PLAIN) -> pathlib.Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -22,7 +23,18 @@ def _library() -> ctypes.CDLL | str:
         library.ulr_cpu_isa.restype = ctypes.c_char_p
         library.ulr_cpu_available_isa.restype = ctypes.c_char_p
         library.ulr_cpu_set_omp_parallel(_omp_parallel())
+        library.ulr_cpu_set_isa(_available_isas(library)[0].encode())
     return library
+
+
+@functools.cache
+def _available_isas(library: ctypes.CDLL) -> list[str]:
+    """The best first. ULR_MAX_CPU_ISA leaves out those that are better than the one it names."""
+    names = [name.decode() for name in itertools.takewhile(bool, map(library.ulr_cpu_available_isa, itertools.count()))]
+    most = os.environ.get("ULR_MAX_CPU_ISA") or names[0]
+    if most not in names:
+        raise ValueError(f"ulr: ULR_MAX_CPU_ISA must be one of {', '.join(names)}, got {most!r}")
+    return names[names.index(most) :]
 
 
 def _omp_parallel() -> ctypes.c_void_p | None:
@@ -41,8 +53,7 @@ def isa() -> str:
 
 def available_isas() -> list[str]:
     """The instruction sets that this build has and this machine runs, the best first."""
-    names = map(_opened().ulr_cpu_available_isa, itertools.count())
-    return [name.decode() for name in itertools.takewhile(bool, names)]
+    return _available_isas(_opened())
 
 
 def set_isa(name: str | None) -> None:
@@ -51,8 +62,11 @@ def set_isa(name: str | None) -> None:
     Raises:
         ValueError: this build does not have it, or this machine does not run it.
     """
-    if _opened().ulr_cpu_set_isa(None if name is None else name.encode()):
-        raise ValueError(f"ulr: 'isa' must be one of {', '.join(available_isas())}, got {name!r}")
+    available = available_isas()
+    chosen = available[0] if name is None else name
+    if chosen not in available:
+        raise ValueError(f"ulr: 'isa' must be one of {', '.join(available)}, got {name!r}")
+    _opened().ulr_cpu_set_isa(chosen.encode())
 
 
 def _opened() -> ctypes.CDLL:
