@@ -53,9 +53,6 @@ CALLS = {
         *([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), v(6, 3), [], [v(7, 5, 8), v(8, 5)]),
         *([v(9, 5, 8).abs(), v(10, 5).abs()], SCALE, torch.tensor(3), 0.1),
     ),
-    "noisy_linear_cross_entropy_": lambda: (
-        *(v(4, 5, 8), v(5, 5), v(1, 6, 8), torch.arange(6) % 5, v(2, 5, 8), v(3, 5), SCALE, KEY, 4),
-    ),
     "noisy_mlp_step": lambda: (
         *([v(4, 5, 8), v(5, 3, 5)], [v(6, 5), v(7, 3)], v(1, 6, 8), torch.arange(6) % 3),
         *([v(2, 5, 8), v(8, 3, 5)], [v(3, 5), v(9, 3)], SCALE.expand(2), torch.tensor([1, 2]), 4),

@@ -9,7 +9,6 @@ from ulr_kernels.ops.noisy_conv2d import noisy_conv2d
 from ulr_kernels.ops.noisy_conv2d_grad_ import noisy_conv2d_grad_
 from ulr_kernels.ops.noisy_conv2d_replay_ import noisy_conv2d_replay_
 from ulr_kernels.ops.noisy_linear import noisy_linear
-from ulr_kernels.ops.noisy_linear_cross_entropy_ import noisy_linear_cross_entropy_
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_grads_ import noisy_linear_grads_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
@@ -31,7 +30,6 @@ __all__ = [
     "noisy_conv2d_grad_",
     "noisy_conv2d_replay_",
     "noisy_linear",
-    "noisy_linear_cross_entropy_",
     "noisy_linear_grad_",
     "noisy_linear_grads_",
     "noisy_linear_replay_",

@@ -83,12 +83,7 @@ def noisy_mlp_step(
     return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how)
 
 
-def check(*args) -> Output:
-    return check_step(Check("noisy_mlp_step"), *args)
-
-
-def check_step(
-    rules: Check,
+def check(
     grad_weights: list[Tensor],
     grad_biases: list[Tensor],
     x: Tensor,
@@ -108,6 +103,7 @@ def check_step(
     draw: int,
     row_offset: int,
 ) -> Output:
+    rules = Check("noisy_mlp_step")
     draws = rules.copies(copies, antithetic)
     for argument, value, allowed in (
         ("injection", injection, INJECTIONS),

@@ -27,7 +27,6 @@ _MODULES = {
     "perturbed_embedding": "perturbed_embedding",
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
-    "noisy_linear_cross_entropy_": "noisy_linear_cross_entropy_",
     "noisy_linear_grads_": "noisy_linear_grads_",
     "noisy_linear_replay_": "noisy_linear_grad_",
     "perturb_": "parameters",

@@ -19,15 +19,13 @@ DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: `grid` counts programs; `arguments` name all of the kernel's parameters; `cooperative`: all programs
-    run at once, or the launch fails."""
+    """One launch: `grid` counts programs; `arguments` name all of the kernel's parameters."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 1
-    cooperative: bool = False
 
     def run(self) -> None:
         tensor = next(a for a in self.arguments.values() if isinstance(a, Tensor))
@@ -37,7 +35,6 @@ class Launch:
                 num_warps=self.warps,
                 num_stages=self.stages,
                 enable_fp_fusion=False,  # the contract says where an fma is
-                **({"launch_cooperative_grid": True} if self.cooperative else {}),
             )
 
 
