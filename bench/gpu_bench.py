@@ -19,6 +19,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import threading
 import time
 import traceback
@@ -37,6 +38,10 @@ from ulr_kernels import backends, bench
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import OPS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
+
+from samples import samples_of  # noqa: E402
 
 SWEEPS = 5
 ROW_SECONDS = 120  # far more than any row takes with all that it compiles
@@ -208,7 +213,7 @@ def run_samples(options: argparse.Namespace) -> None:
         count = 0
         try:
             with ulr.use_backend(backend):
-                for sample in op.samples(options.device, dtype):
+                for sample in samples_of(op.name, options.device, dtype):
                     if sample.error is None:
                         op.function(*sample.args, **sample.kwargs)
                         count += 1

@@ -14,6 +14,7 @@ import test_ops
 import test_perturbed
 import torch
 from cuda_emulation import emulation
+from samples import Sample, values
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
     test_fold_in_on_host_and_device,
     test_frozen_vectors,
@@ -47,8 +48,7 @@ from test_parameters import (  # noqa: F401
 
 from ulr_kernels import use_backend
 from ulr_kernels.backends import cuda
-from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Sample
+from ulr_kernels.ops._op import FLOATS
 
 pytestmark = pytest.mark.pair("cuda/emulated")
 

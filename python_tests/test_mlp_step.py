@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 import truth
+from samples import Sample
+from samples.noisy_mlp_step import example
 from small_models import unfilled
 from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison is a fixture
 from torch import Tensor, nn
@@ -16,8 +18,6 @@ from ulr_kernels import contract
 from ulr_kernels.backends import cpp
 from ulr_kernels.ops import noisy_mlp_step
 from ulr_kernels.ops._losses import losses_of
-from ulr_kernels.ops._op import Sample
-from ulr_kernels.ops.noisy_mlp_step import example
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16)

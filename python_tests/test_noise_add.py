@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
+from samples import Sample
 from test_ops import clone, pick, poison, samples  # noqa: F401
 from torch import Tensor
 
 import ulr_kernels as ulr
 from ulr_kernels import contract
 from ulr_kernels.backends import cpp
-from ulr_kernels.ops._op import FLOATS, OPS, Sample
+from ulr_kernels.ops._op import FLOATS, OPS
 
 FAMILY = ("noise_add", "noise_score", "noise_dot_")
 

@@ -7,12 +7,12 @@ import inspect
 import pytest
 import torch
 import torch._dynamo.testing
+from samples import values
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ulr_kernels as ulr
 from ulr_kernels import backends, contract
 from ulr_kernels.backends import cpp, cuda, triton
-from ulr_kernels.ops._linear import values
 from ulr_kernels.ops._op import OPS
 
 

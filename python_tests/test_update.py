@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from samples import values
 from torch import Tensor
 
 import ulr_kernels as ulr
 from ulr_kernels import contract
-from ulr_kernels.ops._linear import values
 from ulr_kernels.optim import Group, Rule, Update
 
 NAMES = (("a.weight", "a.bias"), ("b.weight",))

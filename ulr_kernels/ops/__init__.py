@@ -1,4 +1,7 @@
-"""The ops. One file each: schema, check (which is also the fake), reference, samples for tests and benchmarks."""
+"""The ops. One file each: schema, check (which is also the fake), reference, cost.
+
+`noisy_*` add noise to a layer's outputs, `perturbed_*` to its weights.
+"""
 
 from ulr_kernels.ops.combine_ import combine_
 from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32

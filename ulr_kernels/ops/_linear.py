@@ -1,4 +1,4 @@
-"""What the three noisy linear ops share: their rules, their reference in torch, and the tensors of their samples."""
+"""The rules of the noisy linear ops, and their reference in torch."""
 
 from __future__ import annotations
 
@@ -184,15 +184,3 @@ def gradient_reference(
             buffer.copy_(buffer.float() + value)
     if grad_log_sigma is not None:
         grad_log_sigma.copy_(grad_log_sigma.float() + (by_log_sigma if grad_log_sigma.dim() else by_log_sigma.sum()))
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
-def values(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
-    """Reproducible inputs that do not touch torch's generators: noise of the library's own."""
-    key = torch.tensor(contract.fold_in(0x5A4D, seed))
-    size = 1
-    for extent in shape:
-        size *= extent
-    return contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)

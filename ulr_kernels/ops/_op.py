@@ -1,12 +1,12 @@
-"""What an op is: one schema, one check, one reference, one list of samples; and how it is registered with torch."""
+"""What an op is: one schema, one check, one reference; and how it is registered with torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,16 +32,6 @@ OPS: dict[str, Op] = {}  # every op, by name
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """Arguments of one call, for tests and benchmarks. `error` is a pattern of the message if the call must fail."""
-
-    id: str
-    args: tuple
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    error: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Cost:
     """The floor of a call: the fewest bytes to move, multiply-add operations (2 each) and noise values to make."""
 
@@ -62,7 +52,6 @@ class Op:
             into its arguments). It reads no tensor's values, so it is the fake too.
         reference: the torch back end. Takes the output (where there is one), then the schema's arguments. Like any
             provider it may return an output of its own instead of filling the one that it was given.
-        samples: for a device and a dtype, calls of `function`, good and bad.
         mutates: positions of the arguments that the op writes; of a list, all its tensors.
         autocast: positions of the operands of a matrix product, which autocast casts.
         cost: the floor of a call of the schema's arguments.
@@ -73,7 +62,6 @@ class Op:
     function: Callable
     check: Callable
     reference: Callable
-    samples: Callable[[str, torch.dtype], Iterator[Sample]]
     cost: Callable[..., Cost]
     mutates: tuple[int, ...] = ()
     autocast: tuple[int, ...] = ()
