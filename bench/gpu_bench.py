@@ -34,7 +34,7 @@ from bench import machine, rows
 from bench.probes import probes
 from bench.rows import conv, linear, noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import backends, bench
+from ulr_kernels import bench, dispatch
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import OPS
@@ -128,7 +128,7 @@ def ceilings(device: str, small: bool, names: tuple[str, ...]) -> dict[str, Any]
         a = normal(0, side, side, device=device).to(dtype)
         result[f"flops {kind}"] = 2 * side**3 / median(torch.mm, itertools.repeat((a, a)), device)
     out, key = torch.empty(size >> 6, device=device).view(-1, 1024), key_of(0, device)
-    with ulr.use_backend(next(name for name in names if not isinstance(backends.find(name, "noise", device), str))):
+    with ulr.use_backend(next(name for name in names if not isinstance(dispatch.find(name, "noise", device), str))):
         for dist in ("normal", "laplace", "rademacher"):
             result[dist] = out.numel() / median(noise.fill, itertools.repeat((out, key, dist)), device)
     return result

@@ -17,7 +17,7 @@ import torch
 from bench import rivals, rows
 from bench.rows import noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ def facts(device: str) -> dict:
         "triton": _triton(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "backends": {op: _chosen(op, device) for op in backends.op_names()},
+        "backends": {op: _chosen(op, device) for op in dispatch.op_names()},
     }
     if device == "cuda":
         result |= {
@@ -76,7 +76,7 @@ def _triton() -> str:
 
 
 def _chosen(op: str, device: str) -> str:
-    return next(n for n in backends.ORDER[device] if not isinstance(backends.find(n, op, device), str))
+    return next(n for n in dispatch.ORDER[device] if not isinstance(dispatch.find(n, op, device), str))
 
 
 def median_seconds(run: Callable[[int], object], budget: float = 0.3) -> float:

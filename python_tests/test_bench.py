@@ -21,7 +21,7 @@ from small_models import unfilled
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import backends, bench
+from ulr_kernels import bench, dispatch
 from ulr_kernels.bench import Goal, Line, Measurement
 from ulr_kernels.recipes import RecipeError
 
@@ -32,7 +32,7 @@ from bench import gpu_bench, machine, memory, rivals, rows  # noqa: E402
 from bench.rows import noise, row, step  # noqa: E402
 
 native = pytest.mark.skipif(
-    isinstance(backends.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
+    isinstance(dispatch.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
 )
 CEILINGS = {"2": {"overlap": False, "bytes": 1e9, "flops fp32": 1e9, "normal": 1e9}}
 

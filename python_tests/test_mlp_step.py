@@ -14,7 +14,7 @@ from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison is a f
 from torch import Tensor, nn
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends import cpp
 from ulr_kernels.ops import noisy_mlp_step
 from ulr_kernels.ops._losses import losses_of
@@ -178,7 +178,11 @@ def test_it_is_the_estimator_of_the_same_model(injection, baseline, device) -> N
     )  # by layers: what a function computes is not known
     layers = [first, second, third]
     keys = torch.tensor(
-        [contract.fold_in(contract.fold_in(5, 0), contract.site_id(name)) for name in ("0", "2", "4")], device=device
+        [
+            noise_contract.fold_in(noise_contract.fold_in(5, 0), noise_contract.site_id(name))
+            for name in ("0", "2", "4")
+        ],
+        device=device,
     )
     weights, biases = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
     grads, grad_biases = [torch.zeros_like(w) for w in weights], [torch.zeros_like(b) for b in biases]

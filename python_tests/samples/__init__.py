@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ def samples_of(op: str, device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
 def values(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
     """Reproducible inputs that do not touch torch's generators: noise of the library's own."""
-    key = torch.tensor(contract.fold_in(0x5A4D, seed))
+    key = torch.tensor(noise_contract.fold_in(0x5A4D, seed))
     size = 1
     for extent in shape:
         size *= extent
-    return contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)
+    return noise_contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)

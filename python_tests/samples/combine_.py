@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samples import Sample, values
 from samples.parameters import bad_samples, parameters, site_keys
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -28,7 +28,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         return {"lr": 0.01, "exp_avgs": states(20, like), "exp_avg_sqs": squares(40, like), "step": 1, **more}
 
     many = [0.3, -0.2, 0.05, 1.0, -0.7]
-    for dist in contract.DISTRIBUTIONS:
+    for dist in noise_contract.DISTRIBUTIONS:
         yield Sample(dist, (tensors, keys, many), {"dist": dist, "draw": 5})
     narrow = [values(9, 700, 4, device=device, dtype=dtype)]  # an adapter's: many rows, none of them a whole vector
     yield Sample("narrow", (narrow, keys[:1], many))

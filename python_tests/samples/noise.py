@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from samples import Sample
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     on = {"device": device}
-    for dist in contract.DISTRIBUTIONS:
+    for dist in noise_contract.DISTRIBUTIONS:
         yield Sample(f"{dist}-scalar", ((), 1), {"dist": dist, **on})
         yield Sample(f"{dist}-vector", (13, -5), {"dist": dist, **on})
         yield Sample(f"{dist}-odd", ((3, 5, 131), 2**63 - 1), {"dist": dist, "draw": 7, **on})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samples import Sample, values
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def parameters(device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -33,7 +33,7 @@ def parameters(device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def site_keys(count: int) -> list[int]:
-    return [contract.fold_in(0x70, i) for i in range(count)]
+    return [noise_contract.fold_in(0x70, i) for i in range(count)]
 
 
 def bad_samples(device: str, dtype: torch.dtype, amount: float | list[float]) -> Iterator[Sample]:

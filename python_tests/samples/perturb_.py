@@ -8,14 +8,14 @@ import torch
 
 from samples import Sample
 from samples.parameters import bad_samples, parameters, site_keys
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     tensors = parameters(device, dtype)
     keys = site_keys(len(tensors))
     few = tensors[:3]
-    for dist in contract.DISTRIBUTIONS:
+    for dist in noise_contract.DISTRIBUTIONS:
         yield Sample(dist, (tensors, keys, 0.3), {"dist": dist, "draw": 5})
     yield Sample("minus", (tensors, torch.tensor(keys, device=device), torch.tensor(-1e-3, device=device)))
     at = {"row_offset": [2**32 - 9, 3, 0], "col_offset": [2**34 - 37, 129, 7]}

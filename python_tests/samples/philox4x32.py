@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from samples import Sample
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    words = torch.arange(7 * 3 * 4, device=device).view(7, 3, 4) * 0x12345678 & contract.WORD
+    words = torch.arange(7 * 3 * 4, device=device).view(7, 3, 4) * 0x12345678 & noise_contract.WORD
     yield Sample("batch", (words, (1, 2)))
-    yield Sample("strided", (words[::2, ::2], (contract.WORD, 0)))
+    yield Sample("strided", (words[::2, ::2], (noise_contract.WORD, 0)))
     yield Sample("empty", (words[:0], (1, 2)))
     yield Sample("counter-dtype", (words.int(), (1, 2)), error="'counter' must be int64")
     yield Sample("counter-shape", (words[..., :3], (1, 2)), error=r"'counter' must be \[..., 4\]")

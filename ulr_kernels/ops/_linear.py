@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import FLOATS, Check
 
 
@@ -112,9 +112,9 @@ def copies_of_noise(
     key: Tensor, sizes: Sizes, antithetic: bool, dist: str, sampler: str, positions: int, draw: int, row: int, col: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Copy by copy: its number and its signed noise, fp32 `[R, N]`."""
-    draws, signs = contract.copy_draws(sizes.copies, antithetic, draw, key.device)
+    draws, signs = noise_contract.copy_draws(sizes.copies, antithetic, draw, key.device)
     for copy in range(sizes.copies):
-        eps = contract.noise_grid(
+        eps = noise_contract.noise_grid(
             sizes.rows,
             sizes.features,
             draws[copy : copy + 1],
@@ -169,7 +169,7 @@ def gradient_reference(
     weights = loss_weight.repeat_interleave(positions, dim=1)
     reduced = loss_weight.new_zeros(sizes.rows, sizes.features)
     for copy, eps in copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *offsets):
-        score = contract.score(eps, dist)
+        score = noise_contract.score(eps, dist)
         weighted = weights[copy, :, None] * score / sigma
         if sizes.shared:
             reduced += weighted

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, FLOATS, ROW_BITS, Check, key_tensor
 
 LIST_SCHEMA = (
@@ -132,14 +132,14 @@ class Block:
         """fp32 `[rows, cols]`; a parameter of fewer than two axes has noise of full rank."""
         rows, cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
         if rank is not None and self.matrix:
-            return contract.low_rank_grid(rows, cols, rank, draw, self.key, dist=dist, **self.at)
+            return noise_contract.low_rank_grid(rows, cols, rank, draw, self.key, dist=dist, **self.at)
         draws = torch.tensor([draw], device=self.key.device)
-        return contract.noise_grid(rows, cols, draws, self.key, dist=dist, **self.at)[0]
+        return noise_contract.noise_grid(rows, cols, draws, self.key, dist=dist, **self.at)[0]
 
     def store(self, flat: Tensor, new: Tensor, stochastic: bool, draw: int) -> None:
         """Round fp32 `new` to the dtype of the tensor and write it."""
         if stochastic and flat.dtype == torch.bfloat16:
-            new = contract.round_stochastically(new, draw, self.key, **self.at)
+            new = noise_contract.round_stochastically(new, draw, self.key, **self.at)
         self.values(flat).copy_(new)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import _parameters
 from ulr_kernels.ops._op import FP32, Check, Cost, Op, fp32_tensor, register
 
@@ -210,7 +210,7 @@ def reference(
     momentum, beta1, beta2, epsilon = (fp32(value) for value in (momentum, beta1, beta2, epsilon))
     if exp_avgs:
         adam_rate = rate / (1 - power(beta1, step))
-        root = contract.square_root(1 - power(beta2, step))
+        root = noise_contract.square_root(1 - power(beta2, step))
     for i, tensor in enumerate(tensors):
         states = [_parameters.flat_view(s[i]) for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
         flat = _parameters.flat_view(tensor)
@@ -219,19 +219,19 @@ def reference(
             old = block.values(flat).float()
             g = torch.zeros_like(old)
             for p, coefficient in enumerate(coefficients):
-                g = contract.fma(coefficient, block.noise(draw + p, dist, rank), g)
-            kept = contract.fma(-decay, old, old)
+                g = noise_contract.fma(coefficient, block.noise(draw + p, dist, rank), g)
+            kept = noise_contract.fma(-decay, old, old)
             here = [block.values(state) for state in states]
             if momentum_buffers:
-                b = contract.fma(momentum, here[0], g)
+                b = noise_contract.fma(momentum, here[0], g)
                 here[0].copy_(b)
-                new = contract.fma(-rate, b, kept)
+                new = noise_contract.fma(-rate, b, kept)
             elif exp_avgs:
-                m = contract.fma(beta1, here[0], (1 - beta1) * g)
-                v = contract.fma(beta2, here[1], ((1 - beta2) * g) * g)
+                m = noise_contract.fma(beta1, here[0], (1 - beta1) * g)
+                v = noise_contract.fma(beta2, here[1], ((1 - beta2) * g) * g)
                 here[0].copy_(m)
                 here[1].copy_(v)
-                new = contract.fma(-adam_rate, m / (contract.square_root(v) / root + epsilon), kept)
+                new = noise_contract.fma(-adam_rate, m / (noise_contract.square_root(v) / root + epsilon), kept)
             else:
                 new = kept + g
             block.store(flat, new, stochastic, draw)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register
 
 # --- philox4x32 ------------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     """
     if not isinstance(key, Tensor):
         for word in key:
-            if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word <= contract.WORD:
+            if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word <= noise_contract.WORD:
                 raise ValueError(f"ulr::philox4x32: 'key' must hold integers in [0, 2^32), got {word!r}")
         key = torch.tensor(tuple(key), dtype=torch.int64, device=counter.device)
     return torch.ops.ulr.philox4x32.default(counter, key)
@@ -46,7 +46,7 @@ def _philox_check(counter: Tensor, key: Tensor) -> Output:
 
 
 def _philox_reference(out: Tensor, counter: Tensor, key: Tensor) -> None:
-    out.copy_(contract.philox4x32(counter, (key[0], key[1])))
+    out.copy_(noise_contract.philox4x32(counter, (key[0], key[1])))
 
 
 register(
@@ -94,7 +94,7 @@ def _fold_check(key: Tensor, data: Tensor) -> Output:
 
 
 def _fold_reference(out: Tensor, key: Tensor, data: Tensor) -> None:
-    out.copy_(contract.fold_in_tensor(*torch.broadcast_tensors(key, data)))
+    out.copy_(noise_contract.fold_in_tensor(*torch.broadcast_tensors(key, data)))
 
 
 register(
@@ -198,7 +198,7 @@ def _noise_reference(
     for start in range(0, rows, block):
         part = flat[start : start + block]
         part.copy_(
-            contract.noise_grid(
+            noise_contract.noise_grid(
                 part.shape[0],
                 cols,
                 torch.tensor([draw], device=key.device),

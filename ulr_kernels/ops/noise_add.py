@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._grid import grid, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
@@ -138,7 +138,7 @@ def reference(y, x, sigma, key, feature_dim, copies, shared, antithetic, *spec) 
     sizes = Sizes(copies, rows, 0, cols, shared)
     for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, *spec):
         clean = matrix(x if shared else x[copy], axis).float()
-        noised = contract.fma(sigma, eps, clean)
+        noised = noise_contract.fma(sigma, eps, clean)
         y[copy].movedim(axis, -1).copy_(noised.to(y.dtype).view(y[copy].movedim(axis, -1).shape))
 
 

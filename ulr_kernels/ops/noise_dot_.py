@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._grid import Grid, grid, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
@@ -131,7 +131,7 @@ def reference(
     by_weight, by_bias, by_log_sigma = (loss_weight.new_zeros(cols) for _ in range(3))
     reduced = loss_weight.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
-        score = contract.score(eps, dist)
+        score = noise_contract.score(eps, dist)
         weighted = weights[copy, :, None] * score
         reduced += weighted
         if not shared:

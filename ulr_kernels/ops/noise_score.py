@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._grid import grid
 from ulr_kernels.ops._linear import Sizes
@@ -93,7 +93,7 @@ def reference(out, loss_weight, sigma, key, shape, feature_dim, antithetic, dist
     weights = loss_weight.repeat_interleave(positions, dim=1)
     total = out.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
-        total += weights[copy, :, None] * contract.score(eps, dist)
+        total += weights[copy, :, None] * noise_contract.score(eps, dist)
     moved = out.movedim(axis, -1)
     moved.copy_((total / sigma).view(moved.shape))
 

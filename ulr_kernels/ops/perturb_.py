@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import _parameters
 from ulr_kernels.ops._op import Check, Cost, Op, fp32_tensor, register
 
@@ -77,7 +77,7 @@ def reference(tensors, keys, scale, dist, rank, stochastic, draw, row_offset, co
         at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
         for block in _parameters.blocks(tensor, keys[i], *at):
             old = block.values(flat).float()
-            block.store(flat, contract.fma(scale, block.noise(draw, dist, rank), old), stochastic, draw)
+            block.store(flat, noise_contract.fma(scale, block.noise(draw, dist, rank), old), stochastic, draw)
         _parameters.write_back(tensor, flat)
 
 

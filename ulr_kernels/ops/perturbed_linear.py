@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import _perturbed
 from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Output, fp32_tensor, key_tensor, register
 from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
@@ -96,8 +96,8 @@ def reference(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: 
                 torch.arange(size, device=x.device) + offset
                 for size, offset in zip(weight.shape, (how.row_offset, how.col_offset), strict=True)
             )
-            a, b = contract.low_rank_factors(rows, cols, how.rank, draw, key, dist=how.dist)
-            scale = sigma * (sign * contract.low_rank_scale(how.rank))
+            a, b = noise_contract.low_rank_factors(rows, cols, how.rank, draw, key, dist=how.dist)
+            scale = sigma * (sign * noise_contract.low_rank_scale(how.rank))
             y[member] = own @ weight.float().T + shift + scale * ((own @ b.T) @ a)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ulr_kernels import onednn
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import linear, onednn
+from ulr_kernels.backends.cpp import linear
 from ulr_kernels.backends.cpp.tiles import store, sums_of
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES, activate_, losses_of

@@ -1,6 +1,6 @@
 """The Triton back end: kernels in Python for NVIDIA GPUs; under TRITON_INTERPRET=1, Triton's interpreter on the CPU.
 
-`contract.py` is the noise contract on tiles, `launch.py` what every launch shares, `tiles.py` the sizes of the tiles.
+`noise_contract.py` is the noise contract on tiles, `launch.py` describes a launch, `tiles.py` holds the tiles' sizes.
 """
 
 from __future__ import annotations
