@@ -19,6 +19,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import threading
 import time
 import traceback
@@ -33,10 +34,14 @@ from bench import machine, report, rows
 from bench.probes import probes
 from bench.rows import conv, linear, noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import OPS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
+
+from samples import samples_of  # noqa: E402
 
 SWEEPS = 5
 ROW_SECONDS = 120  # far more than any row takes with all that it compiles
@@ -123,7 +128,7 @@ def ceilings(device: str, small: bool, names: tuple[str, ...]) -> dict[str, Any]
         a = normal(0, side, side, device=device).to(dtype)
         result[f"flops {kind}"] = 2 * side**3 / median(torch.mm, itertools.repeat((a, a)), device)
     out, key = torch.empty(size >> 6, device=device).view(-1, 1024), key_of(0, device)
-    with ulr.use_backend(next(name for name in names if not isinstance(backends.find(name, "noise", device), str))):
+    with ulr.use_backend(next(name for name in names if not isinstance(dispatch.find(name, "noise", device), str))):
         for dist in ("normal", "laplace", "rademacher"):
             result[dist] = out.numel() / median(noise.fill, itertools.repeat((out, key, dist)), device)
     return result
@@ -208,7 +213,7 @@ def run_samples(options: argparse.Namespace) -> None:
         count = 0
         try:
             with ulr.use_backend(backend):
-                for sample in op.samples(options.device, dtype):
+                for sample in samples_of(op.name, options.device, dtype):
                     if sample.error is None:
                         op.function(*sample.args, **sample.kwargs)
                         count += 1

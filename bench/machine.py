@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from bench import rivals, rows
 from bench.rows import noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import backends
-from ulr_kernels.backends.cpp import onednn
+from ulr_kernels import dispatch, onednn
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +56,7 @@ def facts(device: str) -> dict:
         "triton": _triton(),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "backends": {op: _chosen(op, device) for op in backends.op_names()},
+        "backends": {op: _chosen(op, device) for op in dispatch.op_names()},
     }
     if device == "cuda":
         result |= {
@@ -78,7 +77,7 @@ def _triton() -> str:
 
 
 def _chosen(op: str, device: str) -> str:
-    return next(n for n in backends.ORDER[device] if not isinstance(backends.find(n, op, device), str))
+    return next(n for n in dispatch.ORDER[device] if not isinstance(dispatch.find(n, op, device), str))
 
 
 def median_seconds(run: Callable[[int], object], budget: float = 0.3) -> float:

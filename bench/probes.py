@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ulr_kernels.backends.triton.contract import NORMAL, noise_parts, open_source, raw_noise
 from ulr_kernels.backends.triton.launch import Launch, table
+from ulr_kernels.backends.triton.noise_contract import NORMAL, noise_parts, open_source, raw_noise
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulr_kernels.backends.cpp import onednn
+from ulr_kernels import onednn
 
 PACKAGES = {"torcheggroll": "torcheggroll", "eggroll-es": "eggroll", "EvoX": "evox"}  # rival -> its module
 

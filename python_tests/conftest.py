@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ulr_kernels as ulr
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 
 # Pairs that this process runs by choosing a back end, and pairs that tests run in a process or a library of their own.
 HERE = ("torch/cpu", "cpp/cpu", "torch/cuda", "cuda/cuda", "triton/cuda")
@@ -28,7 +28,7 @@ def why_absent(pair: str) -> str | None:
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    provider = backends.find(backend, "noise", device)
+    provider = dispatch.find(backend, "noise", device)
     return provider if isinstance(provider, str) else None
 
 
@@ -92,7 +92,7 @@ def device(pair: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """The pair's device, with the pair's back end chosen for the length of the test."""
     backend, name = pair.split("/")
     op = request.node.callspec.params.get("op")
-    if op is not None and isinstance(reason := backends.find(backend, op, name), str):
+    if op is not None and isinstance(reason := dispatch.find(backend, op, name), str):
         pytest.skip(f"{pair}: {reason}")
     with ulr.use_backend(backend):
         yield name

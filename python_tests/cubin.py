@@ -48,12 +48,7 @@ def compile_launch(launch: Launch) -> Any:
     return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
-            "enable_fp_fusion": False,
-            "launch_cooperative_grid": launch.cooperative,
-        },
+        options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False},
     )
 
 

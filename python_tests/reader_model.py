@@ -8,7 +8,7 @@ from small_models import filled
 from torch import Tensor, nn
 
 import ulr_kernels as ulr
-from ulr_kernels import backends, contract
+from ulr_kernels import dispatch, noise_contract
 
 
 class Reader(nn.Module):
@@ -41,7 +41,7 @@ def site_noise(model: nn.Module, seed: int, step: int, draw: int, dist: str = "n
     """The noise of each parameter, by the contract's words alone."""
     step_key = ulr.fold_in(seed, step)
     return {
-        name: ulr.noise_like(p, ulr.fold_in(step_key, contract.site_id(name)), draw=draw, dist=dist)
+        name: ulr.noise_like(p, ulr.fold_in(step_key, noise_contract.site_id(name)), draw=draw, dist=dist)
         for name, p in model.named_parameters()
     }
 
@@ -62,6 +62,6 @@ def copies(model: nn.Module) -> dict[str, Tensor]:
 def needs(device: str, *names: str) -> None:
     for name in names:
         try:
-            backends.lookup(name, torch.device(device))
-        except backends.BackendError as error:
+            dispatch.lookup(name, torch.device(device))
+        except dispatch.BackendError as error:
             pytest.skip(str(error))

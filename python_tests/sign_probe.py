@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ulr_kernels.backends.triton.contract import open_source, sign_halves, sign_pairs
 from ulr_kernels.backends.triton.launch import Launch, table
+from ulr_kernels.backends.triton.noise_contract import open_source, sign_halves, sign_pairs
 
 
 @triton.jit

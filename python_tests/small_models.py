@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import values
 from torch import Tensor, nn
 
 import ulr_kernels as ulr
-from ulr_kernels.ops._linear import values
 
 
 @pytest.fixture(autouse=True)

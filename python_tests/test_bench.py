@@ -21,7 +21,7 @@ from small_models import unfilled
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 from ulr_kernels.recipes import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +33,7 @@ from bench.report import Line, Measurement  # noqa: E402
 from bench.rows import noise, row, step  # noqa: E402
 
 native = pytest.mark.skipif(
-    isinstance(backends.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
+    isinstance(dispatch.find("cpp", "noise", "cpu"), str), reason="takes minutes without the C++ back end"
 )
 CEILINGS = {"2": {"overlap": False, "bytes": 1e9, "flops fp32": 1e9, "normal": 1e9}}
 

@@ -211,7 +211,7 @@ def test_estimator_that_adds_the_same_each_time(monkeypatch):
 
 def test_streams_that_are_the_same(monkeypatch):
     """A planted fault: every site has the same number."""
-    monkeypatch.setattr("ulr_kernels.contract.site_id", lambda name: 1)
+    monkeypatch.setattr("ulr_kernels.noise_contract.site_id", lambda name: 1)
     report = ulr.check(mlp(), X, Y, cross_entropy, steps=2)
     assert not report.ok and "The noise of two layers is correlated" in report.verdict
     assert report.correlations["layers"] > 60 and report.correlations["steps"] < 6

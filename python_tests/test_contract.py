@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ulr_kernels as ulr
-from ulr_kernels import contract, tables
+from ulr_kernels import noise_contract, noise_tables
 
 VECTORS = json.loads((pathlib.Path(__file__).parent / "vectors" / "noise_v1.json").read_text())
 
@@ -41,7 +41,7 @@ def test_philox_known_answers(counter, key, answer, device) -> None:
 def test_fold_in_on_host_and_device(vector, device) -> None:
     key, data, answer = vector
     assert ulr.fold_in(key, data) == answer
-    signed = [torch.tensor(contract.signed64(v), device=device) for v in (key, data)]
+    signed = [torch.tensor(noise_contract.signed64(v), device=device) for v in (key, data)]
     assert ulr.ops.fold_in(*signed).item() == answer
 
 
@@ -54,15 +54,15 @@ def test_frozen_vectors(vector, device) -> None:
 
 @pytest.mark.parametrize("vector", VECTORS["site"], ids=str)
 def test_site_ids(vector) -> None:
-    assert contract.site_id(vector[0]) == vector[1]
+    assert noise_contract.site_id(vector[0]) == vector[1]
 
 
 def test_table_hash() -> None:
-    rows = [bits for name in ("NORMAL", "LAPLACE") for row in getattr(tables, name) for bits in row]
-    assert hashlib.sha256(struct.pack(f"<{len(rows)}I", *rows)).hexdigest() == tables.SHA256
+    rows = [bits for name in ("NORMAL", "LAPLACE") for row in getattr(noise_tables, name) for bits in row]
+    assert hashlib.sha256(struct.pack(f"<{len(rows)}I", *rows)).hexdigest() == noise_tables.SHA256
     header = pathlib.Path(__file__).parents[1] / "csrc" / "include" / "ulr" / "tables.h"
     text = header.read_text()
-    assert tables.SHA256 in text
+    assert noise_tables.SHA256 in text
     assert [
         int(t.strip("{}, \\"), 16)
         for line in text.splitlines()
@@ -104,7 +104,7 @@ def float32(value: Fraction) -> float:
 
 
 def plain_word(col: int, row: int, draw: int, key: int) -> int:
-    return contract.philox4x32_int((col // 4, row, draw, 0), key)[col % 4]
+    return noise_contract.philox4x32_int((col // 4, row, draw, 0), key)[col % 4]
 
 
 def plain_quantile(word: int, table) -> float:
@@ -122,7 +122,7 @@ def plain_quantile(word: int, table) -> float:
 def test_quantile_noise_by_exact_arithmetic(dist, device) -> None:
     key, draw, row, col = 0x0123456789ABCDEF, 3, 2**32 - 2, 2**34 - 11
     eps = ulr.noise((2, 11), key, draw=draw, dist=dist, row_offset=row, col_offset=col, device=device)
-    table = getattr(tables, dist.upper())
+    table = getattr(noise_tables, dist.upper())
     expected = [[plain_quantile(plain_word(col + c, row + r, draw, key), table) for c in range(11)] for r in range(2)]
     assert eps.tolist() == expected
 
@@ -131,7 +131,7 @@ def test_signs_by_integers(device) -> None:
     key, col = -7, 100
     eps = ulr.noise((1, 200), key, draw=2, dist="rademacher", row_offset=9, col_offset=col, device=device)
     for c in range(200):
-        call = contract.philox4x32_int(((col + c) // 128, 9, 2, 0), key)
+        call = noise_contract.philox4x32_int(((col + c) // 128, 9, 2, 0), key)
         bit = call[(col + c) % 128 // 32] >> (col + c) % 32 & 1
         assert eps[0, c].item() == 1 - 2 * bit
 
@@ -148,29 +148,29 @@ def test_sobol_is_torchs_sequence_shifted(device) -> None:
             for col in range(cols):
                 point = points[draw, row % positions * cols + col].item()
                 word = plain_word(col, row, 0, key) ^ point
-                assert eps[row, col].item() == plain_quantile(word, tables.NORMAL)
+                assert eps[row, col].item() == plain_quantile(word, noise_tables.NORMAL)
 
 
 def test_every_octave_and_the_rounding_up_to_row_31() -> None:
     m = torch.tensor([1, 2, 3, 5, 9, 2**24 - 1, 2**24 + 1, 2**24 + 3, 2**30, 2**31 - 128, 2**31 - 64, 2**31 - 1])
     for sign in (0, 2**31):
         for dist in ("normal", "laplace"):
-            eps = contract.quantile(m | sign, dist).tolist()
-            assert eps == [plain_quantile(w, getattr(tables, dist.upper())) for w in (m | sign).tolist()]
-    assert contract.quantile(m[-1:], "normal").item() == 0.0
+            eps = noise_contract.quantile(m | sign, dist).tolist()
+            assert eps == [plain_quantile(w, getattr(noise_tables, dist.upper())) for w in (m | sign).tolist()]
+    assert noise_contract.quantile(m[-1:], "normal").item() == 0.0
 
 
 def test_fma_is_the_c_librarys() -> None:
     library = ctypes.CDLL(ctypes.util.find_library("m"))
     library.fmaf.restype, library.fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
-    a, b, c = (contract.noise_grid(1, 3000, torch.tensor([d]), torch.tensor(1))[0, 0] for d in range(3))
+    a, b, c = (noise_contract.noise_grid(1, 3000, torch.tensor([d]), torch.tensor(1))[0, 0] for d in range(3))
     c = torch.where(torch.arange(3000) % 2 == 0, -(a * b), c * 1e-4)  # half of the sums cancel
     expected = [library.fmaf(*values) for values in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
-    assert contract.fma(a, b, c).tolist() == expected
+    assert noise_contract.fma(a, b, c).tolist() == expected
 
 
 def test_scores() -> None:
     eps = torch.tensor([0.0, -0.0, 1.5, -2.0])
     root = torch.tensor(2.0).sqrt().item()
-    assert contract.score(eps, "laplace").tolist() == [root, -root, root, -root]
-    assert contract.score(eps, "normal") is eps
+    assert noise_contract.score(eps, "laplace").tolist() == [root, -root, root, -root]
+    assert noise_contract.score(eps, "normal") is eps

@@ -8,12 +8,12 @@ import test_ops
 import torch
 import torch.nn.functional as F
 import truth
+from samples import Sample, values
 from test_ops import clone, pick, poison, samples  # noqa: F401
 
 import ulr_kernels as ulr
 from ulr_kernels.ops import noise, noisy_conv2d, noisy_conv2d_grad_, noisy_conv2d_replay_
-from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Sample
+from ulr_kernels.ops._op import FLOATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 CONV = ("noisy_conv2d", "noisy_conv2d_grad_", "noisy_conv2d_replay_")

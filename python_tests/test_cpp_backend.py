@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ulr_kernels as ulr
-from ulr_kernels import backends
+from ulr_kernels import dispatch, onednn
 from ulr_kernels.backends import _native, cpp
-from ulr_kernels.backends.cpp import linear, onednn
+from ulr_kernels.backends.cpp import linear
 
 pytestmark = pytest.mark.pair("cpp/cpu")
-ISAS = () if isinstance(backends.find("cpp", "noise", "cpu"), str) else tuple(cpp.available_isas())
+ISAS = () if isinstance(dispatch.find("cpp", "noise", "cpu"), str) else tuple(cpp.available_isas())
 MEGABYTE = 2**20
 
 

@@ -8,11 +8,11 @@ import pytest
 import test_conv
 import test_ops
 import torch
+from samples import Sample, values
 from test_cuda_emulation import device, library  # noqa: F401
 from test_ops import poison  # noqa: F401
 
-from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Sample
+from ulr_kernels.ops._op import FLOATS
 
 pytestmark = pytest.mark.pair("cuda/emulated")
 

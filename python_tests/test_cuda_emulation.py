@@ -14,6 +14,7 @@ import test_ops
 import test_perturbed
 import torch
 from cuda_emulation import emulation
+from samples import Sample, values
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
     test_fold_in_on_host_and_device,
     test_frozen_vectors,
@@ -47,8 +48,7 @@ from test_parameters import (  # noqa: F401
 
 from ulr_kernels import use_backend
 from ulr_kernels.backends import cuda
-from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, Sample
+from ulr_kernels.ops._op import FLOATS
 
 pytestmark = pytest.mark.pair("cuda/emulated")
 
@@ -102,8 +102,6 @@ def test_gradients_of_many_layers_in_one_launch(dtype, device) -> None:
 def test_mlp_step_in_one_launch(dtype, device) -> None:
     for sample_id in test_ops.samples("noisy_mlp_step", good=True):
         test_mlp_step.compare(test_ops.pick("noisy_mlp_step", sample_id, device, dtype))
-    for sample_id in test_ops.samples("noisy_linear_cross_entropy_", good=True):
-        test_mlp_step.compare_head(sample_id, device, dtype)
 
 
 @pytest.mark.parametrize("dtype", test_mlp_step.DTYPES, ids=str)

@@ -13,7 +13,7 @@ from small_models import unfilled
 from torch import Tensor, nn
 
 import ulr_kernels as ulr
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 from ulr_kernels.estimators import mlp
 
 CROSS_ENTROPY = functools.partial(F.cross_entropy, reduction="none")
@@ -183,11 +183,11 @@ def test_autocast_and_other_back_ends_run_layer_by_layer(steps: list) -> None:
 def test_a_back_end_without_the_op_runs_layer_by_layer(steps: list, monkeypatch: pytest.MonkeyPatch) -> None:
     def lookup(op: str, device: torch.device) -> Callable:
         if op == "noisy_mlp_step":
-            raise backends.BackendError("no kernel")
+            raise dispatch.BackendError("no kernel")
         return found(op, device)
 
-    found = backends.lookup
-    monkeypatch.setattr(backends, "lookup", lookup)
+    found = dispatch.lookup
+    monkeypatch.setattr(dispatch, "lookup", lookup)
     gradients(make(), *batch(), CROSS_ENTROPY)
     assert not steps
 

@@ -20,7 +20,7 @@ from small_models import (
 from torch import nn
 
 import ulr_kernels as ulr
-from ulr_kernels.contract import site_id
+from ulr_kernels.noise_contract import site_id
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
+from samples import Sample
 from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison is a fixture
 
 from ulr_kernels.ops import noisy_linear_grads_
-from ulr_kernels.ops._op import FLOATS, Sample
+from ulr_kernels.ops._op import FLOATS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 import truth
+from samples import Sample
+from samples.noisy_mlp_step import example
 from small_models import unfilled
 from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison is a fixture
 from torch import Tensor, nn
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends import cpp
-from ulr_kernels.ops import noisy_linear_cross_entropy_, noisy_mlp_step
+from ulr_kernels.ops import noisy_mlp_step
 from ulr_kernels.ops._losses import losses_of
-from ulr_kernels.ops._op import Sample
-from ulr_kernels.ops.noisy_mlp_step import example
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -56,13 +56,13 @@ def true_weights(losses: Tensor, clean: Tensor, baseline: str, antithetic: bool)
     return result / (copies * rows)
 
 
-def compare(sample: Sample, step: Callable = noisy_mlp_step) -> list[Tensor]:
+def compare(sample: Sample) -> list[Tensor]:
     """Run a sample on the back end in use: losses and buffers must be within rounding of the definition."""
     grads, grad_biases, x, target, weights, biases, sigma, keys = sample.args
     how = {"copies": 32, "antithetic": True, "injection": "layerwise", "activation": "relu", "loss": "cross_entropy"}
     how |= {"label_smoothing": 0.0, "baseline": "mean", "dist": "normal", "draw": 0, "row_offset": 0, **sample.kwargs}
     results, bias_results = [clone(g) for g in grads], [clone(g) for g in grad_biases]
-    losses = step(results, bias_results, *sample.args[2:], **sample.kwargs)
+    losses = noisy_mlp_step(results, bias_results, *sample.args[2:], **sample.kwargs)
 
     copies, count, dtype = how["copies"], len(weights), x.dtype
     half = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
@@ -129,20 +129,6 @@ def test_step(sample_id, dtype, device) -> None:
     compare(pick("noisy_mlp_step", sample_id, device, dtype))
 
 
-def compare_head(sample_id: str, device: str, dtype: torch.dtype) -> None:
-    """A head by the definition of an MLP of one layer."""
-    sample = pick("noisy_linear_cross_entropy_", sample_id, device, dtype)
-    grad, grad_bias, x, target, weight, bias, sigma, key = sample.args
-
-    def head(grads, grad_biases, x, target, weights, biases, sigma, keys, **how):
-        buffers, layer = (grads[0], *(grad_biases or [None])), (weights[0], *(biases or [None]))
-        return noisy_linear_cross_entropy_(*buffers, x, target, *layer, sigma, key, **how)[None]
-
-    keys = torch.as_tensor(key, device=device).reshape(1)
-    biases, grad_biases = ([] if t is None else [t] for t in (bias, grad_bias))
-    compare(Sample(sample_id, ([grad], grad_biases, x, target, [weight], biases, sigma, keys), sample.kwargs), head)
-
-
 @pytest.mark.pair("cpp/cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_every_instruction_set_and_thread_count_on_the_cpu(dtype) -> None:
@@ -175,12 +161,6 @@ def test_activations_on_the_cpu_are_torchs(activation: str) -> None:
     torch.testing.assert_close(losses[1, 0].double(), expected, rtol=2e-6, atol=1e-37)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("sample_id", samples("noisy_linear_cross_entropy_", good=True))
-def test_head(sample_id, dtype, device) -> None:
-    compare_head(sample_id, device, dtype)
-
-
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 @pytest.mark.parametrize("baseline", ["mean", "clean"])
 def test_it_is_the_estimator_of_the_same_model(injection, baseline, device) -> None:
@@ -198,7 +178,11 @@ def test_it_is_the_estimator_of_the_same_model(injection, baseline, device) -> N
     )  # by layers: what a function computes is not known
     layers = [first, second, third]
     keys = torch.tensor(
-        [contract.fold_in(contract.fold_in(5, 0), contract.site_id(name)) for name in ("0", "2", "4")], device=device
+        [
+            noise_contract.fold_in(noise_contract.fold_in(5, 0), noise_contract.site_id(name))
+            for name in ("0", "2", "4")
+        ],
+        device=device,
     )
     weights, biases = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
     grads, grad_biases = [torch.zeros_like(w) for w in weights], [torch.zeros_like(b) for b in biases]

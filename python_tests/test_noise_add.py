@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import truth
+from samples import Sample
 from test_ops import clone, pick, poison, samples  # noqa: F401
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends import cpp
-from ulr_kernels.ops._op import FLOATS, OPS, Sample
+from ulr_kernels.ops._op import FLOATS, OPS
 
 FAMILY = ("noise_add", "noise_score", "noise_dot_")
 
@@ -207,7 +208,7 @@ def test_compiled_calls(device) -> None:
         score = ulr.ops.noise_score(x.shape, loss, 0.1, key, feature_dim=1, positions=12)
         return y.relu(), buffers[0] * 2, score
 
-    key = torch.tensor(contract.fold_in(1, 2), device=device)
+    key = torch.tensor(noise_contract.fold_in(1, 2), device=device)
     for inputs in (x, x.contiguous(memory_format=torch.channels_last)):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         for result, expected in zip(compiled(inputs, key), step(inputs, key), strict=True):

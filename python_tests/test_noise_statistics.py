@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import backends, contract
+from ulr_kernels import dispatch, noise_contract
 
 FALSE_POSITIVE = 1e-7  # of one check; the file makes about 150
-NATIVE = not isinstance(backends.find("cpp", "noise", "cpu"), str)
+NATIVE = not isinstance(dispatch.find("cpp", "noise", "cpu"), str)
 LOG2_SAMPLES = 26 if NATIVE else 20  # of one distribution's moments and tails
 LOG2_PLANTED = 22 if NATIVE else 20  # where a defect was planted, and fewer show it
 LOG2_PAIRS = 23 if NATIVE else 18  # of neighbours along one coordinate
@@ -41,7 +41,7 @@ MOMENTS = {
 sized = pytest.mark.parametrize("log2_samples", [LOG2_SAMPLES], ids=[f"2^{LOG2_SAMPLES}"])
 planted = pytest.mark.parametrize("log2_samples", [LOG2_PLANTED], ids=[f"2^{LOG2_PLANTED}"])
 paired = pytest.mark.parametrize("log2_pairs", [LOG2_PAIRS], ids=[f"2^{LOG2_PAIRS}"])
-every_dist = pytest.mark.parametrize("dist", contract.DISTRIBUTIONS)
+every_dist = pytest.mark.parametrize("dist", noise_contract.DISTRIBUTIONS)
 continuous = pytest.mark.parametrize("dist", ["normal", "laplace"])
 
 Defect = Callable[[Tensor], Tensor]
@@ -147,7 +147,7 @@ def pairs(coordinate: str, dist: str, log2_pairs: int) -> Iterator[tuple[Tensor,
     rows, cols = BLOCK
     keys = {
         "key": (step_key, step_key + 1),
-        "site": tuple(ulr.fold_in(step_key, contract.site_id(name)) for name in ("layers.0", "layers.1")),
+        "site": tuple(ulr.fold_in(step_key, noise_contract.site_id(name)) for name in ("layers.0", "layers.1")),
         "step": (ulr.fold_in(SEED, 7), ulr.fold_in(SEED, 8)),
     }
     beside = {"row": (1, 0), "col": (0, 1), "call": (0, 4)}
@@ -242,7 +242,7 @@ def quantile_error(dist: str, scale: float = 1.0) -> float:
     magnitude = ((words & 0x7FFFFFFF) | 1).double().numpy() / 2**32
     truth = QUANTILE[dist](magnitude)  # the left half of the distribution
     truth = numpy.where(words.numpy() & 0x80000000, truth, -truth)
-    error = numpy.abs(scale * contract.quantile(words, dist).double().numpy() - truth)
+    error = numpy.abs(scale * noise_contract.quantile(words, dist).double().numpy() - truth)
     return float(error[numpy.abs(truth) < 6].max())
 
 

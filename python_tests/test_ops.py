@@ -9,20 +9,21 @@ from types import ModuleType
 import pytest
 import torch
 import truth
+from samples import Sample, samples_of
 
 from ulr_kernels import fold_in, use_backend
 from ulr_kernels.ops import noise, noisy_linear
-from ulr_kernels.ops._op import FLOATS, OPS, Sample
+from ulr_kernels.ops._op import FLOATS, OPS
 
 LINEAR = ("noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_")
 
 
 def samples(op: str, good: bool) -> list[str]:
-    return [s.id for s in OPS[op].samples("cpu", torch.float32) if (s.error is None) == good]
+    return [s.id for s in samples_of(op, "cpu", torch.float32) if (s.error is None) == good]
 
 
 def pick(op: str, sample_id: str, device: str, dtype: torch.dtype) -> Sample:
-    return next(s for s in OPS[op].samples(device, dtype) if s.id == sample_id)
+    return next(s for s in samples_of(op, device, dtype) if s.id == sample_id)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,7 @@ def test_integer_ops_are_bitwise_the_reference(op, device) -> None:
 
 @pytest.mark.parametrize("op,sample_id", [(op, i) for op in OPS for i in samples(op, good=False)])
 def test_bad_input_is_refused_before_anything_is_written(op, sample_id, device) -> None:
-    sample = next((s for s in OPS[op].samples(device, torch.float32) if s.id == sample_id), None)
+    sample = next((s for s in samples_of(op, device, torch.float32) if s.id == sample_id), None)
     if sample is None:
         pytest.skip("what tensors on a GPU hold is not read")
     before = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (sample.args, sample.kwargs))

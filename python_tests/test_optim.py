@@ -12,7 +12,7 @@ from small_models import cross_entropy, filled, modules_may_draw, v  # noqa: F40
 from torch import Tensor, nn
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.optim import EGGROLL, ES, FZOO, MeZO
 from ulr_kernels.optim.probing import Draws
 
@@ -112,7 +112,7 @@ def test_eggroll_moves_along_its_low_rank_noise():
     def noise(draw):
         found = {}
         for name, p in model.named_parameters():
-            key = ulr.fold_in(step_key, contract.site_id(name))
+            key = ulr.fold_in(step_key, noise_contract.site_id(name))
             if p.dim() < 2:
                 found[name] = ulr.noise_like(p, key, draw=draw)
                 continue

@@ -10,7 +10,7 @@ from small_models import cross_entropy, modules_may_draw  # noqa: F401
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.finetune import models
 from ulr_kernels.optim import EGGROLL, MeZO
 
@@ -72,7 +72,7 @@ def test_models_are_probed_as_they_are(make):
 
 
 def sites(model) -> dict[str, int]:
-    return {n: contract.site_id(n) for n, p in model.named_parameters() if p.requires_grad}
+    return {n: noise_contract.site_id(n) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_population_of_encoders_in_one_forward():

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 import truth
+from samples import Sample, values
 from test_ops import clone, pick, poison, samples  # noqa: F401 -- poison applies itself
 
 import ulr_kernels as ulr
 from ulr_kernels.backends import cpp
 from ulr_kernels.ops import combine_, perturb_
-from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, OPS, Sample
+from ulr_kernels.ops._op import FLOATS, OPS
 
 PARAMETERS = ("perturb_", "combine_")
 STATES = ("momentum_buffers", "exp_avgs", "exp_avg_sqs")

@@ -12,13 +12,13 @@ import test_ops
 import torch
 import torch.nn.functional as F
 import truth
+from samples import Sample, values
 from test_ops import poison  # noqa: F401
 from torch import Tensor
 
 import ulr_kernels as ulr
 from ulr_kernels.ops import perturbed_conv2d, perturbed_embedding, perturbed_linear
-from ulr_kernels.ops._linear import values
-from ulr_kernels.ops._op import FLOATS, OPS, Sample
+from ulr_kernels.ops._op import FLOATS, OPS
 
 PERTURBED = ("perturbed_linear", "perturbed_conv2d", "perturbed_embedding")
 

@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 import ulr_kernels as ulr
-from ulr_kernels.contract import site_id
 from ulr_kernels.nn import COMPOSITES
+from ulr_kernels.noise_contract import site_id
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import ulr_kernels as ulr
-from ulr_kernels import backends, contract
+from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import listed
 
@@ -129,7 +129,7 @@ def test_a_key_from_the_host_is_seen(monkeypatch) -> None:
     """The same with the planted mistake: a step number that Python has put in."""
 
     def from_host(self, layers, sites):
-        key = contract.fold_in(self.seed, self.step)
+        key = noise_contract.fold_in(self.seed, self.step)
         return dict(zip(layers, ulr.ops.fold_in(torch.tensor(key), sites).unbind(), strict=True))
 
     expected, _, run = training()
@@ -285,7 +285,7 @@ def test_tables_of_a_list_are_kept_if_a_graph_reads_them(tables, monkeypatch) ->
     assert kept() is not None and dropped() is None
     monkeypatch.setattr(listed, "capturing", lambda device: True)
     assert tables(0)[0] is kept()
-    with pytest.raises(backends.BackendError, match="run the same call on the same tensors once"):
+    with pytest.raises(dispatch.BackendError, match="run the same call on the same tensors once"):
         tables(1)
 
 

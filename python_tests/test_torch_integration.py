@@ -7,12 +7,12 @@ import inspect
 import pytest
 import torch
 import torch._dynamo.testing
+from samples import values
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ulr_kernels as ulr
-from ulr_kernels import backends, contract
+from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.backends import cpp, cuda, triton
-from ulr_kernels.ops._linear import values
 from ulr_kernels.ops._op import OPS
 
 
@@ -52,9 +52,6 @@ CALLS = {
     "combine_": lambda: (
         *([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), v(6, 3), [], [v(7, 5, 8), v(8, 5)]),
         *([v(9, 5, 8).abs(), v(10, 5).abs()], SCALE, torch.tensor(3), 0.1),
-    ),
-    "noisy_linear_cross_entropy_": lambda: (
-        *(v(4, 5, 8), v(5, 5), v(1, 6, 8), torch.arange(6) % 5, v(2, 5, 8), v(3, 5), SCALE, KEY, 4),
     ),
     "noisy_mlp_step": lambda: (
         *([v(4, 5, 8), v(5, 3, 5)], [v(6, 5), v(7, 3)], v(1, 6, 8), torch.arange(6) % 3),
@@ -229,15 +226,15 @@ def test_an_absent_back_end_says_why() -> None:
 
 def test_each_gpu_has_the_back_ends_that_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     capabilities = {0: (9, 0), 1: (7, 5)}
-    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(dispatch, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(cuda, "_why_unusable", lambda device: None)
     for name in ("library", "launcher"):
         monkeypatch.setattr(cuda._native, name, lambda *which: object())
-    assert backends.lookup("noise", torch.device("cuda", 0)).__module__ == cuda.__name__
-    assert backends.lookup("noise", torch.device("cuda", 1)).__module__ != cuda.__name__
-    reason = backends.find("cuda", "noise", "cuda:1")
+    assert dispatch.lookup("noise", torch.device("cuda", 0)).__module__ == cuda.__name__
+    assert dispatch.lookup("noise", torch.device("cuda", 1)).__module__ != cuda.__name__
+    reason = dispatch.find("cuda", "noise", "cuda:1")
     assert reason == "it needs compute capability 8.0, this device has 7.5"
 
 
@@ -246,7 +243,7 @@ def test_noise_like_views_a_parameter_as_rows_and_columns(device) -> None:
     assert torch.equal(ulr.noise_like(kernel, 9), ulr.noise((4, 12), 9, device=device).view(4, 3, 2, 2))
     assert torch.equal(ulr.noise_like(kernel[0, 0, 0], 9), ulr.noise((2,), 9, device=device))
     assert ulr.noise_like(kernel[0, 0, 0, 0], 9).shape == () and ulr.noise_like(kernel[:0], 9).shape == (0, 3, 2, 2)
-    assert contract.CONTRACT_VERSION == 1
+    assert noise_contract.CONTRACT_VERSION == 1
 
 
 def test_buffers_may_share_rows_but_not_elements(device) -> None:

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("safetensors", reason="the recipes need safetensors")
 
-from ulr_kernels import backends, contract, use_backend  # noqa: E402
+from ulr_kernels import dispatch, noise_contract, use_backend  # noqa: E402
 from ulr_kernels.finetune import trajectory  # noqa: E402
 from ulr_kernels.finetune.trajectory import Header, Writer, read  # noqa: E402
 from ulr_kernels.optim import Group, Rule, Update  # noqa: E402
@@ -32,7 +32,7 @@ RULES = {
 def update(step: int) -> Update:
     generator = torch.Generator().manual_seed(step)
     groups = (Group(0.1 / (step + 3), 0.01), Group(1 / (step + 7), 0.02, 0.1))
-    return Update(step, contract.fold_in(5, step), torch.randn(3, generator=generator), groups)
+    return Update(step, noise_contract.fold_in(5, step), torch.randn(3, generator=generator), groups)
 
 
 def base(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def test_replay_is_bitwise_the_run_on_any_back_end_and_thread_count(tmp_path: Pa
         rule.apply(update(step), expected, state)
     found = read(write(tmp_path / "log", rule))
     before = torch.get_num_threads()
-    able = [name for name in backends.ORDER["cpu"] if not isinstance(backends.find(name, "combine_", "cpu"), str)]
+    able = [name for name in dispatch.ORDER["cpu"] if not isinstance(dispatch.find(name, "combine_", "cpu"), str)]
     for backend, threads in itertools.product(able, (1, 2)):
         torch.set_num_threads(threads)
         try:

@@ -27,7 +27,7 @@ from z_test import NOISED_ROWS, assert_unbiased, estimates, flat, z_test
 
 import ulr_kernels as ulr
 from ulr_kernels.baselines import loss_weights
-from ulr_kernels.contract import score
+from ulr_kernels.noise_contract import score
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 

@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
+from samples import values
 from torch import Tensor
 
 import ulr_kernels as ulr
-from ulr_kernels import contract
-from ulr_kernels.ops._linear import values
+from ulr_kernels import noise_contract
 from ulr_kernels.optim import Group, Rule, Update
 
 NAMES = (("a.weight", "a.bias"), ("b.weight",))
@@ -43,7 +43,7 @@ def test_update_is_its_formula(rule, dist):
         Rule(NAMES, dist=dist, **RULES[rule]).apply(update, found, state)
         for names, group, optimizer in zip(NAMES, GROUPS, optimizers, strict=True):
             for name in names:
-                key = ulr.fold_in(update.key, contract.site_id(name))
+                key = ulr.fold_in(update.key, noise_contract.site_id(name))
                 eps = [ulr.noise_like(found[name], key, draw=p, dist=dist).double() for p in range(2)]
                 expected[name].grad = sum(c / group.sigma * e for c, e in zip(update.coefficients, eps, strict=True))
                 expected[name] -= group.lr * group.weight_decay * expected[name]

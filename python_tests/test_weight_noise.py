@@ -10,8 +10,8 @@ from torch import nn
 from z_test import assert_unbiased, estimates, flat
 
 import ulr_kernels as ulr
-from ulr_kernels.contract import score, site_id
 from ulr_kernels.estimators import plan as plans
+from ulr_kernels.noise_contract import score, site_id
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 

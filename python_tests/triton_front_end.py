@@ -93,10 +93,6 @@ def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
             ops.perturbed_conv2d(x, *image, members=copies, rank=rank, **how, **at)
     ops.noise_add(one(2), 0.5, 7, copies=copies, **how, **at)
     ops.noise_score((1, 1), loss, 0.5, 7, **how, **at)
-    row = {name: number for name, number in at.items() if name != "col_offset"}
-    ops.noisy_linear_cross_entropy_(
-        one(2), one(1), one(2), torch.zeros(1, dtype=torch.int64), *layer, copies=copies, **how, **row
-    )
     for rank in (None, 1):
         first = torch.zeros(1, dtype=torch.int64)
         ops.perturbed_embedding(first, one(2), 0.5, 7, members=copies, rank=rank, **how, **at)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 import test_linear_grads
-import test_mlp_step
 import test_ops
 import test_perturbed
 import torch
@@ -41,8 +40,8 @@ from test_parameters import (  # noqa: F401
     test_the_order_of_roundings_is_the_written_one,
 )
 
-from ulr_kernels import ops, use_backend
-from ulr_kernels.backends.triton import noisy_linear_cross_entropy_, tiles
+from ulr_kernels import use_backend
+from ulr_kernels.backends.triton import tiles
 from ulr_kernels.ops import noisy_linear, noisy_linear_grad_
 from ulr_kernels.ops._op import FLOATS
 
@@ -74,30 +73,6 @@ def test_gradients_of_several_layers(device) -> None:
     for sample_id in test_ops.samples("noisy_linear_grads_", good=True):
         test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", sample_id, "cpu", torch.float32))
     test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", "same-dtype", "cpu", torch.bfloat16))
-
-
-@pytest.mark.parametrize("dtype", test_mlp_step.DTYPES, ids=str)
-def test_head(dtype, device) -> None:
-    for sample_id in test_ops.samples("noisy_linear_cross_entropy_", good=True):
-        test_mlp_step.compare_head(sample_id, "cpu", dtype)
-
-
-def test_head_of_many_classes(device, monkeypatch) -> None:
-    """Programs share the features, each going through several tiles of them."""
-    monkeypatch.setattr(noisy_linear_cross_entropy_, "programs", lambda device: 2)
-    x, weight = (test_ops.noise(shape, 3, device="cpu") for shape in ((9, 5), (300, 5)))
-    target = torch.arange(9) * 37 % 300
-
-    def head(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-        grad = torch.zeros(300, 5)
-        with use_backend(backend):
-            losses = ops.noisy_linear_cross_entropy_(grad, None, x, target, weight, None, 0.5, 7, copies=4)
-        return losses, grad
-
-    for ours, expected in zip(head("triton"), head("torch"), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    target[2] = 300
-    assert torch.equal(head("triton")[0].isnan().any(0), torch.arange(9) == 2)
 
 
 @pytest.mark.parametrize("op", CONV)

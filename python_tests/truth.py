@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def noise(shape, key, *, draw=0, dist="normal", sampler="iid", positions=1, row_offset=0, col_offset=0, device=None):
     """The block of noise that `ulr.noise` is asked for."""
     shape = (shape,) if isinstance(shape, int) else shape
     rows, cols = torch.Size(shape[:-1]).numel(), (shape[-1] if len(shape) else 1)
-    key = torch.tensor(contract.signed64(key)) if isinstance(key, int) else key.cpu()
+    key = torch.tensor(noise_contract.signed64(key)) if isinstance(key, int) else key.cpu()
     spec = {"dist": dist, "sampler": sampler, "positions": positions, "row_offset": row_offset}
-    eps = contract.noise_grid(rows, cols, torch.tensor([draw]), key, col_offset=col_offset, **spec)
+    eps = noise_contract.noise_grid(rows, cols, torch.tensor([draw]), key, col_offset=col_offset, **spec)
     return eps.view(shape)
 
 
@@ -108,8 +108,8 @@ def parameter_noise(shape, key, draw, dist, rank, row_offset, col_offset) -> Ten
     spec = {"draw": draw, "dist": dist}
     if rank is None or len(shape) < 2:
         return noise((rows, cols), key, row_offset=row_offset, col_offset=col_offset, **spec).double().view(shape)
-    a = noise((rank, rows), contract.fold_in(key, 1), col_offset=row_offset, **spec).double()
-    b = noise((rank, cols), contract.fold_in(key, 2), col_offset=col_offset, **spec).double()
+    a = noise((rank, rows), noise_contract.fold_in(key, 1), col_offset=row_offset, **spec).double()
+    b = noise((rank, cols), noise_contract.fold_in(key, 2), col_offset=col_offset, **spec).double()
     return (a.T @ b / rank**0.5).view(shape)
 
 

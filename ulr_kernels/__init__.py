@@ -1,11 +1,11 @@
 """Training without a backward pass: gradients from noise that kernels make in registers and never store."""
 
 from ulr_kernels import ops, optim
-from ulr_kernels.backends import BackendError, use_backend
 from ulr_kernels.check import check
-from ulr_kernels.contract import fold_in
+from ulr_kernels.dispatch import BackendError, use_backend
 from ulr_kernels.doctor import describe
 from ulr_kernels.estimators import ULR
+from ulr_kernels.noise_contract import fold_in
 from ulr_kernels.ops import noise, noise_like, philox4x32
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulr_kernels import contract, ops
+from ulr_kernels import noise_contract, ops
 from ulr_kernels.estimators.batch import LossFunction
 from ulr_kernels.estimators.law import Truth, law
 from ulr_kernels.estimators.reach import Given
@@ -201,7 +201,7 @@ def _correlations(estimator: ULR, sites: tuple[str, ...]) -> dict[str, float]:
     settings = estimator.settings
 
     def stream(site: str, step: int, copy: int) -> Tensor:
-        key = contract.fold_in(contract.fold_in(estimator.seed, step), contract.site_id(site))
+        key = noise_contract.fold_in(noise_contract.fold_in(estimator.seed, step), noise_contract.site_id(site))
         return ops.noise(STREAM_SHAPE, key, draw=copy, dist=settings.dist, sampler=settings.sampler).flatten()
 
     kinds = {

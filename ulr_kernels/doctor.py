@@ -8,17 +8,18 @@ from importlib import metadata
 
 import torch
 
-from ulr_kernels import backends, contract, tables
+from ulr_kernels import dispatch, noise_contract, noise_tables
+from ulr_kernels.backends import _native, cpp
+
+NO_TOOL = "none when the package was built"
 
 
 def describe() -> str:
     """A table of ops and back ends per device, the reasons for every absence, and the versions that matter."""
-    lines = [
-        f"ulr_kernels {_version('ulr_kernels')}, noise contract {contract.CONTRACT_VERSION} ({tables.SHA256[:12]})",
-        "",
-    ]
+    contract = f"noise contract {noise_contract.CONTRACT_VERSION} ({noise_tables.SHA256[:12]})"
+    lines = [f"ulr_kernels {_version('ulr_kernels')}, {contract}", ""]
     lines += [f"{name:<10} {value}" for name, value in _machine().items()]
-    for device in backends.ORDER:
+    for device in dispatch.ORDER:
         lines += ["", f"on {device}:", *_table(device)]
     return "\n".join(lines)
 
@@ -31,8 +32,8 @@ def _table(device: str) -> list[str]:
             *(f"  {name:<8} {why}" for name, why in _absent("noise", device).items()),
         ]
     paragraphs: dict[tuple, list[str]] = {}
-    for op in backends.op_names():
-        found = {name: backends.find(name, op, device) for name in backends.ORDER[device]}
+    for op in dispatch.op_names():
+        found = {name: dispatch.find(name, op, device) for name in dispatch.ORDER[device]}
         chosen = next(name for name, provider in found.items() if not isinstance(provider, str))
         paragraphs.setdefault((chosen, *_absent(op, device).items()), []).append(op)
     lines = []
@@ -42,13 +43,13 @@ def _table(device: str) -> list[str]:
 
 
 def _absent(op: str, device: str) -> dict[str, str]:
-    found = {name: backends.find(name, op, device) for name in backends.NAMES}
+    found = {name: dispatch.find(name, op, device) for name in dispatch.NAMES}
     return {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
 def _machine() -> dict[str, str]:
-    from ulr_kernels.backends import _native
-
+    """The versions, the tools that built the kernels, and what the CPU offers."""
+    built = _native._build_info
     cuda = torch.version.cuda or "none in this build of torch"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -58,7 +59,9 @@ def _machine() -> dict[str, str]:
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
         "CUDA": cuda,
-        **_native.describe(),
+        "compiler": (built and built.COMPILER) or NO_TOOL,
+        "nvcc": f"{built.NVCC} (built for {', '.join(built.CUDA_ARCHITECTURES)})" if built and built.NVCC else NO_TOOL,
+        "CPU": cpp.describe(),
     }
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 import ulr_kernels as ulr
 from bench import rivals
 from bench.rows.row import Contestant, Row, key_of, ours, threads_text
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 from ulr_kernels.ops._op import OPS
 
 
 def fill(out: Tensor, key: Tensor, dist: str) -> None:
     """The op without the allocation of its result, which `tensor.normal_()` does not have either."""
-    backends.lookup("noise", out.device)(out, key, list(out.shape), dist, "iid", 1, 0, 0, 0)
+    dispatch.lookup("noise", out.device)(out, key, list(out.shape), dist, "iid", 1, 0, 0, 0)
 
 
 def laplace_(out: Tensor, source: torch.Generator) -> Tensor:

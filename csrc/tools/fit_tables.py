@@ -1,6 +1,6 @@
 """Fit the inverse-CDF tables of the noise contract and write them for Python and for C++.
 
-    python csrc/tools/fit_tables.py          # rewrites ulr_kernels/tables.py and csrc/include/ulr/tables.h
+    python csrc/tools/fit_tables.py          # rewrites ulr_kernels/noise_tables.py and csrc/include/ulr/tables.h
 
 A word w gives m = (w & 0x7fffffff) | 1. The exponent of float(m) is the octave 0..31, its mantissa the argument
 t in [1, 2) of the octave's polynomial for |eps|. Row 31 (m rounded up to 2^31) is the median: zero.
@@ -76,7 +76,7 @@ def main() -> None:
     python += f'"""\n\nDEGREE = {DEGREE}\nSHA256 = "{digest}"\n'
     for name, table in tables.items():
         python += f"{name} = (\n{rows(table, '(', ')')})\n"
-    (ROOT / "ulr_kernels" / "tables.py").write_text(python)
+    (ROOT / "ulr_kernels" / "noise_tables.py").write_text(python)
 
     cpp = f"// {head}\n// Row: octave; column: power, lowest first; entry: the bits of a fp32 coefficient.\n"
     cpp += "#pragma once\n\n#include <stdint.h>\n\n// clang-format off\n"

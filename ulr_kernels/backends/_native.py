@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
 PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
@@ -131,23 +131,6 @@ def noise_spec(
     antithetic: bool = False,
 ) -> tuple:
     """Which noise, as a launcher reads it; `width`: all columns, `col_offset` included."""
-    directions = contract.sobol_directions(key.device).data_ptr() if sampler == "sobol" else 0
+    directions = noise_contract.sobol_directions(key.device).data_ptr() if sampler == "sobol" else 0
     which = (key.data_ptr(), directions, DISTRIBUTIONS[dist], antithetic)
     return (*which, draw, row_offset, col_offset, positions, width)
-
-
-def describe() -> dict[str, str]:
-    """What was built, with which tools, and what the CPU offers: lines for `ulr doctor`."""
-    from ulr_kernels.backends import cpp
-
-    return {
-        "compiler": (_build_info and _build_info.COMPILER) or "none when the package was built",
-        "nvcc": _nvcc(),
-        "CPU": cpp.describe(),
-    }
-
-
-def _nvcc() -> str:
-    if _build_info is None or _build_info.NVCC is None:
-        return "none when the package was built"
-    return f"{_build_info.NVCC} (built for {', '.join(_build_info.CUDA_ARCHITECTURES)})"

@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 from ulr_kernels.cli.parser import SettingsOptions, add_run_folder, given_settings, kept_in
-from ulr_kernels.contract import DISTRIBUTIONS
 from ulr_kernels.finetune.models import DTYPES, TUNE
 from ulr_kernels.finetune.settings import METHODS, OPTIMIZERS, SCHEDULES, Settings
+from ulr_kernels.noise_contract import DISTRIBUTIONS
 from ulr_kernels.recipes import RecipeError
 
 HELP = "fine-tune a language model in the memory of inference, with a log that replays the run"

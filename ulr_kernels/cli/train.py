@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.cli.parser import SettingsOptions, add_run_folder, given_settings, kept_in
-from ulr_kernels.contract import DISTRIBUTIONS, SAMPLERS
 from ulr_kernels.estimators.allocation import ALLOCATIONS
 from ulr_kernels.estimators.settings import MEMORIES
+from ulr_kernels.noise_contract import DISTRIBUTIONS, SAMPLERS
 from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.models import MODELS, PRETRAINED

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulr_kernels import backends
+from ulr_kernels import dispatch
 from ulr_kernels.estimators.batch import Batch, LossFunction
 from ulr_kernels.nn.call import gradient_buffer
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step
@@ -130,7 +130,7 @@ def _takes(mlp: _Mlp, batch: Batch) -> bool:
 def _has_kernel(device: torch.device) -> bool:
     """Whether a back end with a kernel runs the op: torch's own way needs the memory of all copies at once."""
     try:
-        provider = backends.lookup("noisy_mlp_step", device)
-    except backends.BackendError:  # one was asked for that has the ops of the layers alone
+        provider = dispatch.lookup("noisy_mlp_step", device)
+    except dispatch.BackendError:  # one was asked for that has the ops of the layers alone
         return False
-    return provider is not backends.find("torch", "noisy_mlp_step", device)
+    return provider is not dispatch.find("torch", "noisy_mlp_step", device)

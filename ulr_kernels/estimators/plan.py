@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
 from ulr_kernels.estimators.meeting import Meeting
 from ulr_kernels.estimators.prefix import Prefix
@@ -87,7 +87,7 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     estimator.riders = riders = recording.riders()
     names = (*layers, *weights)
     device = estimator.device
-    sites = torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
+    sites = torch.tensor([noise_contract.signed64(noise_contract.site_id(name)) for name in names], device=device)
     keys = estimator.keys(names, sites)
     passes = []
     for item in _passes(layers, weights, riders, recording.rows, s):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.estimators.allocation import ALLOCATIONS
 from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
@@ -36,8 +36,8 @@ class Settings:
     def __post_init__(self) -> None:
         for argument, allowed in (
             ("injection", INJECTIONS),
-            ("dist", contract.DISTRIBUTIONS),
-            ("sampler", contract.SAMPLERS),
+            ("dist", noise_contract.DISTRIBUTIONS),
+            ("sampler", noise_contract.SAMPLERS),
             ("baseline", BASELINES),
             ("memory", MEMORIES),
             ("allocation", ALLOCATIONS),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_kernels import contract, ops
+from ulr_kernels import noise_contract, ops
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.allocation import groups, spread
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, joined, repeat
@@ -400,7 +400,7 @@ class ULR:
         """The site keys of this step, made on the device from the step that is counted there."""
         if self._step.device != sites.device:  # the model has been moved
             self._step = self._step.to(sites.device)
-        seed = torch.full((), contract.signed64(self.seed), dtype=torch.int64, device=sites.device)
+        seed = torch.full((), noise_contract.signed64(self.seed), dtype=torch.int64, device=sites.device)
         return dict(zip(layers, ops.fold_in(ops.fold_in(seed, self._step), sites).unbind(), strict=True))
 
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:

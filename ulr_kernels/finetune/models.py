@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import noise_like
 from ulr_kernels.recipes import RecipeError
 
@@ -32,7 +32,8 @@ _CONTENT_FREE = ("N/A", "", "[MASK]")  # the texts of Zhao et al., section 5
 # Tokens that a batch's length is a multiple of. For each length that they meet, oneDNN's products keep some 2 MiB in
 # small blocks amid the activations; with ever other lengths, memory comes to be in pieces that no step can use.
 _LENGTHS = 8
-_LORA = contract.site_id("ulr_kernels.finetune.lora")  # keeps the noise of initial values apart from that of every step
+# Keeps the noise of initial values apart from that of every step.
+_LORA = noise_contract.site_id("ulr_kernels.finetune.lora")
 
 
 class Classifier(nn.Module):
@@ -314,7 +315,7 @@ def _add_adapters(backbone: nn.Module, rank: int, seed: int) -> None:
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_("lora_" in name)
             if "lora_A" in name:
-                key = contract.fold_in(contract.fold_in(seed, _LORA), contract.site_id(name))
+                key = noise_contract.fold_in(noise_contract.fold_in(seed, _LORA), noise_contract.site_id(name))
                 parameter.copy_(noise_like(parameter, key) / math.sqrt(parameter.shape[1]))
             elif "lora_B" in name:
                 parameter.zero_()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import BackendError, use_backend
+from ulr_kernels.dispatch import BackendError, use_backend
 from ulr_kernels.finetune import trajectory, weights
 from ulr_kernels.finetune.job import build, named_parameters
 from ulr_kernels.finetune.settings import Settings

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.finetune.models import DTYPES, TUNE
 from ulr_kernels.recipes import RecipeError, rules
 
@@ -118,7 +118,7 @@ class Settings:
                 object.__setattr__(self, name, value)
         rules.one_of(self, "schedule", SCHEDULES)
         rules.one_of(self, "optimizer", OPTIMIZERS)
-        rules.one_of(self, "dist", contract.DISTRIBUTIONS)
+        rules.one_of(self, "dist", noise_contract.DISTRIBUTIONS)
         rules.one_of(self, "dtype", tuple(DTYPES))
         for option in ("steps", "batch", "micro_batches", "probes", "chunk"):
             rules.at_least(self, option, 1)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract, tables
+from ulr_kernels import noise_contract, noise_tables
 from ulr_kernels.optim import Group, Rule, Update
 from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.checkpoint import write_atomically
@@ -40,7 +40,7 @@ State = MutableMapping[str, MutableMapping[str, Tensor]]
 
 def noise_digest() -> str:
     """Hash of the tables that noise is made with: logs of one digest and one contract mean the same noise."""
-    content = repr((tables.DEGREE, tables.NORMAL, tables.LAPLACE))
+    content = repr((noise_tables.DEGREE, noise_tables.NORMAL, noise_tables.LAPLACE))
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
@@ -71,7 +71,7 @@ class Header:
     draws: int
     weights: str
     settings: dict[str, Any]
-    contract: int = contract.CONTRACT_VERSION
+    contract: int = noise_contract.CONTRACT_VERSION
     noise: str = dataclasses.field(default_factory=noise_digest)
 
     def encode(self) -> bytes:
@@ -175,7 +175,7 @@ def _read_header(path: Path, content: bytes) -> tuple[Header, int, int]:
         cut = len(content) < start + length
         raise RecipeError(f"{path}: {'cut within' if cut else 'damaged in'} its header: no step can be read")
     fields = json.loads(text)
-    for name, mine in (("contract", contract.CONTRACT_VERSION), ("noise", noise_digest())):
+    for name, mine in (("contract", noise_contract.CONTRACT_VERSION), ("noise", noise_digest())):
         if fields[name] != mine:
             raise RecipeError(f"{path}: its noise is another one: {name} must be {mine}, got {fields[name]}")
     return Header(**(fields | {"rule": Rule.of_fields(fields["rule"])})), start + length, crc

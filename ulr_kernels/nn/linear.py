@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulr_kernels import ops
-from ulr_kernels.backends.cpp import onednn
+from ulr_kernels import onednn, ops
 from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
 
 

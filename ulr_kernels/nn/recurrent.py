@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.overrides import wrap_torch_function
 
 from ulr_kernels import ops
-from ulr_kernels.contract import score
 from ulr_kernels.nn import linear
 from ulr_kernels.nn.call import Call, Origin
 from ulr_kernels.nn.local import LocalCall, RowsCall
+from ulr_kernels.noise_contract import score
 
 States = tuple[Tensor, ...]
 _seen: Callable = wrap_torch_function(lambda x, *_: (x,))  # modes see a function of this file as they see torch's

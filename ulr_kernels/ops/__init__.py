@@ -1,4 +1,7 @@
-"""The ops. One file each: schema, check (which is also the fake), reference, samples for tests and benchmarks."""
+"""The ops. One file each: schema, check (which is also the fake), reference, cost.
+
+`noisy_*` add noise to a layer's outputs, `perturbed_*` to its weights.
+"""
 
 from ulr_kernels.ops.combine_ import combine_
 from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
@@ -9,7 +12,6 @@ from ulr_kernels.ops.noisy_conv2d import noisy_conv2d
 from ulr_kernels.ops.noisy_conv2d_grad_ import noisy_conv2d_grad_
 from ulr_kernels.ops.noisy_conv2d_replay_ import noisy_conv2d_replay_
 from ulr_kernels.ops.noisy_linear import noisy_linear
-from ulr_kernels.ops.noisy_linear_cross_entropy_ import noisy_linear_cross_entropy_
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
 from ulr_kernels.ops.noisy_linear_grads_ import noisy_linear_grads_
 from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
@@ -31,7 +33,6 @@ __all__ = [
     "noisy_conv2d_grad_",
     "noisy_conv2d_replay_",
     "noisy_linear",
-    "noisy_linear_cross_entropy_",
     "noisy_linear_grad_",
     "noisy_linear_grads_",
     "noisy_linear_replay_",

@@ -1,4 +1,4 @@
-"""What the three noisy linear ops share: their rules, their reference in torch, and the tensors of their samples."""
+"""The rules of the noisy linear ops, and their reference in torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import FLOATS, Check
 
 
@@ -112,9 +112,9 @@ def copies_of_noise(
     key: Tensor, sizes: Sizes, antithetic: bool, dist: str, sampler: str, positions: int, draw: int, row: int, col: int
 ) -> Iterator[tuple[int, Tensor]]:
     """Copy by copy: its number and its signed noise, fp32 `[R, N]`."""
-    draws, signs = contract.copy_draws(sizes.copies, antithetic, draw, key.device)
+    draws, signs = noise_contract.copy_draws(sizes.copies, antithetic, draw, key.device)
     for copy in range(sizes.copies):
-        eps = contract.noise_grid(
+        eps = noise_contract.noise_grid(
             sizes.rows,
             sizes.features,
             draws[copy : copy + 1],
@@ -169,7 +169,7 @@ def gradient_reference(
     weights = loss_weight.repeat_interleave(positions, dim=1)
     reduced = loss_weight.new_zeros(sizes.rows, sizes.features)
     for copy, eps in copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *offsets):
-        score = contract.score(eps, dist)
+        score = noise_contract.score(eps, dist)
         weighted = weights[copy, :, None] * score / sigma
         if sizes.shared:
             reduced += weighted
@@ -184,15 +184,3 @@ def gradient_reference(
             buffer.copy_(buffer.float() + value)
     if grad_log_sigma is not None:
         grad_log_sigma.copy_(grad_log_sigma.float() + (by_log_sigma if grad_log_sigma.dim() else by_log_sigma.sum()))
-
-
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
-def values(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
-    """Reproducible inputs that do not touch torch's generators: noise of the library's own."""
-    key = torch.tensor(contract.fold_in(0x5A4D, seed))
-    size = 1
-    for extent in shape:
-        size *= extent
-    return contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)

@@ -1,19 +1,19 @@
-"""What an op is: one schema, one check, one reference, one list of samples; and how it is registered with torch."""
+"""What an op is: one schema, one check, one reference; and how it is registered with torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
-from ulr_kernels import backends, contract
+from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.ops._overlap import refuse_overlap, tensors_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,16 +29,6 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 FP32 = torch.finfo(torch.float32)
 _NO_NUMBER = (TypeError, ValueError, OverflowError)  # what float() raises
 OPS: dict[str, Op] = {}  # every op, by name
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Arguments of one call, for tests and benchmarks. `error` is a pattern of the message if the call must fail."""
-
-    id: str
-    args: tuple
-    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +52,6 @@ class Op:
             into its arguments). It reads no tensor's values, so it is the fake too.
         reference: the torch back end. Takes the output (where there is one), then the schema's arguments. Like any
             provider it may return an output of its own instead of filling the one that it was given.
-        samples: for a device and a dtype, calls of `function`, good and bad.
         mutates: positions of the arguments that the op writes; of a list, all its tensors.
         autocast: positions of the operands of a matrix product, which autocast casts.
         cost: the floor of a call of the schema's arguments.
@@ -73,7 +62,6 @@ class Op:
     function: Callable
     check: Callable
     reference: Callable
-    samples: Callable[[str, torch.dtype], Iterator[Sample]]
     cost: Callable[..., Cost]
     mutates: tuple[int, ...] = ()
     autocast: tuple[int, ...] = ()
@@ -123,11 +111,11 @@ def register(op: Op) -> None:
             refuse_overlap(op.name, op.mutates, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
-        provider = backends.lookup(op.name, device)
+        provider = dispatch.lookup(op.name, device)
         with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
             if not returns:
                 return provider(*args)
-            if backends.allocates(provider):
+            if dispatch.allocates(provider):
                 return provider(output, *args)
             out = output.allocate(device)
             made = provider(out, *args)
@@ -149,7 +137,7 @@ def register(op: Op) -> None:
         _library.impl(op.name, run, key)
         _library.impl(op.name, functools.partial(cast, key.lower()), f"Autocast{key}")
     torch.library.register_fake(f"ulr::{op.name}", fake, lib=_library)
-    backends.add_op(op.name, op.reference)
+    dispatch.add_op(op.name, op.reference)
     OPS[op.name] = op
 
 
@@ -180,8 +168,8 @@ class Check:
                 self.fail(argument, f"be on {device} like '{like}'", tensor.device)
 
     def dist(self, dist: str) -> None:
-        if dist not in contract.DISTRIBUTIONS:
-            self.fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}", repr(dist))
+        if dist not in noise_contract.DISTRIBUTIONS:
+            self.fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}", repr(dist))
 
     def room(self, argument: str, value: int, extent: int, bits: int) -> None:
         """An index of the contract's, and how many from there on are used."""
@@ -207,8 +195,8 @@ class Check:
         if key.dtype != torch.int64 or key.dim() != 0:
             self.fail("key", "be an int64 scalar tensor", f"{key.dtype} {list(key.shape)}")
         self.dist(dist)
-        if sampler not in contract.SAMPLERS:
-            self.fail("sampler", f"be one of {', '.join(contract.SAMPLERS)}", repr(sampler))
+        if sampler not in noise_contract.SAMPLERS:
+            self.fail("sampler", f"be one of {', '.join(noise_contract.SAMPLERS)}", repr(sampler))
         if positions < 1:
             self.fail("positions", "be at least 1", positions)
         self.room("draw", draw, draws, DRAW_BITS)
@@ -219,13 +207,13 @@ class Check:
                 self.fail("sampler", "be 'iid' where dist is 'rademacher'", "'sobol'")
             if positions > 1 and col_offset:
                 self.fail("col_offset", "be 0 where sampler is 'sobol' and positions > 1", col_offset)
-            if positions * (col_offset + cols) > contract.MAX_SOBOL_DIMENSIONS:
+            if positions * (col_offset + cols) > noise_contract.MAX_SOBOL_DIMENSIONS:
                 self.fail(
                     "sampler",
-                    f"be 'iid' beyond {contract.MAX_SOBOL_DIMENSIONS} dimensions (positions x columns)",
+                    f"be 'iid' beyond {noise_contract.MAX_SOBOL_DIMENSIONS} dimensions (positions x columns)",
                     f"'sobol' with {positions} x {col_offset + cols}",
                 )
-            if draw + draws > contract.MAX_SOBOL_DRAWS:
+            if draw + draws > noise_contract.MAX_SOBOL_DRAWS:
                 self.fail("draw", f"leave room for {draws} below 2^30 where sampler is 'sobol'", draw)
 
     def copies(self, copies: int, antithetic: bool, argument: str = "copies") -> int:
@@ -256,7 +244,7 @@ def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
         return key
     if not isinstance(key, int) or isinstance(key, bool) or not -(2**63) <= key <= 2**64 - 1:
         raise ValueError(f"ulr::{op}: 'key' must be an integer in [-2^63, 2^64) or an int64 scalar tensor, got {key!r}")
-    return torch.full((), contract.signed64(key), dtype=torch.int64, device=device)
+    return torch.full((), noise_contract.signed64(key), dtype=torch.int64, device=device)
 
 
 def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:

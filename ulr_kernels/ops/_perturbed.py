@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import Check, refuse_tangents
 from ulr_kernels.ops._parameters import grid
 
@@ -81,9 +81,9 @@ def member_noise(rows: Tensor, cols: int, key: Tensor, how: Members, member: int
     draw, sign = how.which(member)
     rows, columns = rows + how.row_offset, torch.arange(cols, device=rows.device) + how.col_offset
     if how.rank is not None:
-        return contract.low_rank_at(rows, columns, how.rank, draw, key, dist=how.dist) * sign
+        return noise_contract.low_rank_at(rows, columns, how.rank, draw, key, dist=how.dist) * sign
     at = (rows[:, None], columns[None], draw, key)
-    return contract.noise_at(*at, dist=how.dist, sampler="iid", positions=1, width=0) * sign
+    return noise_contract.noise_at(*at, dist=how.dist, sampler="iid", positions=1, width=0) * sign
 
 
 def member_weight(weight: Tensor, sigma: Tensor, key: Tensor, how: Members, member: int) -> Tensor:
@@ -101,7 +101,7 @@ def member_weight(weight: Tensor, sigma: Tensor, key: Tensor, how: Members, memb
 
 def perturbed(weight: Tensor, sigma: Tensor, eps: Tensor, mask: Tensor | None) -> Tensor:
     """round_to_dtype(fma(sigma, eps, W)); W where the mask is not set."""
-    result = contract.fma(sigma, eps, weight.float()).to(weight.dtype)
+    result = noise_contract.fma(sigma, eps, weight.float()).to(weight.dtype)
     return result if mask is None else torch.where(mask.bool(), result, weight)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register
+from ulr_kernels import noise_contract
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register
 
 # --- philox4x32 ------------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     """
     if not isinstance(key, Tensor):
         for word in key:
-            if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word <= contract.WORD:
+            if isinstance(word, bool) or not isinstance(word, int) or not 0 <= word <= noise_contract.WORD:
                 raise ValueError(f"ulr::philox4x32: 'key' must hold integers in [0, 2^32), got {word!r}")
         key = torch.tensor(tuple(key), dtype=torch.int64, device=counter.device)
     return torch.ops.ulr.philox4x32.default(counter, key)
@@ -46,18 +46,7 @@ def _philox_check(counter: Tensor, key: Tensor) -> Output:
 
 
 def _philox_reference(out: Tensor, counter: Tensor, key: Tensor) -> None:
-    out.copy_(contract.philox4x32(counter, (key[0], key[1])))
-
-
-def _philox_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    words = torch.arange(7 * 3 * 4, device=device).view(7, 3, 4) * 0x12345678 & contract.WORD
-    yield Sample("batch", (words, (1, 2)))
-    yield Sample("strided", (words[::2, ::2], (contract.WORD, 0)))
-    yield Sample("empty", (words[:0], (1, 2)))
-    yield Sample("counter-dtype", (words.int(), (1, 2)), error="'counter' must be int64")
-    yield Sample("counter-shape", (words[..., :3], (1, 2)), error=r"'counter' must be \[..., 4\]")
-    yield Sample("key-range", (words, (1, 2**32)), error=r"'key' must hold integers in \[0, 2\^32\)")
-    yield Sample("key-float", (words, (0.5, 1)), error=r"'key' must hold integers in \[0, 2\^32\), got 0.5")
+    out.copy_(noise_contract.philox4x32(counter, (key[0], key[1])))
 
 
 register(
@@ -67,7 +56,6 @@ register(
         function=philox4x32,
         check=_philox_check,
         reference=_philox_reference,
-        samples=_philox_samples,
         cost=lambda counter, key: Cost(bytes=2 * 8 * counter.numel(), flops=0, noise=0),
     )
 )
@@ -106,18 +94,7 @@ def _fold_check(key: Tensor, data: Tensor) -> Output:
 
 
 def _fold_reference(out: Tensor, key: Tensor, data: Tensor) -> None:
-    out.copy_(contract.fold_in_tensor(*torch.broadcast_tensors(key, data)))
-
-
-def _fold_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)], device=device)
-    yield Sample("scalar", (keys[1], 5))
-    yield Sample("unsigned", (keys[1], 2**64 - 1))
-    yield Sample("table", (keys[:, None], keys[None, :]))
-    yield Sample("empty", (keys[:0], 5))
-    yield Sample("axes", (keys[:, None, None, None], torch.arange(12, device=device).view(1, 3, 1, 4)))
-    yield Sample("dtype", (keys.int(), 5), error="'key' must be int64")
-    yield Sample("broadcast", (keys, keys[:2]), error="'data' must broadcast")
+    out.copy_(noise_contract.fold_in_tensor(*torch.broadcast_tensors(key, data)))
 
 
 register(
@@ -127,7 +104,6 @@ register(
         function=fold_in,
         check=_fold_check,
         reference=_fold_reference,
-        samples=_fold_samples,
         cost=lambda key, data: Cost(bytes=8 * (key.numel() + 2 * max(key.numel(), data.numel())), flops=0, noise=0),
     )
 )
@@ -222,7 +198,7 @@ def _noise_reference(
     for start in range(0, rows, block):
         part = flat[start : start + block]
         part.copy_(
-            contract.noise_grid(
+            noise_contract.noise_grid(
                 part.shape[0],
                 cols,
                 torch.tensor([draw], device=key.device),
@@ -236,44 +212,6 @@ def _noise_reference(
         )
 
 
-def _noise_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    on = {"device": device}
-    for dist in contract.DISTRIBUTIONS:
-        yield Sample(f"{dist}-scalar", ((), 1), {"dist": dist, **on})
-        yield Sample(f"{dist}-vector", (13, -5), {"dist": dist, **on})
-        yield Sample(f"{dist}-odd", ((3, 5, 131), 2**63 - 1), {"dist": dist, "draw": 7, **on})
-        yield Sample(f"{dist}-narrow", ((67, 3), 9), {"dist": dist, **on})
-        yield Sample(
-            f"{dist}-offset", ((4, 300), 77), {"dist": dist, "row_offset": 2**32 - 4, "col_offset": 2**34 - 300, **on}
-        )
-        yield Sample(f"{dist}-slice", ((5, 9), 77), {"dist": dist, "row_offset": 3, "col_offset": 130, **on})
-        yield Sample(f"{dist}-empty", ((4, 0), 77), {"dist": dist, **on})
-    for dist in ("normal", "laplace"):
-        yield Sample(f"{dist}-sobol", ((6, 37), 3), {"dist": dist, "sampler": "sobol", "draw": 12345, **on})
-        yield Sample(
-            f"{dist}-sobol-positions",
-            ((7, 37), 3),
-            {"dist": dist, "sampler": "sobol", "positions": 3, "draw": 2**30 - 1, "row_offset": 5, **on},
-        )
-    yield Sample("no-rows-below", ((0, 4), 77), {"row_offset": 2**32, **on})
-    yield Sample("draw-limit", ((2, 2), 1), {"draw": 2**32, **on}, error=r"'draw' must leave room for 1 below 2\^32")
-    yield Sample("row-limit", ((2, 2), 1), {"row_offset": 2**32 - 1, **on}, error="'row_offset' must leave room")
-    yield Sample("col-limit", ((2, 2), 1), {"col_offset": 2**34 - 1, **on}, error="'col_offset' must leave room")
-    yield Sample("negative", ((2, 2), 1), {"draw": -1, **on}, error="'draw' must be at least 0, got -1")
-    yield Sample("negative-size", ((2, -2), 1), on, error="'shape' must have sizes of at least 0")
-    yield Sample("dist", ((2, 2), 1), {"dist": "cauchy", **on}, error="'dist' must be one of .*, got 'cauchy'")
-    yield Sample("sampler", ((2, 2), 1), {"sampler": "halton", **on}, error="'sampler' must be one of")
-    yield Sample("key", ((2, 2), 2**64), on, error="'key' must be an integer in")
-    yield Sample("key-float", ((2, 2), 0.5), on, error="'key' must be an integer in")
-    yield Sample(
-        "sobol-signs", ((2, 2), 1), {"dist": "rademacher", "sampler": "sobol", **on}, error="'sampler' must be 'iid'"
-    )
-    yield Sample(
-        "sobol-wide", ((2, 21202), 1), {"sampler": "sobol", **on}, error="'sampler' must be 'iid' beyond 21201"
-    )
-    yield Sample("sobol-draw", ((2, 2), 1), {"sampler": "sobol", "draw": 2**30, **on}, error="'draw' must leave room")
-
-
 register(
     Op(
         name="noise",
@@ -281,7 +219,6 @@ register(
         function=noise,
         check=_noise_check,
         reference=_noise_reference,
-        samples=_noise_samples,
         cost=lambda key, shape, *rest: Cost(
             bytes=4 * torch.Size(shape).numel(), flops=0, noise=torch.Size(shape).numel()
         ),

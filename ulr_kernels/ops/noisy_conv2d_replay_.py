@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noisy_conv2d_grad_ import cost as gradient_cost
-from ulr_kernels.ops.noisy_conv2d_grad_ import samples as gradient_samples
 
 
 def noisy_conv2d_replay_(
@@ -173,27 +170,6 @@ def cost(grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, s
     return Cost(gradient.bytes + x.element_size() * (weight.numel() + out), 2 * gradient.flops, gradient.noise)
 
 
-def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    """The gradient's, with a weight and a bias beside their buffers."""
-    for sample in gradient_samples(device, dtype):
-        grad_weight, grad_bias, x, *rest = sample.args
-        kwargs = {k: v for k, v in sample.kwargs.items() if k != "kernel_size"}
-        if sample.id in ("no-kernel", "kernel"):  # which are the weight's here
-            continue
-        if sample.id in ("bias-only", "no-buffer"):
-            shape = (5, 3, 3, 2)
-        elif sample.id == "weight-rank":
-            shape = (5, 3, 3, 3)
-        else:
-            shape = grad_weight.shape
-        weight = _linear.values(21, *shape, device=device, dtype=dtype)
-        if sample.id == "channels-last":
-            weight = weight.to(memory_format=torch.channels_last)
-        features = shape[1] * sample.kwargs.get("groups", 1) if sample.kwargs.get("transposed") else shape[0]
-        bias = None if sample.id == "padded" else _linear.values(22, features, device=device, dtype=dtype)
-        yield Sample(sample.id, (grad_weight, grad_bias, x, weight, bias, *rest), kwargs, sample.error)
-
-
 register(
     Op(
         name="noisy_conv2d_replay_",
@@ -203,7 +179,6 @@ register(
         function=noisy_conv2d_replay_,
         check=check,
         reference=reference,
-        samples=samples,
         cost=cost,
         mutates=(0, 1, 2),
         autocast=(3, 4, 5),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, Sample, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noisy_linear_grad_ import cost as gradient_cost
-from ulr_kernels.ops.noisy_linear_grad_ import samples as gradient_samples
 
 
 def noisy_linear_replay_(
@@ -136,16 +133,6 @@ def cost(grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, s
     return Cost(gradient.bytes + x.element_size() * (weight.numel() + out), 2 * gradient.flops, gradient.noise)
 
 
-def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    """The gradient's, with a weight and a bias beside their buffers."""
-    for sample in gradient_samples(device, dtype):
-        grad_weight, grad_bias, x, *rest = sample.args
-        features = next((b.shape[0] for b in (grad_weight, grad_bias) if b is not None), 13)
-        weight = _linear.values(21, features, x.shape[-1], device=device, dtype=dtype)
-        bias = None if sample.id == "shared" else _linear.values(22, features, device=device, dtype=dtype)
-        yield Sample(sample.id, (grad_weight, grad_bias, x, weight, bias, *rest), sample.kwargs, sample.error)
-
-
 register(
     Op(
         name="noisy_linear_replay_",
@@ -154,7 +141,6 @@ register(
         function=noisy_linear_replay_,
         check=check,
         reference=reference,
-        samples=samples,
         cost=cost,
         mutates=(0, 1, 2),
         autocast=(3, 4, 5),

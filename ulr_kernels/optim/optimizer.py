@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
 from ulr_kernels.estimators.evaluation import evaluation
 from ulr_kernels.nn.names import parameter_names, unwrap
@@ -203,7 +203,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         largest = max(abs(self._rule.factor(group)) for group in groups)
         finite = (coefficients * max(largest, 1.0)).isfinite().all()
         coefficients = torch.where(finite, coefficients, 0)
-        update = Update(self.steps, contract.fold_in(self.seed, self.steps), coefficients, groups)
+        update = Update(self.steps, noise_contract.fold_in(self.seed, self.steps), coefficients, groups)
         self.apply(update)
         return loss
 
@@ -341,7 +341,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def _probing(self, draws: Draws, sign: int, rows: int = 0) -> Probing:
         """The mode for a probe of the coming step; without noise (and without cost) where sign is 0."""
         sites = []
-        step_key = contract.fold_in(self.seed, self.steps)
+        step_key = noise_contract.fold_in(self.seed, self.steps)
         for group in self.param_groups if sign else ():
             named = {self._names[id(p)]: p for p in group["params"]}
             for device, names in by_device(named):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract, ops
+from ulr_kernels import noise_contract, ops
 from ulr_kernels.optim.shards import shard
 
 FP32 = torch.finfo(torch.float32)
@@ -76,8 +76,8 @@ class Rule:
         def fail(argument: str, rule: str) -> NoReturn:
             raise ValueError(f"ulr.optim: '{argument}' must {rule}, got {getattr(self, argument)!r}")
 
-        if self.dist not in contract.DISTRIBUTIONS:
-            fail("dist", f"be one of {', '.join(contract.DISTRIBUTIONS)}")
+        if self.dist not in noise_contract.DISTRIBUTIONS:
+            fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             fail("rank", "be an integer above 0, or None")
         if not _number(self.momentum) or not 0 <= self.momentum < 1:
@@ -219,7 +219,7 @@ def _number(value: object) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _sites(names: tuple[str, ...], device: torch.device) -> Tensor:
-    return torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
+    return torch.tensor([noise_contract.signed64(noise_contract.site_id(name)) for name in names], device=device)
 
 
 def site_keys(step_key: int, names: tuple[str, ...], device: torch.device) -> Tensor:

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.ops import noise_like
 from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.efficientnet import EfficientNetLite0
 
-_INITIAL_VALUES = contract.site_id("ulr_kernels.recipes.models")  # keeps their noise apart from that of every step
+# Keeps their noise apart from that of every step.
+_INITIAL_VALUES = noise_contract.site_id("ulr_kernels.recipes.models")
 
 
 def mlp(shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -122,7 +123,9 @@ def build(
     with torch.no_grad():
         for site, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                key = contract.fold_in(contract.fold_in(seed, _INITIAL_VALUES), contract.site_id(site))
+                key = noise_contract.fold_in(
+                    noise_contract.fold_in(seed, _INITIAL_VALUES), noise_contract.site_id(site)
+                )
                 parameter.copy_(noise_like(parameter, key) * math.sqrt(2 / parameter[0].numel()))
             else:
                 parameter.zero_()

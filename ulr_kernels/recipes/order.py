@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
-_STREAM = contract.site_id("ulr_kernels.recipes.order")  # keeps the keys of shuffles apart from those of the training
+# Keeps the keys of shuffles apart from those of the training.
+_STREAM = noise_contract.site_id("ulr_kernels.recipes.order")
 
 
 def permutation(seed: int, epoch: int, count: int) -> Tensor:
     """The samples of an epoch in their order, int64 `[count]`, on the CPU."""
-    key = contract.fold_in(contract.fold_in(seed, _STREAM), epoch)
+    key = noise_contract.fold_in(noise_contract.fold_in(seed, _STREAM), epoch)
     return torch.randperm(count, generator=torch.Generator().manual_seed(key))

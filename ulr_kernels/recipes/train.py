@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.check import check
 from ulr_kernels.estimators import ULR
 from ulr_kernels.recipes import RecipeError, checkpoint, data, memory, models, rules
@@ -24,7 +24,7 @@ from ulr_kernels.recipes.order import permutation
 from ulr_kernels.recipes.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
-_COSINES = contract.site_id("ulr_kernels.recipes.cosines")  # keeps their keys apart from those of the training
+_COSINES = noise_contract.site_id("ulr_kernels.recipes.cosines")  # keeps their keys apart from those of the training
 SAVE_SECONDS = 120.0  # within an epoch: what a run that is stopped loses at most
 _COSINE_STEPS = 4  # estimates per measurement
 
@@ -227,7 +227,7 @@ class Trainer:
         count = min(self.settings.batch, len(self.test))
         rows = torch.arange(count, device=self.device) * len(self.test) // count
         x, y = self.inputs(self.test.images[rows]), self.test.labels[rows]
-        seed = contract.fold_in(contract.fold_in(self.settings.seed, _COSINES), self.epoch)
+        seed = noise_contract.fold_in(noise_contract.fold_in(self.settings.seed, _COSINES), self.epoch)
         found = check(
             self.model, x, y, self.loss_per_row, steps=_COSINE_STEPS, seed=seed, **self.settings.estimator
         ).layers

@@ -129,7 +129,6 @@ _PROVIDERS: dict[str, Callable] = {
     "noisy_linear_grads_": linear.noisy_linear_grads_,
     "noisy_linear_replay_": linear.noisy_linear_replay_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
-    "noisy_linear_cross_entropy_": mlp.noisy_linear_cross_entropy_,
     "perturbed_linear": perturbed.perturbed_linear,
     "perturbed_conv2d": perturbed.perturbed_conv2d,
     "perturbed_embedding": perturbed.perturbed_embedding,

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from ulr_kernels import onednn
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import onednn
 from ulr_kernels.backends.cpp.tiles import halves, part, row_tiles, store, sums_of
 from ulr_kernels.ops._conv import Window
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _native, allocating
-from ulr_kernels.backends.cpp import onednn
+from ulr_kernels import onednn
+from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles, store, sums_of
+from ulr_kernels.dispatch import allocating
 from ulr_kernels.ops._op import Output
 from ulr_kernels.ops.noisy_linear_grads_ import calls
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ulr_kernels import onednn
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import linear, onednn
+from ulr_kernels.backends.cpp import linear
 from ulr_kernels.backends.cpp.tiles import store, sums_of
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES, activate_, losses_of
-from ulr_kernels.ops.noisy_linear_cross_entropy_ import as_mlp
 
 TILE = 2**18  # elements of a tile's widest activation, all copies: they stay in the second-level caches
 
@@ -143,7 +143,3 @@ def noisy_mlp_step(
             add_gradient(layer, inputs[layer], loss_weights(losses[layer], clean, baseline, antithetic), 0)
     for gradient, sums in zip((*grad_weights, *grad_biases), (*weight_sums, *bias_sums), strict=True):
         store(sums, gradient)
-
-
-def noisy_linear_cross_entropy_(losses: Tensor, *args) -> None:
-    noisy_mlp_step(losses[None], *as_mlp(*args))

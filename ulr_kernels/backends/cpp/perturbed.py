@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import _native, allocating
-from ulr_kernels.backends.cpp import onednn
+from ulr_kernels import onednn
+from ulr_kernels.backends import _native
+from ulr_kernels.dispatch import allocating
 from ulr_kernels.ops._conv import Window
 from ulr_kernels.ops._op import Output
 from ulr_kernels.ops._perturbed import Members, of_member

@@ -13,7 +13,6 @@ from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES
-from ulr_kernels.ops.noisy_linear_cross_entropy_ import as_mlp
 
 ACTIVATION_BYTES = 24 * 2**20  # of all copies of a tile of samples: half of an H100's L2
 FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient, as in gradient_problem.cuh
@@ -165,7 +164,3 @@ def noisy_mlp_step(
     layers = zip(weights, biases or none, grad_weights, grad_biases or none, strict=True)
     tensors = (losses, x, target, sigma, workspace, *(tensor for layer in layers for tensor in layer), keys)
     return Arguments(spec, tensors, (*numbers[:2], ACTIVATIONS.index(activation), *which_loss, *numbers[2:]))
-
-
-def noisy_linear_cross_entropy_(losses: Tensor, *args) -> Arguments:
-    return noisy_mlp_step(losses[None], *as_mlp(*args))

@@ -1,6 +1,6 @@
 """The Triton back end: kernels in Python for NVIDIA GPUs; under TRITON_INTERPRET=1, Triton's interpreter on the CPU.
 
-`contract.py` is the noise contract on tiles, `launch.py` what every launch shares, `tiles.py` the sizes of the tiles.
+`noise_contract.py` is the noise contract on tiles, `launch.py` describes a launch, `tiles.py` holds the tiles' sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ _MODULES = {
     "perturbed_embedding": "perturbed_embedding",
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
-    "noisy_linear_cross_entropy_": "noisy_linear_cross_entropy_",
     "noisy_linear_grads_": "noisy_linear_grads_",
     "noisy_linear_replay_": "noisy_linear_grad_",
     "perturb_": "parameters",

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.launch import strides
+from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.scores import no_parts, weigh
 from ulr_kernels.backends.triton.tiles import Tile
 

@@ -8,7 +8,7 @@ from triton._C.libtriton import interpreter as library
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 
 
 def compute_as_a_gpu_does() -> None:
@@ -22,7 +22,7 @@ def compute_as_a_gpu_does() -> None:
 def _fma(self, x, y, z):
     """One rounding; the original multiplies, rounds, adds and rounds."""
     operands = (torch.from_numpy(v.data.copy()) for v in (x, y, z))
-    return TensorHandle(contract.fma(*operands).numpy(), z.dtype.scalar)
+    return TensorHandle(noise_contract.fma(*operands).numpy(), z.dtype.scalar)
 
 
 _patch_tensor_before_numpy_2_4 = interpreter._patch_lang_tensor

@@ -10,24 +10,22 @@ import torch
 import triton
 from torch import Tensor
 
-from ulr_kernels import contract, tables
-from ulr_kernels.backends.triton import contract as tile_contract
+from ulr_kernels import noise_contract, noise_tables
 from ulr_kernels.backends.triton import interpreter
+from ulr_kernels.backends.triton import noise_contract as tile_contract
 
-DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in contract.DISTRIBUTIONS}
+DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in noise_contract.DISTRIBUTIONS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch: `grid` counts programs; `arguments` name all of the kernel's parameters; `cooperative`: all programs
-    run at once, or the launch fails."""
+    """One launch: `grid` counts programs; `arguments` name all of the kernel's parameters."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
     warps: int = 4
     stages: int = 1
-    cooperative: bool = False
 
     def run(self) -> None:
         tensor = next(a for a in self.arguments.values() if isinstance(a, Tensor))
@@ -37,15 +35,14 @@ class Launch:
                 num_warps=self.warps,
                 num_stages=self.stages,
                 enable_fp_fusion=False,  # the contract says where an fma is
-                **({"launch_cooperative_grid": True} if self.cooperative else {}),
             )
 
 
 @functools.cache
 def table(dist: str, device: torch.device) -> Tensor:
-    """uint32: the rows of coefficients, padded to 12 words, then the bit masks of `contract.open_source`."""
-    rows = getattr(tables, dist.upper(), tables.NORMAL)
-    padding = [0] * (tile_contract.ROW_WORDS.value - tables.DEGREE - 1)
+    """uint32: the rows of coefficients, padded to 12 words, then the bit masks of `noise_contract.open_source`."""
+    rows = getattr(noise_tables, dist.upper(), noise_tables.NORMAL)
+    padding = [0] * (tile_contract.ROW_WORDS.value - noise_tables.DEGREE - 1)
     words = [word for row in rows for word in (*row, *padding)]
     words += [0x7FFFFFFF, 0x007FFFFF, 0x80008000]
     return torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.uint32).to(device)
@@ -62,7 +59,7 @@ def noise_arguments(
     return {
         "key": key,
         "table": table(dist, key.device),
-        "directions": contract.sobol_directions(key.device) if sampler == "sobol" else None,
+        "directions": noise_contract.sobol_directions(key.device) if sampler == "sobol" else None,
         "draw": draw,
         "row_offset": row_offset,
         "first": col_offset // columns_per_call,

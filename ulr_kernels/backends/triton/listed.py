@@ -13,8 +13,8 @@ import threading
 import torch
 from torch import Tensor
 
-from ulr_kernels.backends import BackendError
 from ulr_kernels.backends.capture import capturing
+from ulr_kernels.dispatch import BackendError
 
 Tables = tuple[Tensor, Tensor]
 Listed = tuple[torch.device, tuple[tuple[int, ...], ...], tuple[int, ...]]

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
-from ulr_kernels.backends.triton.contract import philox as philox_rounds
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
+from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.noise_contract import philox as philox_rounds
 
 BLOCK = 128
 
@@ -85,7 +85,7 @@ def fold_in_launch(out: Tensor, key: Tensor, data: Tensor) -> Launch:
             "count": out.numel(),
             "stride_key": keys.stride(0),
             "stride_data": numbers.stride(0),
-            "COUNTER": contract.FOLD_IN_COUNTER,
+            "COUNTER": noise_contract.FOLD_IN_COUNTER,
             "BLOCK": BLOCK,
         },
     )

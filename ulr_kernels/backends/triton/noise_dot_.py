@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ulr_kernels.backends.ticket import ticket as ticket_of
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import (
+from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
     join_parts,
     noise_parts,
@@ -17,8 +19,6 @@ from ulr_kernels.backends.triton.contract import (
     raw_noise,
     score,
 )
-from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.scores import add, no_parts, weigh
 from ulr_kernels.ops._grid import images
 

@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, join_parts, noise_parts, open_source, raw_noise
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, open_source, raw_noise
 from ulr_kernels.backends.triton.scores import no_parts, weighted
 from ulr_kernels.ops._grid import images
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ulr_kernels.backends.ticket import ticket
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, open_source
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
+from ulr_kernels.backends.triton.noise_contract import RADEMACHER, open_source
 from ulr_kernels.backends.triton.noisy_conv2d import (
     conv_arguments,
     conv_tile,

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table
@@ -137,7 +137,7 @@ def _launch(form: Form, members: list[tuple]) -> Launch:
             "entries": table_of_entries,
             "owners": owners,
             "table": table(dist, x.device),
-            "directions": contract.sobol_directions(x.device) if sampler == "sobol" else None,
+            "directions": noise_contract.sobol_directions(x.device) if sampler == "sobol" else None,
             "draw": draw,
             "PLAIN": all(_is_plain(call[0], call[3]) for call in members),
             "DTYPE": _DTYPES[x.dtype],

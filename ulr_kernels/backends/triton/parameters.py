@@ -15,10 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import (
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
+from ulr_kernels.backends.triton.listed import on_device
+from ulr_kernels.backends.triton.noise import fold_in
+from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
     _words,
     join_parts,
@@ -27,9 +30,6 @@ from ulr_kernels.backends.triton.contract import (
     open_source,
     raw_noise,
 )
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
-from ulr_kernels.backends.triton.listed import on_device
-from ulr_kernels.backends.triton.noise import fold_in
 from ulr_kernels.backends.triton.weight_noise import low_rank_noise
 from ulr_kernels.ops._parameters import COLUMN_AXES, by_row
 
@@ -220,7 +220,7 @@ def launches(
     col_offset: list[int],
 ) -> Iterator[Launch]:
     """A launch for each form of tensor in the list; `keys` as `with_streams` returns them."""
-    scale = 1.0 if rank is None else contract.low_rank_scale(rank)
+    scale = 1.0 if rank is None else noise_contract.low_rank_scale(rank)
     groups: dict[Form, list[tuple[int, list[Tensor]]]] = {}
     for i, parts in enumerate(zip(tensors, *states, strict=True)):
         if parts[0].numel():

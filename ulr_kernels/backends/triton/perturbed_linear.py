@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.noisy_linear import product_tile
 from ulr_kernels.backends.triton.weight_noise import COL_FACTOR, ROW_FACTOR, factor_source, perturbed
 from ulr_kernels.ops._perturbed import Members
@@ -165,7 +165,7 @@ def perturbed_linear_launch(
             "first_feature": features_at["first"],
             "feature_shift": features_at["shift"],
             "rank": how.rank,
-            "root": contract.low_rank_scale(how.rank),
+            "root": noise_contract.low_rank_scale(how.rank),
             "members_here": how.members if shared else 1,
         }
         kernel, programs = low_rank_kernel, tile_count * (1 if shared else how.members)

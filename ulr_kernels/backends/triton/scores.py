@@ -1,10 +1,10 @@
 # mypy: disable-error-code="assignment"
-"""Scores on tiles, weighted by the losses and added up part by part (`contract.noise_parts`); sums into buffers."""
+"""Scores on tiles, weighted by the losses and added up part by part (`noise_parts`); sums into buffers."""
 
 import triton
 import triton.language as tl
 
-from ulr_kernels.backends.triton.contract import score
+from ulr_kernels.backends.triton.noise_contract import score
 
 
 @triton.jit

@@ -63,13 +63,6 @@ GRADIENTS_PER_DRAW = GRADIENT_PER_DRAW | {
     ("laplace", 2): Tile(32, 64, 32, 8, 1),
     ("rademacher", 2): Tile(16, 128, 32, 8, 1),
 }
-# A classifier's head: the logits, whose exponentials are summed row by row, and the gradients in the same kernel.
-HEAD = FORWARD | {
-    ("rademacher", 2): Tile(16, 128, 32, 8, 2),
-    ("normal", 4): Tile(32, 64, 32, 8, 2),
-    ("laplace", 4): Tile(32, 64, 32, 8, 2),
-}
-HEAD_GRADIENT = GRADIENTS | {("normal", 2): Tile(64, 64, 64, 8, 1), ("laplace", 2): Tile(64, 64, 64, 8, 1)}
 
 # Where scores are summed over draws and rows, with no product.
 SUMS = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(32, 128, 0, 8, 1)}

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels import contract
+from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
-from ulr_kernels.backends.triton.contract import (
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, table
+from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
     noise_tile,
     open_source,
@@ -17,11 +18,10 @@ from ulr_kernels.backends.triton.contract import (
     quantile,
     raw_noise,
 )
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, table
 from ulr_kernels.ops._perturbed import Members
 
-FOLD_IN = tl.constexpr(contract.FOLD_IN_COUNTER)
-ROW_FACTOR, COL_FACTOR = (tl.constexpr(stream) for stream in contract.LOW_RANK_STREAMS)
+FOLD_IN = tl.constexpr(noise_contract.FOLD_IN_COUNTER)
+ROW_FACTOR, COL_FACTOR = (tl.constexpr(stream) for stream in noise_contract.LOW_RANK_STREAMS)
 
 
 @triton.jit
@@ -122,5 +122,5 @@ def weight_arguments(key: Tensor, how: Members) -> dict[str, Any]:
         "col_offset": how.col_offset,
         "mask": how.mask if how.mask is None else how.mask.view(torch.uint8),
         "rank": how.rank,
-        "rank_scale": None if how.rank is None else float_bits(contract.low_rank_scale(how.rank)),
+        "rank_scale": None if how.rank is None else float_bits(noise_contract.low_rank_scale(how.rank)),
     }

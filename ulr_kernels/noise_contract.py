@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from ulr_kernels import tables
+from ulr_kernels import noise_tables
 
 CONTRACT_VERSION = 1
 DISTRIBUTIONS = ("normal", "laplace", "rademacher")
@@ -152,7 +152,7 @@ def square_root(a: Tensor) -> Tensor:
 
 @functools.cache
 def _coefficients(dist: str, device: torch.device) -> Tensor:
-    rows = torch.tensor(getattr(tables, dist.upper()), dtype=torch.int64, device=device)
+    rows = torch.tensor(getattr(noise_tables, dist.upper()), dtype=torch.int64, device=device)
     return rows.to(torch.int32).view(torch.float32)
 
 
@@ -162,8 +162,8 @@ def quantile(words: Tensor, dist: str) -> Tensor:
     bits = mantissa.view(torch.int32)
     argument = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)
     rows = _coefficients(dist, words.device)[(bits >> 23) - 127]
-    result = rows[..., tables.DEGREE]
-    for power in range(tables.DEGREE - 1, -1, -1):
+    result = rows[..., noise_tables.DEGREE]
+    for power in range(noise_tables.DEGREE - 1, -1, -1):
         result = fma(result, argument, rows[..., power])
     sign = (words & 0x80000000).to(torch.int32) if words.numel() else words.to(torch.int32)
     return (result.view(torch.int32) ^ sign).view(torch.float32)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""The noise contract on tiles: `ulr_kernels.contract`, bit for bit, in Triton.
+"""The noise contract on tiles: `ulr_kernels.noise_contract`, bit for bit, in Triton.
 
 A tile is BR rows by BC columns. Its columns begin where a call of Philox begins (a column that 4, or for signs 128,
 divides), so that a tile's calls are used whole. `source` is what `open_source` returns: values that stay in registers.

@@ -1,0 +1,37 @@
+"""Calls of every op, good and bad, for tests and benchmarks: one module an op, named as the op."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ulr_kernels import noise_contract
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Arguments of one call of `ulr.ops.<op>`. `error` is a pattern of the message if the call must fail."""
+
+    id: str
+    args: tuple
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str | None = None
+
+
+def samples_of(op: str, device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    """The samples of an op, with tensors of a device and, where the op takes several, a dtype."""
+    return importlib.import_module(f"{__name__}.{op}").samples(device, dtype)
+
+
+def values(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Reproducible inputs that do not touch torch's generators: noise of the library's own."""
+    key = torch.tensor(noise_contract.fold_in(0x5A4D, seed))
+    size = 1
+    for extent in shape:
+        size *= extent
+    return noise_contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)
