@@ -16,7 +16,8 @@ demo: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels demo
 
 # A file's tests stay in one process: they share what they make.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# Waiting threads sleep: they share the cores with the other processes of the run.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/.built lint
 	$(PYTEST) python_tests --require "$(REQUIRE)"

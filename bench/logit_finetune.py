@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from ulr_kernels.finetune import data, models
-from ulr_kernels.recipes import memory
-from ulr_kernels.recipes.order import permutation
+from ulr_kernels.jobs import memory
+from ulr_kernels.jobs.shuffle import permutation
 
 METHODS = ("ulr", "bp")
 

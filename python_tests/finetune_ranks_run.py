@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from ulr_kernels.finetune import ranks, runs
 from ulr_kernels.finetune.settings import Settings
+from ulr_kernels.jobs import JobError
 from ulr_kernels.optim import WorkerError
-from ulr_kernels.recipes import RecipeError
 
 QUICK = {"threads": 1, "steps": 6, "evaluations": 2, "batch": 8, "probes": 4, "max_tokens": 32}
 # Of each: the model, settings, and the losses that a rank sends in a step.
@@ -40,7 +40,7 @@ def main(files: Path, out: Path) -> None:
         for name, wanted in REFUSED.items():
             try:
                 runs.start(settings(files, "encoder", wanted[dist.get_rank()]), out / name, "", shared=shared)
-            except (RecipeError, WorkerError) as error:
+            except (JobError, WorkerError) as error:
                 print(error, file=sys.stderr)
     # A thread of the group that is left can abort the process when it ends.
     assert not [task for task in Path("/proc/self/task").glob("*/comm") if "gloo" in task.read_text()]

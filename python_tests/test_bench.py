@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ulr_kernels as ulr
 from ulr_kernels import dispatch
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -275,7 +275,7 @@ def test_rows_without_rivals_make_no_table(tmp_path: Path, monkeypatch) -> None:
     found.write()
     assert not (tmp_path / "out").exists()
     pytest_that(monkeypatch, pytest.ExitCode.OK)
-    with pytest.raises(RecipeError, match="no rival was measured"):
+    with pytest.raises(JobError, match="no rival was measured"):
         run.run(tmp_path / "out")
 
 
@@ -302,11 +302,11 @@ def test_a_benchmark_that_fails_does_not_take_the_others_with_it(tmp_path: Path,
 
 def test_nothing_is_measured_for_a_table_that_cannot_be_made(tmp_path: Path, monkeypatch) -> None:
     pytest_that(monkeypatch, pytest.ExitCode.USAGE_ERROR)
-    with pytest.raises(RecipeError, match="--only must be an expression of pytest's -k, got 'a b'"):
+    with pytest.raises(JobError, match="--only must be an expression of pytest's -k, got 'a b'"):
         run.run(tmp_path, only="a b")
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "folder"):
-        with pytest.raises(RecipeError, match="cannot be written"):
+        with pytest.raises(JobError, match="cannot be written"):
             run.run(out)
 
 

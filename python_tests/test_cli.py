@@ -109,7 +109,7 @@ def test_a_run_from_the_command_line(tmp_path: Path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_told_with_what_is_kept(tmp_path: Path, monkeypatch, capsys):
-    from ulr_kernels.recipes import checkpoint
+    from ulr_kernels.jobs import checkpoint
 
     written = checkpoint.write_atomically
 
@@ -162,7 +162,7 @@ def test_interrupting_says_where_the_checkpoint_is(tmp_path: Path):
 
 
 def ulr_checkpoint_epochs(folder: Path) -> int:
-    from ulr_kernels.recipes import checkpoint
+    from ulr_kernels.jobs import checkpoint
 
     return len(checkpoint.load(folder / CHECKPOINT)["history"])
 

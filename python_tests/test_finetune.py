@@ -28,8 +28,8 @@ from ulr_kernels.finetune import models, report, runs, trajectory, weights  # no
 from ulr_kernels.finetune.job import Job, named_parameters  # noqa: E402
 from ulr_kernels.finetune.replay import replay  # noqa: E402
 from ulr_kernels.finetune.settings import Settings  # noqa: E402
+from ulr_kernels.jobs import JobError  # noqa: E402
 from ulr_kernels.optim import Rule  # noqa: E402
-from ulr_kernels.recipes import RecipeError  # noqa: E402
 
 QUICK = {"threads": 1, "steps": 12, "evaluations": 3, "batch": 8, "probes": 4, "max_tokens": 32}
 
@@ -180,13 +180,13 @@ def pickled(path: Path) -> None:
 def test_damaged_models_are_refused(files: Path, tmp_path: Path, file: str, harm, message: str):
     shutil.copytree(files / "encoder", tmp_path / "model")
     harm(tmp_path / "model" / file)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(JobError, match=message):
         models.build(str(tmp_path / "model"), 2, tune="all", max_tokens=32)
 
 
 def test_a_damaged_gguf_is_refused(tmp_path: Path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(RecipeError, match="cannot be loaded"):
+    with pytest.raises(JobError, match="cannot be loaded"):
         models.build(str(tmp_path / "model.gguf"), 2, tune="all")
 
 
@@ -341,9 +341,9 @@ def test_a_run_can_begin_where_another_ended(files: Path, tmp_path: Path):
     got, _ = replay(str(files / "encoder"), tmp_path / "lora" / runs.LOG)
     expected = weights.load(tmp_path / "lora" / report.WEIGHTS)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
-    with pytest.raises(RecipeError, match="is of another model: it has backbone"):
+    with pytest.raises(JobError, match="is of another model: it has backbone"):
         Job(settings(files, start=str(tmp_path / "lora" / report.WEIGHTS)))
-    with pytest.raises(RecipeError, match="must be in another folder"):  # it would be replaced
+    with pytest.raises(JobError, match="must be in another folder"):  # it would be replaced
         runs.start(settings(files, tune="lora", start=str(tuned)), tmp_path / "head", "", overwrite=True)
     assert tuned.exists()
 
@@ -417,11 +417,11 @@ def test_a_changed_model_or_changed_data_is_not_resumed(files: Path, tmp_path: P
     runs.start(settings(tmp_path), tmp_path / "run", "")
     with (tmp_path / "set" / "train.tsv").open("a") as file:
         file.write("one more\tpositive\n")
-    with pytest.raises(RecipeError, match="the data must be as at the start of the run"):
+    with pytest.raises(JobError, match="the data must be as at the start of the run"):
         runs.resume(tmp_path / "run", "")
     shutil.copy(files / "set" / "train.tsv", tmp_path / "set" / "train.tsv")
     damage(tmp_path / "encoder" / "model.safetensors", 4000)
-    with pytest.raises(RecipeError, match="the model must be as at the start of the run"):
+    with pytest.raises(JobError, match="the model must be as at the start of the run"):
         runs.resume(tmp_path / "run", "")
 
 
@@ -443,10 +443,10 @@ def test_damaged_weights_are_refused(files: Path, tmp_path: Path):
     path = tmp_path / report.WEIGHTS
     assert set(weights.load(path)) == {"head.weight", "head.bias"}
     damage(path, -4, b"\x01")
-    with pytest.raises(RecipeError, match="does not match its digest"):
+    with pytest.raises(JobError, match="does not match its digest"):
         weights.load(path)
     cut(path)
-    with pytest.raises(RecipeError, match="cannot be read as weights"):
+    with pytest.raises(JobError, match="cannot be read as weights"):
         weights.load(path)
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("safetensors", reason="the recipes need safetensors")
 from small_language_models import sentences, write_sentences, write_tsv  # noqa: E402
 
 from ulr_kernels.finetune import data  # noqa: E402
-from ulr_kernels.recipes import RecipeError  # noqa: E402
+from ulr_kernels.jobs import JobError  # noqa: E402
 
 
 def test_a_folder_has_its_splits(tmp_path: Path):
@@ -89,7 +89,7 @@ def test_movie_reviews():
 def test_bad_files_are_refused(tmp_path: Path, content: str | bytes, message: str):
     path = tmp_path / "all.tsv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(JobError) as error:
         data.load(str(path))
     assert message in str(error.value)
 
@@ -97,10 +97,10 @@ def test_bad_files_are_refused(tmp_path: Path, content: str | bytes, message: st
 def test_bad_folders_are_refused(tmp_path: Path):
     folder = write_sentences(tmp_path / "set")
     write_tsv(folder / "test.tsv", [("a film", "neutral")])
-    with pytest.raises(RecipeError, match="test has the label 'neutral', training has negative, positive"):
+    with pytest.raises(JobError, match="test has the label 'neutral', training has negative, positive"):
         data.load(str(folder))
     (folder / "test.tsv").unlink()
-    with pytest.raises(RecipeError, match="no file test.tsv"):
+    with pytest.raises(JobError, match="no file test.tsv"):
         data.load(str(folder))
-    with pytest.raises(RecipeError, match="neither movie-reviews nor a file nor a folder"):
+    with pytest.raises(JobError, match="neither movie-reviews nor a file nor a folder"):
         data.load(str(tmp_path / "nothing"))

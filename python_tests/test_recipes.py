@@ -20,7 +20,8 @@ Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
 from small_images import cifar_folder, truncate, two_classes  # noqa: E402
 from small_language_models import write_encoder, write_sentences  # noqa: E402
 
-from ulr_kernels.recipes import RecipeError, checkpoint, demo, folders, jobs, models, report, train  # noqa: E402
+from ulr_kernels.jobs import JobError, checkpoint, run_folder  # noqa: E402
+from ulr_kernels.recipes import demo, models, report, runs, train  # noqa: E402
 from ulr_kernels.recipes.settings import Settings  # noqa: E402
 from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, restore  # noqa: E402
 
@@ -53,7 +54,7 @@ def test_checkpoint_with_one_wrong_byte_is_refused(tmp_path: Path, position: int
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-    with pytest.raises(RecipeError, match=str(path)):
+    with pytest.raises(JobError, match=str(path)):
         checkpoint.load(path)
 
 
@@ -62,13 +63,13 @@ def test_truncated_checkpoint_is_refused(tmp_path: Path, length: int):
     path = tmp_path / "c"
     checkpoint.save(path, {"weights": torch.ones(100)})
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
+    with pytest.raises(JobError, match="cannot be read as a checkpoint"):
         checkpoint.load(path)
 
 
 def test_a_pickle_is_not_loaded(tmp_path: Path):
     torch.save({"weights": torch.ones(3)}, tmp_path / "c")
-    with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
+    with pytest.raises(JobError, match="cannot be read as a checkpoint"):
         checkpoint.load(tmp_path / "c")
 
 
@@ -122,7 +123,7 @@ def weights_of(folder: Path) -> bytes:
 def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options: dict, monkeypatch):
     settings = Settings(data=str(images), epochs=3, **{**SMALL, **options})
     global_state = torch.random.get_rng_state()
-    jobs.train(settings, tmp_path / "whole", "whole")
+    runs.train(settings, tmp_path / "whole", "whole")
 
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
@@ -132,7 +133,7 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options
     with pytest.raises(KeyboardInterrupt):  # after the checkpoint of epoch 1
         fit(Trainer(settings), stopped, say=interrupt)
     assert restore(stopped).epoch == 1
-    jobs.resume(stopped, "rest")
+    runs.resume(stopped, "rest")
     assert weights_of(stopped) == weights_of(tmp_path / "whole")
     assert torch.equal(torch.random.get_rng_state(), global_state)
     figures = json.loads((stopped / report.REPORT).read_text())
@@ -142,7 +143,7 @@ def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options
 
 def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatch):
     settings = Settings(data=str(images), epochs=2, **SMALL)
-    jobs.train(settings, tmp_path / "whole", "whole")
+    runs.train(settings, tmp_path / "whole", "whole")
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     save = checkpoint.save
     stopped = tmp_path / "stopped"
@@ -163,7 +164,7 @@ def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatc
     resumed = restore(stopped)
     assert (resumed.epoch, resumed.step, resumed.steps_per_epoch) == (1, 5, 3)
     seconds = resumed.partial["seconds"]
-    jobs.resume(stopped, "rest")
+    runs.resume(stopped, "rest")
     assert weights_of(stopped) == weights_of(tmp_path / "whole")
     histories = [json.loads((tmp_path / run / report.REPORT).read_text())["history"] for run in ("whole", "stopped")]
     assert [record["noised_loss"] for record in histories[0]] == [record["noised_loss"] for record in histories[1]]
@@ -172,7 +173,7 @@ def test_an_epoch_goes_on_in_its_middle(tmp_path: Path, images: Path, monkeypatc
 
 def test_a_run_stopped_in_its_first_step_goes_on(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
     settings = Settings(data=str(images), epochs=1, **SMALL)
-    jobs.train(settings, tmp_path / "whole", "whole")
+    runs.train(settings, tmp_path / "whole", "whole")
 
     def interrupt(self: Trainer, x: torch.Tensor, y: torch.Tensor) -> None:
         raise KeyboardInterrupt
@@ -180,8 +181,8 @@ def test_a_run_stopped_in_its_first_step_goes_on(tmp_path: Path, images: Path, m
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "_train_step", interrupt)
-        jobs.train(settings, stopped, "start")
-    jobs.resume(stopped, "rest")
+        runs.train(settings, stopped, "start")
+    runs.resume(stopped, "rest")
     assert weights_of(stopped) == weights_of(tmp_path / "whole")
     assert json.loads((stopped / report.REPORT).read_text())["commands"] == ["start", "rest"]
 
@@ -232,12 +233,12 @@ def test_a_pretrained_model_trains_its_last_blocks(tmp_path: Path, method: str):
 
 
 def test_a_pretrained_model_has_so_many_blocks():
-    with pytest.raises(RecipeError, match="blocks must be at most 17, efficientnet-lite0's, got 18"):
+    with pytest.raises(JobError, match="blocks must be at most 17, efficientnet-lite0's, got 18"):
         models.build("efficientnet-lite0", (3, 32, 32), 2, 1, torch.device("cpu"), blocks=18)
 
 
 def test_a_model_refuses_images_that_its_pooling_makes_nothing_of():
-    with pytest.raises(RecipeError, match=r"this one needs 8 x 8, got \(5, 6\)"):
+    with pytest.raises(JobError, match=r"this one needs 8 x 8, got \(5, 6\)"):
         models.build("vgg8", (1, 5, 6), 2, 1, torch.device("cpu"))
 
 
@@ -251,15 +252,15 @@ def test_a_killed_process_can_go_on(tmp_path: Path, images: Path):
     process.kill()
     process.wait()
     process.stdout.close()
-    jobs.resume(killed, "rest")
-    jobs.train(Settings(data=str(images), epochs=3, **SMALL), tmp_path / "whole", "whole")
+    runs.resume(killed, "rest")
+    runs.train(Settings(data=str(images), epochs=3, **SMALL), tmp_path / "whole", "whole")
     assert weights_of(killed) == weights_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", ["ulr", "bp"])
 def test_training_learns_and_reports(tmp_path: Path, images: Path, method: str, capsys):
     settings = Settings(data=str(images), method=method, epochs=4, lr=5e-3, **{**SMALL, "copies": 16})
-    jobs.train(settings, tmp_path, "the command")
+    runs.train(settings, tmp_path, "the command")
     figures = json.loads((tmp_path / report.REPORT).read_text())
     assert figures["test_accuracy"] >= 0.9
     assert figures["commands"] == ["the command"]
@@ -281,23 +282,23 @@ def test_training_learns_and_reports(tmp_path: Path, images: Path, method: str, 
 
 def test_seeds_differ_and_repeat(tmp_path: Path, images: Path):
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        jobs.train(Settings(data=str(images), epochs=1, seed=seed, **SMALL), tmp_path / folder, "")
+        runs.train(Settings(data=str(images), epochs=1, seed=seed, **SMALL), tmp_path / folder, "")
     assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b") != weights_of(tmp_path / "c")
 
 
 def test_a_damaged_checkpoint_is_not_resumed(tmp_path: Path, images: Path):
-    jobs.train(Settings(data=str(images), epochs=1, **SMALL), tmp_path, "")
+    runs.train(Settings(data=str(images), epochs=1, **SMALL), tmp_path, "")
     truncate(tmp_path / CHECKPOINT)
-    with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
-        jobs.resume(tmp_path, "")
+    with pytest.raises(JobError, match="cannot be read as a checkpoint"):
+        runs.resume(tmp_path, "")
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path):
     images = two_classes(tmp_path / "images")
-    jobs.train(Settings(data=str(images), epochs=1, **SMALL), tmp_path / "run", "")
+    runs.train(Settings(data=str(images), epochs=1, **SMALL), tmp_path / "run", "")
     (images / "train" / "above" / "0.png").rename(images / "train" / "below" / "new.png")
-    with pytest.raises(RecipeError, match="the data must be as at the start of the run"):
-        jobs.resume(tmp_path / "run", "")
+    with pytest.raises(JobError, match="the data must be as at the start of the run"):
+        runs.resume(tmp_path / "run", "")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, images: Path, monkeypatch):
@@ -318,26 +319,26 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, images: Path, mon
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path: Path, images: Path):
     settings = Settings(data=str(images), epochs=1, **SMALL)
-    jobs.train(settings, tmp_path, "")
+    runs.train(settings, tmp_path, "")
     before = (tmp_path / CHECKPOINT).read_bytes()
-    with pytest.raises(RecipeError, match="holds a run already"):
-        jobs.train(settings, tmp_path, "")
+    with pytest.raises(JobError, match="holds a run already"):
+        runs.train(settings, tmp_path, "")
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert (tmp_path / report.COSINES).exists()
-    jobs.train(dataclasses.replace(settings, method="bp"), tmp_path, "", overwrite=True)
+    runs.train(dataclasses.replace(settings, method="bp"), tmp_path, "", overwrite=True)
     assert not (tmp_path / report.COSINES).exists()  # the old run's: backpropagation has none
 
 
 def test_two_processes_do_not_share_a_run(tmp_path: Path, images: Path):
     settings = Settings(data=str(images), epochs=1, **SMALL)
-    jobs.train(settings, tmp_path, "")
+    runs.train(settings, tmp_path, "")
     before = (tmp_path / CHECKPOINT).read_bytes()
-    with folders.held(tmp_path):
-        for work in (lambda: jobs.train(settings, tmp_path, "", overwrite=True), lambda: jobs.resume(tmp_path, "")):
-            with pytest.raises(RecipeError, match="another process works on the run there"):
+    with run_folder.held(tmp_path):
+        for work in (lambda: runs.train(settings, tmp_path, "", overwrite=True), lambda: runs.resume(tmp_path, "")):
+            with pytest.raises(JobError, match="another process works on the run there"):
                 work()
     assert (tmp_path / CHECKPOINT).read_bytes() == before
-    jobs.resume(tmp_path, "")
+    runs.resume(tmp_path, "")
 
 
 # --- demonstration ---------------------------------------------------------------------------------------------------

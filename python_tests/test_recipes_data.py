@@ -12,7 +12,8 @@ Image = pytest.importorskip("PIL.Image", reason="image folders need pillow")
 
 from small_images import cifar_folder, idx_folder, truncate, two_classes, write_idx  # noqa: E402
 
-from ulr_kernels.recipes import RecipeError, data  # noqa: E402
+from ulr_kernels.jobs import JobError  # noqa: E402
+from ulr_kernels.recipes import data  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,7 @@ def test_images_of_16_bits(tmp_path: Path):
 
 def test_a_relative_folder_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        RecipeError, match=rf"'pictures' is neither .* nor a folder in {tmp_path} \(a run goes on where"
-    ):
+    with pytest.raises(JobError, match=rf"'pictures' is neither .* nor a folder in {tmp_path} \(a run goes on where"):
         data.load("pictures")
 
 
@@ -86,17 +85,17 @@ def test_cifar_binary_folder(tmp_path: Path):
 
 def test_damaged_cifar_files_are_refused(tmp_path: Path):
     truncate(cifar_folder(tmp_path) / "data_batch_2.bin")
-    with pytest.raises(RecipeError, match="must hold whole records of 3073 bytes"):
+    with pytest.raises(JobError, match="must hold whole records of 3073 bytes"):
         data.load(str(tmp_path))
     (tmp_path / "data_batch_2.bin").unlink()
     (tmp_path / "test_batch.bin").unlink()
-    with pytest.raises(RecipeError, match=r"test_batch\.bin: cannot be read"):
+    with pytest.raises(JobError, match=r"test_batch\.bin: cannot be read"):
         data.load(str(tmp_path))
     (tmp_path / "batches.meta.txt").write_bytes("avião".encode("latin-1"))
-    with pytest.raises(RecipeError, match=r"batches\.meta\.txt: cannot be read: 'utf-8' codec"):
+    with pytest.raises(JobError, match=r"batches\.meta\.txt: cannot be read: 'utf-8' codec"):
         data.load(str(tmp_path))
     (tmp_path / "batches.meta.txt").unlink()
-    with pytest.raises(RecipeError, match=r"test_batch\.bin: cannot be read"):  # classes need no names
+    with pytest.raises(JobError, match=r"test_batch\.bin: cannot be read"):  # classes need no names
         data.load(str(tmp_path))
 
 
@@ -120,13 +119,13 @@ def test_scale_is_that_of_the_training_pixels(images: Path):
 )
 def test_damaged_idx_files_are_refused(tmp_path: Path, damage, message: str):
     damage(idx_folder(tmp_path, packed=True))
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(JobError, match=message):
         data.load(str(tmp_path))
 
 
 def test_truncated_plain_idx_file_is_refused(tmp_path: Path):
     truncate(idx_folder(tmp_path) / "train-images-idx3-ubyte")
-    with pytest.raises(RecipeError, match="must hold 240 values after its header, got 210"):
+    with pytest.raises(JobError, match="must hold 240 values after its header, got 210"):
         data.load(str(tmp_path))
 
 
@@ -149,5 +148,5 @@ def test_damaged_image_folders_are_refused(tmp_path: Path, damage, message: str)
                 Image.new("L", (6, 5), color=index).save(tmp_path / part / name / f"{index}.png")
     data.load(str(tmp_path))
     damage(tmp_path)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(JobError, match=message):
         data.load(str(tmp_path))

@@ -19,7 +19,7 @@ from ulr_kernels import dispatch, noise_contract, use_backend  # noqa: E402
 from ulr_kernels.finetune import trajectory  # noqa: E402
 from ulr_kernels.finetune.trajectory import Header, Writer, read  # noqa: E402
 from ulr_kernels.optim import Group, Rule, Update  # noqa: E402
-from ulr_kernels.recipes import RecipeError  # noqa: E402
+from ulr_kernels.recipes import JobError  # noqa: E402
 
 STEPS = 4
 RULES = {
@@ -103,7 +103,7 @@ def test_until_stops_early(log: Path):
         found.replay(got, until=until)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
     for until in (-1, STEPS + 1):
-        with pytest.raises(RecipeError, match=f"until must be between 0 and {STEPS}"):
+        with pytest.raises(JobError, match=f"until must be between 0 and {STEPS}"):
             read(log, until=until)
 
 
@@ -114,7 +114,7 @@ def test_a_cut_at_any_byte_keeps_the_whole_steps_before_it(log: Path):
     for length in range(len(content)):
         log.write_bytes(content[:length])
         if length < start:
-            with pytest.raises(RecipeError, match="cut within its header"):
+            with pytest.raises(JobError, match="cut within its header"):
                 read(log)
             continue
         whole, rest = divmod(length - start, size)
@@ -130,7 +130,7 @@ def test_a_changed_bit_anywhere_is_told(log: Path):
     content = log.read_bytes()
     for index in range(len(content)):
         log.write_bytes(content[:index] + bytes((content[index] ^ (1 << index % 8),)) + content[index + 1 :])
-        with pytest.raises(RecipeError, match="damaged|cut within its header|not a trajectory"):
+        with pytest.raises(JobError, match="damaged|cut within its header|not a trajectory"):
             read(log)
 
 
@@ -139,10 +139,10 @@ def test_steps_before_the_damage_can_be_rebuilt(log: Path):
     size = header(RULES["sgd"]).record.size + 4
     content[-2 * size] ^= 1
     log.write_bytes(content)
-    with pytest.raises(RecipeError, match="in the record of step 2: --until 2 rebuilds"):
+    with pytest.raises(JobError, match="in the record of step 2: --until 2 rebuilds"):
         read(log)
     assert len(read(log, until=2).updates) == 2
-    with pytest.raises(RecipeError, match="step 2"):  # only the last record can be a torn one
+    with pytest.raises(JobError, match="step 2"):  # only the last record can be a torn one
         read(log, torn=True)
 
 
@@ -187,33 +187,33 @@ def test_records_that_moved_are_told(log: Path):
     start = content[: -4 * size]
     for moved in (second + first + rest, second + rest, first + first + second + rest):
         log.write_bytes(start + moved)
-        with pytest.raises(RecipeError, match="damaged"):
+        with pytest.raises(JobError, match="damaged"):
             read(log)
 
 
 @pytest.mark.parametrize("change", [{"contract": 2}, {"noise": "0" * 32}])
 def test_another_noise_is_refused(tmp_path: Path, change: dict):
     (tmp_path / "log").write_bytes(dataclasses.replace(header(RULES["sgd"]), **change).encode())
-    with pytest.raises(RecipeError, match="its noise is another one"):
+    with pytest.raises(JobError, match="its noise is another one"):
         read(tmp_path / "log")
 
 
 def test_other_files_are_refused(tmp_path: Path):
     for content in (b"PK\x03\x04 a pickle in a zip", struct.pack("<Q", 8) + b"{}      "):
         (tmp_path / "log").write_bytes(content)
-        with pytest.raises(RecipeError, match="not a trajectory"):
+        with pytest.raises(JobError, match="not a trajectory"):
             read(tmp_path / "log")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(JobError, match="cannot be read"):
         read(tmp_path / "none")
 
 
 def test_one_process_writes_at_a_time(log: Path):
     found = read(log)
     writer = Writer(log, found)
-    with pytest.raises(RecipeError, match="another process writes to it"):
+    with pytest.raises(JobError, match="another process writes to it"):
         Writer(log, found)
     writer.append(update(STEPS), 0.0)
     writer.close()
-    with pytest.raises(RecipeError, match="another process writes to it"):  # it has: what was read is old
+    with pytest.raises(JobError, match="another process writes to it"):  # it has: what was read is old
         Writer(log, found)
     assert len(read(log).updates) == STEPS + 1

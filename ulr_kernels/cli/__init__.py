@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from ulr_kernels.cli import bench, demo, doctor, finetune, replay, train
 from ulr_kernels.cli.parser import Parser
+from ulr_kernels.jobs import JobError
 from ulr_kernels.optim import WorkerError
-from ulr_kernels.recipes import RecipeError
 
 _COMMANDS = {"train": train, "finetune": finetune, "replay": replay, "demo": demo, "bench": bench, "doctor": doctor}
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = f"{parser.prog} {args.command}"
     try:
         args.run(args, argv)
-    except RecipeError as error:
+    except JobError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except (OSError, WorkerError) as error:

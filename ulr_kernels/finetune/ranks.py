@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from ulr_kernels.jobs import JobError
 from ulr_kernels.optim import WorkerError
-from ulr_kernels.recipes import RecipeError
 
 
 @contextlib.contextmanager
@@ -29,24 +29,24 @@ def joined(timeout: int) -> Iterator[bool]:
         Whether there is one: a process by itself has none.
 
     Raises:
-        RecipeError: a variable is missing or nonsense, or this torch cannot do it.
+        JobError: a variable is missing or nonsense, or this torch cannot do it.
         WorkerError: the ranks did not meet in time.
     """
     if timeout < 1:
-        raise RecipeError(f"timeout must be at least 1, got {timeout}")
+        raise JobError(f"timeout must be at least 1, got {timeout}")
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if size == "1":
         yield False
         return
     if not dist.is_available():
-        raise RecipeError(f"{size} ranks need a torch with torch.distributed")
+        raise JobError(f"{size} ranks need a torch with torch.distributed")
     # torchrun ends the other ranks by SIGTERM where one has died: then they, too, say what is kept.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         try:
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
         except ValueError as error:
-            raise RecipeError(f"{size} ranks cannot meet: {_first_line(error)}") from error
+            raise JobError(f"{size} ranks cannot meet: {_first_line(error)}") from error
         except RuntimeError as error:
             raise WorkerError(
                 f"rank {rank} of {size} did not meet the others in {timeout} s: {_first_line(error)}"

@@ -13,7 +13,7 @@ from ulr_kernels.dispatch import BackendError, use_backend
 from ulr_kernels.finetune import trajectory, weights
 from ulr_kernels.finetune.job import build, named_parameters
 from ulr_kernels.finetune.settings import Settings
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 
 def replay(
@@ -36,17 +36,17 @@ def replay(
         The parameters by name, and the steps taken.
 
     Raises:
-        RecipeError: the log is damaged or has too few steps, the base is another model, or the back end is absent.
+        JobError: the log is damaged or has too few steps, the base is another model, or the back end is absent.
     """
     if threads < 0:
-        raise RecipeError(f"threads must be at least 0, got {threads}")
+        raise JobError(f"threads must be at least 0, got {threads}")
     torch.set_num_threads(threads or torch.get_num_threads())
     if revert:
         steps = len(trajectory.read(log).updates)
         if until is not None:
-            raise RecipeError("give --until or --revert, not both")
+            raise JobError("give --until or --revert, not both")
         if not 0 < revert <= steps:
-            raise RecipeError(f"revert must be between 1 and {steps}, the steps in the log, got {revert}")
+            raise JobError(f"revert must be between 1 and {steps}, the steps in the log, got {revert}")
         until = steps - revert
     run = trajectory.read(log, until)
     settings = run.header.settings
@@ -56,12 +56,12 @@ def replay(
     loaded = build(own, len(settings["classes"]), settings["calibration"], base)
     parameters = named_parameters(loaded.model)
     if trajectory.weights_digest(parameters) != run.header.weights:
-        raise RecipeError(f"'{base}' is not the model that {log} began with: its weights are others")
+        raise JobError(f"'{base}' is not the model that {log} began with: its weights are others")
     try:
         with use_backend(backend) if backend else contextlib.nullcontext():
             run.replay(parameters)
     except (BackendError, ValueError) as error:
-        raise RecipeError(str(error)) from error
+        raise JobError(str(error)) from error
     tuned = (name for names in run.header.rule.names for name in names)
     return {name: parameters[name] for name in tuned}, run
 
@@ -70,13 +70,13 @@ def write(base: str, log: Path, out: Path, **options) -> str:
     """`replay` into a file, as `weights.save` writes it; a line that says what it holds.
 
     Raises:
-        RecipeError: as `replay`, or `out` is in no folder or is one; nothing has been written.
+        JobError: as `replay`, or `out` is in no folder or is one; nothing has been written.
         OSError: `out` cannot be written.
     """
     if not out.parent.is_dir():
-        raise RecipeError(f"out '{out}': no folder {out.parent}")
+        raise JobError(f"out '{out}': no folder {out.parent}")
     if out.is_dir():
-        raise RecipeError(f"out '{out}' must be a file, it is a folder")
+        raise JobError(f"out '{out}' must be a file, it is a folder")
     parameters, run = replay(base, log, **options)
     steps = len(run.updates)
     weights.save(out, parameters, run.header.weights, steps)

@@ -11,8 +11,8 @@ import torch
 
 from ulr_kernels.finetune import weights
 from ulr_kernels.finetune.job import Job
-from ulr_kernels.recipes import checkpoint, plots
-from ulr_kernels.recipes.report import versions
+from ulr_kernels.jobs import checkpoint, plots
+from ulr_kernels.jobs.versions import versions
 
 REPORT, CURVES, MEMORY, WEIGHTS = "report.json", "curves.png", "memory.png", "tuned.safetensors"
 FILES = (WEIGHTS, REPORT, CURVES, MEMORY)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ulr_kernels.finetune.settings import Settings
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 try:
     import matplotlib  # noqa: F401  (needed at the very end: better refused at the start)
@@ -21,9 +21,9 @@ try:
 
     from ulr_kernels.finetune import report, trajectory
     from ulr_kernels.finetune.job import Job
-    from ulr_kernels.recipes import checkpoint, folders, memory
+    from ulr_kernels.jobs import checkpoint, memory, run_folder
 except ImportError as error:
-    raise RecipeError(f"fine-tuning needs the package {error.name}: pip install '.[finetune]'") from error
+    raise JobError(f"fine-tuning needs the package {error.name}: pip install '.[finetune]'") from error
 
 LOG, HISTORY, FEATURES = "trajectory.ulr", "history.json", "features.safetensors"
 
@@ -48,12 +48,10 @@ class History:
             return history
         except FileNotFoundError:
             if steps:
-                raise RecipeError(
-                    f"{folder / HISTORY}: no such file, which the run wrote before its first step"
-                ) from None
+                raise JobError(f"{folder / HISTORY}: no such file, which the run wrote before its first step") from None
             return cls([], [])
         except (OSError, ValueError, TypeError) as error:
-            raise RecipeError(f"{folder / HISTORY}: cannot be read: {error}") from error
+            raise JobError(f"{folder / HISTORY}: cannot be read: {error}") from error
 
 
 def start(settings: Settings, out: Path, command: str, overwrite: bool = False, shared: bool = False) -> None:
@@ -69,19 +67,17 @@ def start(settings: Settings, out: Path, command: str, overwrite: bool = False, 
         shared: by the ranks of the default process group.
 
     Raises:
-        RecipeError: the run cannot be made; nothing has been written.
+        JobError: the run cannot be made; nothing has been written.
         OSError, FloatingPointError, WorkerError: a file could not be written, the loss is not finite, or a rank did not
             answer; finished steps are in the log.
     """
     if settings.start and Path(settings.start).resolve().parent == out.resolve():
-        raise RecipeError(
-            f"start '{settings.start}' must be in another folder than this run, which needs it to the end"
-        )
+        raise JobError(f"start '{settings.start}' must be in another folder than this run, which needs it to the end")
     job = Job(settings, shared=shared)
     with contextlib.ExitStack() as stack:
         writer = None
         if job.rank == 0:
-            stack.enter_context(folders.prepare(out, LOG, (HISTORY, FEATURES, *report.FILES), overwrite))
+            stack.enter_context(run_folder.prepare(out, LOG, (HISTORY, FEATURES, *report.FILES), overwrite))
             writer = stack.enter_context(contextlib.closing(trajectory.Writer.create(out / LOG, job.header)))
         _Run(job, out, writer, History([command], []), []).finish()
 
@@ -95,7 +91,7 @@ def resume(folder: Path, command: str, shared: bool = False) -> None:
     with contextlib.ExitStack() as stack:
         first = not shared or dist.get_rank() == 0
         if first:
-            stack.enter_context(folders.held(folder))
+            stack.enter_context(run_folder.held(folder))
         log = trajectory.read(folder / LOG, torn=True)
         job = Job(Settings.of_log(folder / LOG, log.header.settings["run"]), log.header, shared)
         job.replay(log)

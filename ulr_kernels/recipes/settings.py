@@ -1,81 +1,84 @@
-"""What a training run is: every setting that its result depends on."""
+"""The settings of `ulr train`: all that a run's result depends on."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
-from ulr_kernels.recipes import rules
+from ulr_kernels.baselines import BASELINES
+from ulr_kernels.estimators.allocation import ALLOCATIONS
+from ulr_kernels.estimators.settings import MEMORIES
+from ulr_kernels.jobs import rules
+from ulr_kernels.jobs.schedule import SCHEDULES
+from ulr_kernels.jobs.settings import check, setting
+from ulr_kernels.noise_contract import DISTRIBUTIONS, SAMPLERS
+from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 from ulr_kernels.recipes.models import MODELS, PRETRAINED
 
 METHODS = ("ulr", "bp")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
+
+
+def _copies(text: str) -> int | dict[str, int]:
+    """`64`, or `1=128,3=64` by layer."""
+    try:
+        if "=" not in text:
+            return int(text)
+        return {name: int(count) for name, count in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or LAYER=N,LAYER=N, got '{text}'") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """A run. The fields from `sigma` on are `ulr.ULR`'s, which checks them (`max_rows` 0: its own choice);
-    backpropagation ignores them.
+    """A run. The group "likelihood ratio" holds arguments of `ulr.ULR`, which checks them; backpropagation ignores
+    them."""
 
-    Attributes:
-        data: what `data.load` takes.
-        subset, test_subset: images to use, as many of each class; 0: all.
-        model: a key of `models.MODELS` or `models.PRETRAINED`.
-        blocks: of a pre-trained model, the last blocks to train, besides the head; others train whole.
-        method: `ulr`, or `bp` (backpropagation) to compare.
-        epochs: passes over the training images.
-        batch: images per step; the last step of an epoch takes what is left.
-        lr: learning rate at the start.
-        schedule: `cosine` (half a cosine from `lr` to 0 over the run) or `constant`.
-        optimizer: `adam`, `adamw`, or `sgd` with momentum 0.9.
-        weight_decay: as that optimiser has it.
-        label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
-        seed: initial values, order of the images and noise all follow from it.
-        device: `cpu` or `cuda`.
-        threads: of torch on the CPU; 0 leaves torch's own choice, which is then written down.
-    """
-
-    data: str
-    subset: int = 0
-    test_subset: int = 0
-    model: str = "mlp"
-    blocks: int = 1
-    method: str = "ulr"
-    epochs: int = 20
-    batch: int = 100
-    lr: float = 1e-3
-    schedule: str = "cosine"
-    optimizer: str = "adam"
-    weight_decay: float = 0.0
-    label_smoothing: float = 0.0
-    seed: int = 0
-    device: str = "cpu"
-    threads: int = 0
-    sigma: float = 0.1
-    copies: int | dict[str, int] = 64
-    antithetic: bool = True
-    injection: str = "layerwise"
-    dist: str = "normal"
-    sampler: str = "iid"
-    baseline: str = "mean"
-    max_rows: int = 0
-    memory: str = "keep"
-    allocation: str = "even"
+    data: str = setting(
+        "digits, mnist5k, fashion, or a folder: train/CLASS/*.png, idx or CIFAR-10 files",
+        metavar="DATA",
+        group="what to train",
+    )
+    subset: int = setting("training images to use, as many of each class; 0: all", 0, rule=rules.at_least(0))
+    test_subset: int = setting("test images to use, likewise", 0, rule=rules.at_least(0))
+    model: str = setting("the model; efficientnet-lite0 is pre-trained", "mlp", choices=(*MODELS, *PRETRAINED))
+    blocks: int = setting(
+        "of a pre-trained model, the last blocks to train, besides the head", 1, rule=rules.at_least(0)
+    )
+    method: str = setting("likelihood ratio, or backpropagation to compare", "ulr", choices=METHODS)
+    epochs: int = setting("passes over the training images", 20, rule=rules.at_least(1), group="how")
+    batch: int = setting("images per step; an epoch's last step takes those left", 100, rule=rules.at_least(1))
+    optimizer: str = setting("the optimiser; sgd has momentum 0.9", "adam", choices=OPTIMIZERS)
+    lr: float = setting("learning rate at the start", 1e-3, rule=rules.positive)
+    schedule: str = setting("of the learning rate: half a cosine to 0, or constant", "cosine", choices=SCHEDULES)
+    weight_decay: float = setting("as the optimiser has it", 0.0, rule=rules.not_negative)
+    label_smoothing: float = setting(
+        "share of the target that is spread evenly over all classes", 0.0, rule=rules.below_one
+    )
+    seed: int = setting("of initial values, order of images, and noise", 0, rule=rules.seed)
+    sigma: float = setting("scale of the noise", 0.1, group="likelihood ratio")
+    copies: int | dict[str, int] = setting(
+        "noisy copies of each image: a number, or LAYER=N,... by layer", 64, type=_copies
+    )
+    antithetic: bool = setting("copies in pairs of opposite noise", True)
+    injection: str = setting("noise in one layer at a time, or in all at once", "layerwise", choices=INJECTIONS)
+    dist: str = setting("distribution of the noise", "normal", choices=DISTRIBUTIONS)
+    sampler: str = setting("independent or quasi-random noise", "iid", choices=SAMPLERS)
+    baseline: str = setting("number that is subtracted from each loss", "mean", choices=BASELINES)
+    max_rows: int = setting(
+        "rows, copies times images, that the model is given at a time; 0: all, or on a CPU as many as its caches hold",
+        0,
+        rule=rules.at_least(0),
+    )
+    memory: str = setting("keep what layers read, or run each forward again", "keep", choices=MEMORIES)
+    allocation: str = setting(
+        "as many copies of each image, or more of those whose loss moves further", "even", choices=ALLOCATIONS
+    )
+    device: str = setting("the device", "cpu", choices=("cpu", "cuda"), group="where")
+    threads: int = setting("CPU threads; 0 leaves the choice to torch", 0, rule=rules.at_least(0))
 
     def __post_init__(self) -> None:
-        rules.one_of(self, "model", (*MODELS, *PRETRAINED))
-        rules.one_of(self, "method", METHODS)
-        rules.one_of(self, "optimizer", OPTIMIZERS)
-        rules.one_of(self, "schedule", SCHEDULES)
-        for count in ("subset", "test_subset", "blocks", "max_rows"):
-            rules.at_least(self, count, 0)
-        rules.at_least(self, "epochs", 1)
-        rules.at_least(self, "batch", 1)
-        rules.at_least(self, "threads", 0)
-        rules.positive(self, "lr")
-        rules.not_negative(self, "weight_decay")
-        rules.below_one(self, "label_smoothing")
-        rules.key(self, "seed")
+        check(self)
 
     @property
     def estimator(self) -> dict:

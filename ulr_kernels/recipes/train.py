@@ -18,9 +18,11 @@ from tqdm import tqdm
 from ulr_kernels import noise_contract
 from ulr_kernels.check import check
 from ulr_kernels.estimators import ULR
-from ulr_kernels.recipes import RecipeError, checkpoint, data, memory, models, rules
+from ulr_kernels.jobs import JobError, checkpoint, memory, rules
+from ulr_kernels.jobs.schedule import learning_rate
+from ulr_kernels.jobs.shuffle import permutation
+from ulr_kernels.recipes import data, models
 from ulr_kernels.recipes.efficientnet import EfficientNetLite0
-from ulr_kernels.recipes.order import permutation
 from ulr_kernels.recipes.settings import Settings
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -42,7 +44,7 @@ class Trainer:
         partial: of the epoch under way, what its figures need: its `loss` summed over steps, `seconds` and `memory`.
 
     Raises:
-        RecipeError: a setting is out of range, a device is absent, or the data cannot be had.
+        JobError: a setting is out of range, a device is absent, or the data cannot be had.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -76,7 +78,7 @@ class Trainer:
             estimator = ULR(self.model, seed=self.settings.seed, **self.settings.estimator)
             estimator.backward(self.inputs(self.train.images[:1]), self.train.labels[:1], self.loss_per_row)
         except (TypeError, ValueError) as error:
-            raise RecipeError(str(error)) from error
+            raise JobError(str(error)) from error
         estimator.step = 0
         self.optimizer.zero_grad()
         return estimator
@@ -106,10 +108,10 @@ class Trainer:
         """Go on from where `state_dict` was taken, from a trainer of the same settings.
 
         Raises:
-            RecipeError: the data has changed.
+            JobError: the data has changed.
         """
         if state["data"] != self.data_digest:
-            raise RecipeError("the data must be as at the start of the run: it has changed")
+            raise JobError("the data must be as at the start of the run: it has changed")
         self.step, self.history, self.commands = state["step"], state["history"], state["commands"]
         self.partial = state["partial"]
         self.model.load_state_dict(state["model"])
@@ -188,8 +190,9 @@ class Trainer:
             raise FloatingPointError(f"epoch {self.epoch + 1}: the loss is {loss}: try {hint}")
 
     def _train_step(self, x: Tensor, y: Tensor) -> Tensor:
+        done = self.step / (self.settings.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = learning_rate(self.settings.lr, self.settings.schedule, done)
         self.optimizer.zero_grad()
         if self.estimator:
             loss = self.estimator.backward(x, y, self.loss_per_row)
@@ -199,12 +202,6 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         return loss.detach()
-
-    def _learning_rate(self) -> float:
-        if self.settings.schedule == "constant":
-            return self.settings.lr
-        done = self.step / (self.settings.epochs * self.steps_per_epoch)
-        return self.settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     @torch.no_grad()
     def evaluate(self, split: data.Split) -> tuple[float, float]:
@@ -288,7 +285,7 @@ def restore(folder: Path) -> Trainer:
     """The trainer as it was when the folder's checkpoint was written.
 
     Raises:
-        RecipeError: no checkpoint, or a damaged one, or its data has changed or cannot be had any more.
+        JobError: no checkpoint, or a damaged one, or its data has changed or cannot be had any more.
     """
     path = folder / CHECKPOINT
     state = checkpoint.load(path)
@@ -296,7 +293,7 @@ def restore(folder: Path) -> Trainer:
         trainer = Trainer(Settings(**state["settings"]))
         trainer.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{path}: does not fit this version: {error}") from error
+        raise JobError(f"{path}: does not fit this version: {error}") from error
     return trainer
 
 

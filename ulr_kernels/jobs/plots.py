@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ulr_kernels.recipes import checkpoint
+from ulr_kernels.jobs import checkpoint
 
 COLOURS = ("#1f5fa8", "#d1662b", "#3b8f5a", "#8a4fa3", "#9b7d1f")
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 
 @contextlib.contextmanager
@@ -18,17 +18,17 @@ def held(folder: Path) -> Iterator[None]:
     Two processes on one run would mix its files. Some network file systems cannot lock a folder: there it is not kept.
 
     Raises:
-        RecipeError: there is no such folder, or another process has it.
+        JobError: there is no such folder, or another process has it.
     """
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise RecipeError(f"{folder} cannot be read: {error.strerror}") from error
+        raise JobError(f"{folder} cannot be read: {error.strerror}") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecipeError(f"{folder}: another process works on the run there") from None
+            raise JobError(f"{folder}: another process works on the run there") from None
         except OSError:  # no such locks here
             pass
         yield
@@ -47,17 +47,17 @@ def prepare(out: Path, mark: str, others: Sequence[str], overwrite: bool = False
         overwrite: replace a run that is there.
 
     Raises:
-        RecipeError: it holds a run already and `overwrite` is not set, another process has it, or it cannot be made.
+        JobError: it holds a run already and `overwrite` is not set, another process has it, or it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"out '{out}' cannot be used: {error}") from error
+        raise JobError(f"out '{out}' cannot be used: {error}") from error
     with held(out):
         if (out / mark).exists() and not overwrite:
-            raise RecipeError(f"{out} holds a run already: continue it with --resume {out}, or give --overwrite")
+            raise JobError(f"{out} holds a run already: continue it with --resume {out}, or give --overwrite")
         if not os.access(out, os.W_OK):
-            raise RecipeError(f"out '{out}' cannot be written")
+            raise JobError(f"out '{out}' cannot be written")
         for name in (mark, *others):
             (out / name).unlink(missing_ok=True)
         yield

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 from ulr_kernels.recipes.settings import Settings
 
 try:
     import matplotlib  # noqa: F401  (needed at the very end: better refused at the start)
 
-    from ulr_kernels.recipes import folders, memory, report
+    from ulr_kernels.jobs import memory, run_folder
+    from ulr_kernels.recipes import report
     from ulr_kernels.recipes.train import CHECKPOINT, Trainer, fit, restore
 except ImportError as error:
-    raise RecipeError(f"training needs the package {error.name}: pip install '.[train]'") from error
+    raise JobError(f"training needs the package {error.name}: pip install '.[train]'") from error
 
 
 def train(settings: Settings, out: Path, command: str, overwrite: bool = False) -> None:
@@ -27,18 +28,18 @@ def train(settings: Settings, out: Path, command: str, overwrite: bool = False) 
         overwrite: replace a run that is there.
 
     Raises:
-        RecipeError: the run cannot be made; nothing has been written.
+        JobError: the run cannot be made; nothing has been written.
         OSError, FloatingPointError: a file could not be written, or a loss is not finite; the last checkpoint is
             intact.
     """
     trainer = Trainer(settings)
-    with folders.prepare(out, CHECKPOINT, report.FILES, overwrite):
+    with run_folder.prepare(out, CHECKPOINT, report.FILES, overwrite):
         _finish(trainer, out, command)
 
 
 def resume(folder: Path, command: str) -> None:
     """Continue the run in a folder, bitwise as if it had never stopped, and write its report. Raises as `train`."""
-    with folders.held(folder):
+    with run_folder.held(folder):
         _finish(restore(folder), folder, command)
 
 

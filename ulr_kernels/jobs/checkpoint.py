@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ulr_kernels.recipes import RecipeError
+from ulr_kernels.jobs import JobError
 
 FORMAT = "ulr-checkpoint-1"
 
@@ -64,13 +64,13 @@ def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, tensors on the CPU.
 
     Raises:
-        RecipeError: there is no such file, or it is damaged, or it is something else.
+        JobError: there is no such file, or it is damaged, or it is something else.
     """
     metadata, tensors = read(path, "a checkpoint")
     if metadata.get("format") != FORMAT:
-        raise RecipeError(f"{path}: must be a checkpoint of form {FORMAT}, got {metadata.get('format')}")
+        raise JobError(f"{path}: must be a checkpoint of form {FORMAT}, got {metadata.get('format')}")
     if metadata.get("digest") != _digest(metadata.get("state", ""), tensors):
-        raise RecipeError(f"{path}: damaged: its content does not match its digest")
+        raise JobError(f"{path}: damaged: its content does not match its digest")
     return _decode(json.loads(metadata["state"]), tensors)
 
 
@@ -78,15 +78,15 @@ def read(path: Path, kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The metadata and the tensors, on the CPU, of a safetensors file.
 
     Raises:
-        RecipeError: there is no such file, or it is damaged, or something else: it is no file of this kind.
+        JobError: there is no such file, or it is damaged, or something else: it is no file of this kind.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
-        raise RecipeError(f"{path}: cannot be read as {kind}: no such file") from error
+        raise JobError(f"{path}: cannot be read as {kind}: no such file") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise RecipeError(f"{path}: cannot be read as {kind}: {error}") from error
+        raise JobError(f"{path}: cannot be read as {kind}: {error}") from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
