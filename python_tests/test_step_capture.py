@@ -23,6 +23,9 @@ import ulr_kernels as ulr
 from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import listed
+from ulr_kernels.ops._linear import LinearGradient
+from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops.noisy_linear_grads_ import LinearGradients
 
 READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")
 
@@ -311,15 +314,16 @@ def test_layers_one_by_one_where_no_table_tells_of_them(why, monkeypatch) -> Non
     from ulr_kernels.backends.triton import noisy_linear_grads_ as module
 
     rows, calls = 2**31 if why == "long" else 6, []
-    monkeypatch.setattr(module, "noisy_linear_grad_", lambda *call: calls.append(call))
+    monkeypatch.setattr(module, "noisy_linear_grad_", calls.append)
     monkeypatch.setattr(module, "launches", lambda *args: pytest.fail("a table was made"))
     monkeypatch.setattr(module, "capturing", lambda device: why == "captured")
     weights, xs = [torch.zeros(3, 2)] * 2, [torch.zeros(6, 2), torch.zeros(1, 2).expand(rows, 2)]
     ones = [torch.ones(())] * 2
     losses, biases = [torch.ones(2, 6), torch.ones(2, 1)], [torch.empty(0)] * 2
     keys = [torch.tensor(1)] * 2
-    module.noisy_linear_grads_(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
-    assert [call[3].shape[0] for call in calls] == [6, rows]
+    a = LinearGradients(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
+    module.noisy_linear_grads_(a)
+    assert [layer.x.shape[0] for layer in calls] == [6, rows]
 
 
 def test_kernels_that_a_capture_takes_have_run_before_it(monkeypatch) -> None:
@@ -327,17 +331,20 @@ def test_kernels_that_a_capture_takes_have_run_before_it(monkeypatch) -> None:
     pytest.importorskip("triton")
     from ulr_kernels.backends.triton import noisy_linear_grads_ as module
 
-    ran: list[tuple] = []
-    monkeypatch.setattr(module, "noisy_linear_grad_", lambda *call: ran.append(call))
+    ran: list[LinearGradient] = []
+    monkeypatch.setattr(module, "noisy_linear_grad_", ran.append)
     monkeypatch.setattr(module, "_rehearsed", set())
 
-    def layer(rows: int, draw: int) -> tuple:
+    def layer(rows: int, draw: int) -> LinearGradient:
         weight, bias, x, losses = torch.zeros(3, 2), torch.zeros(3), torch.ones(rows, 2), torch.ones(2, rows)
-        return weight, bias, None, x, losses, torch.ones(()), torch.tensor(1), False, "normal", "iid", 1, draw, 0, 0
+        noise = NoiseSpec(torch.tensor(1), draw=draw)
+        return LinearGradient(weight, bias, None, x, losses, torch.ones(()), noise)
 
     first, second = layer(6, 0), layer(16, 0)  # Triton compiles for what 16 divides
     module.rehearse([first, second, first, layer(6, 32), layer(5, 0)])
-    assert [call[3].shape[0] for call in ran] == [6, 16]
-    assert ran[0][0] is not first[0] and ran[0][1] is not first[1] and ran[0][3] is first[3]
+    assert [layer.x.shape[0] for layer in ran] == [6, 16]
+    scratch = ran[0]
+    assert scratch.grad_weight is not first.grad_weight and scratch.grad_bias is not first.grad_bias
+    assert scratch.x is first.x
     module.rehearse([layer(6, 1)])  # and for a 1
     assert len(ran) == 3

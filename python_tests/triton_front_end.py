@@ -84,18 +84,18 @@ def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
             [one(2)], [one(1)], [x], [loss], [torch.tensor(0.5)], [torch.tensor(7)], **how, **offsets
         )
         for rank in (None, 1):
-            ops.perturbed_linear(x, *layer, members=copies, rank=rank, **how, **at)
+            ops.perturbed_linear(x, *layer, copies=copies, rank=rank, **how, **at)
     for x in (one(4), torch.ones(copies, 1, 1, 1, 1)):
         for transposed in (False, True):
             ops.noisy_conv2d(x, *image, copies=copies, transposed=transposed, **how, **at)
             ops.noisy_conv2d_grad_(one(4), one(1), x, loss, 0.5, 7, transposed=transposed, **how, **at)
         for rank in (None, 1):
-            ops.perturbed_conv2d(x, *image, members=copies, rank=rank, **how, **at)
+            ops.perturbed_conv2d(x, *image, copies=copies, rank=rank, **how, **at)
     ops.noise_add(one(2), 0.5, 7, copies=copies, **how, **at)
     ops.noise_score((1, 1), loss, 0.5, 7, **how, **at)
     for rank in (None, 1):
         first = torch.zeros(1, dtype=torch.int64)
-        ops.perturbed_embedding(first, one(2), 0.5, 7, members=copies, rank=rank, **how, **at)
+        ops.perturbed_embedding(first, one(2), 0.5, 7, copies=copies, rank=rank, **how, **at)
         ops.perturb_([one(2), one(1)], torch.tensor([7, 8]), 0.5, dist=how["dist"], rank=rank)
         ops.combine_([one(2), one(1)], torch.tensor([7, 8]), one(1), dist=how["dist"], rank=rank)
 

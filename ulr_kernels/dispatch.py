@@ -1,8 +1,9 @@
 """The table of back ends: which provider runs an op on a device, and why each other one is absent.
 
-A provider is a function of an op's outputs (where it has any) and its schema's arguments. Four back ends make
-providers: `torch` (the references in `ops/`), `cpp`, `cuda` and `triton`. A call is one lookup in a dictionary that was
-filled when it was first asked for, in the order below. An explicit request (`use_backend`) never falls back.
+A provider is a function of an op's output (if it has one) and its bound arguments (`Op.arguments`). Four back ends have
+providers: `torch` (the references in `ops/`), `cpp`, `cuda` and `triton`. The first call of an op on a device takes the
+first back end of the order below that can run it, and later calls find it in a dictionary. An explicit request
+(`use_backend`) never falls back.
 """
 
 from __future__ import annotations

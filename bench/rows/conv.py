@@ -53,7 +53,7 @@ def conv_row(
         name=f"noisy_conv2d {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=lambda i: (*operands(i, sizes, dtype, device, last), key_of(i, device)),
         contestants=contestants,
-        cost=OPS["noisy_conv2d"].cost(x, weight, None, None, None, *WINDOW, copies, False),
+        cost=OPS["noisy_conv2d"].floor(x, weight, None, None, None, *WINDOW, copies, False),
         kind=kind_of(dtype),
         memory=copies > 1,
     )
@@ -129,6 +129,6 @@ def conv_replay_row(
         name=f"conv replay {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=make,
         contestants={**ours(fused, names), "two ops": Contestant(apart, backend=names[0])},
-        cost=OPS["noisy_conv2d_replay_"].cost(weight, None, None, x, *window),
+        cost=OPS["noisy_conv2d_replay_"].floor(weight, None, None, x, *window),
         kind=kind_of(dtype),
     )

@@ -35,7 +35,7 @@ def add_row(
             "eager": Contestant(eager),
             "torch.compile": Contestant(lambda x, key: fused(x)),
         },
-        cost=OPS["noise_add"].cost(shaped(*shape, dtype=dtype), None, None, feature_dim, copies, True, False),
+        cost=OPS["noise_add"].floor(shaped(*shape, dtype=dtype), None, None, feature_dim, copies, True, False),
         kind=kind_of(dtype),
         memory=True,
     )
@@ -79,7 +79,7 @@ def dot_row(
             "eager, half kept": Contestant(rival(sums), keep),
             "torch.compile": Contestant(rival(compiled(sums)), keep),
         },
-        cost=OPS["noise_dot_"].cost(
+        cost=OPS["noise_dot_"].floor(
             *buffers, None, shaped(*shape, dtype=dtype), shaped(copies, shape[0]), None, None, feature_dim, True, True
         ),
         kind=kind_of(dtype),

@@ -50,7 +50,7 @@ def linear_row(
         + threads_text(threads),
         inputs=make,
         contestants=contestants,
-        cost=OPS["noisy_linear"].cost(x, weight, None, None, None, copies, False),
+        cost=OPS["noisy_linear"].floor(x, weight, None, None, None, copies, False),
         kind=kind_of(dtype),
         threads=threads,
         memory=copies > 1,
@@ -93,7 +93,7 @@ def gradient_row(
             "eager, half kept": Contestant(rival(rivals.paired_gradient), keep(repeat=False, half=True)),
             "torch.compile": Contestant(rival(compiled(rivals.reduced_gradient)), keep(repeat=False, half=False)),
         },
-        cost=OPS["noisy_linear_grad_"].cost(*buffers, None, x, loss_weight, None, None, True),
+        cost=OPS["noisy_linear_grad_"].floor(*buffers, None, x, loss_weight, None, None, True),
         kind=kind_of(dtype),
         memory=True,
     )
@@ -136,6 +136,6 @@ def replay_row(
             "two ops": Contestant(apart, backend=names[0]),
             "eager, half kept": Contestant(eager),
         },
-        cost=OPS["noisy_linear_replay_"].cost(*buffers, None, x, weight, None, loss_weight, None, None, True),
+        cost=OPS["noisy_linear_replay_"].floor(*buffers, None, x, weight, None, loss_weight, None, None, True),
         kind=kind_of(dtype),
     )

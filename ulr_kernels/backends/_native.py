@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
+from ulr_kernels.ops._op import NoiseSpec
 
 FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
 PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
@@ -27,8 +28,10 @@ TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 class Arguments(NamedTuple):
-    """What a launcher is handed: the noise, the tensors and the op's own integers, in the order of the enums beside it.
-    The tensors are kept, not just their addresses: some are made for the launch."""
+    """Arguments of a launcher: the noise, the tensors and the op's own integers, in the order of the enums beside it.
+
+    They hold the tensors, not just their addresses: some are made for the launch.
+    """
 
     noise: tuple | None
     tensors: tuple[Tensor | None, ...]
@@ -118,19 +121,15 @@ def float_bits(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
-def noise_spec(
-    key: Tensor,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-    *,
-    width: int,
-    antithetic: bool = False,
-) -> tuple:
-    """Which noise, as a launcher reads it; `width`: all columns, `col_offset` included."""
+def noise_view(noise: NoiseSpec, cols: int = 0, draw: int = 0, row: int = 0, col: int = 0) -> tuple:
+    """Which noise, as a launcher reads it.
+
+    Args:
+        noise: of the whole call.
+        cols: of the whole call; needed for Sobol alone.
+        draw, row, col: where in the call the launch starts.
+    """
+    key, antithetic, dist, sampler, positions, first_draw, row_offset, col_offset = noise
     directions = noise_contract.sobol_directions(key.device).data_ptr() if sampler == "sobol" else 0
     which = (key.data_ptr(), directions, DISTRIBUTIONS[dist], antithetic)
-    return (*which, draw, row_offset, col_offset, positions, width)
+    return (*which, first_draw + draw, row_offset + row, col_offset + col, positions, col_offset + cols)

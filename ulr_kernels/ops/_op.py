@@ -1,4 +1,4 @@
-"""What an op is: one schema, one check, one reference; and how it is registered with torch."""
+"""An op (its schema, arguments, check, reference and cost), and its registration with torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -40,6 +40,26 @@ class Cost:
     noise: int
 
 
+class NoiseSpec(NamedTuple):
+    """Which noise an op uses: NOISE_SCHEMA, the key before it, and whether copies come in antithetic pairs.
+
+    An op whose schema lacks some of these has their defaults.
+    """
+
+    key: Tensor
+    antithetic: bool = False
+    dist: str = "normal"
+    sampler: str = "iid"
+    positions: int = 1
+    draw: int = 0
+    row_offset: int = 0
+    col_offset: int = 0
+
+    def draws(self, copies: int) -> int:
+        """The number of draws that so many copies use."""
+        return copies // 2 if self.antithetic else copies
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One operation.
@@ -47,18 +67,21 @@ class Op:
     Attributes:
         name: `torch.ops.ulr.<name>`; also the stem of the files that implement it.
         schema: arguments and results, in torch's schema language; all arguments are positional.
-        function: what users call: `ulr.ops.<name>`.
-        check: takes the schema's arguments; raises on bad input, else returns its `Output` (None if the op only writes
-            into its arguments). It reads no tensor's values, so it is the fake too.
-        reference: the torch back end. Takes the output (where there is one), then the schema's arguments. Like any
-            provider it may return an output of its own instead of filling the one that it was given.
+        arguments: a NamedTuple with a field for each argument of the schema, or with NamedTuples of some of them. It is
+            the one value that `check`, `reference`, `cost` and every provider take.
+        function: the public function, `ulr.ops.<name>`.
+        check: takes `arguments`; raises on bad input, else returns the op's `Output` (None if the op only writes into
+            its arguments). It reads no tensor's values, so it is the fake too.
+        reference: the torch back end. Takes the output (where there is one), then `arguments`. Like any provider it may
+            return an output of its own instead of filling the given one.
+        cost: takes `arguments`; the floor of a call.
         mutates: positions of the arguments that the op writes; of a list, all its tensors.
         autocast: positions of the operands of a matrix product, which autocast casts.
-        cost: the floor of a call of the schema's arguments.
     """
 
     name: str
     schema: str
+    arguments: type
     function: Callable
     check: Callable
     reference: Callable
@@ -66,9 +89,46 @@ class Op:
     mutates: tuple[int, ...] = ()
     autocast: tuple[int, ...] = ()
 
+    @functools.cached_property
+    def bind(self) -> Callable[..., Any]:
+        """A function from the schema's arguments, less trailing ones that equal their defaults, to `arguments`."""
+        return _binder(self.arguments, getattr(torch.ops.ulr, self.name).default._schema)
+
+    def floor(self, *args) -> Cost:
+        """The cost of a call with the schema's arguments."""
+        return self.cost(self.bind(*args))
+
+
+def _binder(kind: type, schema: torch._C.FunctionSchema) -> Callable[..., Any]:
+    """A function of the schema's arguments that makes a `kind`, written out as `collections.namedtuple` does it."""
+    names = {argument.name for argument in schema.arguments}
+    scope: dict[str, Any] = {}
+
+    def constant(name: str, value: Any) -> str:
+        scope[name] = value
+        return name
+
+    def expression(kind: type) -> str:
+        fields = []
+        for field, hint in get_type_hints(kind).items():
+            if field in names:
+                fields.append(field)
+            elif hasattr(hint, "_fields"):
+                fields.append(expression(hint))
+            else:
+                fields.append(constant(f"default_{field}", kind._field_defaults[field]))  # type: ignore[attr-defined]
+        make = constant(f"make_{kind.__name__}", getattr(kind, "of", functools.partial(tuple.__new__, kind)))
+        return f"{make}({', '.join(fields)})" if hasattr(kind, "of") else f"{make}(({', '.join(fields)},))"
+
+    parameters = [
+        f"{a.name}={constant(f'given_{a.name}', a.default_value)}" if a.has_default_value() else a.name
+        for a in schema.arguments
+    ]
+    return eval(f"lambda {', '.join(parameters)}: {expression(kind)}", scope)
+
 
 class Output(NamedTuple):
-    """What an op makes. (A tensor on the meta device says it too, but takes longer to make than all that checks it.)"""
+    """Shape, dtype and memory layout of an op's result (cheaper than a meta tensor)."""
 
     shape: Sequence[int]
     dtype: torch.dtype
@@ -88,37 +148,36 @@ class Output(NamedTuple):
 def register(op: Op) -> None:
     """Define `torch.ops.ulr.<name>` and route its calls through the table of back ends."""
     _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    schema = getattr(torch.ops.ulr, op.name).default._schema
-    defaults = tuple(a.default_value for a in schema.arguments)
+    schema, bind = getattr(torch.ops.ulr, op.name).default._schema, op.bind
     returns = bool(schema.returns)
-
-    def full(args: tuple) -> tuple:  # the dispatcher leaves off trailing arguments that equal their defaults
-        return args + defaults[len(args) :]
+    # A tensor that is always there, or else the first of a list, which the check requires.
+    kinds = [str(argument.type) for argument in schema.arguments]
+    place = kinds.index("Tensor") if "Tensor" in kinds else kinds.index("List[Tensor]")
+    is_list = kinds[place] != "Tensor"
 
     def device_of(args: tuple) -> torch.device:
-        return next(t for a in args for t in tensors_of(a)).device
+        return args[place][0].device if is_list else args[place].device
 
     def fake(*args):
-        args = full(args)
-        output = op.check(*args)
+        output = op.check(bind(*args))
         return output.allocate(device_of(args)) if returns else None
 
     def run(*args):
-        args = full(args)
-        output, device = op.check(*args), device_of(args)
+        bound = bind(*args)
+        output, device = op.check(bound), device_of(args)
         if op.mutates:
             written = [t for i in op.mutates for t in tensors_of(args[i])]
             refuse_overlap(op.name, op.mutates, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
         provider = dispatch.lookup(op.name, device)
-        with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
+        with torch._C._AutoDispatchBelowAutograd():  # a provider's calls are no part of any autograd graph
             if not returns:
-                return provider(*args)
+                return provider(bound)
             if dispatch.allocates(provider):
-                return provider(output, *args)
+                return provider(output, bound)
             out = output.allocate(device)
-            made = provider(out, *args)
+            made = provider(out, bound)
         return out if made is None else made
 
     def cast(device: str, *args):
@@ -178,20 +237,9 @@ class Check:
         if value + extent > 2**bits:
             self.fail(argument, f"leave room for {extent} below 2^{bits}", value)
 
-    def noise(
-        self,
-        key: Tensor,
-        rows: int,
-        cols: int,
-        draws: int,
-        dist: str,
-        sampler: str,
-        positions: int,
-        draw: int,
-        row_offset: int,
-        col_offset: int,
-    ) -> None:
+    def noise(self, noise: NoiseSpec, rows: int, cols: int, draws: int) -> None:
         """The index rules of the contract, for a block of rows x cols and a number of draws."""
+        key, _, dist, sampler, positions, draw, row_offset, col_offset = noise
         if key.dtype != torch.int64 or key.dim() != 0:
             self.fail("key", "be an int64 scalar tensor", f"{key.dtype} {list(key.shape)}")
         self.dist(dist)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._grid import Grid, grid, matrix, one_copy
+from ulr_kernels.ops._grid import grid, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import FLOATS, NOISE_SCHEMA, Check, Cost, Op, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import FLOATS, NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noise_add import check_copies
 
 
@@ -68,91 +70,71 @@ def noise_dot_(
     torch.ops.ulr.noise_dot_.default(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
 
 
-def check(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> None:
-    rules = Check("noise_dot_")
+class ScaleShiftGradient(NamedTuple):
+    """Arguments of noise_dot_."""
+
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    grad_log_sigma: Tensor | None
+    x: Tensor
+    loss_weight: Tensor
+    sigma: Tensor
+    feature_dim: int
+    shared: bool
+    noise: NoiseSpec
+
+    @property
+    def buffers(self) -> dict[str, Tensor | None]:
+        return {"grad_weight": self.grad_weight, "grad_bias": self.grad_bias, "grad_log_sigma": self.grad_log_sigma}
+
+
+def check(a: ScaleShiftGradient) -> None:
+    rules, x = Check("noise_dot_"), a.x
     rules.dtype("x", x, FLOATS)
-    if loss_weight.dim() == 2:
-        check_copies(rules, x, loss_weight.shape[0], shared)
-    rows, cols, _ = grid(rules, "x", one_copy(x, shared), feature_dim)
-    _linear.check_loss_weight(rules, loss_weight, rows, positions)
-    draws = rules.copies(loss_weight.shape[0], antithetic)
-    buffers = {"grad_weight": grad_weight, "grad_bias": grad_bias, "grad_log_sigma": grad_log_sigma}
+    if a.loss_weight.dim() == 2:
+        check_copies(rules, x, a.loss_weight.shape[0], a.shared)
+    rows, cols, _ = grid(rules, "x", one_copy(x, a.shared), a.feature_dim)
+    _linear.check_loss_weight(rules, a.loss_weight, rows, a.noise.positions)
+    draws = rules.copies(a.loss_weight.shape[0], a.noise.antithetic)
+    buffers = a.buffers
     if all(buffer is None for buffer in buffers.values()):
         rules.fail("grad_weight", "be given where grad_bias and grad_log_sigma are None", None)
-    _linear.check_density(rules, grad_log_sigma, dist)
+    _linear.check_density(rules, a.grad_log_sigma, a.noise.dist)
     for name, buffer in buffers.items():
         if buffer is not None:
             _linear.check_sigma(rules, name, buffer, cols, _linear.buffer_dtypes(x))
-    _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
-    rules.device("x", x.device, **buffers, loss_weight=loss_weight, sigma=sigma, key=key)
-    rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)
+    _linear.check_sigma(rules, "sigma", a.sigma, cols, (torch.float32,))
+    rules.device("x", x.device, **buffers, loss_weight=a.loss_weight, sigma=a.sigma, key=a.noise.key)
+    rules.noise(a.noise, rows, cols, draws)
 
 
-def grid_of(x: Tensor, feature_dim: int, shared: bool) -> Grid:
-    return grid(Check("noise_dot_"), "x", one_copy(x, shared), feature_dim)
-
-
-def reference(
-    grad_weight,
-    grad_bias,
-    grad_log_sigma,
-    x,
-    loss_weight,
-    sigma,
-    key,
-    feature_dim,
-    shared,
-    antithetic,
-    dist,
-    sampler,
-    positions,
-    *at,
-) -> None:
-    rows, cols, axis = grid_of(x, feature_dim, shared)
-    sizes = Sizes(loss_weight.shape[0], rows, 0, cols, shared)
-    weights = loss_weight.repeat_interleave(positions, dim=1)
-    by_weight, by_bias, by_log_sigma = (loss_weight.new_zeros(cols) for _ in range(3))
-    reduced = loss_weight.new_zeros(rows, cols)
-    for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
-        score = noise_contract.score(eps, dist)
+def reference(a: ScaleShiftGradient) -> None:
+    rows, cols, axis = grid(Check("noise_dot_"), "x", one_copy(a.x, a.shared), a.feature_dim)
+    weights = a.loss_weight.repeat_interleave(a.noise.positions, dim=1)
+    by_weight, by_bias, by_log_sigma = (a.loss_weight.new_zeros(cols) for _ in range(3))
+    reduced = a.loss_weight.new_zeros(rows, cols)
+    for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, a.shared)):
+        score = noise_contract.score(eps, a.noise.dist)
         weighted = weights[copy, :, None] * score
         reduced += weighted
-        if not shared:
-            by_weight += (weighted * matrix(x[copy], axis).float()).sum(0)
+        if not a.shared:
+            by_weight += (weighted * matrix(a.x[copy], axis).float()).sum(0)
         by_log_sigma += (weights[copy, :, None] * (eps * score - 1)).sum(0)
-    if shared:
-        by_weight += (reduced * matrix(x, axis).float()).sum(0)
+    if a.shared:
+        by_weight += (reduced * matrix(a.x, axis).float()).sum(0)
     by_bias += reduced.sum(0)
-    sums = (by_weight / sigma, by_bias / sigma, by_log_sigma)
-    for buffer, value in zip((grad_weight, grad_bias, grad_log_sigma), sums, strict=True):
+    sums = (by_weight / a.sigma, by_bias / a.sigma, by_log_sigma)
+    for buffer, value in zip(a.buffers.values(), sums, strict=True):
         if buffer is not None:
             buffer.copy_(buffer.float() + (value if buffer.dim() else value.sum()))
 
 
-def cost(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, feature_dim, shared, antithetic, *spec):
-    copies = loss_weight.shape[0]
-    size = x.numel() if shared else x.numel() // copies
-    buffers = [b for b in (grad_weight, grad_bias, grad_log_sigma) if b is not None]
-    read = x.element_size() * x.numel() if grad_weight is not None else 0
-    written = 2 * sum(b.numel() * b.element_size() for b in buffers)
-    return Cost(read + written + 4 * loss_weight.numel(), 2 * x.numel(), (copies // 2 if antithetic else copies) * size)
+def cost(a: ScaleShiftGradient) -> Cost:
+    copies, x = a.loss_weight.shape[0], a.x
+    size = x.numel() if a.shared else x.numel() // copies
+    read = x.element_size() * x.numel() if a.grad_weight is not None else 0
+    written = 2 * sum(b.numel() * b.element_size() for b in a.buffers.values() if b is not None)
+    return Cost(read + written + 4 * a.loss_weight.numel(), 2 * x.numel(), a.noise.draws(copies) * size)
 
 
 register(
@@ -162,6 +144,7 @@ register(
         f"Tensor loss_weight, Tensor sigma, Tensor key, int feature_dim=-1, bool shared=True, bool antithetic=False, "
         f"{NOISE_SCHEMA}) -> ()",
         function=noise_dot_,
+        arguments=ScaleShiftGradient,
         check=check,
         reference=reference,
         cost=cost,

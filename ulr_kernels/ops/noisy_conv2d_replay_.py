@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulr_kernels.ops import _conv, _linear
-from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register, sigma_tensor
-from ulr_kernels.ops.noisy_conv2d_grad_ import cost as gradient_cost
+from ulr_kernels.ops import _conv
+from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops.noisy_conv2d_grad_ import cost
 
 
 def noisy_conv2d_replay_(
@@ -83,91 +83,24 @@ def noisy_conv2d_replay_(
     )
 
 
-def check(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Output:
-    rules = Check("noisy_conv2d_replay_")
-    _conv.check_kernel(rules, "weight", weight, transposed)
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    sizes = _conv.check_gradients(
-        rules, grad_weight, grad_bias, grad_log_sigma, x, loss_weight, weight.shape[2:], window, positions, dist
-    )
-    draws = rules.copies(sizes.copies, antithetic)
-    _conv.check_sizes(rules, x, weight.shape, window, sizes.copies, "weight")
+def check(a: ConvGradient) -> Output:
+    rules, window, weight = Check("noisy_conv2d_replay_"), a.window, a.weight
+    assert weight is not None
+    _conv.check_kernel(rules, "weight", weight, window.transposed)
+    sizes = _conv.check_gradients(rules, a)
+    rules.copies(sizes.copies, a.noise.antithetic)
+    _conv.check_sizes(rules, a.x, weight.shape, window, sizes.copies, "weight")
     if window.channels(weight.shape)[1] != sizes.features:
-        named = "grad_bias" if grad_weight is None else "grad_weight"
+        named = "grad_bias" if a.grad_weight is None else "grad_weight"
         rules.fail(named, f"have {window.channels(weight.shape)[1]} channels like weight", sizes.features)
-    _conv.check_weight(rules, x, weight, bias, sizes)
-    _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
-    rules.device(
-        "x",
-        x.device,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
-        grad_log_sigma=grad_log_sigma,
-        weight=weight,
-        bias=bias,
-        loss_weight=loss_weight,
-        sigma=sigma,
-        key=key,
-    )
-    rules.noise(key, sizes.rows, sizes.features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return _conv.output(x, weight, sizes, window)
+    _conv.check_weight(rules, a.x, weight, a.bias, sizes)
+    _conv.check_noise(rules, a, sizes)
+    return _conv.output(a.x, weight, sizes, window)
 
 
-def reference(
-    y,
-    grad_weight,
-    grad_bias,
-    grad_log_sigma,
-    x,
-    weight,
-    bias,
-    loss_weight,
-    sigma,
-    key,
-    stride,
-    padding,
-    dilation,
-    groups,
-    transposed,
-    *spec,
-) -> None:
-    window, kernel = Window.of(stride, padding, dilation, groups, transposed), weight.shape[2:]
-    sizes = _conv.sizes_of(x, weight.shape, window, loss_weight.shape[0])
-    _conv.forward_reference(y, x, weight, bias, sigma, sizes, window, key, *spec)
-    buffers = (grad_weight, grad_bias, grad_log_sigma)
-    _conv.gradient_reference(buffers, x, loss_weight, sigma, sizes, window, kernel, key, *spec)
-
-
-def cost(grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *spec) -> Cost:
-    window = Window.of(*spec[:5])
-    gradient = gradient_cost(
-        grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, weight.shape[2:], *spec
-    )
-    sizes = _conv.sizes_of(x, weight.shape, window, loss_weight.shape[0])
-    out = sizes.copies * sizes.rows * sizes.features
-    return Cost(gradient.bytes + x.element_size() * (weight.numel() + out), 2 * gradient.flops, gradient.noise)
+def reference(y: Tensor, a: ConvGradient) -> None:
+    _conv.forward_reference(y, a)
+    _conv.gradient_reference(a)
 
 
 register(
@@ -177,6 +110,7 @@ register(
         f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, bool antithetic=False, "
         f"{NOISE_SCHEMA}) -> Tensor",
         function=noisy_conv2d_replay_,
+        arguments=ConvGradient,
         check=check,
         reference=reference,
         cost=cost,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._op import Check, Cost, Op, register, sigma_tensor
-from ulr_kernels.ops.noisy_linear_grad_ import check_gradient, sizes_of
+from ulr_kernels.ops._linear import LinearGradient
+from ulr_kernels.ops._op import Check, Cost, NoiseSpec, Op, register, sigma_tensor
 from ulr_kernels.ops.noisy_linear_grad_ import cost as cost_of_one
 
 
@@ -62,59 +63,65 @@ def noisy_linear_grads_(
     torch.ops.ulr.noisy_linear_grads_.default(*lists, antithetic, dist, sampler, *places)
 
 
-def calls(
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    xs: list[Tensor],
-    loss_weights: list[Tensor],
-    sigmas: list[Tensor],
-    keys: list[Tensor],
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: list[int],
-    draw: int,
-    row_offset: list[int],
-    col_offset: list[int],
-) -> Iterator[tuple]:
-    """The arguments of `noisy_linear_grad_` for one layer after another."""
-    for layer, (weight, bias) in enumerate(zip(grad_weights, grad_biases, strict=True)):
-        own = (xs[layer], loss_weights[layer], sigmas[layer], keys[layer], antithetic, dist, sampler)
-        at = (positions[layer] if positions else 1, draw, *(o[layer] if o else 0 for o in (row_offset, col_offset)))
-        yield weight, bias if bias.numel() else None, None, *own, *at
+class LinearGradients(NamedTuple):
+    """Arguments of noisy_linear_grads_. Lists of offsets and positions may be empty; an empty bias stands for None."""
+
+    grad_weights: list[Tensor]
+    grad_biases: list[Tensor]
+    xs: list[Tensor]
+    loss_weights: list[Tensor]
+    sigmas: list[Tensor]
+    keys: list[Tensor]
+    antithetic: bool
+    dist: str
+    sampler: str
+    positions: list[int]
+    draw: int
+    row_offset: list[int]
+    col_offset: list[int]
+
+    def layers(self) -> Iterator[LinearGradient]:
+        """The arguments of `noisy_linear_grad_` for one layer after another."""
+        for i, (x, loss_weight, sigma, key) in enumerate(
+            zip(self.xs, self.loss_weights, self.sigmas, self.keys, strict=True)
+        ):
+            noise = NoiseSpec(
+                key,
+                self.antithetic,
+                self.dist,
+                self.sampler,
+                self.positions[i] if self.positions else 1,
+                self.draw,
+                self.row_offset[i] if self.row_offset else 0,
+                self.col_offset[i] if self.col_offset else 0,
+            )
+            bias = self.grad_biases[i]
+            bias_or_none = bias if bias.numel() else None
+            yield LinearGradient(self.grad_weights[i], bias_or_none, None, x, loss_weight, sigma, noise)
 
 
-def check(grad_weights, grad_biases, xs, loss_weights, sigmas, keys, antithetic, dist, sampler, *places) -> None:
+def check(a: LinearGradients) -> None:
     rules = Check("noisy_linear_grads_")
-    positions, draw, row_offset, col_offset = places
-    lists = {
-        "grad_weights": grad_weights,
-        "grad_biases": grad_biases,
-        "loss_weights": loss_weights,
-        "sigmas": sigmas,
-        "keys": keys,
-    }
-    offsets = {"positions": positions, "row_offset": row_offset, "col_offset": col_offset}
-    count = len(xs)
-    for argument, given in (*lists.items(), *((name, numbers) for name, numbers in offsets.items() if numbers)):
-        if len(given) != count:
-            rules.fail(argument, f"have {count} entries, one per layer", len(given))
-    for layer, x in enumerate(xs):
-        rules.dtype(f"xs[{layer}]", x, (xs[0].dtype,))
-        rules.device("xs[0]", xs[0].device, **{f"xs[{layer}]": x})
-    arguments = (grad_weights, grad_biases, xs, loss_weights, sigmas, keys, antithetic, dist, sampler, *places)
-    for layer, call in enumerate(calls(*arguments)):
-        check_gradient(Check(f"noisy_linear_grads_: layer {layer}"), *call)
+    for argument in ("grad_weights", "grad_biases", "loss_weights", "sigmas", "keys"):
+        if len(given := getattr(a, argument)) != len(a.xs):
+            rules.fail(argument, f"have {len(a.xs)} entries, one per layer", len(given))
+    for argument in ("positions", "row_offset", "col_offset"):
+        if len(given := getattr(a, argument)) not in (0, len(a.xs)):
+            rules.fail(argument, f"have {len(a.xs)} entries, one per layer", len(given))
+    for layer, x in enumerate(a.xs):
+        rules.dtype(f"xs[{layer}]", x, (a.xs[0].dtype,))
+        rules.device("xs[0]", a.xs[0].device, **{f"xs[{layer}]": x})
+    for layer, gradient in enumerate(a.layers()):
+        _linear.check_gradient(Check(f"noisy_linear_grads_: layer {layer}"), gradient)
 
 
-def reference(*args) -> None:
-    for weight, bias, _, x, loss_weight, sigma, key, *spec in calls(*args):
-        sizes = sizes_of(weight, bias, x, loss_weight)
-        _linear.gradient_reference(weight, bias, None, x, loss_weight, sigma, sizes, key, *spec)
+def reference(a: LinearGradients) -> None:
+    for layer in a.layers():
+        _linear.gradient_reference(layer)
 
 
-def cost(*args) -> Cost:
-    each = [cost_of_one(*call) for call in calls(*args)]
+def cost(a: LinearGradients) -> Cost:
+    each = [cost_of_one(layer) for layer in a.layers()]
     return Cost(sum(c.bytes for c in each), sum(c.flops for c in each), sum(c.noise for c in each))
 
 
@@ -125,6 +132,7 @@ register(
         "Tensor[] sigmas, Tensor[] keys, bool antithetic=False, str dist='normal', str sampler='iid', "
         "int[] positions=[], int draw=0, int[] row_offset=[], int[] col_offset=[]) -> ()",
         function=noisy_linear_grads_,
+        arguments=LinearGradients,
         check=check,
         reference=reference,
         cost=cost,

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native, _parameters
 from ulr_kernels.backends.cpp import conv, elementwise, linear, mlp, perturbed
+from ulr_kernels.ops.combine_ import Combine
+from ulr_kernels.ops.noise import FoldIn, Noise, Philox
+from ulr_kernels.ops.perturb_ import Perturb
 
 
 @functools.cache
@@ -74,26 +77,26 @@ def describe() -> str:
 # Noise and the primitives below it.
 
 
-def _philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> None:
-    rows = (out.view(-1, 4), counter.reshape(-1, 4), key)
+def _philox4x32(out: Tensor, a: Philox) -> None:
+    rows = (out.view(-1, 4), a.counter.reshape(-1, 4), a.key)
     _native.launcher("cpp", "philox4x32")(None, tuple(map(_native.view, rows)))
 
 
-def _fold_in(out: Tensor, key: Tensor, data: Tensor) -> None:
+def _fold_in(out: Tensor, a: FoldIn) -> None:
     shape = (1,) * (3 - out.dim()) + out.shape if out.dim() <= 3 else (1, 1, out.numel())
-    flat = [t.expand(out.shape).reshape(shape) for t in (out, key, data)]  # kept alive: some are copies
+    flat = [t.expand(out.shape).reshape(shape) for t in (out, a.key, a.data)]  # kept alive: some are copies
     _native.launcher("cpp", "fold_in")(None, tuple(map(_native.view, flat)))
 
 
-def _noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, *at: int) -> None:
-    cols = shape[-1] if shape else 1
+def _noise(out: Tensor, a: Noise) -> None:
+    cols = a.shape[-1] if a.shape else 1
     if out.numel():
-        spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + cols)
-        _native.launcher("cpp", "noise")(spec, (_native.view(out.view(-1, cols)),), threads=torch.get_num_threads())
+        views = (_native.view(out.view(-1, cols)),)
+        _native.launcher("cpp", "noise")(_native.noise_view(a.noise, cols), views, threads=torch.get_num_threads())
 
 
-def _on_list(op: str, *args) -> None:
-    call = getattr(_parameters, op)(*args)
+def _on_list(op: str, a: Perturb | Combine) -> None:
+    call = getattr(_parameters, op)(a)
     _native.launcher("cpp", op)(call.noise, call.views(), call.numbers, threads=torch.get_num_threads())
 
 

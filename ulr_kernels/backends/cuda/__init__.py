@@ -1,4 +1,4 @@
-"""The cuda back end: what its launchers (csrc/cuda) are handed for each op, and when they can run."""
+"""The cuda back end: the arguments of its launchers (csrc/cuda) for each op, and when they can run."""
 
 from __future__ import annotations
 

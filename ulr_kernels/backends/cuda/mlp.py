@@ -1,5 +1,5 @@
-"""What the launcher of noisy_mlp_step (csrc/cuda/noisy_mlp_step.cu) is handed: how a step is cut into parts, and where
-in its workspace each part leaves what the next phase reads."""
+"""Arguments of noisy_mlp_step's launcher (csrc/cuda/noisy_mlp_step.cu): how a step is cut into parts, and where in its
+workspace each part leaves its results for the next phase."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES
+from ulr_kernels.ops.noisy_mlp_step import MlpStep
 
 ACTIVATION_BYTES = 24 * 2**20  # of all copies of a tile of samples: half of an H100's L2
 FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient, as in gradient_problem.cuh
@@ -121,46 +122,26 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def noisy_mlp_step(
-    losses: Tensor,
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    x: Tensor,
-    target: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    sigma: Tensor,
-    keys: Tensor,
-    copies: int,
-    antithetic: bool,
-    injection: str,
-    activation: str,
-    loss: str,
-    label_smoothing: float,
-    baseline: str,
-    dist: str,
-    draw: int,
-    row_offset: int,
-) -> Arguments:
-    joint = injection == "joint"
+def noisy_mlp_step(losses: Tensor, a: MlpStep) -> Arguments:
+    x, noise = a.x, a.noise(a.keys.contiguous())
     numbers, size = plan(
         Shape(
             x.shape[0],
-            (x.shape[1], *(weight.shape[0] for weight in weights)),
-            copies,
-            copies // 2 if antithetic else copies,
-            joint,
-            not joint or baseline == "clean",
+            (x.shape[1], *(weight.shape[0] for weight in a.weights)),
+            a.copies,
+            noise.draws(a.copies),
+            a.joint,
+            not a.joint or a.baseline == "clean",
             x.element_size(),
-            tuple(g.dtype == torch.float32 for g in grad_weights),
+            tuple(g.dtype == torch.float32 for g in a.grad_weights),
             processors(x.device),
         )
     )
-    which_loss = LOSSES.index(loss), _native.float_bits(label_smoothing), BASELINES.index(baseline)
+    which_loss = LOSSES.index(a.loss), _native.float_bits(a.label_smoothing), BASELINES.index(a.baseline)
     workspace = torch.empty(-(-size // 4), dtype=torch.float32, device=x.device)
-    keys, sigma = keys.contiguous(), sigma.contiguous()
-    spec = _native.noise_spec(keys, dist, "iid", 1, draw, row_offset, 0, width=0, antithetic=antithetic)
-    none: list[Tensor | None] = [None] * len(weights)
-    layers = zip(weights, biases or none, grad_weights, grad_biases or none, strict=True)
-    tensors = (losses, x, target, sigma, workspace, *(tensor for layer in layers for tensor in layer), keys)
-    return Arguments(spec, tensors, (*numbers[:2], ACTIVATIONS.index(activation), *which_loss, *numbers[2:]))
+    none: list[Tensor | None] = [None] * len(a.weights)
+    layers = zip(a.weights, a.biases or none, a.grad_weights, a.grad_biases or none, strict=True)
+    of_layers = (tensor for layer in layers for tensor in layer)
+    tensors = (losses, x, a.target, a.sigma.contiguous(), workspace, *of_layers, noise.key)
+    numbers = (*numbers[:2], ACTIVATIONS.index(a.activation), *which_loss, *numbers[2:])
+    return Arguments(_native.noise_view(noise), tensors, numbers)

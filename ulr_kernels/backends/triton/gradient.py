@@ -1,6 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""What the gradients of linear layers and of convolutions share: the loop over draws, and the arguments of their
-launches."""
+"""Gradients of linear layers and of convolutions: the loop over draws, and the arguments of their launches."""
 
 from typing import Any
 
@@ -12,6 +11,8 @@ from ulr_kernels.backends.triton.launch import strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.scores import no_parts, weigh
 from ulr_kernels.backends.triton.tiles import Tile
+from ulr_kernels.ops._conv import ConvGradient
+from ulr_kernels.ops._linear import LinearGradient
 
 
 @triton.jit
@@ -98,30 +99,20 @@ def add_scalar(buffer, partials, ticket, value, tile, tile_count):
         tl.store(ticket, 0)
 
 
-def gradient_arguments(
-    y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    loss_weight: Tensor,
-    shared: bool,
-    antithetic: bool,
-    tile: Tile,
-) -> dict[str, Any]:
-    """The part of the arguments that says what is added up, and in which tiles."""
-    copies = loss_weight.shape[0]
+def gradient_arguments(y: Tensor | None, a: LinearGradient | ConvGradient, shared: bool, tile: Tile) -> dict[str, Any]:
+    """The buffers and loss weights of a gradient, its tiles, and `y`, the output of a replay."""
     return {
         "y": y,
-        "grad_weight": grad_weight,
-        "grad_bias": grad_bias,
-        "grad_log_sigma": grad_log_sigma,
-        "loss_weight": loss_weight,
-        "draws": copies // 2 if antithetic else copies,
-        **strides("stride_", grad_bias, "grad_bias"),
-        **strides("stride_", grad_log_sigma, "log_sigma"),
-        **strides("stride_loss_", loss_weight, "copy", "sample"),
+        "grad_weight": a.grad_weight,
+        "grad_bias": a.grad_bias,
+        "grad_log_sigma": a.grad_log_sigma,
+        "loss_weight": a.loss_weight,
+        "draws": a.noise.draws(a.loss_weight.shape[0]),
+        **strides("stride_", a.grad_bias, "grad_bias"),
+        **strides("stride_", a.grad_log_sigma, "log_sigma"),
+        **strides("stride_loss_", a.loss_weight, "copy", "sample"),
         "SHARED": shared,
-        "ANTITHETIC": antithetic,
+        "ANTITHETIC": a.noise.antithetic,
         "BR": tile.rows,
         "BC": tile.cols,
         "BK": tile.inputs,

@@ -4,7 +4,6 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ulr_kernels.backends.ticket import ticket as ticket_of
 from ulr_kernels.backends.triton import tiles
@@ -21,6 +20,7 @@ from ulr_kernels.backends.triton.noise_contract import (
 )
 from ulr_kernels.backends.triton.scores import add, no_parts, weigh
 from ulr_kernels.ops._grid import images
+from ulr_kernels.ops.noise_dot_ import ScaleShiftGradient
 
 
 @triton.jit
@@ -154,39 +154,22 @@ def noise_dot_kernel(
         tl.store(ticket, 0)
 
 
-def noise_dot_(grad_weight, grad_bias, grad_log_sigma, x, *args) -> None:
-    if x.numel():
-        noise_dot_launch(grad_weight, grad_bias, grad_log_sigma, x, *args).run()
+def noise_dot_(a: ScaleShiftGradient) -> None:
+    if a.x.numel():
+        noise_dot_launch(a).run()
 
 
-def noise_dot_launch(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    x = x[None] if shared else x
-    (grid,) = images(feature_dim % (x.dim() - 1), x)
+def noise_dot_launch(a: ScaleShiftGradient) -> Launch:
+    x = a.x[None] if a.shared else a.x
+    (grid,) = images(a.feature_dim % (x.dim() - 1), x)
     features = grid.shape[2]
     rows = grid[0].numel() // features
-    tile = tiles.SUMS[dist]
-    noise = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    tile = tiles.SUMS[a.noise.dist]
+    noise = noise_arguments(a.noise, features)
     col_tiles, row_tiles = cdiv(features + noise["shift"], tile.cols), cdiv(rows, tile.rows)
     tiles_of_range = cdiv(row_tiles, max(1, 2 * tiles.PROGRAMS // col_tiles))
     ranges = cdiv(row_tiles, tiles_of_range)
-    buffers = {"grad_weight": grad_weight, "grad_bias": grad_bias, "grad_log_sigma": grad_log_sigma}
+    buffers = a.buffers
     return Launch(
         noise_dot_kernel,
         col_tiles * ranges,
@@ -197,19 +180,19 @@ def noise_dot_launch(
             "partials": torch.empty(ranges, 3, features, dtype=torch.float32, device=x.device),
             "ticket": ticket_of(x.device),
             "x": grid,
-            "loss_weight": loss_weight,
-            "sigma": sigma,
+            "loss_weight": a.loss_weight,
+            "sigma": a.sigma,
             **noise,
             "rows": rows,
             "features": features,
-            "draws": loss_weight.shape[0] // (2 if antithetic else 1),
+            "draws": a.noise.draws(a.loss_weight.shape[0]),
             "ranges": ranges,
             "tiles_of_range": tiles_of_range,
             **grid_arguments("x", grid),
-            **strides("stride_loss_", loss_weight, "copy", "sample"),
-            **strides("stride_", sigma, "sigma"),
+            **strides("stride_loss_", a.loss_weight, "copy", "sample"),
+            **strides("stride_", a.sigma, "sigma"),
             "SHARED": grid.shape[0] == 1,
-            "ANTITHETIC": antithetic,
+            "ANTITHETIC": a.noise.antithetic,
             "BR": tile.rows,
             "BC": tile.cols,
         },

@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
-from ulr_kernels.ops._conv import Window
+from ulr_kernels.ops._conv import Conv, ConvGradient, Window
 
 
 @triton.jit
@@ -194,56 +194,35 @@ def noisy_conv2d_kernel(
             tl.store(y_tile + copy, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
 
 
-def noisy_conv2d(y: Tensor, *args) -> None:
+def noisy_conv2d(y: Tensor, a: Conv) -> None:
     if y.numel():
-        noisy_conv2d_launch(y, *args).run()
+        noisy_conv2d_launch(y, a).run()
 
 
-def noisy_conv2d_launch(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    window = Window.of(stride, padding, dilation, groups, transposed)
+def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
     features, rows = y.shape[2], y.shape[1] * y.shape[3] * y.shape[4]
-    draws = copies // 2 if antithetic else copies
-    shared = x.dim() == 4
-    tile = tiles.CONV[dist, x.element_size()]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    draws, kernel = a.noise.draws(a.copies), a.weight.shape[2:]
+    shared = a.x.dim() == 4
+    tile = tiles.CONV[a.noise.dist, a.x.element_size()]
+    which = noise_arguments(a.noise, features)
     tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
     draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
-    channels = tile_channels(window, x.shape[-3], features, tile.cols, which["shift"])
+    channels = tile_channels(a.window, a.x.shape[-3], features, tile.cols, which["shift"])
     return Launch(
         noisy_conv2d_kernel,
         tile_count * cdiv(draws, draws_here),
         {
             "y": y,
-            **conv_arguments(x, weight, bias, sigma, window, weight.shape[2:], features, channels),
+            **conv_arguments(a, kernel, features, channels),
             **which,
             "rows": rows,
             "features": features,
             "draws": draws,
             "draws_here": draws_here,
-            "steps": weight.shape[2] * weight.shape[3] * cdiv(channels, tile.inputs),
+            "steps": kernel[0] * kernel[1] * cdiv(channels, tile.inputs),
             "y_strides": pixel_strides(y),
             "SHARED": shared,
-            "ANTITHETIC": antithetic,
+            "ANTITHETIC": a.noise.antithetic,
             "RUN": math.gcd(y.shape[3] * y.shape[4], tile.rows),
             "BR": tile.rows,
             "BC": tile.cols,
@@ -296,25 +275,16 @@ def image_arguments(x: Tensor, window: Window, kernel: Sequence[int], features: 
     }
 
 
-def conv_arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor,
-    window: Window,
-    kernel: Sequence[int],
-    features: int,
-    channels: int,
-) -> dict[str, Any]:
+def conv_arguments(a: Conv | ConvGradient, kernel: Sequence[int], features: int, channels: int) -> dict[str, Any]:
     """The operands of a convolution with noise, their strides and the window."""
     return {
-        **image_arguments(x, window, kernel, features),
-        "weight": weight,
-        "bias": bias,
-        "sigma": sigma,
+        **image_arguments(a.x, a.window, kernel, features),
+        "weight": a.weight,
+        "bias": a.bias,
+        "sigma": a.sigma,
         "channels": channels,
-        "weight_strides": weight_strides(weight, window),
-        **strides("stride_", bias, "bias"),
-        **strides("stride_", sigma, "sigma"),
-        "TRANSPOSED": window.transposed,
+        "weight_strides": weight_strides(a.weight, a.window),
+        **strides("stride_", a.bias, "bias"),
+        **strides("stride_", a.sigma, "sigma"),
+        "TRANSPOSED": a.window.transposed,
     }

@@ -13,6 +13,7 @@ from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, st
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, open_source
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
 from ulr_kernels.backends.triton.scores import add
+from ulr_kernels.ops._linear import LinearGradient
 
 
 @triton.jit
@@ -142,59 +143,35 @@ def gradient_kernel(
     )  # fmt: skip
 
 
-def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
-    launch = gradient_launch(
-        None, grad_weight, grad_bias, grad_log_sigma, x, None, None, loss_weight, sigma, key, *which
-    )
-    if launch.grid and x.shape[-2]:
+def noisy_linear_grad_(a: LinearGradient) -> None:
+    launch = gradient_launch(None, a)
+    if launch.grid and a.x.shape[-2]:
         launch.run()
 
 
-def noisy_linear_replay_(y, *args) -> None:
+def noisy_linear_replay_(y: Tensor, a: LinearGradient) -> None:
     if y.numel():
-        gradient_launch(y, *args).run()
+        gradient_launch(y, a).run()
 
 
-def gradient_launch(
-    y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
-    features = next(b.shape[0] for b in (grad_weight, grad_bias) if b is not None)
-    rows, inputs = x.shape[-2:]
-    shared = x.dim() == 2
-    tile = (tiles.GRADIENT if shared and y is None else tiles.GRADIENT_PER_DRAW)[dist, x.element_size()]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+def gradient_launch(y: Tensor | None, a: LinearGradient) -> Launch:
+    """The launch of both ops: replay is the gradient with `y`, a weight and perhaps a bias."""
+    _, rows, inputs, features, shared = a.sizes
+    tile = (tiles.GRADIENT if shared and y is None else tiles.GRADIENT_PER_DRAW)[a.noise.dist, a.x.element_size()]
+    which = noise_arguments(a.noise, features)
     col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
-    input_tiles = max(cdiv(inputs, tile.inputs), 1) if grad_weight is not None else 1
+    input_tiles = max(cdiv(inputs, tile.inputs), 1) if a.grad_weight is not None else 1
     return Launch(
         gradient_kernel,
         col_tiles * input_tiles,
         {
-            **gradient_arguments(
-                y, grad_weight, grad_bias, grad_log_sigma, loss_weight, x.dim() == 2, antithetic, tile
-            ),
-            **_scalar_workspace(grad_log_sigma, col_tiles),
-            **linear_arguments(x, weight, bias, sigma),
+            **gradient_arguments(y, a, shared, tile),
+            **_scalar_workspace(a.grad_log_sigma, col_tiles),
+            **linear_arguments(a),
             **which,
             "rows": rows,
             "features": features,
-            **strides("stride_grad_", grad_weight, "col", "input"),
+            **strides("stride_grad_", a.grad_weight, "col", "input"),
         },
         tile.warps,
         tile.stages,
@@ -202,7 +179,7 @@ def gradient_launch(
 
 
 def _scalar_workspace(grad_log_sigma: Tensor | None, tile_count: int) -> dict[str, Tensor | None]:
-    """What `add_scalar` needs, where one number stands for all features; else None."""
+    """The workspace of `add_scalar`, where one number stands for all features; else None."""
     if grad_log_sigma is None or grad_log_sigma.dim():
         return {"partials": None, "ticket": None}
     device = grad_log_sigma.device

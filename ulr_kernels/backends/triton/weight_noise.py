@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
@@ -18,7 +17,7 @@ from ulr_kernels.backends.triton.noise_contract import (
     quantile,
     raw_noise,
 )
-from ulr_kernels.ops._perturbed import Members
+from ulr_kernels.ops._perturbed import WeightNoise
 
 FOLD_IN = tl.constexpr(noise_contract.FOLD_IN_COUNTER)
 ROW_FACTOR, COL_FACTOR = (tl.constexpr(stream) for stream in noise_contract.LOW_RANK_STREAMS)
@@ -110,16 +109,17 @@ def perturbed(weight, sigma, eps, noised):
     return tl.where(noised, tl.fma(sigma, eps, wide), wide).to(weight.dtype)
 
 
-def weight_arguments(key: Tensor, how: Members) -> dict[str, Any]:
-    """The part of a kernel's arguments that says which noise a weight gets, and where."""
+def weight_arguments(how: WeightNoise) -> dict[str, Any]:
+    """A kernel's arguments for the noise of a weight."""
+    noise = how.noise
     return {
-        "key": key,
-        "table": table(how.dist, key.device),
-        "DIST": DISTRIBUTION_CODES[how.dist],
+        "key": noise.key,
+        "table": table(noise.dist, noise.key.device),
+        "DIST": DISTRIBUTION_CODES[noise.dist],
         "draws": how.draws,
-        "draw": how.draw,
-        "row_offset": how.row_offset,
-        "col_offset": how.col_offset,
+        "draw": noise.draw,
+        "row_offset": noise.row_offset,
+        "col_offset": noise.col_offset,
         "mask": how.mask if how.mask is None else how.mask.view(torch.uint8),
         "rank": how.rank,
         "rank_scale": None if how.rank is None else float_bits(noise_contract.low_rank_scale(how.rank)),
