@@ -94,8 +94,8 @@ def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gradients_of_many_layers_in_one_launch(dtype, device) -> None:
-    for sample_id in test_ops.samples("noisy_linear_grads_", good=True):
-        test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", sample_id, device, dtype))
+    for sample_id in test_ops.samples("foreach_noisy_linear_grad_", good=True):
+        test_linear_grads.compare(test_ops.pick("foreach_noisy_linear_grad_", sample_id, device, dtype))
     test_linear_grads.compare(test_linear_grads.many(dtype))
 
 

@@ -78,9 +78,9 @@ def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
     for x in (one(2), torch.ones(copies, 1, 1)):
         ops.noisy_linear(x, *layer, copies=copies, **how, **at)
         ops.noisy_linear_grad_(one(2), one(1), x, loss, 0.5, 7, **how, **at)
-        ops.noise_dot_(one(1), one(1), x, loss, 0.5, 7, shared=x.dim() == 2, **how, **at)
+        ops.scale_shift_grad_(one(1), one(1), x, loss, 0.5, 7, shared=x.dim() == 2, **how, **at)
         offsets = {name: [number] for name, number in at.items() if name != "draw"}
-        ops.noisy_linear_grads_(
+        ops.foreach_noisy_linear_grad_(
             [one(2)], [one(1)], [x], [loss], [torch.tensor(0.5)], [torch.tensor(7)], **how, **offsets
         )
         for rank in (None, 1):

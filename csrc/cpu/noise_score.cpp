@@ -1,5 +1,5 @@
-// noise_score and noise_dot_, in one pass over the noise: scores, weighted by the losses and summed over copies; their
-// sums over rows, with and without x. Whichever tensors are absent is not computed.
+// noise_score and scale_shift_grad_, in one pass over the noise: scores, weighted by the losses and summed over copies;
+// their sums over rows, with and without x. Whichever tensors are absent is not computed.
 #include <algorithm>
 
 #include "dispatch.h"

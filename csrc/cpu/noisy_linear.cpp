@@ -1,5 +1,5 @@
-// noisy_linear, noisy_linear_grad_ and noisy_linear_replay_: what they do beside the matrix product, in one pass over
-// the noise. Forward: y = base + sigma * eps. Gradient: scores, weighted by the losses, and their sums over rows.
+// noisy_linear, noisy_linear_grad_ and noisy_linear_recompute_: what they do beside the matrix product, in one pass
+// over the noise. Forward: y = base + sigma * eps. Gradient: scores, weighted by the losses, and their sums over rows.
 // noisy.h says what it takes; rows of y, base and scores have unit stride.
 #include <algorithm>
 

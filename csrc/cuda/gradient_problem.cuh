@@ -13,7 +13,7 @@ struct Gradient {
     using T = typename Layer::T;
     ulr_noise_spec noise;
     typename Layer::X x;
-    typename Layer::Weight weight;  // weight, bias, y: replay's
+    typename Layer::Weight weight;  // weight, bias, y: recompute's
     int64_t x_copy_stride;
     PerFeature<T> bias;
     typename Layer::Y y;
@@ -71,10 +71,10 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
                            weighted ? (x.cols + kPanel - 1) / kPanel : 1};
 }
 
-template <typename T, bool replay>
+template <typename T, bool recompute>
 struct GradientMemory {
     static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // rows of x in a stage
-    static constexpr int kStages = replay && sizeof(T) == 4 ? 2 : 3;
+    static constexpr int kStages = recompute && sizeof(T) == 4 ? 2 : 3;
     static constexpr int kStageBytes = kDepth * kPanel * sizeof(T);
     static constexpr int kScoreBytes = kGradFeatures * sizeof(T);  // a row of S
     // Two of each: an antithetic pair with an x for each copy makes both from the same noise.
@@ -82,8 +82,8 @@ struct GradientMemory {
         char stages[kStages][kStageBytes];
         char score[2][kGradRows * kScoreBytes];
     };
-    using Clean = float[kGradRows * kGradFeatures];  // replay: after the layout, two of these
-    static constexpr int kBytes = sizeof(Layout) + (replay ? 2 * sizeof(Clean) : 0);
+    using Clean = float[kGradRows * kGradFeatures];  // recompute: after the layout, two of these
+    static constexpr int kBytes = sizeof(Layout) + (recompute ? 2 * sizeof(Clean) : 0);
     static_assert(kStages * kStageBytes >= kStages * 64 * (kGradRows + kGradFeatures));  // the clean product's tiles
 };
 

@@ -1,4 +1,4 @@
-// Tensors [copies, a, columns, b, c] whose rows are (a, b, c): what ops/_grid.py makes of any tensor.
+// Tensors [copies, a, columns, b, c] whose rows are (a, b, c): what ops/_axes.py makes of any tensor.
 #pragma once
 
 #include "element.cuh"

@@ -1,4 +1,4 @@
-"""Launches of the kernels of noise_add, noise_score and noise_dot_."""
+"""Launches of the kernels of noise_add, noise_score and scale_shift_grad_."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from ulr_kernels.ops._op import NoiseSpec
 from ulr_kernels.ops.noise_add import NoiseAdd
-from ulr_kernels.ops.noise_dot_ import ScaleShiftGradient
 from ulr_kernels.ops.noise_score import NoiseScore
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
     from ulr_kernels.backends.triton.noise_add import noise_add_launch
-    from ulr_kernels.backends.triton.noise_dot_ import noise_dot_launch
     from ulr_kernels.backends.triton.noise_score import noise_score_launch
+    from ulr_kernels.backends.triton.scale_shift_grad_ import scale_shift_grad_launch
 
     key, sigma, copies = torch.tensor(1), torch.tensor(0.1), 16
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,7 +52,7 @@ def launches() -> dict[str, Callable]:
             buffers = torch.empty(cols), torch.empty(cols), torch.empty(()) if log_sigma else None
             noise = NoiseSpec(key, True, dist, "iid", positions)
             a = ScaleShiftGradient(*buffers, x, torch.empty(copies, 8), sigma, axis, shared, noise)
-            return noise_dot_launch(a)
+            return scale_shift_grad_launch(a)
 
         return launch
 

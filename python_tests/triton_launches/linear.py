@@ -39,11 +39,11 @@ def launches() -> dict[str, Callable]:
 
         return launch
 
-    def gradient(dtype: str, dist: str, shared: bool = True, replay: bool = False, log_sigma: bool = False):
+    def gradient(dtype: str, dist: str, shared: bool = True, recompute: bool = False, log_sigma: bool = False):
         def launch():
             y, x, weight, bias = operands(dtype, shared)
             buffers = (torch.empty(features, inputs), torch.empty(features), torch.empty(()) if log_sigma else None)
-            y, weight, bias = (y, weight, bias) if replay else (None, None, None)
+            y, weight, bias = (y, weight, bias) if recompute else (None, None, None)
             noise = NoiseSpec(key, True, dist)
             a = LinearGradient(*buffers, x, torch.empty(copies, rows), sigma, noise, weight, bias)
             return gradient_launch(y, a)
@@ -70,8 +70,8 @@ def launches() -> dict[str, Callable]:
         "gradient-fp16-laplace-log-sigma": gradient("fp16", "laplace", log_sigma=True),
         "gradient-fp32-normal": gradient("fp32", "normal"),
         "gradient-fp32-rademacher": gradient("fp32", "rademacher"),
-        "replay-bf16-normal": gradient("bf16", "normal", replay=True),
-        "replay-bf16-normal-separate": gradient("bf16", "normal", shared=False, replay=True),
-        "replay-bf16-rademacher": gradient("bf16", "rademacher", replay=True),
-        "replay-fp32-normal": gradient("fp32", "normal", replay=True),
+        "recompute-bf16-normal": gradient("bf16", "normal", recompute=True),
+        "recompute-bf16-normal-separate": gradient("bf16", "normal", shared=False, recompute=True),
+        "recompute-bf16-rademacher": gradient("bf16", "rademacher", recompute=True),
+        "recompute-fp32-normal": gradient("fp32", "normal", recompute=True),
     }

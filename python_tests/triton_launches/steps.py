@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from ulr_kernels.ops.noisy_linear_grads_ import LinearGradients
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
-    from ulr_kernels.backends.triton.noisy_linear_grads_ import launches as gradients_launches
+    from ulr_kernels.backends.triton.foreach_noisy_linear_grad_ import launches as gradients_launches
 
     key, sigma, rows, inputs, features, copies = torch.tensor(1), torch.tensor(0.1), 128, 784, 512, 64
 

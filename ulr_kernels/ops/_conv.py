@@ -108,7 +108,7 @@ class Conv(NamedTuple):
 
 
 class ConvGradient(NamedTuple):
-    """Arguments of noisy_conv2d_grad_; with a weight instead of `kernel`, those of noisy_conv2d_replay_."""
+    """Arguments of noisy_conv2d_grad_; with a weight instead of `kernel`, those of noisy_conv2d_recompute_."""
 
     grad_weight: Tensor | None
     grad_bias: Tensor | None

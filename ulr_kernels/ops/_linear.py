@@ -41,7 +41,7 @@ class Linear(NamedTuple):
 
 
 class LinearGradient(NamedTuple):
-    """Arguments of noisy_linear_grad_; with a weight, those of noisy_linear_replay_."""
+    """Arguments of noisy_linear_grad_; with a weight, those of noisy_linear_recompute_."""
 
     grad_weight: Tensor | None
     grad_bias: Tensor | None

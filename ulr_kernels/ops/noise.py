@@ -180,7 +180,7 @@ def noise_like(parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str
     return noise(flat, key, draw=draw, dist=dist, device=parameter.device).view(shape)
 
 
-def _grid(shape: Sequence[int]) -> tuple[int, int]:
+def _rows_cols(shape: Sequence[int]) -> tuple[int, int]:
     rows = 1
     for size in shape[:-1]:
         rows *= size
@@ -198,12 +198,12 @@ def _noise_check(a: Noise) -> Output:
     check = Check("noise")
     if any(size < 0 for size in a.shape):
         check.fail("shape", "have sizes of at least 0", list(a.shape))
-    check.noise(a.noise, *_grid(a.shape), 1)
+    check.noise(a.noise, *_rows_cols(a.shape), 1)
     return Output(a.shape, torch.float32)
 
 
 def _noise_reference(out: Tensor, a: Noise) -> None:
-    rows, cols = _grid(a.shape)
+    rows, cols = _rows_cols(a.shape)
     flat = out.view(rows, cols)
     key, _, dist, sampler, positions, draw, row_offset, col_offset = a.noise
     which: dict[str, Any] = {"dist": dist, "sampler": sampler, "positions": positions, "col_offset": col_offset}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._grid import grid, matrix, one_copy
+from ulr_kernels.ops._axes import axes_of, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
 from ulr_kernels.ops._op import (
     FLOATS,
@@ -117,7 +117,7 @@ def check(a: NoiseAdd) -> Output:
     draws = rules.copies(a.copies, a.noise.antithetic)
     rules.dtype("x", x, FLOATS)
     check_copies(rules, x, a.copies, a.shared)
-    rows, cols, axis = grid(rules, "x", one_copy(x, a.shared), a.feature_dim)
+    rows, cols, axis = axes_of(rules, "x", one_copy(x, a.shared), a.feature_dim)
     _linear.check_sigma(rules, "sigma", a.sigma, cols, (torch.float32,))
     rules.device("x", x.device, sigma=a.sigma, key=a.noise.key)
     rules.noise(a.noise, rows, cols, draws)
@@ -134,7 +134,7 @@ def check_copies(check: Check, x: Tensor, copies: int, shared: bool) -> None:
 
 
 def reference(y: Tensor, a: NoiseAdd) -> None:
-    rows, cols, axis = grid(Check("noise_add"), "x", one_copy(a.x, a.shared), a.feature_dim)
+    rows, cols, axis = axes_of(Check("noise_add"), "x", one_copy(a.x, a.shared), a.feature_dim)
     for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.copies, rows, 0, cols, a.shared)):
         clean = matrix(a.x if a.shared else a.x[copy], axis).float()
         noised = noise_contract.fma(a.sigma, eps, clean)

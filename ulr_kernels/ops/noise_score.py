@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._grid import grid
+from ulr_kernels.ops._axes import axes_of
 from ulr_kernels.ops._linear import Sizes
 from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, Output, key_tensor, register, sigma_tensor
 
@@ -76,7 +76,7 @@ def check(a: NoiseScore) -> Output:
     rules = Check("noise_score")
     if any(size < 0 for size in a.shape):
         rules.fail("shape", "have sizes of at least 0", list(a.shape))
-    rows, cols, _ = grid(rules, "shape", a.shape, a.feature_dim)
+    rows, cols, _ = axes_of(rules, "shape", a.shape, a.feature_dim)
     _linear.check_loss_weight(rules, a.loss_weight, rows, a.noise.positions)
     draws = rules.copies(a.loss_weight.shape[0], a.noise.antithetic)
     _linear.check_sigma(rules, "sigma", a.sigma, cols, (torch.float32,))
@@ -86,7 +86,7 @@ def check(a: NoiseScore) -> Output:
 
 
 def reference(out: Tensor, a: NoiseScore) -> None:
-    rows, cols, axis = grid(Check("noise_score"), "shape", a.shape, a.feature_dim)
+    rows, cols, axis = axes_of(Check("noise_score"), "shape", a.shape, a.feature_dim)
     weights = a.loss_weight.repeat_interleave(a.noise.positions, dim=1)
     total = out.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, True)):

@@ -31,7 +31,7 @@ def noisy_conv2d_grad_(a: ConvGradient) -> None:
     _conv(None, a, a, a.kernel_size, a.loss_weight.shape[0])
 
 
-def noisy_conv2d_replay_(y: Tensor, a: ConvGradient) -> None:
+def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> None:
     _conv(y, a, a, a.kernel_size, a.loss_weight.shape[0])
 
 

@@ -1,4 +1,4 @@
-"""noise_add, noise_score and noise_dot_ of the cpp back end: one pass over the noise each, on tensors of any rank."""
+"""noise_add, noise_score and scale_shift_grad_ of the cpp back end: one pass over the noise each, for any rank."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.backends import _native
-from ulr_kernels.ops._grid import images
+from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
-from ulr_kernels.ops.noise_dot_ import ScaleShiftGradient
 from ulr_kernels.ops.noise_score import NoiseScore
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
 
 def _launch(name: str, noise: tuple, tensors: tuple[Tensor | None, ...]) -> None:
@@ -34,7 +34,7 @@ def noise_score(out: Tensor, a: NoiseScore) -> None:
         _launch("noise_score", _native.noise_view(a.noise, features), tensors)
 
 
-def noise_dot_(a: ScaleShiftGradient) -> None:
+def scale_shift_grad_(a: ScaleShiftGradient) -> None:
     x = a.x[None] if a.shared else a.x
     if not x.numel():
         return

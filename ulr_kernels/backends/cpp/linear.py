@@ -19,7 +19,7 @@ from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles, stor
 from ulr_kernels.dispatch import allocating
 from ulr_kernels.ops._linear import Linear, LinearGradient
 from ulr_kernels.ops._op import NoiseSpec, Output
-from ulr_kernels.ops.noisy_linear_grads_ import LinearGradients
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
 # scores and one of the product come on top of the buffers.
@@ -48,12 +48,12 @@ def noisy_linear_grad_(a: LinearGradient) -> None:
     _linear(None, a, a.x, None, None, a.sigma, a.loss_weight.shape[0], a.noise)
 
 
-def noisy_linear_grads_(a: LinearGradients) -> None:
+def foreach_noisy_linear_grad_(a: LinearGradients) -> None:
     for layer in a.layers():
         noisy_linear_grad_(layer)
 
 
-def noisy_linear_replay_(y: Tensor, a: LinearGradient) -> None:
+def noisy_linear_recompute_(y: Tensor, a: LinearGradient) -> None:
     _linear(y, a, a.x, a.weight, a.bias, a.sigma, a.loss_weight.shape[0], a.noise)
 
 

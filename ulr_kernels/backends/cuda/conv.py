@@ -42,7 +42,7 @@ def noisy_conv2d(y: Tensor, a: Conv) -> Arguments:
 
 
 class _Gradient(NamedTuple):
-    """The arguments that gradient and replay share."""
+    """The arguments that gradient and recompute share."""
 
     noise: tuple
     images: Tensor
@@ -70,7 +70,7 @@ def noisy_conv2d_grad_(a: ConvGradient) -> Arguments:
     return Arguments(made.noise, tensors, made.numbers)
 
 
-def noisy_conv2d_replay_(y: Tensor, a: ConvGradient) -> Arguments:
+def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> Arguments:
     made = _gradient(a)
     tensors = (y, *a.buffers, made.images, a.weight, a.bias, a.loss_weight, a.sigma, made.partials)
     return Arguments(made.noise, tensors, made.numbers)

@@ -1,4 +1,4 @@
-"""Arguments of the launchers of noise_add, noise_score and noise_dot_."""
+"""Arguments of the launchers of noise_add, noise_score and scale_shift_grad_."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.ticket import ticket
-from ulr_kernels.ops._grid import images
+from ulr_kernels.backends.arrival_counter import arrival_counter
+from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
-from ulr_kernels.ops.noise_dot_ import ScaleShiftGradient
 from ulr_kernels.ops.noise_score import NoiseScore
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
-# Of noise_dot_: kColumns and kSlots of a block (csrc/cuda/noise_dot_.cu), and how many blocks fill any device of today.
+# kColumns and kSlots of a block (csrc/cuda/scale_shift_grad_.cu), and enough blocks for any device of today.
 COLUMNS, ROWS, BLOCKS = 32, 32, 1024
 
 
@@ -29,7 +29,7 @@ def noise_score(out: Tensor, a: NoiseScore) -> Arguments:
     return Arguments(_native.noise_view(a.noise, out.shape[axis]), tensors)
 
 
-def noise_dot_(a: ScaleShiftGradient) -> Arguments:
+def scale_shift_grad_(a: ScaleShiftGradient) -> Arguments:
     x = a.x[None] if a.shared else a.x
     axis = a.feature_dim % (x.dim() - 1)
     cols = x.shape[axis + 1]
@@ -37,6 +37,6 @@ def noise_dot_(a: ScaleShiftGradient) -> Arguments:
     tiles = -(-(a.noise.col_offset % 4 + cols) // COLUMNS)
     ranges = max(1, min(BLOCKS // max(tiles, 1), -(-rows // ROWS)))
     partials = torch.empty(ranges, 3, cols, dtype=torch.float32, device=x.device)
-    done = ticket(x.device).view(torch.int64)
+    done = arrival_counter(x.device).view(torch.int64)
     tensors = (*a.buffers.values(), *images(axis, x), a.loss_weight, a.sigma, partials, done)
     return Arguments(_native.noise_view(a.noise, cols), tensors)

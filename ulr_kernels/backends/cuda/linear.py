@@ -9,7 +9,7 @@ from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.ops._linear import Linear, LinearGradient
 from ulr_kernels.ops._op import NoiseSpec
-from ulr_kernels.ops.noisy_linear_grads_ import LinearGradients
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 FEATURES_OF_A_BLOCK = 32  # kGradFeatures in csrc/cuda/gradient_problem.cuh
 
@@ -32,7 +32,7 @@ def noisy_linear_grad_(a: LinearGradient) -> Arguments:
     return Arguments(_native.noise_view(a.noise, features), (*a.buffers, a.x, a.loss_weight, a.sigma, partials))
 
 
-def noisy_linear_grads_(a: LinearGradients) -> Arguments:
+def foreach_noisy_linear_grad_(a: LinearGradients) -> Arguments:
     tensors: list[Tensor | None] = []
     numbers: list[int] = []
     for layer in a.layers():
@@ -44,7 +44,7 @@ def noisy_linear_grads_(a: LinearGradients) -> Arguments:
     return Arguments(_native.noise_view(shared), tuple(tensors), tuple(numbers))
 
 
-def noisy_linear_replay_(y: Tensor, a: LinearGradient) -> Arguments:
+def noisy_linear_recompute_(y: Tensor, a: LinearGradient) -> Arguments:
     features = y.shape[-1]
     tensors = (y, *a.buffers, a.x, a.weight, a.bias, a.loss_weight, a.sigma, _partials(a.grad_log_sigma, features))
     return Arguments(_native.noise_view(a.noise, features), tensors)

@@ -34,7 +34,7 @@ def add_rows(
     """The sums over rows and draws with those of a tile of rows added: of the weights' gradient [BC, BK], and where
     `is_first` of the biases' and of that by ln sigma [BC].
 
-    `x_tile` and `losses` are the addresses of the first copy's. With `y_tile` (replay), those of the outputs, the
+    `x_tile` and `losses` are the addresses of the first copy's. With `y_tile` (recompute), those of the outputs, the
     forward's tile is stored too: noise on `clean_tile(x, *operands)`, of which copies that share x take one.
     """
     P: tl.constexpr = 16 if DIST == RADEMACHER else 4
@@ -84,23 +84,23 @@ def add_rows(
 
 
 @triton.jit
-def add_scalar(buffer, partials, ticket, value, tile, tile_count):
+def add_scalar(buffer, partials, arrival_counter, value, tile, tile_count):
     """buffer[0] += the sum of each tile's value: the program that comes last adds them up, in the order of the tiles.
 
-    `ticket` counts the programs that have arrived, and is 0 again when the last one leaves.
+    `arrival_counter` counts the programs that have arrived, and is 0 again when the last one leaves.
     """
     tl.store(partials + tile, value)
     tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == tile_count - 1:
+    if tl.atomic_add(arrival_counter, 1, sem="acq_rel") == tile_count - 1:
         total = tl.load(buffer).to(tl.float32)
         for i in range(tile_count):
             total += tl.load(partials + i, cache_modifier=".cg")
         tl.store(buffer, total.to(buffer.dtype.element_ty))
-        tl.store(ticket, 0)
+        tl.store(arrival_counter, 0)
 
 
 def gradient_arguments(y: Tensor | None, a: LinearGradient | ConvGradient, shared: bool, tile: Tile) -> dict[str, Any]:
-    """The buffers and loss weights of a gradient, its tiles, and `y`, the output of a replay."""
+    """The buffers and loss weights of a gradient, its tiles, and `y`, the output of a recompute."""
     return {
         "y": y,
         "grad_weight": a.grad_weight,

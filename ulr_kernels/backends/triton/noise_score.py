@@ -10,7 +10,7 @@ from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, open_source, raw_noise
 from ulr_kernels.backends.triton.scores import no_parts, weighted
-from ulr_kernels.ops._grid import images
+from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_score import NoiseScore
 
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""noisy_conv2d_grad_ and noisy_conv2d_replay_: the score, reduced over copies, as an operand of the product with the
+"""noisy_conv2d_grad_ and noisy_conv2d_recompute_: the score, reduced over copies, as an operand of the product with the
 patches of x. A convolution has many rows and few weights: programs share out the rows, and the last one of a tile adds
 up what all have left, in their order."""
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels.backends.ticket import ticket
+from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
@@ -39,7 +39,7 @@ def conv_gradient_kernel(
     grad_bias,
     grad_log_sigma,
     partials,
-    tickets,
+    arrival_counters,
     x,
     weight,
     bias,
@@ -85,7 +85,7 @@ def conv_gradient_kernel(
 ):
     """A program owns a part of the rows for a tile [BC output channels, BK places of the inner axis] of the gradient.
 
-    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    With `y` (recompute) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
     that share channels and rows, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
@@ -149,7 +149,7 @@ def conv_gradient_kernel(
     tl.store(own + col_part, by_bias)
     tl.store(own + BC + col_part, by_log_sigma)
     tl.debug_barrier()
-    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == splits - 1:
+    if tl.atomic_add(arrival_counters + tile, 1, sem="acq_rel") == splits - 1:
         total = tl.zeros([BC, BK], tl.float32)
         by_bias = tl.zeros([BC], tl.float32)
         by_log_sigma = tl.zeros([BC], tl.float32)
@@ -158,7 +158,7 @@ def conv_gradient_kernel(
             total += tl.load(part + tile_part, cache_modifier=".cg")
             by_bias += tl.load(part + col_part, cache_modifier=".cg")
             by_log_sigma += tl.load(part + BC + col_part, cache_modifier=".cg")
-        tl.store(tickets + tile, 0)
+        tl.store(arrival_counters + tile, 0)
         if grad_weight is not None:
             grad_tile, met = meeting(
                 grad_weight, col[:, None], ky[None, :], kx[None, :], channel[None, :], window, grad_strides, TRANSPOSED
@@ -171,7 +171,7 @@ def conv_gradient_kernel(
                 if SCALAR:
                     value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
                     scalars = partials + (splits * tile_count).to(tl.int64) * PART
-                    add_scalar(grad_log_sigma, scalars, tickets + tile_count, value, col_tile, col_tiles)
+                    add_scalar(grad_log_sigma, scalars, arrival_counters + tile_count, value, col_tile, col_tiles)
                 else:
                     add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
 
@@ -181,13 +181,13 @@ def noisy_conv2d_grad_(a: ConvGradient) -> None:
         conv_gradient_launch(None, a).run()
 
 
-def noisy_conv2d_replay_(y: Tensor, a: ConvGradient) -> None:
+def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> None:
     if y.numel():
         conv_gradient_launch(y, a).run()
 
 
 def conv_gradient_launch(y: Tensor | None, a: ConvGradient) -> Launch:
-    """The launch of both ops: replay is the gradient with `y`, a weight and perhaps a bias."""
+    """The launch of both ops: recompute is the gradient with `y`, a weight and perhaps a bias."""
     _, rows, _, features, shared = a.sizes
     kernel, (height, width) = a.kernel_size, a.output_size
     tile_table = tiles.CONV_GRADIENT if shared and y is None else tiles.CONV_GRADIENT_PER_DRAW
@@ -205,7 +205,7 @@ def conv_gradient_launch(y: Tensor | None, a: ConvGradient) -> Launch:
         {
             **gradient_arguments(y, a, shared, tile),
             "partials": torch.empty(size, dtype=torch.float32, device=a.x.device),
-            "tickets": ticket(a.x.device, tile_count + 1),
+            "arrival_counters": arrival_counter(a.x.device, tile_count + 1),
             **conv_arguments(a, kernel, features, channels),
             **which,
             "rows": rows,

@@ -1,12 +1,12 @@
 # mypy: disable-error-code="assignment"
-"""noisy_linear_grad_ and noisy_linear_replay_: the score, reduced over copies, as an operand of the product with x."""
+"""noisy_linear_grad_ and noisy_linear_recompute_: the score, reduced over copies, times x."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels.backends.ticket import ticket
+from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
@@ -19,8 +19,8 @@ from ulr_kernels.ops._linear import LinearGradient
 @triton.jit
 def gradient_tile(
     tile,
-    y, grad_weight, grad_bias, grad_log_sigma, partials, ticket, x, weight, bias, loss_weight, sigma, key, table,
-    directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
+    y, grad_weight, grad_bias, grad_log_sigma, partials, arrival_counter, x, weight, bias, loss_weight, sigma, key,
+    table, directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
     stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row, stride_x_input,
     stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample, stride_sigma,
     SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -28,7 +28,7 @@ def gradient_tile(
 ):  # fmt: skip
     """Adds a tile [BC features, BK inputs] of the gradient to the buffers: all rows, alone and in order.
 
-    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    With `y` (recompute) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
     that share features, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
@@ -84,7 +84,7 @@ def gradient_tile(
                 add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
             else:
                 value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
-                add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
+                add_scalar(grad_log_sigma, partials, arrival_counter, value, col_tile, col_tiles)
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
@@ -94,7 +94,7 @@ def gradient_kernel(
     grad_bias,
     grad_log_sigma,
     partials,
-    ticket,
+    arrival_counter,
     x,
     weight,
     bias,
@@ -135,11 +135,11 @@ def gradient_kernel(
 ):
     gradient_tile(
         tl.program_id(0),
-        y, grad_weight, grad_bias, grad_log_sigma, partials, ticket, x, weight, bias, loss_weight, sigma, key, table,
-        directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
-        stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row, stride_x_input,
-        stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample, stride_sigma, SHARED,
-        ANTITHETIC, DIST, BR, BC, BK,
+        y, grad_weight, grad_bias, grad_log_sigma, partials, arrival_counter, x, weight, bias, loss_weight, sigma, key,
+        table, directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width,
+        stride_grad_col, stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row,
+        stride_x_input, stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample,
+        stride_sigma, SHARED, ANTITHETIC, DIST, BR, BC, BK,
     )  # fmt: skip
 
 
@@ -149,13 +149,13 @@ def noisy_linear_grad_(a: LinearGradient) -> None:
         launch.run()
 
 
-def noisy_linear_replay_(y: Tensor, a: LinearGradient) -> None:
+def noisy_linear_recompute_(y: Tensor, a: LinearGradient) -> None:
     if y.numel():
         gradient_launch(y, a).run()
 
 
 def gradient_launch(y: Tensor | None, a: LinearGradient) -> Launch:
-    """The launch of both ops: replay is the gradient with `y`, a weight and perhaps a bias."""
+    """The launch of both ops: recompute is the gradient with `y`, a weight and perhaps a bias."""
     _, rows, inputs, features, shared = a.sizes
     tile = (tiles.GRADIENT if shared and y is None else tiles.GRADIENT_PER_DRAW)[a.noise.dist, a.x.element_size()]
     which = noise_arguments(a.noise, features)
@@ -181,7 +181,7 @@ def gradient_launch(y: Tensor | None, a: LinearGradient) -> Launch:
 def _scalar_workspace(grad_log_sigma: Tensor | None, tile_count: int) -> dict[str, Tensor | None]:
     """The workspace of `add_scalar`, where one number stands for all features; else None."""
     if grad_log_sigma is None or grad_log_sigma.dim():
-        return {"partials": None, "ticket": None}
+        return {"partials": None, "arrival_counter": None}
     device = grad_log_sigma.device
     partials = torch.empty(max(tile_count, 1), dtype=torch.float32, device=device)
-    return {"partials": partials, "ticket": ticket(device)}
+    return {"partials": partials, "arrival_counter": arrival_counter(device)}

@@ -18,8 +18,8 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.device_tables import on_device
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
-from ulr_kernels.backends.triton.listed import on_device
 from ulr_kernels.backends.triton.noise import fold_in
 from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,

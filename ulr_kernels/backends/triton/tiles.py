@@ -47,7 +47,7 @@ GRADIENT = {
     ("laplace", 4): Tile(32, 64, 64, 8, 1),
     ("rademacher", 4): Tile(32, 128, 32, 8, 1),
 }
-# Where each draw of the gradient goes into a product of its own (copies that do not share x), or out (replay).
+# Where each draw of the gradient goes into a product of its own (copies that do not share x), or out (recompute).
 GRADIENT_PER_DRAW = {
     ("normal", 2): Tile(32, 64, 64, 8, 1),
     ("laplace", 2): Tile(32, 64, 64, 8, 1),

@@ -1,4 +1,4 @@
-"""noisy_linear_replay_: a second pass with known losses: one noise evaluation gives the output and the gradient."""
+"""noisy_linear_recompute_: a second pass with known losses: one noise evaluation gives the output and the gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, reg
 from ulr_kernels.ops.noisy_linear_grad_ import cost
 
 
-def noisy_linear_replay_(
+def noisy_linear_recompute_(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     x: Tensor,
@@ -47,9 +47,9 @@ def noisy_linear_replay_(
     Raises:
         ValueError: as in both ops; nothing has been written.
     """
-    key = key_tensor("noisy_linear_replay_", key, x.device)
-    sigma = sigma_tensor("noisy_linear_replay_", sigma, x.device, zero=False)
-    return torch.ops.ulr.noisy_linear_replay_.default(
+    key = key_tensor("noisy_linear_recompute_", key, x.device)
+    sigma = sigma_tensor("noisy_linear_recompute_", sigma, x.device, zero=False)
+    return torch.ops.ulr.noisy_linear_recompute_.default(
         grad_weight,
         grad_bias,
         grad_log_sigma,
@@ -70,7 +70,7 @@ def noisy_linear_replay_(
 
 
 def check(a: LinearGradient) -> Output:
-    _linear.check_gradient(Check("noisy_linear_replay_"), a)
+    _linear.check_gradient(Check("noisy_linear_recompute_"), a)
     return Output((a.loss_weight.shape[0], a.x.shape[-2], a.sizes.features), a.x.dtype)
 
 
@@ -81,10 +81,10 @@ def reference(y: Tensor, a: LinearGradient) -> None:
 
 register(
     Op(
-        name="noisy_linear_replay_",
+        name="noisy_linear_recompute_",
         schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
         f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noisy_linear_replay_,
+        function=noisy_linear_recompute_,
         arguments=LinearGradient,
         check=check,
         reference=reference,

@@ -17,10 +17,10 @@ from ulr_kernels.backends.capture import capturing
 from ulr_kernels.dispatch import BackendError
 
 Tables = tuple[Tensor, Tensor]
-Listed = tuple[torch.device, tuple[tuple[int, ...], ...], tuple[int, ...]]
+ListKey = tuple[torch.device, tuple[tuple[int, ...], ...], tuple[int, ...]]
 LISTS = 64
-_recent: dict[Listed, dict[int, Tables]] = {}  # by stream; the list that was used last comes last
-_captured: dict[Listed, Tables] = {}
+_recent: dict[ListKey, dict[int, Tables]] = {}  # by stream; the list that was used last comes last
+_captured: dict[ListKey, Tables] = {}
 _lock = threading.Lock()
 
 
@@ -30,30 +30,30 @@ def on_device(entries: tuple[tuple[int, ...], ...], programs: tuple[int, ...], d
     Raises:
         BackendError: the current stream is being captured, and no call before has made this list's tables.
     """
-    listed = (device, entries, programs)
+    key = (device, entries, programs)
     with _lock:
         if capturing(device):
-            return _for_a_graph(listed)
-        by_stream = _recent.pop(listed, {})
-        _recent[listed] = by_stream
+            return _for_a_graph(key)
+        by_stream = _recent.pop(key, {})
+        _recent[key] = by_stream
         if len(_recent) > LISTS:
             del _recent[next(iter(_recent))]
         stream = _stream(device)
         if stream not in by_stream:
-            by_stream[stream] = _made(*listed)
+            by_stream[stream] = _made(*key)
         return by_stream[stream]
 
 
-def _for_a_graph(listed: Listed) -> Tables:
+def _for_a_graph(key: ListKey) -> Tables:
     """Of whichever stream: the call that made the tables wrote to the same tensors, so that replays come after it."""
-    if listed not in _captured:
-        if not _recent.get(listed):
+    if key not in _captured:
+        if not _recent.get(key):
             raise BackendError(
                 "ulr::perturb_, ulr::combine_: before a CUDA graph captures Triton's kernels on a list of tensors, "
                 "run the same call on the same tensors once"
             )
-        _captured[listed] = next(iter(_recent[listed].values()))
-    return _captured[listed]
+        _captured[key] = next(iter(_recent[key].values()))
+    return _captured[key]
 
 
 def _stream(device: torch.device) -> int:

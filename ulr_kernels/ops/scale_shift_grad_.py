@@ -1,4 +1,4 @@
-"""noise_dot_: the likelihood-ratio gradient of a weight and a bias that act feature by feature."""
+"""scale_shift_grad_: the likelihood-ratio gradient of a weight and a bias that act feature by feature."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._grid import grid, matrix, one_copy
+from ulr_kernels.ops._axes import axes_of, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
 from ulr_kernels.ops._op import FLOATS, NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, key_tensor, register, sigma_tensor
 from ulr_kernels.ops.noise_add import check_copies
 
 
-def noise_dot_(
+def scale_shift_grad_(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     x: Tensor,
@@ -64,14 +64,14 @@ def noise_dot_(
         ValueError: a shape, dtype, device, scale or index breaks the rules above, or a buffer overlaps another
             argument; nothing has been written.
     """
-    key = key_tensor("noise_dot_", key, x.device)
-    sigma = sigma_tensor("noise_dot_", sigma, x.device, zero=False)
+    key = key_tensor("scale_shift_grad_", key, x.device)
+    sigma = sigma_tensor("scale_shift_grad_", sigma, x.device, zero=False)
     which = (feature_dim, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    torch.ops.ulr.noise_dot_.default(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
+    torch.ops.ulr.scale_shift_grad_.default(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
 
 
 class ScaleShiftGradient(NamedTuple):
-    """Arguments of noise_dot_."""
+    """Arguments of scale_shift_grad_."""
 
     grad_weight: Tensor | None
     grad_bias: Tensor | None
@@ -89,11 +89,11 @@ class ScaleShiftGradient(NamedTuple):
 
 
 def check(a: ScaleShiftGradient) -> None:
-    rules, x = Check("noise_dot_"), a.x
+    rules, x = Check("scale_shift_grad_"), a.x
     rules.dtype("x", x, FLOATS)
     if a.loss_weight.dim() == 2:
         check_copies(rules, x, a.loss_weight.shape[0], a.shared)
-    rows, cols, _ = grid(rules, "x", one_copy(x, a.shared), a.feature_dim)
+    rows, cols, _ = axes_of(rules, "x", one_copy(x, a.shared), a.feature_dim)
     _linear.check_loss_weight(rules, a.loss_weight, rows, a.noise.positions)
     draws = rules.copies(a.loss_weight.shape[0], a.noise.antithetic)
     buffers = a.buffers
@@ -109,7 +109,7 @@ def check(a: ScaleShiftGradient) -> None:
 
 
 def reference(a: ScaleShiftGradient) -> None:
-    rows, cols, axis = grid(Check("noise_dot_"), "x", one_copy(a.x, a.shared), a.feature_dim)
+    rows, cols, axis = axes_of(Check("scale_shift_grad_"), "x", one_copy(a.x, a.shared), a.feature_dim)
     weights = a.loss_weight.repeat_interleave(a.noise.positions, dim=1)
     by_weight, by_bias, by_log_sigma = (a.loss_weight.new_zeros(cols) for _ in range(3))
     reduced = a.loss_weight.new_zeros(rows, cols)
@@ -139,11 +139,11 @@ def cost(a: ScaleShiftGradient) -> Cost:
 
 register(
     Op(
-        name="noise_dot_",
+        name="scale_shift_grad_",
         schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
         f"Tensor loss_weight, Tensor sigma, Tensor key, int feature_dim=-1, bool shared=True, bool antithetic=False, "
         f"{NOISE_SCHEMA}) -> ()",
-        function=noise_dot_,
+        function=scale_shift_grad_,
         arguments=ScaleShiftGradient,
         check=check,
         reference=reference,

@@ -139,8 +139,8 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
 }  // namespace
 }  // namespace ulr
 
-extern "C" int ulr_cuda_noisy_linear_grads_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
-                                            const ulr_launch* launch) {
+extern "C" int ulr_cuda_foreach_noisy_linear_grad_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
+                                                   const ulr_launch* launch) {
     return ulr::by_dtype(tensors[ulr::kX].dtype,
                          [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

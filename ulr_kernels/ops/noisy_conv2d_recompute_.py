@@ -1,4 +1,4 @@
-"""noisy_conv2d_replay_: a second pass with known losses: one noise evaluation gives the output and the gradient."""
+"""noisy_conv2d_recompute_: a second pass with known losses: one noise evaluation gives the output and the gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, reg
 from ulr_kernels.ops.noisy_conv2d_grad_ import cost
 
 
-def noisy_conv2d_replay_(
+def noisy_conv2d_recompute_(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     x: Tensor,
@@ -54,7 +54,7 @@ def noisy_conv2d_replay_(
     Raises:
         ValueError: as in both ops; nothing has been written.
     """
-    op = "noisy_conv2d_replay_"
+    op = "noisy_conv2d_recompute_"
     rules = Check(op)
     _conv.check_images(rules, x)
     _conv.check_kernel(rules, "weight", weight, transposed)
@@ -62,7 +62,7 @@ def noisy_conv2d_replay_(
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key = key_tensor(op, key, x.device)
     sigma = sigma_tensor(op, sigma, x.device, zero=False)
-    return torch.ops.ulr.noisy_conv2d_replay_.default(
+    return torch.ops.ulr.noisy_conv2d_recompute_.default(
         grad_weight,
         grad_bias,
         grad_log_sigma,
@@ -84,7 +84,7 @@ def noisy_conv2d_replay_(
 
 
 def check(a: ConvGradient) -> Output:
-    rules, window, weight = Check("noisy_conv2d_replay_"), a.window, a.weight
+    rules, window, weight = Check("noisy_conv2d_recompute_"), a.window, a.weight
     assert weight is not None
     _conv.check_kernel(rules, "weight", weight, window.transposed)
     sizes = _conv.check_gradients(rules, a)
@@ -105,11 +105,11 @@ def reference(y: Tensor, a: ConvGradient) -> None:
 
 register(
     Op(
-        name="noisy_conv2d_replay_",
+        name="noisy_conv2d_recompute_",
         schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
         f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, bool antithetic=False, "
         f"{NOISE_SCHEMA}) -> Tensor",
-        function=noisy_conv2d_replay_,
+        function=noisy_conv2d_recompute_,
         arguments=ConvGradient,
         check=check,
         reference=reference,

@@ -1,11 +1,11 @@
 # mypy: disable-error-code="assignment"
-"""noise_dot_: sums of scores over copies and rows, with and without x, in one launch."""
+"""scale_shift_grad_: sums of scores over copies and rows, with and without x, in one launch."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ulr_kernels.backends.ticket import ticket as ticket_of
+from ulr_kernels.backends.arrival_counter import arrival_counter as counter_of
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
@@ -19,8 +19,8 @@ from ulr_kernels.backends.triton.noise_contract import (
     score,
 )
 from ulr_kernels.backends.triton.scores import add, no_parts, weigh
-from ulr_kernels.ops._grid import images
-from ulr_kernels.ops.noise_dot_ import ScaleShiftGradient
+from ulr_kernels.ops._axes import images
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
 
 @triton.jit
@@ -43,12 +43,12 @@ def _finish(buffer, stride, partials, kind: tl.constexpr, ranges, features, SCAL
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width", "ranges", "tiles_of_range"])
-def noise_dot_kernel(
+def scale_shift_grad_kernel(
     grad_weight,
     grad_bias,
     grad_log_sigma,
     partials,
-    ticket,
+    arrival_counter,
     x,
     loss_weight,
     sigma,
@@ -147,19 +147,19 @@ def noise_dot_kernel(
     tl.store(at + features, by_bias / scale, mask=col_inside)
     tl.store(at + 2 * tl.cast(features, tl.int64), by_log_sigma, mask=col_inside)
     tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(arrival_counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         _finish(grad_weight, stride_grad_weight, partials, 0, ranges, features, SCALAR_WEIGHT, BC)
         _finish(grad_bias, stride_grad_bias, partials, 1, ranges, features, SCALAR_BIAS, BC)
         _finish(grad_log_sigma, stride_grad_log_sigma, partials, 2, ranges, features, SCALAR_LOG_SIGMA, BC)
-        tl.store(ticket, 0)
+        tl.store(arrival_counter, 0)
 
 
-def noise_dot_(a: ScaleShiftGradient) -> None:
+def scale_shift_grad_(a: ScaleShiftGradient) -> None:
     if a.x.numel():
-        noise_dot_launch(a).run()
+        scale_shift_grad_launch(a).run()
 
 
-def noise_dot_launch(a: ScaleShiftGradient) -> Launch:
+def scale_shift_grad_launch(a: ScaleShiftGradient) -> Launch:
     x = a.x[None] if a.shared else a.x
     (grid,) = images(a.feature_dim % (x.dim() - 1), x)
     features = grid.shape[2]
@@ -171,14 +171,14 @@ def noise_dot_launch(a: ScaleShiftGradient) -> Launch:
     ranges = cdiv(row_tiles, tiles_of_range)
     buffers = a.buffers
     return Launch(
-        noise_dot_kernel,
+        scale_shift_grad_kernel,
         col_tiles * ranges,
         {
             **buffers,
             **{f"stride_{name}": b.stride(0) if b is not None and b.dim() else 0 for name, b in buffers.items()},
             **{f"SCALAR_{name[5:].upper()}": b is not None and b.dim() == 0 for name, b in buffers.items()},
             "partials": torch.empty(ranges, 3, features, dtype=torch.float32, device=x.device),
-            "ticket": ticket_of(x.device),
+            "arrival_counter": counter_of(x.device),
             "x": grid,
             "loss_weight": a.loss_weight,
             "sigma": a.sigma,

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""noisy_linear_grads_: programs that each take a tile of one layer's gradient, told of it by a table in device memory.
+"""foreach_noisy_linear_grad_: each program makes a tile of one layer's gradient, which a table in memory describes.
 
 A launch takes the layers of one form: their copies share x or do not, their buffers are of one dtype. Those with the
 most noise come first, so that the last programs to finish are short ones.
@@ -18,11 +18,11 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.device_tables import on_device
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table
-from ulr_kernels.backends.triton.listed import on_device
 from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_tile, noisy_linear_grad_
 from ulr_kernels.ops._linear import LinearGradient
-from ulr_kernels.ops.noisy_linear_grads_ import LinearGradients
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A row of the table: the layer's first program, the addresses of its tensors, its sizes and noise, strides.
@@ -176,7 +176,7 @@ def _entry(layer: LinearGradient, tile: tiles.Tile) -> tuple[tuple[int, ...], in
     return entry, cdiv(features + noise["shift"], tile.cols) * max(cdiv(inputs, tile.inputs), 1)
 
 
-def noisy_linear_grads_(a: LinearGradients) -> None:
+def foreach_noisy_linear_grad_(a: LinearGradients) -> None:
     # A capture's x and losses lie where no call before had them, so that no table of them can be there; and the kernel
     # of several layers counts in 32 bits, that of one layer in as many as it takes.
     largest = max(size for tensor in (*a.grad_weights, *a.xs) for size in tensor.shape)
@@ -199,7 +199,8 @@ def rehearse(layers: Iterable[LinearGradient]) -> None:
     A capture will use these kernels, and may neither compile nor load any.
     """
     for layer in layers:
-        form = tuple(map(_form, (*layer, *layer.noise)))
+        tensors = (*layer.buffers, layer.x, layer.loss_weight, layer.sigma)
+        form = tuple(map(_form, (*tensors, *layer.noise)))
         if form not in _rehearsed:
             weight, bias, log_sigma = (None if b is None else torch.zeros_like(b) for b in layer.buffers)
             noisy_linear_grad_(layer._replace(grad_weight=weight, grad_bias=bias, grad_log_sigma=log_sigma))

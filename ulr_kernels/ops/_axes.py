@@ -12,7 +12,7 @@ from ulr_kernels.ops._op import Check
 ROW_AXES = 3  # that a launcher takes: with copies and columns the five of csrc/include/ulr/api.h
 
 
-class Grid(NamedTuple):
+class Axes(NamedTuple):
     """rows R, cols N, axis: of one copy, the one that counts columns."""
 
     rows: int
@@ -20,7 +20,7 @@ class Grid(NamedTuple):
     axis: int
 
 
-def grid(check: Check, argument: str, shape: Sequence[int], feature_dim: int) -> Grid:
+def axes_of(check: Check, argument: str, shape: Sequence[int], feature_dim: int) -> Axes:
     """Of one copy's shape; raises if it has no such axis."""
     if not len(shape):
         check.fail(argument, "have at least one axis", list(shape))
@@ -30,7 +30,7 @@ def grid(check: Check, argument: str, shape: Sequence[int], feature_dim: int) ->
     rows = 1
     for i, size in enumerate(shape):
         rows *= 1 if i == axis else size
-    return Grid(rows, shape[axis], axis)
+    return Axes(rows, shape[axis], axis)
 
 
 def one_copy(x: Tensor, shared: bool) -> Sequence[int]:

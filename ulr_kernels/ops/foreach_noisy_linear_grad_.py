@@ -1,4 +1,4 @@
-"""noisy_linear_grads_: the likelihood-ratio gradients of many linear layers, in one launch."""
+"""foreach_noisy_linear_grad_: the likelihood-ratio gradients of many linear layers, in one launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ulr_kernels.ops._op import Check, Cost, NoiseSpec, Op, register, sigma_tens
 from ulr_kernels.ops.noisy_linear_grad_ import cost as cost_of_one
 
 
-def noisy_linear_grads_(
+def foreach_noisy_linear_grad_(
     grad_weights: Sequence[Tensor],
     grad_biases: Sequence[Tensor | None],
     xs: Sequence[Tensor],
@@ -52,19 +52,19 @@ def noisy_linear_grads_(
             argument; nothing has been written.
     """
     if not xs:
-        Check("noisy_linear_grads_").fail("xs", "hold at least one layer's input", "none")
+        Check("foreach_noisy_linear_grad_").fail("xs", "hold at least one layer's input", "none")
     biases = [xs[0].new_empty(0) if bias is None else bias for bias in grad_biases]
     scales = [
-        sigma_tensor(f"noisy_linear_grads_: layer {layer}", sigma, xs[0].device, zero=False)
+        sigma_tensor(f"foreach_noisy_linear_grad_: layer {layer}", sigma, xs[0].device, zero=False)
         for layer, sigma in enumerate(sigmas)
     ]
     lists = (list(grad_weights), biases, list(xs), list(loss_weights), scales, list(keys))
     places = (list(positions), draw, list(row_offset), list(col_offset))
-    torch.ops.ulr.noisy_linear_grads_.default(*lists, antithetic, dist, sampler, *places)
+    torch.ops.ulr.foreach_noisy_linear_grad_.default(*lists, antithetic, dist, sampler, *places)
 
 
 class LinearGradients(NamedTuple):
-    """Arguments of noisy_linear_grads_. Lists of offsets and positions may be empty; an empty bias stands for None."""
+    """Arguments of foreach_noisy_linear_grad_. Positions and offsets may be empty; an empty bias stands for None."""
 
     grad_weights: list[Tensor]
     grad_biases: list[Tensor]
@@ -101,7 +101,7 @@ class LinearGradients(NamedTuple):
 
 
 def check(a: LinearGradients) -> None:
-    rules = Check("noisy_linear_grads_")
+    rules = Check("foreach_noisy_linear_grad_")
     for argument in ("grad_weights", "grad_biases", "loss_weights", "sigmas", "keys"):
         if len(given := getattr(a, argument)) != len(a.xs):
             rules.fail(argument, f"have {len(a.xs)} entries, one per layer", len(given))
@@ -112,7 +112,7 @@ def check(a: LinearGradients) -> None:
         rules.dtype(f"xs[{layer}]", x, (a.xs[0].dtype,))
         rules.device("xs[0]", a.xs[0].device, **{f"xs[{layer}]": x})
     for layer, gradient in enumerate(a.layers()):
-        _linear.check_gradient(Check(f"noisy_linear_grads_: layer {layer}"), gradient)
+        _linear.check_gradient(Check(f"foreach_noisy_linear_grad_: layer {layer}"), gradient)
 
 
 def reference(a: LinearGradients) -> None:
@@ -127,11 +127,11 @@ def cost(a: LinearGradients) -> Cost:
 
 register(
     Op(
-        name="noisy_linear_grads_",
+        name="foreach_noisy_linear_grad_",
         schema="(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor[] xs, Tensor[] loss_weights, "
         "Tensor[] sigmas, Tensor[] keys, bool antithetic=False, str dist='normal', str sampler='iid', "
         "int[] positions=[], int draw=0, int[] row_offset=[], int[] col_offset=[]) -> ()",
-        function=noisy_linear_grads_,
+        function=foreach_noisy_linear_grad_,
         arguments=LinearGradients,
         check=check,
         reference=reference,
