@@ -10,11 +10,8 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import mlp
+from ulr_kernels.backends.cuda import mlp, tiles
 from ulr_kernels.ops._conv import Conv, ConvGradient, Window
-
-# Of csrc/cuda: Convolution::kFeatures in conv.cuh; kGradFeatures, kPanel and kGradRows in gradient_problem.cuh.
-FEATURES_OF_FORWARD_TILE, FEATURES_OF_GRADIENT_TILE, PANEL, ROWS_OF_UNIT = 64, 32, 512, 128
 
 
 def window_numbers(window: Window, kernel: Sequence[int], tile_channels: int) -> tuple[int, ...]:
@@ -36,7 +33,7 @@ def _tile_channels(window: Window, inputs: int, features: int, tile: int, col_of
 def noisy_conv2d(y: Tensor, a: Conv) -> Arguments:
     features = y.shape[2]
     images = a.x if a.x.dim() == 5 else a.x[None]
-    channels = _tile_channels(a.window, a.x.shape[-3], features, FEATURES_OF_FORWARD_TILE, a.noise.col_offset)
+    channels = _tile_channels(a.window, a.x.shape[-3], features, tiles.CONV_FEATURES, a.noise.col_offset)
     numbers = window_numbers(a.window, a.weight.shape[2:], channels)
     return Arguments(_native.noise_view(a.noise, features), (y, images, a.weight, a.bias, a.sigma), numbers)
 
@@ -53,12 +50,12 @@ class _Gradient(NamedTuple):
 def _gradient(a: ConvGradient) -> _Gradient:
     x, kernel, size, sizes = a.x, a.kernel_size, a.output_size, a.sizes
     features = sizes.features
-    channels = _tile_channels(a.window, x.shape[-3], features, FEATURES_OF_GRADIENT_TILE, a.noise.col_offset)
+    channels = _tile_channels(a.window, x.shape[-3], features, tiles.GRADIENT_FEATURES, a.noise.col_offset)
     inner = channels * kernel[0] * kernel[1]
     # As many parts of the rows as give every processor work; the sums of each are kept.
-    tiles = -(-features // FEATURES_OF_GRADIENT_TILE) * -(-inner // PANEL)
-    units = (1 if sizes.shared else sizes.copies) * -(-sizes.rows // ROWS_OF_UNIT)
-    splits = max(1, min(-(-mlp.processors(x.device) // tiles), units))
+    count = -(-features // tiles.GRADIENT_FEATURES) * -(-inner // tiles.GRADIENT_PANEL)
+    units = (1 if sizes.shared else sizes.copies) * -(-sizes.rows // tiles.GRADIENT_ROWS)
+    splits = max(1, min(-(-mlp.processors(x.device) // count), units))
     partials = torch.empty(splits * features * (inner + 2), dtype=torch.float32, device=x.device)
     numbers = (*window_numbers(a.window, kernel, channels), splits, *size, features)
     return _Gradient(_native.noise_view(a.noise, features), x if x.dim() == 5 else x[None], partials, numbers)

@@ -8,13 +8,13 @@ from torch import Tensor
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.arrival_counter import arrival_counter
+from ulr_kernels.backends.cuda import tiles
 from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
 from ulr_kernels.ops.noise_score import NoiseScore
 from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
-# kColumns and kSlots of a block (csrc/cuda/scale_shift_grad_.cu), and enough blocks for any device of today.
-COLUMNS, ROWS, BLOCKS = 32, 32, 1024
+BLOCKS = 1024  # enough for any device of today
 
 
 def noise_add(y: Tensor, a: NoiseAdd) -> Arguments:
@@ -34,8 +34,8 @@ def scale_shift_grad_(a: ScaleShiftGradient) -> Arguments:
     axis = a.feature_dim % (x.dim() - 1)
     cols = x.shape[axis + 1]
     rows = a.loss_weight.shape[1] * a.noise.positions
-    tiles = -(-(a.noise.col_offset % 4 + cols) // COLUMNS)
-    ranges = max(1, min(BLOCKS // max(tiles, 1), -(-rows // ROWS)))
+    col_tiles = -(-(a.noise.col_offset % 4 + cols) // tiles.SCALE_SHIFT_COLUMNS)
+    ranges = max(1, min(BLOCKS // max(col_tiles, 1), -(-rows // tiles.SCALE_SHIFT_ROWS)))
     partials = torch.empty(ranges, 3, cols, dtype=torch.float32, device=x.device)
     done = arrival_counter(x.device).view(torch.int64)
     tensors = (*a.buffers.values(), *images(axis, x), a.loss_weight, a.sigma, partials, done)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
+from ulr_kernels.backends.cuda import tiles
 from ulr_kernels.ops._linear import Linear, LinearGradient
 from ulr_kernels.ops._op import NoiseSpec
 from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
-
-FEATURES_OF_A_BLOCK = 32  # kGradFeatures in csrc/cuda/gradient_problem.cuh
 
 
 def noisy_linear(y: Tensor, a: Linear) -> Arguments:
@@ -19,10 +18,10 @@ def noisy_linear(y: Tensor, a: Linear) -> Arguments:
 
 
 def _partials(grad_log_sigma: Tensor | None, features: int) -> Tensor | None:
-    """Where blocks leave their parts of a grad_log_sigma that is one number, to be added in a fixed order."""
+    """A workspace for the blocks' parts of a grad_log_sigma that is one number, to be added in a fixed order."""
     if grad_log_sigma is None or grad_log_sigma.dim():
         return None
-    blocks = features // FEATURES_OF_A_BLOCK + 2  # offsets may cut the first and the last one
+    blocks = features // tiles.GRADIENT_FEATURES + 2  # offsets may cut the first and the last one
     return torch.empty(blocks, dtype=torch.float32, device=grad_log_sigma.device)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
+from ulr_kernels.backends.cuda.tiles import GRADIENT_FEATURES, GRADIENT_PANEL, GRADIENT_ROWS
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES
 from ulr_kernels.ops.noisy_mlp_step import MlpStep
 
 ACTIVATION_BYTES = 24 * 2**20  # of all copies of a tile of samples: half of an H100's L2
-FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient, as in gradient_problem.cuh
 # Clocks of one SM, to share the processors out between layers: a noise value, and a multiply-add by operand size.
 CLOCKS_OF_NOISE, CLOCKS_OF_PRODUCT = 0.2, {2: 1 / 1024, 4: 1 / 128}
 
@@ -104,16 +104,16 @@ def _forward(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
 def _gradient(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
     """Parts of the rows of a layer's gradient, and the rows of a block of them: so that the processors get even shares
     of the work of all layers."""
-    clocks, panels = [], [-(-width // PANEL) for width in shape.widths]
+    clocks, panels = [], [-(-width // GRADIENT_PANEL) for width in shape.widths]
     for at in range(len(shape.widths) - 1):
         inputs, features = shape.widths[at : at + 2]
         product_rows = samples * (shape.copies if shape.joint and at else 1)
         product = product_rows * inputs * CLOCKS_OF_PRODUCT[shape.element_size]
         clocks.append(features * (samples * shape.draws * panels[at] * CLOCKS_OF_NOISE + product))
-    tiles = -(-shape.widths[layer + 1] // FEATURES) * panels[layer]
+    tiles = -(-shape.widths[layer + 1] // GRADIENT_FEATURES) * panels[layer]
     wanted = max(1, round(shape.processors * clocks[layer] / sum(clocks) / tiles))
     groups = shape.draws if shape.joint and layer else 1
-    unit_rows = min(ROWS, max(16, _up(-(-samples * groups // wanted), 16)))
+    unit_rows = min(GRADIENT_ROWS, max(16, _up(-(-samples * groups // wanted), 16)))
     return min(wanted, groups * -(-samples // unit_rows)), unit_rows
 
 
