@@ -24,12 +24,14 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ulr_backen
 
 
 class BackendError(RuntimeError):
-    """A back end was asked for that cannot run this op here; the message says why."""
+    """The requested back end cannot run this op here; the message says why."""
 
 
 def allocating(provider: Callable) -> Callable:
-    """Mark a provider that is handed an `ops._op.Output`, not a tensor, and allocates and returns it itself: where a
-    product of another library becomes the output, memory taken before it would be taken twice."""
+    """Mark a provider that takes an `ops._op.Output`, not a tensor, and allocates and returns the output itself.
+
+    It is for providers whose output is the result of another library's product, which would allocate it again.
+    """
     provider.allocates = True  # type: ignore[attr-defined]
     return provider
 
@@ -39,7 +41,7 @@ def allocates(provider: Callable) -> bool:
 
 
 def add_op(name: str, reference: Callable) -> None:
-    """Enter an op, with the provider that every device has."""
+    """Enter an op, with its torch provider, which runs on every device."""
     _references[name] = reference
 
 
@@ -48,10 +50,10 @@ def op_names() -> list[str]:
 
 
 def find(backend: str, op: str, device: torch.device | str) -> Callable | str:
-    """The provider, or the reason why there is none."""
+    """The provider, or a sentence on why there is none."""
     if backend == "torch":
         return _references[op]
-    # Each of backends/cpp, cuda, triton has provider(op, device) -> a function, or a sentence that says why not.
+    # backends/cpp, cuda and triton each have provider(op, device) -> a function, or a sentence on why there is none.
     return importlib.import_module(f"ulr_kernels.backends.{backend}").provider(op, torch.device(device))
 
 

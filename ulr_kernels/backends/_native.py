@@ -1,4 +1,4 @@
-"""The two native libraries: opening them, why one is absent, and handing torch's tensors to their launchers."""
+"""The two native libraries: opening them, why one is absent, and calls of their launchers with torch's tensors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def library(part: str) -> ctypes.CDLL | str:
 
 
 def error(part: str, code: int) -> str:
-    """What an error code means; of the cuda library, in the words of the last failure."""
+    """The meaning of an error code; the cuda library describes its last failure."""
     text = getattr(library(part), PREFIXES[part] + "error", None)
     if text is None:
         return ERRORS[code]
@@ -112,12 +112,12 @@ def launcher(part: str, name: str) -> Launcher:
 
 
 def view(tensor: Tensor) -> TensorView:
-    """What a launcher reads of a tensor of up to five axes."""
+    """Address, dtype, sizes and strides of a tensor of up to five axes, as a launcher reads them."""
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def float_bits(value: float) -> int:
-    """A number that is no integer, as a launcher reads it: the bits of the fp32 number nearest to it."""
+    """The bits of the fp32 number nearest to `value`: launchers take integers only."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 

@@ -1,4 +1,4 @@
-"""What the convolutions share: their window and their rules, and the noisy ones their reference in torch."""
+"""Convolutions: their window and rules, and the reference of the noisy ones in torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes
 from ulr_kernels.ops._op import FLOATS, Check, NoiseSpec, Output
 
-# Of the ops' schemas: padding is (top, bottom, left, right).
+# Part of the ops' schemas; padding is (top, bottom, left, right).
 WINDOW_SCHEMA = "int[] stride, int[] padding, int[] dilation, int groups, bool transposed"
 
 
 class Window(NamedTuple):
-    """Which input pixels an output pixel sees: output row y and kernel row ky meet at input row
+    """The input pixels of an output pixel. Output row y and kernel row ky have the input row
 
     y * stride - top + ky * dilation, or, transposed, (y + top - ky * dilation) / stride where that is whole.
     """
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...]  # top, bottom, left, right; transposed: what is cut off the output
+    padding: tuple[int, ...]  # top, bottom, left, right; transposed: rows and columns cut off the output
     dilation: tuple[int, ...]
     groups: int
     transposed: bool = False
@@ -51,7 +51,7 @@ class Window(NamedTuple):
         return (weight[0], per_group) if self.transposed else (per_group, weight[0])
 
     def _for_torch(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
-        """The input, the padding and the output padding as torch's convolutions take them: the same on both sides."""
+        """Input, padding and output padding for torch's convolutions, whose padding is the same on both sides."""
         top, bottom, left, right = self.padding
         if self.transposed:
             return x, (top, left), (top - bottom, left - right)
@@ -69,8 +69,7 @@ class Window(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and of the weight from the output's, by torch; of `weight` only the shape counts for the
-        second."""
+        """The gradients of x and of the weight from the output's, by torch; the second needs only `weight`'s shape."""
         padded, padding, output_padding = self._for_torch(x)
         by_x, by_weight, _ = torch.ops.aten.convolution_backward(
             grad,
@@ -153,7 +152,7 @@ class ConvGradient(NamedTuple):
         return self.window.output_size(self.x.shape[-2:], self.kernel_size)
 
 
-# --- what users give -------------------------------------------------------------------------------------------------
+# --- public arguments ------------------------------------------------------------------------------------------------
 
 Pair = int | Sequence[int]
 
@@ -230,7 +229,7 @@ def kernel_of(op: str, grad_weight: Tensor | None, kernel_size: Pair | None, tra
 
 
 def resolve_positions(window: Window, x: Tensor, kernel: Sequence[int], positions: int | None) -> int:
-    """Rows per sample: where none are given, those of one image. (An output without rows is refused by the check.)"""
+    """Rows per sample; None: those of one image. (The op's check refuses an output without rows.)"""
     height, width = window.output_size(x.shape[-2:], kernel)
     return max(height, 1) * max(width, 1) if positions is None else positions
 
@@ -259,7 +258,7 @@ def check_window(check: Check, window: Window) -> None:
 
 
 def sizes_of(x: Tensor, weight: Sequence[int], window: Window, copies: int) -> Sizes:
-    """The sizes of the product: rows are (image, y, x), inputs what an output sums over, features the channels."""
+    """The sizes of the product: rows are (image, y, x), inputs the terms of an output, features the channels."""
     height, width = window.output_size(x.shape[-2:], weight[2:])
     inputs, features = window.channels(weight)
     taps = inputs // window.groups * weight[2] * weight[3]
@@ -331,7 +330,7 @@ def output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Output:
 
 
 def products(window: Window, sizes: Sizes) -> int:
-    """Multiply-adds of the convolution of all copies; transposed, each output meets 1 / stride^2 of the kernel."""
+    """Multiply-adds of the convolution of all copies; transposed, an output uses 1 / stride^2 of the kernel."""
     skipped = window.stride[0] * window.stride[1] if window.transposed else 1
     return (1 if sizes.shared else sizes.copies) * sizes.rows * sizes.features * sizes.inputs // skipped
 
@@ -355,7 +354,7 @@ def forward_reference(y: Tensor, a: Conv | ConvGradient) -> None:
 
 
 def gradient_reference(a: ConvGradient) -> None:
-    """The linear layer's, with the convolution's weight gradient in place of the outer product."""
+    """`_linear.gradient_reference` with the convolution's weight gradient in place of the outer product."""
 
     def product(scores: Tensor, images: Tensor) -> Tensor:
         assert a.grad_weight is not None

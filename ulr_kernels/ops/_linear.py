@@ -155,7 +155,7 @@ def check_feature_gradients(
     x: Tensor,
     dist: str,
 ) -> int:
-    """The number of features, which grad_weight has given, or else grad_bias gives."""
+    """Check grad_bias and grad_log_sigma; return the number of features, by default grad_bias's."""
     if grad_bias is not None:
         check.dtype("grad_bias", grad_bias, buffer_dtypes(x))
         if grad_bias.dim() != 1 or features not in (None, grad_bias.shape[0]):
@@ -244,7 +244,7 @@ def gradient_reference(a: LinearGradient | ConvGradient, product: Callable[[Tens
 
 
 def gradient_cost(a: LinearGradient | ConvGradient, sizes: Sizes, products: int) -> Cost:
-    """Of a gradient, or, with a weight, of output and gradient; `products`: multiply-adds of one of the two."""
+    """The cost of a gradient, or, with a weight, of output and gradient; `products`: multiply-adds of either."""
     moved = a.x.element_size() * a.x.numel() + 2 * sum(b.numel() * b.element_size() for b in a.buffers if b is not None)
     out = sizes.rows * sizes.features
     noise = a.noise.draws(sizes.copies) * out

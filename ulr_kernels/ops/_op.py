@@ -56,7 +56,7 @@ class NoiseSpec(NamedTuple):
     col_offset: int = 0
 
     def draws(self, copies: int) -> int:
-        """The number of draws that so many copies use."""
+        """The number of draws of `copies` copies."""
         return copies // 2 if self.antithetic else copies
 
 
@@ -100,7 +100,7 @@ class Op:
 
 
 def _binder(kind: type, schema: torch._C.FunctionSchema) -> Callable[..., Any]:
-    """A function of the schema's arguments that makes a `kind`, written out as `collections.namedtuple` does it."""
+    """A function from the schema's arguments to a `kind`, generated as source like `collections.namedtuple`'s."""
     names = {argument.name for argument in schema.arguments}
     scope: dict[str, Any] = {}
 
@@ -150,7 +150,7 @@ def register(op: Op) -> None:
     _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
     schema, bind = getattr(torch.ops.ulr, op.name).default._schema, op.bind
     returns = bool(schema.returns)
-    # A tensor that is always there, or else the first of a list, which the check requires.
+    # The first tensor that is not optional gives the device, or else the first list, which the check keeps non-empty.
     kinds = [str(argument.type) for argument in schema.arguments]
     place = kinds.index("Tensor") if "Tensor" in kinds else kinds.index("List[Tensor]")
     is_list = kinds[place] != "Tensor"
@@ -231,7 +231,7 @@ class Check:
             self.fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}", repr(dist))
 
     def room(self, argument: str, value: int, extent: int, bits: int) -> None:
-        """An index of the contract's, and how many from there on are used."""
+        """Check that `extent` indices of the contract from `value` on are in range."""
         if value < 0:
             self.fail(argument, "be at least 0", value)
         if value + extent > 2**bits:
@@ -265,7 +265,7 @@ class Check:
                 self.fail("draw", f"leave room for {draws} below 2^30 where sampler is 'sobol'", draw)
 
     def copies(self, copies: int, antithetic: bool, argument: str = "copies") -> int:
-        """The number of draws that the copies use."""
+        """Check the number of copies; return their number of draws."""
         if copies < 1:
             self.fail(argument, "be at least 1", copies)
         if antithetic and copies % 2:
@@ -274,7 +274,7 @@ class Check:
 
 
 def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:
-    """Raise if an input carries a forward-mode tangent, which an op would drop without a word."""
+    """Raise if an input carries a forward-mode tangent, which an op would drop silently."""
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs
     ):
@@ -296,7 +296,7 @@ def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
 
 
 def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:
-    """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
+    """Sigma as fp32. Numbers and host tensors are checked: finite, and positive, or at least 0 where `zero`."""
     if not isinstance(sigma, Tensor):
         try:
             value = float(sigma)
@@ -312,7 +312,7 @@ def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: 
 
 
 def fp32_tensor(op: str, argument: str, value: float | Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """A number, or a sequence of them, as fp32; those that the host can read must be finite there."""
+    """A number, or a sequence of numbers, as fp32. Values on the host must be finite in fp32."""
     if not isinstance(value, Tensor | Sequence):
         try:
             number = float(value)
@@ -338,6 +338,6 @@ def _check_sigma(op: str, value: float, zero: bool) -> None:
     if not (0 < value < math.inf or (zero and value == 0)):
         rule = "be finite and " + ("at least 0" if zero else "positive")
         raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {value}")
-    # What counts is the fp32 number: a sigma that vanishes or overflows there is refused as well.
+    # The kernels use the fp32 number: a sigma that vanishes or overflows there is refused as well.
     if value and not FP32.smallest_normal <= value <= FP32.max:
         raise ValueError(f"ulr::{op}: 'sigma' must be a normal fp32 number, got {value}")

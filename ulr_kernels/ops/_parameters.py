@@ -32,12 +32,12 @@ class ListNoise(NamedTuple):
         return self.row_offset[i] if self.row_offset else 0, self.col_offset[i] if self.col_offset else 0
 
 
-COLUMN_AXES = 4  # of a parameter as launchers see it: [rows, ...]
+COLUMN_AXES = 4  # axes after the rows of a parameter, for launchers
 _BLOCK = 2**20  # elements that the reference works on at once: it holds about twenty temporaries for each
 
 
 def keys_tensor(op: str, keys: Tensor | Sequence[int | Tensor], device: torch.device) -> Tensor:
-    """One key a tensor, int64; integers are copied to the device."""
+    """One int64 key for each tensor; integers are copied to the device."""
     if isinstance(keys, Tensor):
         return keys
     host = [key_tensor(op, key, torch.device("cpu")) for key in keys]
@@ -55,8 +55,10 @@ def rows_cols(tensor: Tensor) -> tuple[int, int]:
 
 
 def column_axes(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:
-    """Of tensors of one shape, the axes that count a row's elements: sizes, and the strides of each tensor. Axes are
-    joined where all of the tensors can step through them by one stride."""
+    """The axes of a row, for tensors of one shape: the size of each axis, and its stride in each tensor.
+
+    Axes are joined where all of the tensors can step through them by one stride.
+    """
     joined: list[tuple[int, tuple[int, ...]]] = []
     shape = tensors[0].shape
     for axis in range(1 if len(shape) > 1 else 0, len(shape)):
@@ -71,8 +73,7 @@ def column_axes(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def by_row(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape, each as [rows, a, b, c, columns]: what launchers take. a, b and c are 1 but for unusual
-    strides."""
+    """Tensors of one shape as [rows, a, b, c, columns], for launchers; a, b and c are 1 except for unusual strides."""
     rows, cols = rows_cols(tensors[0])
     if all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.view(rows, 1, 1, 1, cols) for tensor in tensors]
@@ -89,7 +90,7 @@ def by_row(*tensors: Tensor) -> list[Tensor]:
 
 
 def check_list(rules: Check, tensors: list[Tensor], noise: ListNoise, draws: int) -> None:
-    """The rules that do not depend on what is done with the noise."""
+    """The rules that all ops on lists have in common."""
     keys, dist, rank, stochastic, draw, row_offset, col_offset = noise
     count = len(tensors)
     rules.dtype("keys", keys, (torch.int64,))
@@ -115,7 +116,7 @@ def check_list(rules: Check, tensors: list[Tensor], noise: ListNoise, draws: int
 
 
 def check_strides(rules: Check, argument: str, *tensors: Tensor) -> None:
-    """Of tensors of one shape, which are stepped through together."""
+    """Check the strides of tensors of one shape, which kernels step through together."""
     if tensors[0].dim() > COLUMN_AXES + 1 and len(column_axes(*tensors)) > COLUMN_AXES:
         rule = f"have at most {COLUMN_AXES} axes after the first that strides do not join"
         rules.fail(argument, rule, " and ".join(str(tensor.stride()) for tensor in tensors))
@@ -125,7 +126,7 @@ def check_strides(rules: Check, argument: str, *tensors: Tensor) -> None:
 
 
 class Block:
-    """Some rows and columns of one parameter of a list: its elements, and its noise.
+    """Some rows and columns of one parameter of a list: their elements, and their noise.
 
     `values(t)` are the block's elements of a tensor `[rows, cols]`, a view.
     """
@@ -174,5 +175,5 @@ def write_back(tensor: Tensor, flat: Tensor) -> None:
 
 
 def noise_values(tensors: Sequence[Tensor], rank: int | None) -> int:
-    """How many a draw needs."""
+    """The number of noise values of one draw."""
     return sum(t.numel() if rank is None or t.dim() < 2 else rank * sum(rows_cols(t)) for t in tensors)

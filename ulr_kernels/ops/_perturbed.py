@@ -117,8 +117,8 @@ Layer = Callable[..., Tensor]  # x, weight and, where there is one, bias of one 
 def call(name: str, layer: Layer, shared_dims: int, tensors: tuple, args: tuple, how: WeightNoise) -> Tensor:
     """Run `torch.ops.ulr.<name>` on tensors (x, weight, bias where it has one, sigma), differentiable in them.
 
-    layer: the noiseless layer, of whose derivatives the op's are made; shared_dims: axes of an x that the copies share;
-    args: the op's own arguments.
+    layer: the noiseless layer, whose derivatives are used; shared_dims: axes of an x that the copies share; args: the
+    op's own arguments.
     """
     refuse_tangents(name, "the layer's own function and ulr.noise", *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

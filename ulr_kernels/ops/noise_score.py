@@ -1,4 +1,4 @@
-"""noise_score: what takes the place of an output's gradient, from noise that is made again."""
+"""noise_score: the weighted score, a stand-in for an output's gradient, from noise that is made again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def noise_score(
 
         s = sum over c of  loss_weight[c, row // positions] * score_c / sigma
 
-    It takes the place of the output's gradient of a module whose input all copies share: apply the module's own
+    It replaces the output's gradient of a module whose input all copies share: apply the module's own
     Jacobian to it, transposed (an embedding: `grad.index_add_(0, ids, s)`; a transposed convolution: its weight
     gradient; both branches of a residual sum: the same s). The noise is that of `noise_add` and of every noisy
     forward with the same key, draw and offsets. A module with an input for each copy takes one call a copy: that
@@ -42,7 +42,7 @@ def noise_score(
 
     Args:
         shape: of one copy of the module's output.
-        loss_weight: `[C, R // positions]`, fp32, R the rows of `shape`: what each copy of each sample counts,
+        loss_weight: `[C, R // positions]`, fp32, R the rows of `shape`: the weight of each copy of each sample,
             (L - baseline) / (C * samples) for a mean.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`, N the size of the feature axis.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.

@@ -45,8 +45,8 @@ def noisy_conv2d(
     """y[c] = conv(x[c], weight) + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960).
 
     Noise has a row for each (image, y, x) of the output and a column for each channel, whatever the memory format. It
-    is made on the way out of the product and never stored; there is one product however many copies share x. A
-    convolution in one dimension is one of height 1.
+    is added to the product in registers and never stored; copies that share x share one product. A convolution in one
+    dimension is one of height 1.
 
     Args:
         x: `[B, I, H, W]`, shared by the copies, or `[C, B, I, H, W]`; fp32, bf16 or fp16; any strides.

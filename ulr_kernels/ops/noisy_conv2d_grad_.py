@@ -50,7 +50,7 @@ def noisy_conv2d_grad_(
             strides; or None.
         grad_bias: `[O]`, likewise; or None. One of the two must be given.
         x: `[B, I, H, W]`, shared by the copies, or `[C, B, I, H, W]`; fp32, bf16 or fp16; any strides.
-        loss_weight: `[C, B]`, fp32: what each copy of each image counts, (L - baseline) / (C * B) for a mean. With
+        loss_weight: `[C, B]`, fp32: the weight of each copy of each image, (L - baseline) / (C * B) for a mean. With
             positions given: `[C, B * H' * W' // positions]`, one for each sample.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[O]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
@@ -98,7 +98,6 @@ def check(a: ConvGradient) -> None:
 
 
 def cost(a: ConvGradient) -> Cost:
-    """Of the gradient, or of output and gradient."""
     sizes = a.sizes
     return _linear.gradient_cost(a, sizes, _conv.products(a.window, sizes))
 

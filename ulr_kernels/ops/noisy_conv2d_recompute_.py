@@ -1,4 +1,4 @@
-"""noisy_conv2d_recompute_: a second pass with known losses: one noise evaluation gives the output and the gradient."""
+"""noisy_conv2d_recompute_: output and gradient from one evaluation of the noise, in a second pass with known losses."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def noisy_conv2d_recompute_(
 ) -> Tensor:
     """`noisy_conv2d` and `noisy_conv2d_grad_` in one pass over the noise.
 
-    For training at inference memory: a first pass gives the losses and keeps nothing, a second one goes through the
-    layers again, and each layer adds to its gradients and hands on its noised output.
+    For training at inference memory: a first pass computes the losses and keeps nothing; in a second pass each layer
+    adds to its gradients and computes its noised output again.
 
     Args:
         grad_weight, grad_bias, loss_weight, positions, grad_log_sigma: as in `noisy_conv2d_grad_`.

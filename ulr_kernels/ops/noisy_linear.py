@@ -38,7 +38,7 @@ def noisy_linear(
 ) -> Tensor:
     """y[c] = x[c] W^T + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960) for a linear layer.
 
-    The noise is made on the way out of the product and never stored; there is one product however many copies share x.
+    The noise is added to the product in registers and never stored; copies that share x share one product.
 
     Args:
         x: `[R, K]`, shared by the copies, or `[C, R, K]`; fp32, bf16 or fp16; any strides.

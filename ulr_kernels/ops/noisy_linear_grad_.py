@@ -40,7 +40,7 @@ def noisy_linear_grad_(
         grad_weight: `[N, K]`, fp32 or x's dtype, any strides; or None.
         grad_bias: `[N]`, likewise; or None. One of the two must be given.
         x: `[R, K]`, shared by the copies, or `[C, R, K]`; fp32, bf16 or fp16; any strides.
-        loss_weight: `[C, R // positions]`, fp32: what each copy of each sample counts, (L - baseline) / (C * samples)
+        loss_weight: `[C, R // positions]`, fp32: the weight of each copy of each sample, (L - baseline) / (C * samples)
             for a mean.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
@@ -77,7 +77,6 @@ def check(a: LinearGradient) -> None:
 
 
 def cost(a: LinearGradient) -> Cost:
-    """Of the gradient, or of output and gradient."""
     sizes = a.sizes
     products = (1 if sizes.shared else sizes.copies) * sizes.rows * sizes.features * sizes.inputs
     return _linear.gradient_cost(a, sizes, products)

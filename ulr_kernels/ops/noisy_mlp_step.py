@@ -26,7 +26,7 @@ from ulr_kernels.ops._op import (
 )
 
 INJECTIONS = ("layerwise", "joint")
-MOST_LAYERS = 64  # what a kernel is told of a layer travels with its launch
+MOST_LAYERS = 64  # a layer's description is part of the kernel's arguments
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -53,12 +53,12 @@ def noisy_mlp_step(
 ) -> Tensor:
     """Add the ULR gradient (arXiv 2305.08960, Theorem 1) of an MLP's mean noised loss to its buffers: a whole step.
 
-    What `ulr.ULR` does with `nn.Sequential(Linear, activation, ..., Linear)`, in one call, which is one launch on a
+    The step of `ulr.ULR` for `nn.Sequential(Linear, activation, ..., Linear)` in one call, which is one launch on a
     CUDA device: noise, the perturbed products and activations of all copies, losses, baseline, and the accumulation
 
         grad_weights[l] += sum over c, r of  (L[c, r] - b[c, r]) / (C * R) * score_lcr / sigma_l  (outer)  a_l[c, r]
 
-    with a_l the layer's input. No activation needs a derivative, and none of what follows a layer is differentiated.
+    with a_l the layer's input. No activation needs a derivative, and nothing after a layer is differentiated.
 
     Args:
         grad_weights: L buffers `[N_l, K_l]`, fp32 or x's dtype, any strides.

@@ -1,4 +1,4 @@
-"""perturbed_embedding: rows of a table with weight noise; only the rows that are asked for get their noise made."""
+"""perturbed_embedding: rows of a table with weight noise, which is made for the gathered rows only."""
 
 from __future__ import annotations
 

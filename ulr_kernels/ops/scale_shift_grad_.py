@@ -42,7 +42,7 @@ def scale_shift_grad_(
         grad_bias      += sum of  loss_weight[c, r // positions] * score_cr / sigma
         grad_log_sigma += sum of  loss_weight[c, r // positions] * (eps_cr * score_cr - 1)
 
-    For a normalisation layer x is the normalised input; for a gate, what it multiplies. The noise is that of
+    For a normalisation layer x is the normalised input; for a gate, its other factor. The noise is that of
     `noise_add` with the same key, draw and offsets; it is made again, never stored. Where the copies share x, the sum
     over copies comes first. Sums are fp32, in an order that depends on the sizes alone.
 
@@ -51,7 +51,7 @@ def scale_shift_grad_(
         grad_bias: likewise. One of the three buffers must be given.
         x: as in `noise_add`: shared by the copies or with a copy axis; only its shape counts where there is no
             grad_weight.
-        loss_weight: `[C, R // positions]`, fp32, R the rows of one copy: what each copy of each sample counts,
+        loss_weight: `[C, R // positions]`, fp32, R the rows of one copy: the weight of each copy of each sample,
             (L - baseline) / (C * samples) for a mean.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.

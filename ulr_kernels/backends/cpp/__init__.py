@@ -29,7 +29,7 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _omp_parallel() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP runtime that torch runs on, found as torch's own calls find it; None: it has none."""
+    """GOMP_parallel of torch's OpenMP runtime, or None if it has none."""
     path = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
@@ -43,7 +43,7 @@ def isa() -> str:
 
 
 def available_isas() -> list[str]:
-    """The instruction sets that this build has and this machine runs, the best first."""
+    """The instruction sets of this build that this machine runs, the best first."""
     names = map(_opened().ulr_cpu_available_isa, itertools.count())
     return [name.decode() for name in itertools.takewhile(bool, names)]
 
@@ -127,7 +127,7 @@ _PROVIDERS: dict[str, Callable] = {
 
 
 def provider(op: str, device: torch.device) -> Callable | str:
-    """The function that runs `op` on `device`, or the sentence that says why there is none."""
+    """The function that runs `op` on `device`, or a sentence on why there is none."""
     if device.type != "cpu":
         return "it runs on the CPU"
     library = _library()

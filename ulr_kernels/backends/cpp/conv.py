@@ -1,9 +1,8 @@
-"""The three convolutions of the cpp back end: oneDNN's products, through torch, and the library's pass over the noise,
-some images at a time.
+"""The three convolutions of the cpp back end: oneDNN's products, through torch, and the library's pass over the noise.
 
-The pass is csrc/cpu/noisy_linear.cpp where channels are neighbours in memory (channels last: rows of channels), and
-csrc/cpu/noisy_channels.cpp where pixels are. It makes a chunk's noise once for output and gradient. Beside the outputs
-only a chunk of clean outputs, of scores, and of inputs whose dtype or layout torch must change is allocated.
+They take a chunk of images at a time. The pass is csrc/cpu/noisy_linear.cpp for channels last, and
+csrc/cpu/noisy_channels.cpp for pixels last. It makes a chunk's noise once for output and gradient. The only memory
+allocated beside the outputs is a chunk of clean outputs, of scores, and of inputs that torch must convert.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def _features(y: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | 
 
 
 def _chunks(x: Tensor, copies: int, outputs: int, pixels: int, positions: int):
-    """Copies and images of each chunk: whole copies, or images of one copy that are whole samples or of one sample."""
+    """Copies and images of each chunk: whole copies, or images of one copy (whole samples, or parts of one sample)."""
     limit = max(1, CHUNK // max(outputs, x[0, 0].numel()))
     images_of_sample = math.lcm(pixels, positions) // pixels
     if images_of_sample * pixels != positions:  # samples end within images
@@ -126,15 +125,18 @@ def _laid_out(images: Tensor | None, last: bool) -> Tensor | None:
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, memory_format: torch.memory_format
 ) -> Tensor:
-    """The clean convolution of a chunk of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the
-    noise is added (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
+    """The clean convolution of a chunk of copies, with fp32 sums.
+
+    A bf16 product is rounded to bf16 before the noise is added, because oneDNN's output has its inputs' dtype. An fp16
+    product is fp32 where oneDNN has no fp16.
+    """
     dtype = x.dtype if onednn.supports(x.dtype) else _FP32
     made = window.convolve(x.flatten(0, 1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return made.contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
 
 
 class _Gradient:
-    """grad_weight, to which the weight gradients of chunks are added; summed in fp32, rounded once."""
+    """Adds the weight gradients of chunks in fp32, and rounds once to grad_weight."""
 
     def __init__(self, buffer: Tensor, window: Window) -> None:
         self.buffer = buffer

@@ -1,8 +1,8 @@
 """The three linear ops of the cpp back end: oneDNN's products and the library's pass over the noise, tile by tile.
 
 Forward and gradient are parts of one loop: a tile of features, then a tile of rows (and of copies, where each has its
-own x). The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. No operand is copied beyond a
-tile, and nothing is allocated beside the outputs but a few tiles.
+own x). The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. The only memory allocated
+beside the outputs is a few tiles.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _linear(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A forward whose rows are x's rows, in one product. Short on purpose: right after a large product the interpreter's own
-# memory is far from the cores, and each line here costs several times what it does in a loop.
+# A forward in one product. The code is short on purpose: a large product evicts the interpreter's memory from the
+# caches, so that each line after it costs several times as much as in a loop.
 
 
 def _in_one_product(x: Tensor, weight: Tensor) -> bool:
@@ -180,7 +180,7 @@ def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gr
 
 
 def _even(extent: int, limit: int) -> int:
-    """A size of at most about `limit` that cuts `extent` into even parts."""
+    """A size near or below `limit` that cuts `extent` into even parts."""
     if extent <= limit:
         return extent
     parts = -(-extent // limit)
@@ -192,21 +192,24 @@ def _even(extent: int, limit: int) -> int:
 
 
 def _operands(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As oneDNN takes them: dense, and fp32 where it does not multiply the dtype."""
+    """Weight and bias for oneDNN: dense, and fp32 where it does not multiply the dtype."""
     if not onednn.supports(weight.dtype):
         return weight.float().contiguous(), bias if bias is None else bias.float()
     return weight if onednn.dense(weight) else weight.contiguous(), bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b of a tile of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the noise is added
-    (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
+    """x W^T + b of a tile of copies, with fp32 sums.
+
+    A bf16 product is rounded to bf16 before the noise is added, because oneDNN's output has its inputs' dtype. An fp16
+    product is fp32 where oneDNN has no fp16.
+    """
     rows = x.flatten(0, 1).to(weight.dtype)
     return onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
 
 
 class _Gradient:
-    """A tile of features of grad_weight, to which products of scores and x are added; summed in fp32, rounded once."""
+    """Adds products of scores and x in fp32, and rounds once to a tile of features of grad_weight."""
 
     def __init__(self, buffer: Tensor, sizes: _Sizes) -> None:
         self.buffer = buffer
@@ -214,7 +217,7 @@ class _Gradient:
         self.features = sizes.product_features
 
     def add(self, scores: Tensor, x: Tensor) -> None:
-        """The sum over copies and rows of scores [C, R, N] (outer) x [C, R, K]."""
+        """Add the sum over copies and rows of scores [C, R, N] (outer) x [C, R, K]."""
         rows = x.flatten(0, 1).float().contiguous()
         scores = scores.flatten(0, 1)
         for n in range(0, scores.shape[1], self.features):

@@ -1,8 +1,8 @@
 """A whole step of an MLP on the CPU: each pass in one call of the library, then the gradients' ops.
 
-csrc/cpu/noisy_mlp.cpp takes a pass from the first noised layer's clean product, which oneDNN makes once for all copies,
-to the losses. The gradient of a layer that is noised alone needs nothing of its pass but those; where all layers are
-noised, each copy has an input of its own, and a tile's gradients are added while its activations are in the cache.
+oneDNN makes the clean product of the first noised layer once for all copies; csrc/cpu/noisy_mlp.cpp computes the rest
+of a pass, up to the losses. If one layer is noised, its gradient needs the losses alone. If all layers are noised, each
+copy has its own inputs, and a tile's gradients are added while its activations are in the cache.
 """
 
 from __future__ import annotations
@@ -55,8 +55,14 @@ class _Model:
         losses: Tensor,
         rows: slice,
     ) -> None:
-        """The layers from `first` on for some samples, of which the first `noised` layers get noise: their losses
-        `[C, R]`, and what each but the last hands on, where there is a place for it."""
+        """Run the layers from `first` on for some samples; the first `noised` of these layers get noise.
+
+        Args:
+            product: of layer `first`, without noise.
+            outputs: a buffer for the output of each layer, or None where it is not needed.
+            losses: `[C, R]`, written.
+            rows: the samples.
+        """
         a = self.a
         layers = zip(a.weights[first:], self.biases[first:], outputs, strict=True)
         tensors = (losses, product, self.target[rows], a.sigma[first:], *(t for layer in layers for t in layer))

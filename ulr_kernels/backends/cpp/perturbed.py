@@ -1,9 +1,9 @@
 """The ops with weight noise of the cpp back end: W' in a tile or in a panel of scratch, products by oneDNN.
 
-Few rows of x: each tile of W' is made in the first-level cache, multiplied by all rows there and thrown away. Many: the
-library makes a panel of W', for both copies of an antithetic pair at once, and oneDNN multiplies it by all rows; where
-the weight is small and there are many copies, a panel holds the W' of many, and one call multiplies them all.
-Low rank: oneDNN's plain product, to which one pass adds sigma / sqrt(r) * (x B) A^T.
+Few rows of x: each tile of W' is made in the first-level cache and multiplied by all rows there. Many rows: the library
+makes a panel of W', for both copies of an antithetic pair at once, and oneDNN multiplies it by all rows. Many copies of
+a small weight: a panel holds the W' of many copies, and one call multiplies them all. Low rank: a pass adds
+sigma / sqrt(r) * (x B) A^T to oneDNN's plain product.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def perturbed_linear(output: Output, a: PerturbedLinear) -> Tensor:
     return y
 
 
-# A copy whose weight is one panel, in as few steps as there are: right after a large product the interpreter's own
-# memory is far from the cores, and each line here costs several times what it does in a loop.
+# One copy whose weight is one panel. The code is short on purpose: a large product evicts the interpreter's memory from
+# the caches, so that each line after it costs several times as much as in a loop.
 
 
 def _in_one_panel(x: Tensor, weight: Tensor) -> bool:
@@ -66,7 +66,7 @@ def _one_panel(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, ho
     return product if x.dim() == 3 else product[None]
 
 
-# Many copies, whose weights are small: a panel holds those of many draws, and one call multiplies them all.
+# Many copies of a small weight: a panel holds the W' of many draws, and one call multiplies them all.
 
 
 def _by_batches(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, how: WeightNoise) -> None:
@@ -111,7 +111,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, features: slice) ->
 
 
 class _Panels:
-    """W' of parts of a weight's rows, one after another in the same memory, for the copies of a draw."""
+    """Makes W' for parts of a weight's rows, one after another in the same memory, for the copies of a draw."""
 
     def __init__(self, weight: Tensor, sigma: Tensor, how: WeightNoise, rows: int) -> None:
         self._weight, self._sigma, self._how = weight, sigma, how
@@ -172,7 +172,7 @@ def perturbed_conv2d(y: Tensor, a: PerturbedConv) -> Tensor | None:
 
 
 def _filter_parts(weight: Tensor, window: Window) -> Iterator[tuple[slice, slice, int]]:
-    """Output channels whose weights are a panel, the input channels that they see, and how many groups those are."""
+    """For each panel: its output channels, their input channels, and the number of groups."""
     filters, inputs = len(weight) // window.groups, weight.shape[1]  # of a group
     in_panel = max(1, PANEL // weight[0].numel())
     step = min(window.groups, max(1, in_panel // filters))  # groups of a panel
@@ -196,7 +196,7 @@ def _halves(tensor: Tensor, how: WeightNoise) -> tuple[Tensor, Tensor | None]:
 
 
 def _by_sign(tensor: Tensor | None, shared_dims: int, how: WeightNoise) -> tuple[Tensor | None, Tensor | None]:
-    """The same of an argument; the second is None where the copies share it. A bias is a row: [copies, 1, N]."""
+    """`_halves` of an argument; the second is None where the copies share it. A bias is a row: [copies, 1, N]."""
     if tensor is None or tensor.dim() == shared_dims:
         return tensor, None
     return _halves(tensor[:, None] if tensor.dim() == 2 else tensor, how)

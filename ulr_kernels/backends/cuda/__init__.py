@@ -38,13 +38,13 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
 
 @functools.cache
 def _why_unusable(device: int) -> str | None:
-    """Why no kernel of the library can run on a device: a driver that is too old, or one that it was not built for."""
+    """The reason why the library's kernels cannot run on a device: an old driver, or another architecture."""
     code = _native.library("cuda").ulr_cuda_usable(device)  # type: ignore[union-attr]
     return f"its kernels cannot run on this device: {_native.error('cuda', code)}" if code else None
 
 
 def provider(op: str, device: torch.device) -> Callable | str:
-    """The function that runs `op` on `device`, or the sentence that says why there is none."""
+    """The function that runs `op` on `device`, or a sentence on why there is none."""
     if device.type != "cuda":
         return "it runs on a CUDA device"
     library = _native.library("cuda")

@@ -15,14 +15,14 @@ from ulr_kernels.ops._conv import Conv, ConvGradient, Window
 
 
 def window_numbers(window: Window, kernel: Sequence[int], tile_channels: int) -> tuple[int, ...]:
-    """In the order of the enum in csrc/cuda/conv.cuh. An output's size says what lies at the bottom and the right."""
+    """The numbers of the enum in csrc/cuda/conv.cuh. The output's size implies the other two paddings."""
     top, _, left, _ = window.padding
     groups = (window.groups, int(window.transposed))
     return (*window.stride, top, left, *window.dilation, *groups, *kernel, tile_channels)
 
 
 def _tile_channels(window: Window, inputs: int, features: int, tile: int, col_offset: int) -> int:
-    """The most input channels that a tile of features meets: those of all groups that it touches."""
+    """The largest number of input channels that a tile of features needs: those of all groups in the tile."""
     features_of_group, most = features // window.groups, 1
     for first in range(-(col_offset % tile), features, tile):
         last = min(first + tile, features) - 1
@@ -52,7 +52,7 @@ def _gradient(a: ConvGradient) -> _Gradient:
     features = sizes.features
     channels = _tile_channels(a.window, x.shape[-3], features, tiles.GRADIENT_FEATURES, a.noise.col_offset)
     inner = channels * kernel[0] * kernel[1]
-    # As many parts of the rows as give every processor work; the sums of each are kept.
+    # The rows are split into enough parts to occupy every processor; each part has its own sums.
     count = -(-features // tiles.GRADIENT_FEATURES) * -(-inner // tiles.GRADIENT_PANEL)
     units = (1 if sizes.shared else sizes.copies) * -(-sizes.rows // tiles.GRADIENT_ROWS)
     splits = max(1, min(-(-mlp.processors(x.device) // count), units))

@@ -22,7 +22,7 @@ CLOCKS_OF_NOISE, CLOCKS_OF_PRODUCT = 0.2, {2: 1 / 1024, 4: 1 / 128}
 
 
 class Shape(NamedTuple):
-    """Of a call, all that its plan depends on."""
+    """The properties of a call that its plan depends on."""
 
     rows: int
     widths: tuple[int, ...]  # of x and of each layer's output
@@ -40,13 +40,13 @@ def _up(value: int, to: int) -> int:
 
 
 class _Workspace:
-    """Places in one buffer, by bytes from its start."""
+    """Allocates parts of one buffer, by bytes from its start."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def place(self, count: int) -> int:
-        """-1 for nothing."""
+        """The start of `count` new bytes; -1 where `count` is 0."""
         if not count:
             return -1
         start = self.bytes
@@ -56,11 +56,13 @@ class _Workspace:
 
 @functools.lru_cache(maxsize=256)
 def plan(shape: Shape) -> tuple[tuple[int, ...], int]:
-    """The launcher's numbers but for the activation, the loss, its label smoothing and the baseline, which come third
-    to sixth; and the bytes of the workspace."""
+    """The launcher's numbers, and the bytes of the workspace.
+
+    The numbers lack the activation, the loss, its label smoothing and the baseline, which come third to sixth.
+    """
     layers = range(len(shape.widths) - 1)
     pitches = [_up(width, 8) for width in shape.widths[1:]]
-    # Rows of each layer's output per sample: without noise, and of the passes that have been noised by then.
+    # Rows of each layer's output per sample: without noise, and of the passes with noise in an earlier layer.
     clean = int(shape.clean)
     noised = [shape.copies * (1 if shape.joint else layer + 1) for layer in layers]
     per_sample = shape.element_size * sum((clean + n) * p for n, p in zip(noised, pitches, strict=True))
@@ -88,7 +90,7 @@ def plan(shape: Shape) -> tuple[tuple[int, ...], int]:
 
 
 def _forward(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
-    """How many blocks share the copies that a tile makes, and its rows and features."""
+    """The number of blocks that share a tile's copies, and the tile's rows and features."""
     makes = not shape.joint or layer == 0
     rows = samples * (1 if layer == 0 else int(shape.clean) + shape.copies * (1 if shape.joint else layer))
     features = shape.widths[layer + 1]
@@ -102,8 +104,7 @@ def _forward(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
 
 
 def _gradient(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
-    """Parts of the rows of a layer's gradient, and the rows of a block of them: so that the processors get even shares
-    of the work of all layers."""
+    """The number of parts of a layer's rows, and the rows of a unit: they share out the work of all layers evenly."""
     clocks, panels = [], [-(-width // GRADIENT_PANEL) for width in shape.widths]
     for at in range(len(shape.widths) - 1):
         inputs, features = shape.widths[at : at + 2]

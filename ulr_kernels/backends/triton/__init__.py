@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-# The module of each op; the provider is its function of the op's name.
+# The module of each op; the provider is the function in it that has the op's name.
 _MODULES = {
     "philox4x32": "noise",
     "fold_in": "noise",
@@ -34,15 +34,15 @@ _MODULES = {
 }
 
 
-# Why an op that this back end lacks is not here.
+# The reasons why this back end lacks an op.
 _WITHOUT = {
-    "noisy_mlp_step": "a step in one launch is CUDA C++ alone: what it is told of each layer travels in the kernel's "
-    "arguments, which in Triton hold no table; ulr.ULR runs the same step op by op",
+    "noisy_mlp_step": "a step in one launch is CUDA C++ alone: the kernel takes a table of layers as an argument, "
+    "which Triton cannot pass; ulr.ULR runs the same step op by op",
 }
 
 
 def provider(op: str, device: torch.device) -> Callable | str:
-    """The function that runs `op` on tensors of `device`, or the reason why there is none."""
+    """The function that runs `op` on tensors of `device`, or a sentence on why there is none."""
     if op not in _MODULES:
         return _WITHOUT.get(op, f"there is no Triton kernel for {op}")
     reason = _absence(device)

@@ -159,7 +159,7 @@ def _launch(form: Form, layers: list[LinearGradient]) -> Launch:
 
 
 def _entry(layer: LinearGradient, tile: tiles.Tile) -> tuple[tuple[int, ...], int]:
-    """A layer's row of the table but for its first program; and how many programs it takes."""
+    """A layer's row of the table without its first program, and its number of programs."""
     weight, bias, x, loss_weight, sigma = layer.grad_weight, layer.grad_bias, layer.x, layer.loss_weight, layer.sigma
     copies, rows, inputs, features, shared = layer.sizes
     assert weight is not None
@@ -177,8 +177,8 @@ def _entry(layer: LinearGradient, tile: tiles.Tile) -> tuple[tuple[int, ...], in
 
 
 def foreach_noisy_linear_grad_(a: LinearGradients) -> None:
-    # A capture's x and losses lie where no call before had them, so that no table of them can be there; and the kernel
-    # of several layers counts in 32 bits, that of one layer in as many as it takes.
+    # A capture's x and losses have new addresses, so that no earlier call can have made a table of them. The kernel of
+    # several layers counts in 32 bits, that of one layer in 64 where needed.
     largest = max(size for tensor in (*a.grad_weights, *a.xs) for size in tensor.shape)
     if capturing(a.xs[0].device) or largest > torch.iinfo(torch.int32).max:
         for layer in a.layers():

@@ -17,7 +17,7 @@ from ulr_kernels.ops._linear import LinearGradient
 
 @triton.jit
 def transposed_product(scores, x_tile, total):
-    """total + scores^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
+    """total + scores^T x. fp16 uses tf32, which holds it exactly: small loss weights underflow in fp16."""
     if x_tile.dtype == tl.float16:
         return tl.dot(tl.trans(scores), x_tile.to(tl.float32), total, input_precision="tf32")
     else:
@@ -31,14 +31,14 @@ def add_rows(
     width, draw, draws, scale, grad_weight, grad_log_sigma, SHARED: tl.constexpr, ANTITHETIC: tl.constexpr,
     DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The sums over rows and draws with those of a tile of rows added: of the weights' gradient [BC, BK], and where
-    `is_first` of the biases' and of that by ln sigma [BC].
+    """Add a tile of rows to the sums over rows and draws: the gradients of the weights [BC, BK], and, where
+    `is_first`, of the biases and of ln sigma [BC].
 
-    `x_tile` and `losses` are the addresses of the first copy's. With `y_tile` (recompute), those of the outputs, the
-    forward's tile is stored too: noise on `clean_tile(x, *operands)`, of which copies that share x take one.
+    `x_tile` and `losses` are the first copy's addresses. With `y_tile` (recompute), the addresses of the outputs, the
+    forward's tile is stored too: `clean_tile(x, *operands)` with noise; copies that share x share one product.
     """
     P: tl.constexpr = 16 if DIST == RADEMACHER else 4
-    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy  # from a copy to the one whose noise is its own negated
+    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy  # from a copy to its mirror, whose noise is negated
     mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
     reduced = no_parts(P, BR, BC)
     reduced_log = no_parts(P, BR, BC)
@@ -85,7 +85,7 @@ def add_rows(
 
 @triton.jit
 def add_scalar(buffer, partials, arrival_counter, value, tile, tile_count):
-    """buffer[0] += the sum of each tile's value: the program that comes last adds them up, in the order of the tiles.
+    """buffer[0] += the sum of all tiles' values, which the last program to arrive adds up in the order of the tiles.
 
     `arrival_counter` counts the programs that have arrived, and is 0 again when the last one leaves.
     """

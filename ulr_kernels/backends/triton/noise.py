@@ -39,7 +39,7 @@ def philox4x32(out: Tensor, a: Philox) -> None:
 
 
 def philox_launch(out: Tensor, a: Philox) -> Launch:
-    calls = a.counter.reshape(-1, 4)  # a view, but for a counter of several axes that strides do not join
+    calls = a.counter.reshape(-1, 4)  # a view, except for a counter with several axes that strides do not join
     return Launch(
         philox_kernel,
         cdiv(calls.shape[0], BLOCK),
@@ -75,7 +75,7 @@ def fold_in(out: Tensor, a: FoldIn) -> None:
 
 
 def fold_in_launch(out: Tensor, a: FoldIn) -> Launch:
-    keys, numbers = (t.reshape(-1) for t in torch.broadcast_tensors(a.key, a.data))  # views, but for several axes
+    keys, numbers = (t.reshape(-1) for t in torch.broadcast_tensors(a.key, a.data))  # views, except for several axes
     return Launch(
         fold_in_kernel,
         cdiv(out.numel(), BLOCK),

@@ -49,7 +49,7 @@ def noise_add_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program makes a tile of all draws."""
+    """A program makes a tile, for all draws."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     col_tile = tl.program_id(0) % col_tiles

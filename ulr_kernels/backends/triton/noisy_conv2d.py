@@ -23,8 +23,10 @@ def pixel_of(row, window):
 
 @triton.jit
 def output_rows(y, first_row, rows, window, y_strides, RUN: tl.constexpr, BR: tl.constexpr):
-    """Addresses of BR output pixels, and which exist. Each `RUN` of them lie side by side in one image: as it is said
-    here, stores move so many at once."""
+    """Addresses of BR output pixels, and which of them exist.
+
+    Each `RUN` of them lie side by side in one image, which this form tells the compiler: stores move `RUN` at once.
+    """
     if RUN == BR:
         image = first_row // window[10]
         pixel = tl.multiple_of(first_row % window[10], BR) + tl.arange(0, BR)
@@ -46,7 +48,7 @@ def tap_of(k, channels, window):
 
 @triton.jit
 def patch(x, pixel, ky, kx, channel, window, x_strides, TRANSPOSED: tl.constexpr):
-    """Addresses of what output pixels see at kernel places, and whether it is within the image. All broadcast."""
+    """Addresses of the input pixels of output pixels and kernel places, and whether they exist. All broadcast."""
     y, column = pixel[1], pixel[2]
     if TRANSPOSED:
         y = y + window[2] - ky * window[4]
@@ -78,7 +80,7 @@ def meeting(weight, col, ky, kx, channel, window, weight_strides, TRANSPOSED: tl
 
 @triton.jit
 def first_channel_of(first_col, window):
-    """The first input channel that a tile of output channels meets."""
+    """The first input channel of a tile of output channels."""
     return (tl.maximum(first_col, 0) // window[13] * window[12]).to(tl.int32)
 
 
@@ -147,7 +149,7 @@ def noisy_conv2d_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program makes a tile of `draws_here` draws. Where copies share x that is one product for all of them."""
+    """A program makes a tile, for `draws_here` draws. Copies that share x share one product."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     tile_count = col_tiles * tl.cdiv(rows, BR)
@@ -234,13 +236,13 @@ def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
 
 
 def pixel_strides(y: Tensor) -> tuple[int, int, int, int]:
-    """Of copies, images, channels and pixels, which follow one another."""
+    """The strides of copies, images, channels and pixels, which follow one another."""
     copy, image, channel, _, pixel = y.stride()
     return copy, image, channel, pixel
 
 
 def tile_channels(window: Window, inputs: int, features: int, tile: int, shift: int) -> int:
-    """The most input channels that a tile of features meets: those of all groups that it touches."""
+    """The largest number of input channels that a tile of features needs: those of all groups in the tile."""
     of_group, most = features // window.groups, 1
     for first in range(-shift, features, tile):
         last = min(first + tile, features) - 1
@@ -249,7 +251,7 @@ def tile_channels(window: Window, inputs: int, features: int, tile: int, shift: 
 
 
 def weight_strides(weight: Tensor | None, window: Window) -> tuple[int, int, int, int]:
-    """Of output channels, input channels, kernel rows and columns."""
+    """The strides of output channels, input channels, kernel rows and columns."""
     if weight is None:
         return 0, 0, 0, 0
     first, second, row, column = weight.stride()

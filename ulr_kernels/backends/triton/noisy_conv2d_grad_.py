@@ -1,7 +1,9 @@
 # mypy: disable-error-code="assignment"
-"""noisy_conv2d_grad_ and noisy_conv2d_recompute_: the score, reduced over copies, as an operand of the product with the
-patches of x. A convolution has many rows and few weights: programs share out the rows, and the last one of a tile adds
-up what all have left, in their order."""
+"""noisy_conv2d_grad_ and noisy_conv2d_recompute_: the score, reduced over copies, times the patches of x.
+
+A convolution has many rows and few weights: programs share the rows of a tile, and the last one to arrive adds up the
+partial sums of all, in their order.
+"""
 
 import math
 
@@ -85,7 +87,7 @@ def conv_gradient_kernel(
 ):
     """A program owns a part of the rows for a tile [BC output channels, BK places of the inner axis] of the gradient.
 
-    With `y` (recompute) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    With `y` (recompute) each tile of the forward goes to a program that makes its noise anyway: of the programs
     that share channels and rows, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4

@@ -83,7 +83,7 @@ def noisy_linear_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program makes a tile of `draws_here` draws. Where copies share x that is one product for all of them."""
+    """A program makes a tile, for `draws_here` draws. Copies that share x share one product."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     tiles = col_tiles * tl.cdiv(rows, BR)

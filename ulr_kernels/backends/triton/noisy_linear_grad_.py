@@ -28,7 +28,7 @@ def gradient_tile(
 ):  # fmt: skip
     """Adds a tile [BC features, BK inputs] of the gradient to the buffers: all rows, alone and in order.
 
-    With `y` (recompute) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    With `y` (recompute) each tile of the forward goes to a program that makes its noise anyway: of the programs
     that share features, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4

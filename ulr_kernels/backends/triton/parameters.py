@@ -1,8 +1,8 @@
 # mypy: disable-error-code="assignment"
 """perturb_ and combine_: a table of the list's tensors in device memory, and programs that each take a tile of one.
 
-A launch takes the tensors of one dtype and form: matrices in tiles of several rows, vectors in rows; those whose
-columns lie apart by themselves, because finding their elements takes divisions; low rank by itself.
+A launch takes the tensors of one dtype and form: matrices in tiles of several rows, vectors in rows. Tensors whose
+columns are not contiguous have launches of their own, because their addresses take divisions; so has low rank.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ulr_kernels.ops.perturb_ import Perturb
 NO_STATE, MOMENTUM, ADAM = (tl.constexpr(i) for i in range(3))
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# A row of the table: the tensor's place, then of itself and each state the data, the strides and the sizes.
+# A row of the table: the tensor's place; then, for the tensor and each state, the data, the strides and the sizes.
 PLACE = tl.constexpr(6)  # key, first program, rows, columns, row and column offset
 VIEW = tl.constexpr(1 + 5 + 3)
 ROW = tl.constexpr(6 + 3 * 9)
@@ -78,7 +78,7 @@ def _noise(
 
 @triton.jit
 def _rounded(value, rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
-    """bf16 numbers in fp32, away from zero with the chance of what is cut off; infinities and NaN are left."""
+    """Round fp32 to bf16 values, away from zero with the probability of the cut-off part; infinities and NaN stay."""
     words = join_parts(_words(rows, first, draw, source, BR, BC // 4))
     word = value.to(tl.uint32, bitcast=True)
     moved = (word + (words >> 16)) & 0xFFFF0000
@@ -160,7 +160,7 @@ def parameters_kernel(
         if lr is None:
             down = number_of(weight_decay) * -0.0
         else:
-            down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which makes 0 of it, not -0
+            down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which turns 0 into 0, not into -0
         new = tl.fma(_all(down * number_of(weight_decay), old), old, old)
         if RULE == NO_STATE:
             new += total
@@ -275,7 +275,7 @@ def launches(
 
 
 def with_streams(keys: Tensor, rank: int | None, stochastic: bool) -> Tensor:
-    """The keys, and where they are needed those of the factors of low rank and of rounding, one after another."""
+    """The keys, followed, where needed, by the keys of the low-rank factors and of rounding."""
     if rank is None and not stochastic:
         return keys.contiguous()
     numbers = torch.arange(1, 4, device=keys.device)[:, None]  # LOW_RANK_STREAMS and ROUNDING_STREAM of the contract

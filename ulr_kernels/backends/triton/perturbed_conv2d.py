@@ -20,8 +20,10 @@ def perturbed_conv2d_kernel(
     mask_strides, stride_bias_copy, stride_bias, SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr,
     TAPS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of output pixels x channels of one group, of one copy or of both of an antithetic pair,
-    whose noise it makes once."""
+    """A program makes a tile of output pixels x channels of one group, for one copy or for both of an antithetic pair.
+
+    It makes a pair's noise once.
+    """
     tiles_of_group = tl.cdiv(window[13], BC)
     col_tiles = tiles_of_group * (window[11] // window[12])
     tile = tl.program_id(0) % (col_tiles * tl.cdiv(rows, BR))
@@ -33,7 +35,7 @@ def perturbed_conv2d_kernel(
     row = (tile // col_tiles).to(tl.int64) * BR + tl.arange(0, BR)
     row_inside = row < rows
     image, line, column = pixel_of(row, window)
-    # Where an output pixel's window begins, and, added to it, a place of the inner axis: sums of the two, no products.
+    # An address is the sum of the start of an output pixel's window and of the offset of a place of the inner axis.
     top, left = line * window[0] - window[2], column * window[1] - window[3]
     corner = image * x_strides[0] + top.to(tl.int64) * x_strides[2] + left.to(tl.int64) * x_strides[3]
     x += group.to(tl.int64) * window[12] * x_strides[1]
@@ -115,7 +117,7 @@ def perturbed_conv2d_launch(y: Tensor, a: PerturbedConv) -> Launch:
         "mask_strides": (0, 0, 0, 0) if how.mask is None else how.mask.stride(),
         "SHARED": x.dim() == 4,
         "ANTITHETIC": how.noise.antithetic,
-        "TAPS": taps,  # known to the compiler, as is the kernel's width: places of the inner axis are divided by them
+        "TAPS": taps,  # constants, as is the kernel's width: places of the inner axis are divided by them
         "WIDTH": weight.shape[3],
         "BR": tile.rows,
         "BC": tile.cols,

@@ -1,4 +1,4 @@
-"""perturbed_embedding: the rows that are gathered get their noise in registers; no other row is read."""
+"""perturbed_embedding: gathered rows get their noise in registers; no other row is read."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""perturbed_linear: a tile of the weight is perturbed in registers on its way into the product."""
+"""perturbed_linear: each tile of the weight is perturbed in registers before the product."""
 
 from typing import Any
 
@@ -84,7 +84,7 @@ def low_rank_kernel(
     stride_x_input, stride_weight_col, stride_weight_input, stride_bias_copy, stride_bias,
     DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The plain product of a tile, then for each copy that it serves sigma / sqrt(rank) * (x B) A^T beside it."""
+    """A program makes the plain product of a tile, then adds sigma / sqrt(rank) * (x B) A^T for each of its copies."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + feature_shift, BC)
     tile = tl.program_id(0) % (col_tiles * tl.cdiv(rows, BR))

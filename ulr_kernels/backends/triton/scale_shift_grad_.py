@@ -25,7 +25,7 @@ from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
 @triton.jit
 def _finish(buffer, stride, partials, kind: tl.constexpr, ranges, features, SCALAR: tl.constexpr, BC: tl.constexpr):
-    """Add the ranges' sums, in order, to a buffer: of each column, or of all of them to one number."""
+    """Add the ranges' sums to a buffer, in order: column by column, or all columns to one number."""
     if buffer is not None:
         total = tl.zeros([BC], tl.float32)
         for start in range(0, features, BC):
@@ -88,7 +88,7 @@ def scale_shift_grad_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program sums a range of rows for some columns; the one that comes last adds the ranges up, in order."""
+    """A program sums a range of rows for some columns; the last one to arrive adds up the ranges, in order."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     P: tl.constexpr = 16 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)

@@ -84,7 +84,7 @@ def low_rank_noise(
 
 @triton.jit
 def open_weight_noise(key, table, rank):
-    """Where a weight's noise comes from: one source, or, where `rank` is not None, those of its two factors."""
+    """The sources of a weight's noise: one, or, if `rank` is not None, those of its two factors."""
     source = open_source(key, table)
     if rank is None:
         return (source,)
@@ -94,7 +94,7 @@ def open_weight_noise(key, table, rank):
 
 @triton.jit
 def weight_noise(rows, col, draw, sources, rank, scale_bits, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """fp32 [BR, BC]. scale_bits: of 1 / sqrt(rank): a float argument would be more than fp32 in the interpreter."""
+    """fp32 [BR, BC]. `scale_bits` are those of 1 / sqrt(rank) (see `noise_contract.number_of`)."""
     if rank is None:
         return _tile(rows, col, draw, sources[0], DIST, BR, BC)
     else:
