@@ -1,6 +1,6 @@
 // The kernel of noisy_conv2d_grad_ and noisy_conv2d_recompute_: one cooperative launch. A convolution has many rows and
-// few weights, so the rows are split among blocks: each adds its part up as a linear layer's block does (gradient.cuh),
-// into sums of its split, and when all are done the splits are added to the buffers in their order.
+// few weights, so the rows are split among blocks: each adds its part to the sums of its split, as a linear layer's
+// block does (gradient.cuh); then the splits are added to the buffers in their order.
 #pragma once
 
 #include "conv.cuh"
@@ -91,7 +91,7 @@ int launch_conv_gradient(const ulr_noise_spec& noise, const GradientTensors& t, 
         sums.col_stride = 1;
         return sums;
     };
-    Buffer<T> weights(t.grad_weight);  // as one line of elements, whose places `grad_weight` knows
+    Buffer<T> weights(t.grad_weight);  // as one line of elements, which `grad_weight` locates
     weights.row_stride = 0, weights.col_stride = 1;
     Gradient<Convolution<T>> problem = gradient_of<Convolution<T>>(noise, t, Patches<T>(t.x, window, size[0], size[1]),
                                                                    Taps<T>(weight, window, inputs, features), bias,

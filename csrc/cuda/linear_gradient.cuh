@@ -1,5 +1,5 @@
 // The launch of noisy_linear_grad_ and noisy_linear_recompute_ (gradient.cuh): a block for each part of one problem,
-// and the sum of what blocks leave of grad_log_sigma.
+// and the sum of the blocks' parts of grad_log_sigma.
 #pragma once
 
 #include "dispatch.cuh"
@@ -8,7 +8,7 @@
 
 namespace ulr {
 
-// All of one problem, a block for each of its parts.
+// One problem, with a block for each of its parts.
 template <typename T, Kind kind, bool recompute>
 __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<Linear<T>> p) {
     const GradientPart part{blockIdx.x % p.feature_tiles,
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradien
     gradient_block<Linear<T>, kind, recompute>(p, part);
 }
 
-// grad_log_sigma as one number: the sum over blocks of features, in their order.
+// Adds up grad_log_sigma as one number: the sum over blocks of features, in their order.
 template <typename T>
 struct Partials {
     const float* values;

@@ -1,7 +1,7 @@
 // scale_shift_grad_: sums over copies and rows of loss_weight * score / sigma, with x and without, and for ln sigma.
 //
-// A block sums a range of rows for 32 columns: each thread its own rows, then the threads in order. The block that
-// arrives last adds the ranges up, in order, to the buffers. So there is one launch, and results repeat bit for bit.
+// A block sums a range of rows for 32 columns: each thread sums its own rows, then the threads are added in order. The
+// last block to arrive adds up the ranges, in order, to the buffers: one launch, and results repeat bit for bit.
 #include "dispatch.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot
         float total[4] = {};
         for_draws(noise, p.noise, p.loss, p.draws, static_cast<uint32_t>(row), noise_quad,
                   [&](uint32_t draw, const float (&eps)[4], float first, float second) {
-        // The score is odd, eps * score even: a pair counts the difference of its weights, and their sum.
+        // The score is odd and eps * score even: for a pair they are multiplied by the difference and by the sum of its
+        // weights.
 #pragma unroll
                       for (int i = 0; i < 4; ++i) {
                           const float s = score(eps[i], p.noise.dist);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot
 #pragma unroll
         for (int i = 0; i < 4; ++i) slots[k][slot][4 * quad + i] = sums[k][i];
     __syncthreads();
-    const int64_t own = tile_col + thread % kColumns;  // the column that a thread of the first three warps adds up
+    const int64_t own = tile_col + thread % kColumns;  // the column of a thread of the first three warps
     if (thread < kKinds * kColumns && own >= 0 && own < p.x.cols) {
         const int k = thread / kColumns;
         float sum = 0.0f;
