@@ -81,15 +81,16 @@ class _Pathwise(torch.autograd.Function):
     """The ordinary gradient through y at fixed noise."""
 
     @staticmethod
-    def forward(ctx, x, sigma, key, *which):
+    def forward(ctx, x, sigma, key, feature_dim, copies, shared, *noise):
         ctx.save_for_backward(x, sigma, key)
-        ctx.which = which
+        ctx.feature_dim, ctx.shared = feature_dim, shared
+        ctx.which = which = (feature_dim, copies, shared, *noise)
         return torch.ops.ulr.noise_add.default(x, sigma, key, *which)
 
     @staticmethod
     def backward(ctx, grad):
         x, sigma, key = ctx.saved_tensors
-        feature_dim, _, shared = ctx.which[:3]
+        feature_dim, shared = ctx.feature_dim, ctx.shared
         grad_x = (grad.sum(0) if shared else grad) if ctx.needs_input_grad[0] else None
         grad_sigma = None
         if ctx.needs_input_grad[1]:
