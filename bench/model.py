@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ulr_kernels.backends.cuda import mlp
+from ulr_kernels.backends.cuda import mlp, tiles
 
 LOOPS = Path(__file__).parents[1] / "python_tests" / "budgets" / "cuda" / "loops.json"
 
@@ -138,18 +138,18 @@ def linear(rows: int, features: int, inputs: int, copies: int, size: int) -> Wor
 
 def gradient_phase(rows: int, features: int, inputs: int, draws: int, groups: int, size: int, parts: int = 1) -> Phase:
     """gradient.cuh: `groups` copies with an x each, or one group whose `draws` are summed first."""
-    panels, own_rows = math.ceil(inputs / mlp.PANEL), rows * groups / parts
+    panels, own_rows = math.ceil(inputs / tiles.GRADIENT_PANEL), rows * groups / parts
     depth = 16 if size == 2 else 8
-    width = min(inputs, mlp.PANEL)
+    width = min(inputs, tiles.GRADIENT_PANEL)
     warps = math.ceil(width / 64)
     reads = 4 * (2 + 4) if size == 2 else depth * (4 + 8 * 2)  # ldmatrix, or float and float2, of a warp and step
     steps = own_rows / depth
-    noise = own_rows * mlp.FEATURES * draws
+    noise = own_rows * tiles.GRADIENT_FEATURES * draws
     return Phase(
-        blocks=math.ceil(features / mlp.FEATURES) * panels * parts,
+        blocks=math.ceil(features / tiles.GRADIENT_FEATURES) * panels * parts,
         resident=1,
         size=size,
-        multiply_adds=own_rows * mlp.FEATURES * width,
+        multiply_adds=own_rows * tiles.GRADIENT_FEATURES * width,
         wavefronts=steps * (warps * reads + depth * width * size / 128) + noise * TABLE_READS,
         instructions=noise * instructions(f"noisy_linear_grad_-{kind(size)}"),
         steps=steps,

@@ -1,5 +1,5 @@
 // _C: calls a launcher of either library (ulr/api.h) through its address, without the GIL. Python opens the libraries
-// and finds the addresses, so this module works whichever library is absent.
+// and finds the addresses, so this module works without either of them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

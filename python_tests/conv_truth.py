@@ -97,7 +97,7 @@ def noisy_conv2d_grad_(
     return results
 
 
-def noisy_conv2d_replay_(grad_weight, grad_bias, x, weight, bias, loss_weight, sigma, key, **kwargs):
+def noisy_conv2d_recompute_(grad_weight, grad_bias, x, weight, bias, loss_weight, sigma, key, **kwargs):
     forward = {k: v for k, v in kwargs.items() if k != "grad_log_sigma"}
     y = noisy_conv2d(x, weight, bias, sigma, key, copies=loss_weight.shape[0], **forward)
     return y + noisy_conv2d_grad_(

@@ -12,11 +12,11 @@ from samples import Sample, values
 from test_ops import clone, pick, poison, samples  # noqa: F401
 
 import ulr_kernels as ulr
-from ulr_kernels.ops import noise, noisy_conv2d, noisy_conv2d_grad_, noisy_conv2d_replay_
+from ulr_kernels.ops import noise, noisy_conv2d, noisy_conv2d_grad_, noisy_conv2d_recompute_
 from ulr_kernels.ops._op import FLOATS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-CONV = ("noisy_conv2d", "noisy_conv2d_grad_", "noisy_conv2d_replay_")
+CONV = ("noisy_conv2d", "noisy_conv2d_grad_", "noisy_conv2d_recompute_")
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
@@ -65,7 +65,7 @@ def test_replay_is_forward_and_gradient(device) -> None:
     apart, together = [[torch.zeros_like(w), torch.zeros_like(b)] for _ in range(2)]
     y = noisy_conv2d(x, w, b, 0.3, 7, copies=4, **window)
     noisy_conv2d_grad_(*apart, x, loss, 0.3, 7, **window)
-    replayed = noisy_conv2d_replay_(*together, x, w, b, loss, 0.3, 7, **window)
+    replayed = noisy_conv2d_recompute_(*together, x, w, b, loss, 0.3, 7, **window)
     torch.testing.assert_close(replayed, y, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(together, apart, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -47,7 +47,7 @@ def everything(dtype: torch.dtype, dist: str, rows: int, features: int) -> list[
     buffers = [torch.zeros(features, 1), torch.zeros(features)]
     log_sigma = None if dist == "rademacher" else torch.zeros(())
     results.append(
-        ulr.ops.noisy_linear_replay_(
+        ulr.ops.noisy_linear_recompute_(
             *buffers, x, weight, bias, loss_weight, 0.3, 6, dist=dist, grad_log_sigma=log_sigma
         )
     )
@@ -192,7 +192,7 @@ def test_onednn_gets_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None
     for weight in (strided(64, 48), values(64, 96)[:, :48], values(48, 64).T, values(48, 128).T[:64]):
         for x in (strided(40, 48), values(48, 40).T):
             ulr.ops.noisy_linear(x, weight, None, 0.1, 3)
-            ulr.ops.noisy_linear_replay_(weight.clone(), None, x, weight, None, values(2, 40), 0.1, 3)
+            ulr.ops.noisy_linear_recompute_(weight.clone(), None, x, weight, None, values(2, 40), 0.1, 3)
     assert len(seen) >= 16 and all(seen)
 
 

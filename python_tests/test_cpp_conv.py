@@ -29,7 +29,9 @@ def everything(dtype: torch.dtype, dist: str, last: bool, features: int, height:
     buffers = [torch.zeros(features, 1, 1, 1), torch.zeros(features)]
     log_sigma = None if dist == "rademacher" else torch.zeros(())
     results.append(
-        ulr.ops.noisy_conv2d_replay_(*buffers, x, weight, None, values(6, 3), 0.3, 6, grad_log_sigma=log_sigma, **noise)
+        ulr.ops.noisy_conv2d_recompute_(
+            *buffers, x, weight, None, values(6, 3), 0.3, 6, grad_log_sigma=log_sigma, **noise
+        )
     )
     return [*results, buffers[1], *([] if log_sigma is None else [log_sigma])]
 

@@ -27,7 +27,7 @@ def everything(dtype: torch.dtype, dist: str) -> list[Tensor]:
     """W' as each op shows it, of full and of low rank, and the ops on lists. A product with ones and zeros is exact, as
     is one of a single input with what low rank adds to it."""
     weight = values(90, 70).to(dtype)
-    pair = {"members": 2, "antithetic": True, "dist": dist, "row_offset": 3}
+    pair = {"copies": 2, "antithetic": True, "dist": dist, "row_offset": 3}
     results = [
         shown_weight(op, weight, rows, col_offset=col_offset, rank=rank, **pair)
         for op, ways, ranks in zip(PERTURBED, ((1, 70), (70,), (70,)), ((None,), (None, 3), (None, 3)), strict=True)
@@ -81,15 +81,15 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 WAYS: dict[str, Callable[[Tensor], object]] = {
     "few rows": lambda w: ulr.ops.perturbed_linear(w[:1], w, None, 0.1, 3),
-    "few rows of members": lambda w: ulr.ops.perturbed_linear(w[:4], w, None, 0.1, 3, members=4, antithetic=True),
+    "few rows of copies": lambda w: ulr.ops.perturbed_linear(w[:4], w, None, 0.1, 3, copies=4, antithetic=True),
     "many rows": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3),
-    "a pair": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3, members=2, antithetic=True),
-    "low rank": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3, members=2, rank=2),
+    "a pair": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3, copies=2, antithetic=True),
+    "low rank": lambda w: ulr.ops.perturbed_linear(w[:40], w, None, 0.1, 3, copies=2, rank=2),
     "convolution": lambda w: ulr.ops.perturbed_conv2d(image(w), w.view(1024, 1024, 4, 4), None, 0.1, 3),
     "channels last": lambda w: ulr.ops.perturbed_conv2d(
-        image(w), w.view(1024, 4, 4, 1024).movedim(-1, 1), None, 0.1, 3, members=2, antithetic=True
+        image(w), w.view(1024, 4, 4, 1024).movedim(-1, 1), None, 0.1, 3, copies=2, antithetic=True
     ),
-    "embedding": lambda w: ulr.ops.perturbed_embedding(torch.arange(40), w, 0.1, 3, members=2),
+    "embedding": lambda w: ulr.ops.perturbed_embedding(torch.arange(40), w, 0.1, 3, copies=2),
     "perturb_": lambda w: ulr.ops.perturb_([w], [3], 1e-3),
     "combine_": lambda w: ulr.ops.combine_([w], [3], torch.ones(4)),
 }
@@ -118,7 +118,7 @@ def test_no_memory_of_the_size_of_the_weight(way: str, peaks: dict[str, int]) ->
 def test_panels_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a group, a group, and several, of which the last are fewer."""
     x, weight, bias = values(2, 6, 5, 4), values(12, 2, 3, 3), values(12)
-    how = {"groups": 3, "members": 2, "antithetic": True, "mask": weight > 0}
+    how = {"groups": 3, "copies": 2, "antithetic": True, "mask": weight > 0}
     expected = ulr.ops.perturbed_conv2d(x, weight, bias, 0.1, 3, **how)
     for filters in (1, 3, 4, 8):
         monkeypatch.setattr(perturbed, "PANEL", filters * 18)
@@ -128,10 +128,10 @@ def test_panels_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("antithetic", [False, True])
-def test_members_in_batches(dtype: torch.dtype, antithetic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which the last is smaller: as each member's product by itself."""
+def test_copies_in_batches(dtype: torch.dtype, antithetic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last is smaller: as each copy's product by itself."""
     weight, bias = values(13, 20).to(dtype), values(10, 13, key=3).to(dtype)
-    how = {"members": 10, "antithetic": antithetic, "draw": 2, "mask": weight > -1}
+    how = {"copies": 10, "antithetic": antithetic, "draw": 2, "mask": weight > -1}
     monkeypatch.setattr(perturbed, "PANEL", 4 * weight.numel())
     for x in (values(40, 20, key=2).to(dtype), values(10, 40, 20, key=2).to(dtype)):
         for own_bias in (None, bias[0], bias):

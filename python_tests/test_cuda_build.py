@@ -63,7 +63,7 @@ def short_name(mangled: str) -> str:
     if kind := re.search(r"4KindE(\d)E", arguments):
         parts.append(KINDS[int(kind[1])])
     if flag := re.search(r"Lb([01])E", arguments):
-        parts.append(FLAG_NAMES.get(parts[0], ("", "replay"))[int(flag[1])])
+        parts.append(FLAG_NAMES.get(parts[0], ("", "recompute"))[int(flag[1])])
     if "Li3E" in arguments and parts[0] == "combine":
         parts.append("states")
     return "-".join(filter(None, parts))
@@ -122,7 +122,7 @@ def test_kernels_stay_within_their_budget(source, architecture, compiled) -> Non
     assert all(values["stack"] == 0 and values["spills"] == 0 for values in budget.values())
 
 
-@pytest.mark.parametrize("source", ["noisy_linear_replay_", "noisy_conv2d_replay_"])
+@pytest.mark.parametrize("source", ["noisy_linear_recompute_", "noisy_conv2d_recompute_"])
 def test_replay_fits_the_smallest_shared_memory(source) -> None:
     """99 KiB a block on compute capability 8.6, 8.9 and 12.0. The emulation refuses more than 96 KiB of dynamic memory;
     what is static comes on top."""
@@ -160,9 +160,9 @@ def measure_loops() -> dict[str, float]:
                 kernel = f"{'noisy_linear' if op == 'noisy_linear' else 'gradient'}-{dtype}-quantile"
                 body = noise_loop(op, kernel, conversions=8, loads=loads, stores=stored * stores)
                 result[f"{op}-{dtype}{name}"] = len(body) / 8
-            replay = f"gradient-{dtype}-quantile-replay"
-            body = noise_loop("noisy_linear_replay_", replay, conversions=8, loads=copies, stores=copies * stores)
-            result[f"noisy_linear_replay_-{dtype}{name}"] = len(body) / 8
+            recompute = f"gradient-{dtype}-quantile-recompute"
+            body = noise_loop("noisy_linear_recompute_", recompute, conversions=8, loads=copies, stores=copies * stores)
+            result[f"noisy_linear_recompute_-{dtype}{name}"] = len(body) / 8
             # Channels last: the outputs' octets are stored at once.
             body = noise_loop(
                 "noisy_conv2d", f"noisy_conv2d-{dtype}-quantile", conversions=8, loads=0, stores=copies * stores
@@ -221,11 +221,11 @@ def test_table_reads_do_not_conflict() -> None:
 PRODUCTS = (
     "noisy_conv2d",
     "noisy_conv2d_grad_",
-    "noisy_conv2d_replay_",
+    "noisy_conv2d_recompute_",
     "noisy_linear",
     "noisy_linear_grad_",
-    "noisy_linear_grads_",
-    "noisy_linear_replay_",
+    "foreach_noisy_linear_grad_",
+    "noisy_linear_recompute_",
     "noisy_mlp_step",
     "perturbed_conv2d",
     "perturbed_linear",

@@ -48,7 +48,8 @@ from test_parameters import (  # noqa: F401
 
 from ulr_kernels import use_backend
 from ulr_kernels.backends import cuda
-from ulr_kernels.ops._op import FLOATS
+from ulr_kernels.ops._op import FLOATS, NoiseSpec
+from ulr_kernels.ops.noise import Noise
 
 pytestmark = pytest.mark.pair("cuda/emulated")
 
@@ -93,8 +94,8 @@ def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gradients_of_many_layers_in_one_launch(dtype, device) -> None:
-    for sample_id in test_ops.samples("noisy_linear_grads_", good=True):
-        test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", sample_id, device, dtype))
+    for sample_id in test_ops.samples("foreach_noisy_linear_grad_", good=True):
+        test_linear_grads.compare(test_ops.pick("foreach_noisy_linear_grad_", sample_id, device, dtype))
     test_linear_grads.compare(test_linear_grads.many(dtype))
 
 
@@ -195,7 +196,7 @@ def test_results_repeat_bitwise_in_any_order_of_threads(op, device, library) -> 
 def test_a_failed_launch_is_an_error_with_its_reason(library, device) -> None:
     launch = library.provider("noise")
     with pytest.raises(RuntimeError, match="noise: .*dtype"):
-        launch(torch.empty(2, 8, dtype=torch.float16), torch.tensor(1), [2, 8], "normal", "iid", 1, 0, 0, 0)
+        launch(torch.empty(2, 8, dtype=torch.float16), Noise([2, 8], NoiseSpec(torch.tensor(1))))
 
 
 def test_a_device_that_no_kernel_can_run_on_is_named(library, monkeypatch) -> None:

@@ -68,7 +68,7 @@ def test_replay_of_a_learnt_sigma(injection):
 @pytest.mark.parametrize("injection, replays", [("layerwise", 0), ("joint", 1)])
 def test_a_replay_makes_output_and_gradient_in_one(injection, replays, monkeypatch):
     """But for the last layer, whose output nobody needs: all that a layer-wise pass replays is a gradient."""
-    counts = dict.fromkeys(("noisy_linear", "noisy_linear_replay_", "noisy_linear_grad_"), 0)
+    counts = dict.fromkeys(("noisy_linear", "noisy_linear_recompute_", "noisy_linear_grad_"), 0)
 
     def counted(name, call):
         def run(*args, **kwargs):
@@ -85,7 +85,7 @@ def test_a_replay_makes_output_and_gradient_in_one(injection, replays, monkeypat
     ran = []
     estimator.model.register_forward_hook(lambda *_: ran.append(1))
     estimator.backward(*batch(), cross_entropy)
-    assert counts == {"noisy_linear": 2, "noisy_linear_replay_": replays, "noisy_linear_grad_": 2 - replays}
+    assert counts == {"noisy_linear": 2, "noisy_linear_recompute_": replays, "noisy_linear_grad_": 2 - replays}
     assert len(ran) == (2 if injection == "layerwise" else 1)  # the second forwards end at their last layer
 
 

@@ -49,7 +49,7 @@ MODELS = {  # model, batch, loss, calls of the op on many layers, and of the op 
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
 def test_one_call_for_many_layers(case, monkeypatch):
     make, data, loss_fn, together, alone = case
-    counts = {"noisy_linear_grads_": 0, "noisy_linear_grad_": 0}
+    counts = {"foreach_noisy_linear_grad_": 0, "noisy_linear_grad_": 0}
 
     def counted(name, call):
         def run(*args, **kwargs):
@@ -66,7 +66,7 @@ def test_one_call_for_many_layers(case, monkeypatch):
     for name in counts:
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     _, grouped = gradients(model, **settings)
-    assert counts == {"noisy_linear_grads_": together, "noisy_linear_grad_": alone}
+    assert counts == {"foreach_noisy_linear_grad_": together, "noisy_linear_grad_": alone}
     monkeypatch.setattr(LinearCall, "joins", lambda self, others: False)
     _, one_by_one = gradients(model, **settings)
     assert [p.requires_grad for p in model.parameters()] == trained and grouped.keys() == one_by_one.keys()

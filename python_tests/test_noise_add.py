@@ -1,4 +1,4 @@
-"""noise_add, noise_score and noise_dot_ against their definitions in fp64, on every back end that can run here."""
+"""noise_add, noise_score and scale_shift_grad_ against their definitions in fp64, on every back end of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends import cpp
 from ulr_kernels.ops._op import FLOATS, OPS
 
-FAMILY = ("noise_add", "noise_score", "noise_dot_")
+FAMILY = ("noise_add", "noise_score", "scale_shift_grad_")
 
 
 def columns_last(tensor: Tensor, feature_dim: int) -> Tensor:
@@ -79,7 +79,7 @@ def compare_dot(sample: Sample) -> list[Tensor]:
     terms = (by_bias * inputs, by_bias, by_log_sigma)
     buffers = [clone(b) for b in (grad_weight, grad_bias, grad_log_sigma)]
     kwargs = sample.kwargs | ({} if grad_log_sigma is None else {"grad_log_sigma": buffers[2]})
-    ulr.ops.noise_dot_(*buffers[:2], *sample.args[2:], **kwargs)
+    ulr.ops.scale_shift_grad_(*buffers[:2], *sample.args[2:], **kwargs)
     for buffer, before, term in zip(buffers, (grad_weight, grad_bias, grad_log_sigma), terms, strict=True):
         if buffer is not None:
             over = (0, 1) if buffer.dim() else (0, 1, 2)
@@ -88,7 +88,7 @@ def compare_dot(sample: Sample) -> list[Tensor]:
     return [b for b in buffers if b is not None]
 
 
-COMPARE = {"noise_add": compare_add, "noise_score": compare_score, "noise_dot_": compare_dot}
+COMPARE = {"noise_add": compare_add, "noise_score": compare_score, "scale_shift_grad_": compare_dot}
 
 
 # In the half types, which are read and written in other ways and computed in the same.
@@ -161,7 +161,7 @@ def affine_gradients(copies: int, planted: float, device: str) -> tuple[Tensor, 
     y = ulr.ops.noise_add(clean, sigma * planted, 5, copies=copies, antithetic=True)
     loss = (0.5 * slope * y.square()).sum(-1)
     buffers = torch.zeros(cols, device=device), torch.zeros(cols, device=device)
-    ulr.ops.noise_dot_(*buffers, x, (loss / copies).contiguous(), sigma, 5, antithetic=True)
+    ulr.ops.scale_shift_grad_(*buffers, x, (loss / copies).contiguous(), sigma, 5, antithetic=True)
     true = slope * clean
     return torch.cat(buffers).cpu().double(), torch.cat([(true * x).sum(0), true.sum(0)]).cpu().double()
 
@@ -204,7 +204,7 @@ def test_compiled_calls(device) -> None:
     def step(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         buffers = torch.zeros(5, device=device), torch.zeros(5, device=device)
         y = ulr.ops.noise_add(x, 0.1, key, feature_dim=1, copies=4)
-        ulr.ops.noise_dot_(*buffers, x, loss, 0.1, key, feature_dim=1, positions=12)
+        ulr.ops.scale_shift_grad_(*buffers, x, loss, 0.1, key, feature_dim=1, positions=12)
         score = ulr.ops.noise_score(x.shape, loss, 0.1, key, feature_dim=1, positions=12)
         return y.relu(), buffers[0] * 2, score
 
@@ -225,7 +225,7 @@ def everything(dtype: torch.dtype, dist: str, shape: tuple[int, ...], feature_di
     rows = x.numel() // x.shape[feature_dim]
     loss, buffers = ulr.noise((6, rows), 4), [torch.zeros(x.shape[feature_dim]), torch.zeros(())]
     log_sigma = None if dist == "rademacher" else torch.zeros(x.shape[feature_dim])
-    ulr.ops.noise_dot_(*buffers, x, loss, 0.3, 6, grad_log_sigma=log_sigma, **options)
+    ulr.ops.scale_shift_grad_(*buffers, x, loss, 0.3, 6, grad_log_sigma=log_sigma, **options)
     results = [ulr.ops.noise_add(x, 0.3, 6, copies=6, **options), *buffers]
     results.append(ulr.ops.noise_score(shape, loss, 0.3, 6, **options))
     return results if log_sigma is None else [*results, log_sigma]

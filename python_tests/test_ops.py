@@ -15,7 +15,7 @@ from ulr_kernels import fold_in, use_backend
 from ulr_kernels.ops import noise, noisy_linear
 from ulr_kernels.ops._op import FLOATS, OPS
 
-LINEAR = ("noisy_linear", "noisy_linear_grad_", "noisy_linear_replay_")
+LINEAR = ("noisy_linear", "noisy_linear_grad_", "noisy_linear_recompute_")
 
 
 def samples(op: str, good: bool) -> list[str]:

@@ -26,41 +26,41 @@ PERTURBED = ("perturbed_linear", "perturbed_conv2d", "perturbed_embedding")
 
 
 def weight_noise(
-    weight, key, members=1, antithetic=False, rank=None, dist="normal", draw=0, row_offset=0, col_offset=0, mask=None
+    weight, key, copies=1, antithetic=False, rank=None, dist="normal", draw=0, row_offset=0, col_offset=0, mask=None
 ) -> Tensor:
-    """fp64 `[P, N, K]`: the noise of each member's weight, of rank r: A B^T / sqrt(r)."""
+    """fp64 `[C, N, K]`: the noise of each copy's weight, of rank r: A B^T / sqrt(r)."""
     rows, cols = weight.shape[0], math.prod(weight.shape[1:])
-    half = members // 2 if antithetic else members
+    half = copies // 2 if antithetic else copies
 
-    def one(member: int) -> Tensor:
-        at = {"dist": dist, "draw": draw + member % half}
-        sign = 1 if member < half else -1
+    def one(copy: int) -> Tensor:
+        at = {"dist": dist, "draw": draw + copy % half}
+        sign = 1 if copy < half else -1
         if rank is None:
             return sign * truth.noise((rows, cols), key, row_offset=row_offset, col_offset=col_offset, **at).double()
         a = truth.noise((rank, rows), ulr.fold_in(key, 1), col_offset=row_offset, **at).double()
         b = truth.noise((rank, cols), ulr.fold_in(key, 2), col_offset=col_offset, **at).double()
         return sign * a.T @ b / math.sqrt(rank)
 
-    eps = torch.stack([one(member) for member in range(members)])
+    eps = torch.stack([one(copy) for copy in range(copies)])
     return eps if mask is None else eps * mask.cpu().reshape(1, rows, cols)
 
 
-def linear(x, weight, bias, sigma, key, *, members=1, **how):
-    added = sigma * weight_noise(weight, key, members=members, **how)
+def linear(x, weight, bias, sigma, key, *, copies=1, **how):
+    added = sigma * weight_noise(weight, key, copies=copies, **how)
     weight = weight.cpu().double()
-    x = truth.per_copy(x, members)
-    bias = torch.zeros(1).double() if bias is None else bias.cpu().double().expand(members, -1)[:, None]
+    x = truth.per_copy(x, copies)
+    bias = torch.zeros(1).double() if bias is None else bias.cpu().double().expand(copies, -1)[:, None]
     y = torch.einsum("prk,pnk->prn", x, weight + added) + bias
     magnitude = torch.einsum("prk,pnk->prn", x.abs(), weight.abs() + added.abs() * math.sqrt(how.get("rank") or 1))
     return y, magnitude + bias.abs()
 
 
-def conv2d(x, weight, bias, sigma, key, *, stride=1, padding=0, dilation=1, groups=1, members=1, **how):
-    added = (sigma * weight_noise(weight, key, members=members, **how)).view(members, *weight.shape)
+def conv2d(x, weight, bias, sigma, key, *, stride=1, padding=0, dilation=1, groups=1, copies=1, **how):
+    added = (sigma * weight_noise(weight, key, copies=copies, **how)).view(copies, *weight.shape)
     weight = weight.cpu().double()
-    x = x.cpu().double() if x.dim() == 5 else x.cpu().double().expand(members, *x.shape)
+    x = x.cpu().double() if x.dim() == 5 else x.cpu().double().expand(copies, *x.shape)
     args = (stride, padding, dilation, groups)
-    biases = [None] * members if bias is None else list(bias.cpu().double().expand(members, -1))
+    biases = [None] * copies if bias is None else list(bias.cpu().double().expand(copies, -1))
     y = torch.stack([F.conv2d(i, weight + e, b, *args) for i, e, b in zip(x, added, biases, strict=True)])
     magnitude = [
         F.conv2d(i.abs(), weight.abs() + e.abs(), None if b is None else b.abs(), *args)
@@ -69,9 +69,9 @@ def conv2d(x, weight, bias, sigma, key, *, stride=1, padding=0, dilation=1, grou
     return y, torch.stack(magnitude)
 
 
-def embedding(indices, weight, sigma, key, *, members=1, **how):
-    added = sigma * weight_noise(weight, key, members=members, **how)
-    indices = indices.cpu().expand(members, -1)
+def embedding(indices, weight, sigma, key, *, copies=1, **how):
+    added = sigma * weight_noise(weight, key, copies=copies, **how)
+    indices = indices.cpu().expand(copies, -1)
     weight = weight.cpu().double()
     chosen = [(weight + e)[i] for e, i in zip(added, indices, strict=True)]
     magnitude = [(weight.abs() + e.abs() * (how.get("rank") or 1))[i] for e, i in zip(added, indices, strict=True)]
@@ -113,7 +113,7 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
     def v(seed: int, *shape: int) -> Tensor:
         return values(seed, *shape, device="cpu", dtype=dtype)
 
-    pairs = {"members": 2, "antithetic": True}
+    pairs = {"copies": 2, "antithetic": True}
     if op == "perturbed_conv2d":
         images, filters = v(1, 2, 5, 14, 13), v(2, 70, 5, 3, 3)
         yield Sample("tiles", (images, filters, v(3, 70), 0.1, 11), {**pairs, "padding": 1, "col_offset": 27})
@@ -123,7 +123,7 @@ def large(op: str, dtype: torch.dtype) -> Iterator[Sample]:
     if op != "perturbed_linear":
         return
     wide = (v(1, 140, 150), v(2, 150, 150), v(3, 150), 0.1, 11)
-    yield Sample("tiles", wide, {"members": 2, "col_offset": 64})
+    yield Sample("tiles", wide, {"copies": 2, "col_offset": 64})
     yield Sample("tiles-signs", wide, {**pairs, "dist": "rademacher", "col_offset": 40})
     yield Sample("pairs", (v(4, 2, 140, 70), v(5, 140, 70), v(6, 2, 140), 0.1, 11), pairs)
     yield Sample("low-rank", wide, {**pairs, "rank": 10, "row_offset": 37, "col_offset": 5})
@@ -153,14 +153,14 @@ def shown_weight(op: str, weight: Tensor, rows: int, **how) -> Tensor:
 @pytest.mark.parametrize("dist", ["normal", "rademacher"])
 @pytest.mark.parametrize("op", PERTURBED)
 def test_the_perturbed_weight_to_the_bit(op, dist, device) -> None:
-    at = {"members": 2, "antithetic": True, "dist": dist, "draw": 7, "row_offset": 2}
+    at = {"copies": 2, "antithetic": True, "dist": dist, "draw": 7, "row_offset": 2}
     ways = (8, 40) if op == "perturbed_linear" else (40,)  # few rows, and many
     for dtype, rows, col_offset in itertools.product(FLOATS, ways, (6, 16)):
         weight = values(3, 21, 40, device=device, dtype=dtype)
         found = shown_weight(op, weight, rows, col_offset=col_offset, **at).cpu()
         eps = truth.noise((21, 40), 5, dist=dist, draw=7, row_offset=2, col_offset=col_offset)
-        for member, sign in enumerate((1, -1)):
-            assert torch.equal(found[member], exact_weight(weight.cpu(), sign * eps, 0.37))
+        for copy, sign in enumerate((1, -1)):
+            assert torch.equal(found[copy], exact_weight(weight.cpu(), sign * eps, 0.37))
 
 
 @pytest.mark.parametrize("op", PERTURBED)
@@ -168,10 +168,10 @@ def test_the_perturbed_weight_to_the_bit(op, dist, device) -> None:
 def test_a_minus_probe_is_the_second_of_a_pair(op, rank, device) -> None:
     sample = test_ops.pick(op, "one", device, torch.float32)
     *args, sigma, key = sample.args
-    pair = OPS[op].function(*args, sigma, key, members=2, antithetic=True, rank=rank)
-    for member, scale in enumerate((sigma, -sigma)):
+    pair = OPS[op].function(*args, sigma, key, copies=2, antithetic=True, rank=rank)
+    for copy, scale in enumerate((sigma, -sigma)):
         alone = OPS[op].function(*args, scale, key, rank=rank)[0]
-        torch.testing.assert_close(alone, pair[member], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone, pair[copy], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -179,15 +179,15 @@ def test_a_minus_probe_is_the_second_of_a_pair(op, rank, device) -> None:
 def test_slices_make_their_part_of_the_whole(rows, rank, device) -> None:
     """Shards of a weight, and chunks of a population, see the noise of the undivided call."""
     x, weight = (values(s, *shape, device=device, dtype=torch.float32) for s, shape in ((1, (rows, 40)), (2, (24, 40))))
-    whole = perturbed_linear(x, weight, None, 0.5, 5, members=4, rank=rank)
+    whole = perturbed_linear(x, weight, None, 0.5, 5, copies=4, rank=rank)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    features = perturbed_linear(x, weight[7:], None, 0.5, 5, members=4, rank=rank, row_offset=7)
+    features = perturbed_linear(x, weight[7:], None, 0.5, 5, copies=4, rank=rank, row_offset=7)
     torch.testing.assert_close(features, whole[..., 7:], **close)
-    left = perturbed_linear(x[:, :17], weight[:, :17], None, 0.5, 5, members=4, rank=rank)
-    right = perturbed_linear(x[:, 17:], weight[:, 17:], None, 0.5, 5, members=4, rank=rank, col_offset=17)
+    left = perturbed_linear(x[:, :17], weight[:, :17], None, 0.5, 5, copies=4, rank=rank)
+    right = perturbed_linear(x[:, 17:], weight[:, 17:], None, 0.5, 5, copies=4, rank=rank, col_offset=17)
     torch.testing.assert_close(left + right, whole, **close)
     torch.testing.assert_close(
-        perturbed_linear(x, weight, None, 0.5, 5, members=2, rank=rank, draw=2), whole[2:], **close
+        perturbed_linear(x, weight, None, 0.5, 5, copies=2, rank=rank, draw=2), whole[2:], **close
     )
 
 
@@ -206,8 +206,8 @@ def test_pathwise_gradients(op, device) -> None:
     eps = weight_noise(weight, key, **how).float().view(-1, *weight.shape).to(device)
     layer = {"perturbed_linear": F.linear, "perturbed_conv2d": F.conv2d, "perturbed_embedding": F.embedding}[op]
     x = x.expand(4, *x.shape) if x.dim() == {"perturbed_linear": 2, "perturbed_conv2d": 4}.get(op, 1) else x
-    members = (layer(x[p], weight + sigma * e, *(b[p] for b in bias), **kwargs) for p, e in enumerate(eps))
-    theirs = torch.autograd.grad(torch.stack(list(members)).square().sum(), leaves)
+    copies = (layer(x[p], weight + sigma * e, *(b[p] for b in bias), **kwargs) for p, e in enumerate(eps))
+    theirs = torch.autograd.grad(torch.stack(list(copies)).square().sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 

@@ -22,7 +22,10 @@ from torch.utils._pytree import tree_map_only
 import ulr_kernels as ulr
 from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.backends.capture import capturing
-from ulr_kernels.backends.triton import listed
+from ulr_kernels.backends.triton import device_tables
+from ulr_kernels.ops._linear import LinearGradient
+from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero")
 
@@ -196,7 +199,7 @@ def test_a_captured_step_goes_on_with_fresh_noise(device) -> None:
     )
 
 
-@pytest.mark.parametrize("op", ["noisy_mlp_step", "noise_dot_"])
+@pytest.mark.parametrize("op", ["noisy_mlp_step", "scale_shift_grad_"])
 def test_what_blocks_leave_each_other_is_there_at_every_replay(op, device) -> None:
     """Kernels whose blocks wait for each other, or of which the last one adds up."""
     buffers, run = adding(op, device)
@@ -219,9 +222,9 @@ def adding(op: str, device: str) -> tuple[list[Tensor], Callable[[], Any]]:
         return ulr.noise(shape, seed, device=device)
 
     key, x = torch.tensor([7, 8], device=device), v(1, 70, 9)
-    if op == "noise_dot_":
+    if op == "scale_shift_grad_":
         bias = torch.zeros(9, device=device)
-        return [bias], lambda: ulr.ops.noise_dot_(None, bias, x, v(2, 4, 35), 0.1, key[0], positions=2)
+        return [bias], lambda: ulr.ops.scale_shift_grad_(None, bias, x, v(2, 4, 35), 0.1, key[0], positions=2)
     weights, biases = [v(3, 40, 9), v(4, 5, 40)], [v(5, 40), v(6, 5)]
     buffers = [torch.zeros_like(t) for t in (*weights, *biases)]
     target = torch.arange(70, device=device) % 5
@@ -243,16 +246,16 @@ def changing(op: str, device: str, seed: int = 1) -> tuple[list[Tensor], Callabl
     if op == "combine_":
         return buffers, lambda: ulr.ops.combine_(buffers, keys, amounts)
     weights, xs, losses, key = [buffers[0], buffers[2]], [v(4, 6, 7), v(5, 6, 5)], [v(6, 2, 6)] * 2, list(keys[:2])
-    return weights, lambda: ulr.ops.noisy_linear_grads_(weights, [None] * 2, xs, losses, [amounts[0]] * 2, key)
+    return weights, lambda: ulr.ops.foreach_noisy_linear_grad_(weights, [None] * 2, xs, losses, [amounts[0]] * 2, key)
 
 
-@pytest.mark.parametrize("op", ["perturb_", "combine_", "noisy_linear_grads_"])
+@pytest.mark.parametrize("op", ["perturb_", "combine_", "foreach_noisy_linear_grad_"])
 def test_a_captured_list_is_there_at_every_replay_whatever_lists_follow(op, device) -> None:
     if device == "cpu":
         pytest.skip("graphs are CUDA's")
     buffers, run = changing(op, device)
     graph = captured(run)
-    others = [changing(op, device, seed) for seed in range(2, listed.LISTS + 8)]
+    others = [changing(op, device, seed) for seed in range(2, device_tables.LISTS + 8)]
     for _, change in others:
         change()
     for _ in range(2):
@@ -265,25 +268,25 @@ def test_a_captured_list_is_there_at_every_replay_whatever_lists_follow(op, devi
 
 
 @pytest.fixture
-def tables(monkeypatch) -> Callable[[int], listed.Tables]:
+def tables(monkeypatch) -> Callable[[int], device_tables.Tables]:
     """Triton's tables of a list that a number stands for, with none at the start."""
-    monkeypatch.setattr(listed, "_recent", {})
-    monkeypatch.setattr(listed, "_captured", {})
-    return lambda number: listed.on_device(((number, 5), (number, 6)), (2, 1), torch.device("cpu"))
+    monkeypatch.setattr(device_tables, "_recent", {})
+    monkeypatch.setattr(device_tables, "_captured", {})
+    return lambda number: device_tables.on_device(((number, 5), (number, 6)), (2, 1), torch.device("cpu"))
 
 
 def test_tables_of_a_list_are_kept_if_a_graph_reads_them(tables, monkeypatch) -> None:
     entries, owners = tables(0)
     assert entries.tolist() == [[0, 5], [0, 6]] and owners.tolist() == [0, 0, 1]
     with monkeypatch.context() as capture:
-        capture.setattr(listed, "capturing", lambda device: True)
+        capture.setattr(device_tables, "capturing", lambda device: True)
         assert tables(0)[0] is entries
     kept, dropped = weakref.ref(entries), weakref.ref(tables(1)[0])
     del entries, owners
-    for number in range(2, listed.LISTS + 2):
+    for number in range(2, device_tables.LISTS + 2):
         tables(number)
     assert kept() is not None and dropped() is None
-    monkeypatch.setattr(listed, "capturing", lambda device: True)
+    monkeypatch.setattr(device_tables, "capturing", lambda device: True)
     assert tables(0)[0] is kept()
     with pytest.raises(dispatch.BackendError, match="run the same call on the same tensors once"):
         tables(1)
@@ -293,7 +296,7 @@ def test_tables_of_a_list_belong_to_a_stream(tables, monkeypatch) -> None:
     """What one stream copies, another does not wait for; and memory is freed in the order of its own."""
     first = tables(0)[0]
     assert tables(0)[0] is first
-    monkeypatch.setattr(listed, "_stream", lambda device: 1)
+    monkeypatch.setattr(device_tables, "_stream", lambda device: 1)
     second = tables(0)[0]
     assert second is not first and tables(0)[0] is second
 
@@ -308,36 +311,40 @@ def test_a_capture_is_that_of_the_list_s_device(monkeypatch) -> None:
 @pytest.mark.parametrize("why", ["captured", "long"])
 def test_layers_one_by_one_where_no_table_tells_of_them(why, monkeypatch) -> None:
     pytest.importorskip("triton")
-    from ulr_kernels.backends.triton import noisy_linear_grads_ as module
+    from ulr_kernels.backends.triton import foreach_noisy_linear_grad_ as module
 
     rows, calls = 2**31 if why == "long" else 6, []
-    monkeypatch.setattr(module, "noisy_linear_grad_", lambda *call: calls.append(call))
+    monkeypatch.setattr(module, "noisy_linear_grad_", calls.append)
     monkeypatch.setattr(module, "launches", lambda *args: pytest.fail("a table was made"))
     monkeypatch.setattr(module, "capturing", lambda device: why == "captured")
     weights, xs = [torch.zeros(3, 2)] * 2, [torch.zeros(6, 2), torch.zeros(1, 2).expand(rows, 2)]
     ones = [torch.ones(())] * 2
     losses, biases = [torch.ones(2, 6), torch.ones(2, 1)], [torch.empty(0)] * 2
     keys = [torch.tensor(1)] * 2
-    module.noisy_linear_grads_(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
-    assert [call[3].shape[0] for call in calls] == [6, rows]
+    a = LinearGradients(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
+    module.foreach_noisy_linear_grad_(a)
+    assert [layer.x.shape[0] for layer in calls] == [6, rows]
 
 
 def test_kernels_that_a_capture_takes_have_run_before_it(monkeypatch) -> None:
     """Triton would load them in the capture, which CUDA refuses: the first call of a form runs them, for nothing."""
     pytest.importorskip("triton")
-    from ulr_kernels.backends.triton import noisy_linear_grads_ as module
+    from ulr_kernels.backends.triton import foreach_noisy_linear_grad_ as module
 
-    ran: list[tuple] = []
-    monkeypatch.setattr(module, "noisy_linear_grad_", lambda *call: ran.append(call))
+    ran: list[LinearGradient] = []
+    monkeypatch.setattr(module, "noisy_linear_grad_", ran.append)
     monkeypatch.setattr(module, "_rehearsed", set())
 
-    def layer(rows: int, draw: int) -> tuple:
+    def layer(rows: int, draw: int) -> LinearGradient:
         weight, bias, x, losses = torch.zeros(3, 2), torch.zeros(3), torch.ones(rows, 2), torch.ones(2, rows)
-        return weight, bias, None, x, losses, torch.ones(()), torch.tensor(1), False, "normal", "iid", 1, draw, 0, 0
+        noise = NoiseSpec(torch.tensor(1), draw=draw)
+        return LinearGradient(weight, bias, None, x, losses, torch.ones(()), noise)
 
     first, second = layer(6, 0), layer(16, 0)  # Triton compiles for what 16 divides
     module.rehearse([first, second, first, layer(6, 32), layer(5, 0)])
-    assert [call[3].shape[0] for call in ran] == [6, 16]
-    assert ran[0][0] is not first[0] and ran[0][1] is not first[1] and ran[0][3] is first[3]
+    assert [layer.x.shape[0] for layer in ran] == [6, 16]
+    scratch = ran[0]
+    assert scratch.grad_weight is not first.grad_weight and scratch.grad_bias is not first.grad_bias
+    assert scratch.x is first.x
     module.rehearse([layer(6, 1)])  # and for a 1
     assert len(ran) == 3

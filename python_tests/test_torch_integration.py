@@ -29,23 +29,23 @@ CALLS = {
     "noise": lambda: (KEY, [3, 5]),
     "noise_add": lambda: (v(1, 2, 5, 3), SCALE, KEY, 1, 4, True, True),
     "noise_score": lambda: (v(7, 4, 2), SCALE, KEY, [2, 5, 3], 1, True, "normal", "iid", 3),
-    "noise_dot_": lambda: (v(4, 5), v(5, 5), v(6, 5), v(1, 6, 5), v(7, 4, 6), SCALE, KEY, -1, True, True),
+    "scale_shift_grad_": lambda: (v(4, 5), v(5, 5), v(6, 5), v(1, 6, 5), v(7, 4, 6), SCALE, KEY, -1, True, True),
     "noisy_conv2d": lambda: (v(1, 2, 4, 6, 5), v(2, 6, 2, 3, 3), v(3, 6), SCALE, KEY, *WINDOW, 4, True),
     "noisy_conv2d_grad_": lambda: (
         *(v(4, 6, 2, 3, 3), v(5, 6), v(6, 6), v(1, 2, 4, 6, 5), v(7, 4, 2), SCALE, KEY, [3, 3], *WINDOW, True),
         *("normal", "iid", 9),
     ),
-    "noisy_conv2d_replay_": lambda: (
+    "noisy_conv2d_recompute_": lambda: (
         *(v(4, 6, 2, 3, 3), v(5, 6), None, v(1, 2, 4, 6, 5), v(2, 6, 2, 3, 3), v(3, 6), v(7, 4, 2), SCALE, KEY),
         *(*WINDOW, True, "normal", "iid", 9),
     ),
     "noisy_linear": lambda: (v(1, 6, 8), v(2, 5, 8), v(3, 5), SCALE, KEY, 4, True),
     "noisy_linear_grad_": lambda: (v(4, 5, 8), v(5, 5), v(6, 5), v(1, 6, 8), v(7, 4, 6), SCALE, KEY, True),
-    "noisy_linear_grads_": lambda: (
+    "foreach_noisy_linear_grad_": lambda: (
         *([v(4, 5, 8), v(5, 3, 4)], [v(6, 5), v(7, 3)], [v(1, 6, 8), v(2, 2, 3, 4)], [v(3, 2, 6), v(8, 2, 3)]),
         *([SCALE, SCALE], [KEY, torch.tensor(12)], True),
     ),
-    "noisy_linear_replay_": lambda: (
+    "noisy_linear_recompute_": lambda: (
         *(v(4, 5, 8), v(5, 5), None, v(1, 6, 8), v(2, 5, 8), v(3, 5), v(7, 4, 6), SCALE, KEY, True),
     ),
     "perturb_": lambda: ([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), SCALE),
@@ -151,7 +151,7 @@ def test_fake_tensors_take_the_same_checks() -> None:
             ulr.ops.noisy_linear(torch.empty(6, 7), torch.empty(5, 8), None, 0.1, 1)
 
 
-@pytest.mark.parametrize("op", ["noisy_linear_grad_", "noisy_linear_replay_", "noise_dot_"])
+@pytest.mark.parametrize("op", ["noisy_linear_grad_", "noisy_linear_recompute_", "scale_shift_grad_"])
 def test_autograd_notices_what_was_written(op, device) -> None:
     args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in CALLS[op]()]
     leaf = torch.ones_like(args[0], requires_grad=True)

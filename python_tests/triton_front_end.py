@@ -78,24 +78,24 @@ def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
     for x in (one(2), torch.ones(copies, 1, 1)):
         ops.noisy_linear(x, *layer, copies=copies, **how, **at)
         ops.noisy_linear_grad_(one(2), one(1), x, loss, 0.5, 7, **how, **at)
-        ops.noise_dot_(one(1), one(1), x, loss, 0.5, 7, shared=x.dim() == 2, **how, **at)
+        ops.scale_shift_grad_(one(1), one(1), x, loss, 0.5, 7, shared=x.dim() == 2, **how, **at)
         offsets = {name: [number] for name, number in at.items() if name != "draw"}
-        ops.noisy_linear_grads_(
+        ops.foreach_noisy_linear_grad_(
             [one(2)], [one(1)], [x], [loss], [torch.tensor(0.5)], [torch.tensor(7)], **how, **offsets
         )
         for rank in (None, 1):
-            ops.perturbed_linear(x, *layer, members=copies, rank=rank, **how, **at)
+            ops.perturbed_linear(x, *layer, copies=copies, rank=rank, **how, **at)
     for x in (one(4), torch.ones(copies, 1, 1, 1, 1)):
         for transposed in (False, True):
             ops.noisy_conv2d(x, *image, copies=copies, transposed=transposed, **how, **at)
             ops.noisy_conv2d_grad_(one(4), one(1), x, loss, 0.5, 7, transposed=transposed, **how, **at)
         for rank in (None, 1):
-            ops.perturbed_conv2d(x, *image, members=copies, rank=rank, **how, **at)
+            ops.perturbed_conv2d(x, *image, copies=copies, rank=rank, **how, **at)
     ops.noise_add(one(2), 0.5, 7, copies=copies, **how, **at)
     ops.noise_score((1, 1), loss, 0.5, 7, **how, **at)
     for rank in (None, 1):
         first = torch.zeros(1, dtype=torch.int64)
-        ops.perturbed_embedding(first, one(2), 0.5, 7, members=copies, rank=rank, **how, **at)
+        ops.perturbed_embedding(first, one(2), 0.5, 7, copies=copies, rank=rank, **how, **at)
         ops.perturb_([one(2), one(1)], torch.tensor([7, 8]), 0.5, dist=how["dist"], rank=rank)
         ops.combine_([one(2), one(1)], torch.tensor([7, 8]), one(1), dist=how["dist"], rank=rank)
 

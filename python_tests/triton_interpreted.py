@@ -70,9 +70,9 @@ def test_linear(op, dtype, device) -> None:
 
 
 def test_gradients_of_several_layers(device) -> None:
-    for sample_id in test_ops.samples("noisy_linear_grads_", good=True):
-        test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", sample_id, "cpu", torch.float32))
-    test_linear_grads.compare(test_ops.pick("noisy_linear_grads_", "same-dtype", "cpu", torch.bfloat16))
+    for sample_id in test_ops.samples("foreach_noisy_linear_grad_", good=True):
+        test_linear_grads.compare(test_ops.pick("foreach_noisy_linear_grad_", sample_id, "cpu", torch.float32))
+    test_linear_grads.compare(test_ops.pick("foreach_noisy_linear_grad_", "same-dtype", "cpu", torch.bfloat16))
 
 
 @pytest.mark.parametrize("op", CONV)

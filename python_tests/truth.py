@@ -85,7 +85,7 @@ def noisy_linear_grad_(
     return results
 
 
-def noisy_linear_replay_(grad_weight, grad_bias, x, weight, bias, loss_weight, sigma, key, **kwargs):
+def noisy_linear_recompute_(grad_weight, grad_bias, x, weight, bias, loss_weight, sigma, key, **kwargs):
     forward = {k: v for k, v in kwargs.items() if k != "grad_log_sigma"}
     y = noisy_linear(x, weight, bias, sigma, key, copies=loss_weight.shape[0], **forward)
     return y + noisy_linear_grad_(grad_weight, grad_bias, x, loss_weight, sigma, key, **kwargs)

@@ -1,8 +1,9 @@
 """The table of back ends: which provider runs an op on a device, and why each other one is absent.
 
-A provider is a function of an op's outputs (where it has any) and its schema's arguments. Four back ends make
-providers: `torch` (the references in `ops/`), `cpp`, `cuda` and `triton`. A call is one lookup in a dictionary that was
-filled when it was first asked for, in the order below. An explicit request (`use_backend`) never falls back.
+A provider is a function of an op's output (if it has one) and its bound arguments (`Op.arguments`). Four back ends have
+providers: `torch` (the references in `ops/`), `cpp`, `cuda` and `triton`. The first call of an op on a device takes the
+first back end of the order below that can run it, and later calls find it in a dictionary. An explicit request
+(`use_backend`) never falls back.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("ulr_backen
 
 
 class BackendError(RuntimeError):
-    """A back end was asked for that cannot run this op here; the message says why."""
+    """The requested back end cannot run this op here; the message says why."""
 
 
 def allocating(provider: Callable) -> Callable:
-    """Mark a provider that is handed an `ops._op.Output`, not a tensor, and allocates and returns it itself: where a
-    product of another library becomes the output, memory taken before it would be taken twice."""
+    """Mark a provider that takes an `ops._op.Output`, not a tensor, and allocates and returns the output itself.
+
+    It is for providers whose output is the result of another library's product, which would allocate it again.
+    """
     provider.allocates = True  # type: ignore[attr-defined]
     return provider
 
@@ -38,7 +41,7 @@ def allocates(provider: Callable) -> bool:
 
 
 def add_op(name: str, reference: Callable) -> None:
-    """Enter an op, with the provider that every device has."""
+    """Enter an op, with its torch provider, which runs on every device."""
     _references[name] = reference
 
 
@@ -47,10 +50,10 @@ def op_names() -> list[str]:
 
 
 def find(backend: str, op: str, device: torch.device | str) -> Callable | str:
-    """The provider, or the reason why there is none."""
+    """The provider, or a sentence on why there is none."""
     if backend == "torch":
         return _references[op]
-    # Each of backends/cpp, cuda, triton has provider(op, device) -> a function, or a sentence that says why not.
+    # backends/cpp, cuda and triton each have provider(op, device) -> a function, or a sentence on why there is none.
     return importlib.import_module(f"ulr_kernels.backends.{backend}").provider(op, torch.device(device))
 
 

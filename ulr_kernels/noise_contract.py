@@ -24,7 +24,7 @@ SAMPLERS = ("iid", "sobol")
 
 WORD = 0xFFFFFFFF
 FOLD_IN_COUNTER = 0x666F6C64  # "fold": keeps the counters of key derivation apart from those of noise
-# What is folded into a parameter's key for streams of their own: the two factors of low-rank noise, and rounding.
+# Numbers folded into a parameter's key for streams of their own: the two factors of low-rank noise, and rounding.
 LOW_RANK_STREAMS = (1, 2)
 ROUNDING_STREAM = 3
 MAX_SOBOL_DIMENSIONS = torch.quasirandom.SobolEngine.MAXDIM
@@ -57,7 +57,7 @@ def philox4x32(counter: Tensor, key: tuple[Tensor | int, Tensor | int]) -> Tenso
 
 
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Ten rounds on broadcastable int64 words; a product wraps modulo 2^64, which is what its two halves need."""
+    """Ten rounds on broadcastable int64 words; a product wraps modulo 2^64, which leaves its two halves intact."""
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
@@ -66,7 +66,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 def philox4x32_int(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
-    """The same on Python integers, so that deriving a key on the host makes no tensors."""
+    """`philox4x32` of Python integers, so that deriving a key on the host makes no tensors."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & WORD, (key >> 32) & WORD
     for _ in range(10):
@@ -146,7 +146,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def square_root(a: Tensor) -> Tensor:
-    """fp32 square root, correctly rounded, which torch's own is not: in fp64, which is more than twice as long."""
+    """fp32 square root, correctly rounded by way of fp64; torch's own is not."""
     return a.double().sqrt().float()
 
 
@@ -181,7 +181,7 @@ def score(eps: Tensor, dist: str) -> Tensor:
 
 
 def _iid_words(rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor) -> Tensor:
-    """Words of coordinates that broadcast; each call of Philox is used for the one word that is asked for."""
+    """Words of coordinates that broadcast; only one word of each call of Philox is used."""
     words = _philox(cols >> 2, rows, torch.as_tensor(draw, device=cols.device), torch.zeros_like(cols), *key_words(key))
     return torch.stack(words, -1).gather(-1, (cols & 3).expand(words[0].shape).unsqueeze(-1)).squeeze(-1)
 
@@ -269,7 +269,7 @@ def low_rank_grid(
 
 
 def low_rank_at(rows: Tensor, cols: Tensor, rank: int, draw: int, key: Tensor, *, dist: str) -> Tensor:
-    """The same of any rows [R] and columns [C]: fp32 `[R, C]`."""
+    """`low_rank_grid` of any rows [R] and columns [C]: fp32 `[R, C]`."""
     by_row, by_col = low_rank_factors(rows, cols, rank, draw, key, dist=dist)
     total = torch.zeros(len(rows), len(cols), dtype=torch.float32, device=key.device)
     for a, b in zip(by_row, by_col, strict=True):
@@ -296,8 +296,10 @@ def low_rank_scale(rank: int) -> float:
 
 
 def round_stochastically(values: Tensor, draw: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0) -> Tensor:
-    """fp32 `[rows, cols]` to bf16, away from zero with the probability of the part that is cut off: the upper half of
-    a word of the parameter's rounding stream is added below the last place kept. Infinities and NaN: as to nearest.
+    """fp32 `[rows, cols]` to bf16, away from zero with the probability of the part that is cut off.
+
+    The upper half of a word of the parameter's rounding stream is added below the last place kept. Infinities and NaN
+    are converted as usual.
     """
     row = torch.arange(row_offset, row_offset + values.shape[0], device=key.device)[:, None]
     col = torch.arange(col_offset, col_offset + values.shape[1], device=key.device)[None, :]

@@ -1,9 +1,9 @@
-"""x W^T + b by oneDNN, which torch carries: the one place that knows how to call it.
+"""x W^T + b by torch's copy of oneDNN.
 
 `torch.ops.mkldnn._linear_pointwise` takes ordinary CPU tensors. In fp32 it uses AVX-512 where torch's own linear,
 through MKL, does not (AMD: 0.43-0.5x of the time). It needs a dense weight, row-major or column-major: any other stride
-sends it to a reference implementation that is thousands of times slower. It copies an x that is not contiguous, and
-reads a bias by its address alone, whatever its strides are.
+selects a reference implementation that is thousands of times slower. It copies an x that is not contiguous, and
+ignores the strides of a bias.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def dense(weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[R, N]` from `x [R, K]` and a dense `weight [N, K]` (see `dense`), all of one dtype. A compiler that traces this
-    sees torch's own linear, which it knows how to lower."""
+    """`[R, N]` from `x [R, K]` and a dense `weight [N, K]` (see `dense`), all of one dtype.
+
+    torch.compile traces torch's own linear instead, which it can lower.
+    """
     if not torch.compiler.is_compiling() and x.numel() and weight.numel() and supports(x.dtype):
         return _call(x, weight, bias if bias is None else bias.contiguous())
     return torch.nn.functional.linear(x, weight, bias)

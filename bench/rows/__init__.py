@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from bench.rows.conv import conv_gradient_row, conv_replay_row, conv_row
+from bench.rows.conv import conv_gradient_row, conv_recompute_row, conv_row
 from bench.rows.elementwise import add_row, dot_row
 from bench.rows.grouped import grouped_row
-from bench.rows.linear import gradient_row, linear_row, replay_row
+from bench.rows.linear import gradient_row, linear_row, recompute_row
 from bench.rows.mezo import installed, mezo_row
 from bench.rows.noise import noise_row, randn_row
 from bench.rows.parameters import combine_row, language_model, perturb_row
@@ -43,7 +43,7 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "linear-bf16-1-thread": lambda: linear_row(1024, 1024, 1024, 1, bf16, threads=1),
         "linear-copies": lambda: linear_row(128, 784, 512, 64, f32),
         "gradient": lambda: gradient_row(128, 784, 512, 64, f32),
-        "replay": lambda: replay_row(128, 784, 512, 64, f32),
+        "recompute": lambda: recompute_row(128, 784, 512, 64, f32),
         "add-tokens": lambda: add_row((32, 64, 768), -1, 16, f32),
         "add-image": lambda: add_row((32, 32, 32, 32), 1, 16, f32),
         "dot-tokens": lambda: dot_row((32, 64, 768), -1, 64, f32),
@@ -54,7 +54,7 @@ def cpu_rows() -> dict[str, Callable[[], Row]]:
         "conv-resnet": lambda: conv_row((8, 64, 56, 64), 1, f32),
         "conv-gradient": lambda: conv_gradient_row((32, 32, 16, 32), 64, f32),
         "conv-gradient-bf16": lambda: conv_gradient_row((32, 32, 16, 32), 64, bf16),
-        "conv-replay": lambda: conv_replay_row((32, 32, 16, 32), 32, f32),
+        "conv-recompute": lambda: conv_recompute_row((32, 32, 16, 32), 32, f32),
         "step": lambda: step_row(100, 64),
         "vgg": lambda: vgg_row(25, autocast=False),
         "vgg-bf16": lambda: vgg_row(25, autocast=True),
@@ -99,7 +99,11 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
             makers[f"linear-{kind}-{inputs}"] = functools.partial(
                 linear_row, 2 * wide, inputs, wide, 1, dtype, device, names=names
             )
-        for prefix, function in (("linear-copies", linear_row), ("gradient", gradient_row), ("replay", replay_row)):
+        for prefix, function in (
+            ("linear-copies", linear_row),
+            ("gradient", gradient_row),
+            ("recompute", recompute_row),
+        ):
             makers[f"{prefix}-{kind}"] = functools.partial(
                 function, rows, wide // 4, wide // 2, copies, dtype, device, names=names
             )
@@ -119,7 +123,7 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
         makers[f"{name}-image"] = functools.partial(row, image, 1, copies, bf16, device, names)
     makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)
     makers["eggroll"] = lambda: eggroll_row(wide // 4, 4 * copies, 1, 16, device, names)
-    convolutions = {"conv": conv_row, "conv-gradient": conv_gradient_row, "conv-replay": conv_replay_row}
+    convolutions = {"conv": conv_row, "conv-gradient": conv_gradient_row, "conv-recompute": conv_recompute_row}
     sizes = (4, 16, 8, 16) if small else (64, 128, 32, 128)
     for prefix, convolution in convolutions.items():
         for dtype in (bf16, f32):

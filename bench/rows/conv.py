@@ -1,4 +1,4 @@
-"""The ops of a convolution: forward, gradient, replay, with kernels of 3 x 3 and padding 1."""
+"""The ops of a convolution: forward, gradient, recompute, with kernels of 3 x 3 and padding 1."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def conv_row(
         name=f"noisy_conv2d {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=lambda i: (*operands(i, sizes, dtype, device, last), key_of(i, device)),
         contestants=contestants,
-        cost=OPS["noisy_conv2d"].cost(x, weight, None, None, None, *WINDOW, copies, False),
+        cost=OPS["noisy_conv2d"].floor(x, weight, None, None, None, *WINDOW, copies, False),
         kind=kind_of(dtype),
         memory=copies > 1,
     )
@@ -105,7 +105,7 @@ def conv_gradient_row(
     )
 
 
-def conv_replay_row(
+def conv_recompute_row(
     sizes: Sizes, copies: int, dtype: torch.dtype, device: str = "cpu", names=(None,), last: bool = True
 ) -> Row:
     """A second pass with known losses: the noised output and the gradient."""
@@ -116,7 +116,7 @@ def conv_replay_row(
         return gw, gb, x, *operands(i, sizes, dtype, device, last)[1:], lw, key
 
     def fused(gw, gb, x, w, b, lw, key):
-        return ulr.ops.noisy_conv2d_replay_(gw, gb, x, w, b, lw, SIGMA, key, padding=1, antithetic=True)
+        return ulr.ops.noisy_conv2d_recompute_(gw, gb, x, w, b, lw, SIGMA, key, padding=1, antithetic=True)
 
     def apart(gw, gb, x, w, b, lw, key):
         y = ulr.ops.noisy_conv2d(x, w, b, SIGMA, key, padding=1, copies=copies, antithetic=True)
@@ -126,9 +126,9 @@ def conv_replay_row(
     x, weight = shapes(sizes, dtype)
     window = (weight, None, shaped(copies, sizes[0]), None, None, *WINDOW, True)
     return Row(
-        name=f"conv replay {kind_of(dtype)} {text_of(sizes, copies, last)}",
+        name=f"conv recompute {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=make,
         contestants={**ours(fused, names), "two ops": Contestant(apart, backend=names[0])},
-        cost=OPS["noisy_conv2d_replay_"].cost(weight, None, None, x, *window),
+        cost=OPS["noisy_conv2d_recompute_"].floor(weight, None, None, x, *window),
         kind=kind_of(dtype),
     )

@@ -35,7 +35,7 @@ def add_row(
             "eager": Contestant(eager),
             "torch.compile": Contestant(lambda x, key: fused(x)),
         },
-        cost=OPS["noise_add"].cost(shaped(*shape, dtype=dtype), None, None, feature_dim, copies, True, False),
+        cost=OPS["noise_add"].floor(shaped(*shape, dtype=dtype), None, None, feature_dim, copies, True, False),
         kind=kind_of(dtype),
         memory=True,
     )
@@ -57,7 +57,9 @@ def dot_row(
         return torch.zeros(cols, device=device), torch.zeros(cols, device=device), x, loss_weight, key_of(i, device)
 
     def run(gw: Tensor, gb: Tensor, x: Tensor, lw: Tensor, key: Tensor) -> None:
-        ulr.ops.noise_dot_(gw, gb, x, lw, SIGMA, key, feature_dim=feature_dim, positions=positions, antithetic=True)
+        ulr.ops.scale_shift_grad_(
+            gw, gb, x, lw, SIGMA, key, feature_dim=feature_dim, positions=positions, antithetic=True
+        )
 
     def keep(gw: Tensor, gb: Tensor, x: Tensor, lw: Tensor, key: Tensor) -> Tensor:
         return torch.empty(copies // 2, *shape, dtype=dtype, device=device).normal_(generator=source)
@@ -72,14 +74,14 @@ def dot_row(
 
     buffers = shaped(cols), shaped(cols)
     return Row(
-        name=f"noise_dot_ {kind_of(dtype)} {'x'.join(map(str, shape))}, {copies} copies",
+        name=f"scale_shift_grad_ {kind_of(dtype)} {'x'.join(map(str, shape))}, {copies} copies",
         inputs=make,
         contestants={
             **ours(run, names),
             "eager, half kept": Contestant(rival(sums), keep),
             "torch.compile": Contestant(rival(compiled(sums)), keep),
         },
-        cost=OPS["noise_dot_"].cost(
+        cost=OPS["scale_shift_grad_"].floor(
             *buffers, None, shaped(*shape, dtype=dtype), shaped(copies, shape[0]), None, None, feature_dim, True, True
         ),
         kind=kind_of(dtype),

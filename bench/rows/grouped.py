@@ -24,7 +24,7 @@ def grouped_row(
 
     def grouped(x: Tensor, loss: Tensor) -> None:
         each = ([x] * layers, [loss] * layers, [sigma] * layers, keys)
-        ulr.ops.noisy_linear_grads_(grads, biases, *each, antithetic=True)
+        ulr.ops.foreach_noisy_linear_grad_(grads, biases, *each, antithetic=True)
 
     def one_by_one(x: Tensor, loss: Tensor) -> None:
         for buffer, bias, key in zip(grads, biases, keys, strict=True):
@@ -40,6 +40,6 @@ def grouped_row(
             **ours(grouped, tuple(name for name in names if name != "triton")),
             "one launch a layer": Contestant(one_by_one),
         },
-        cost=OPS["noisy_linear_grads_"].cost(*empty, *each, True, "normal", "iid", [], 0, [], []),
+        cost=OPS["foreach_noisy_linear_grad_"].floor(*empty, *each, True, "normal", "iid", [], 0, [], []),
         kind=kind_of(dtype),
     )

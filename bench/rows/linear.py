@@ -1,4 +1,4 @@
-"""The ops of a linear layer: forward, gradient, replay."""
+"""The ops of a linear layer: forward, gradient, recompute."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def linear_row(
         + threads_text(threads),
         inputs=make,
         contestants=contestants,
-        cost=OPS["noisy_linear"].cost(x, weight, None, None, None, copies, False),
+        cost=OPS["noisy_linear"].floor(x, weight, None, None, None, copies, False),
         kind=kind_of(dtype),
         threads=threads,
         memory=copies > 1,
@@ -93,13 +93,13 @@ def gradient_row(
             "eager, half kept": Contestant(rival(rivals.paired_gradient), keep(repeat=False, half=True)),
             "torch.compile": Contestant(rival(compiled(rivals.reduced_gradient)), keep(repeat=False, half=False)),
         },
-        cost=OPS["noisy_linear_grad_"].cost(*buffers, None, x, loss_weight, None, None, True),
+        cost=OPS["noisy_linear_grad_"].floor(*buffers, None, x, loss_weight, None, None, True),
         kind=kind_of(dtype),
         memory=True,
     )
 
 
-def replay_row(
+def recompute_row(
     rows: int, inputs: int, features: int, copies: int, dtype: torch.dtype, device: str = "cpu", names=(None,)
 ) -> Row:
     """A second pass with known losses: the noised output and the gradient."""
@@ -112,7 +112,7 @@ def replay_row(
         return gw, gb, x, (weight / inputs**0.5).to(dtype), bias.to(dtype), lw, key
 
     def fused(gw, gb, x, w, b, lw, key):
-        return ulr.ops.noisy_linear_replay_(gw, gb, x, w, b, lw, SIGMA, key, antithetic=True)
+        return ulr.ops.noisy_linear_recompute_(gw, gb, x, w, b, lw, SIGMA, key, antithetic=True)
 
     def apart(gw, gb, x, w, b, lw, key):
         y = ulr.ops.noisy_linear(x, w, b, SIGMA, key, copies=copies, antithetic=True)
@@ -129,13 +129,13 @@ def replay_row(
     x, loss_weight = shaped(rows, inputs, dtype=dtype), shaped(copies, rows)
     weight = shaped(features, inputs, dtype=dtype)
     return Row(
-        name=f"replay {kind_of(dtype)} {rows}x{inputs}x{features}, {copies} copies",
+        name=f"recompute {kind_of(dtype)} {rows}x{inputs}x{features}, {copies} copies",
         inputs=make,
         contestants={
             **ours(fused, names),
             "two ops": Contestant(apart, backend=names[0]),
             "eager, half kept": Contestant(eager),
         },
-        cost=OPS["noisy_linear_replay_"].cost(*buffers, None, x, weight, None, loss_weight, None, None, True),
+        cost=OPS["noisy_linear_recompute_"].floor(*buffers, None, x, weight, None, loss_weight, None, None, True),
         kind=kind_of(dtype),
     )

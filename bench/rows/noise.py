@@ -10,12 +10,13 @@ import ulr_kernels as ulr
 from bench import rivals
 from bench.rows.row import Contestant, Row, key_of, ours, threads_text
 from ulr_kernels import dispatch
-from ulr_kernels.ops._op import OPS
+from ulr_kernels.ops._op import OPS, NoiseSpec
+from ulr_kernels.ops.noise import Noise
 
 
 def fill(out: Tensor, key: Tensor, dist: str) -> None:
     """The op without the allocation of its result, which `tensor.normal_()` does not have either."""
-    dispatch.lookup("noise", out.device)(out, key, list(out.shape), dist, "iid", 1, 0, 0, 0)
+    dispatch.lookup("noise", out.device)(out, Noise(list(out.shape), NoiseSpec(key, dist=dist)))
 
 
 def laplace_(out: Tensor, source: torch.Generator) -> Tensor:
@@ -46,7 +47,7 @@ def noise_row(
         name=f"{dist} fill 2^{size.bit_length() - 1}" + ", in cache" * in_cache + threads_text(threads),
         inputs=lambda i: (torch.empty(size // 1024, 1024, device=device), key_of(i, device)),
         contestants=contestants,
-        cost=OPS["noise"].cost(None, [size]),
+        cost=OPS["noise"].floor(None, [size]),
         dist=dist,
         threads=threads,
         in_cache=in_cache,
@@ -62,6 +63,6 @@ def randn_row(size: int, device: str = "cpu", threads: int | None = None, names=
             **ours(lambda key: ulr.noise((size // 1024, 1024), key), names),
             "torch.randn": Contestant(lambda key: torch.randn(size // 1024, 1024, generator=source, device=device)),
         },
-        cost=OPS["noise"].cost(None, [size]),
+        cost=OPS["noise"].floor(None, [size]),
         threads=threads,
     )

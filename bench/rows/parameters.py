@@ -53,7 +53,7 @@ def perturb_row(dist: str, shapes: list[tuple[int, ...]] = SHAPES, device: str =
             "mul_": Contestant(lambda tensors, keys, scale: one_pass(tensors)),
             **({"eager normal, add_": Contestant(eager)} if dist == "normal" else {}),
         },
-        cost=OPS["perturb_"].cost([shaped(*shape) for shape in shapes], None, None),
+        cost=OPS["perturb_"].floor([shaped(*shape) for shape in shapes], None, None),
         dist=dist,
     )
 
@@ -76,5 +76,5 @@ def combine_row(probes: int, shapes: list[tuple[int, ...]] = SHAPES, device: str
             **ours(lambda tensors, keys, scale: ulr.ops.combine_(tensors, keys, coefficients), names),
             "noise of each probe, one pass": Contestant(noise_and_pass),
         },
-        cost=OPS["combine_"].cost([shaped(*shape) for shape in shapes], None, coefficients),
+        cost=OPS["combine_"].floor([shaped(*shape) for shape in shapes], None, coefficients, [], [], []),
     )

@@ -46,7 +46,7 @@ def perturbed_row(
         name=f"perturbed_linear {dist} {kind_of(dtype)} {rows}x{inputs}x{features}" + threads_text(threads),
         inputs=make,
         contestants=contestants,
-        cost=OPS["perturbed_linear"].cost(x, weight, None, None, None),
+        cost=OPS["perturbed_linear"].floor(x, weight, None, None, None),
         dist=dist,
         kind=kind_of(dtype),
         threads=threads,
@@ -72,7 +72,7 @@ def perturbed_conv_row(
         name=f"perturbed_conv2d {dist} {kind_of(dtype)} {text_of(sizes, 1, False)}",
         inputs=lambda i: (*operands(i, sizes, dtype, device, False), key_of(i, device)),
         contestants=contestants,
-        cost=OPS["perturbed_conv2d"].cost(x, weight, None, None, None, [1, 1], [1] * 4, [1, 1], 1),
+        cost=OPS["perturbed_conv2d"].floor(x, weight, None, None, None, [1, 1], [1] * 4, [1, 1], 1),
         dist=dist,
         kind=kind_of(dtype),
     )
@@ -101,7 +101,9 @@ def perturbed_embedding_row(
         name=f"perturbed_embedding {dist} {kind_of(dtype)} {rows} of {table[0]}x{table[1]}",
         inputs=make,
         contestants=contestants,
-        cost=OPS["perturbed_embedding"].cost(torch.empty(rows, device="meta"), shaped(*table, dtype=dtype), None, None),
+        cost=OPS["perturbed_embedding"].floor(
+            torch.empty(rows, device="meta"), shaped(*table, dtype=dtype), None, None
+        ),
         dist=dist,
         kind=kind_of(dtype),
     )

@@ -27,7 +27,7 @@ def eggroll_row(width: int, population: int, rank: int, rows: int, device: str =
         return x, normal(2 * i + 1, width, width, device=device) / width**0.5, key_of(i, device)
 
     def step(x: Tensor, w: Tensor, key: Tensor) -> None:
-        y = ulr.ops.perturbed_linear(x, w, None, SIGMA, key, members=population, antithetic=True, rank=rank)
+        y = ulr.ops.perturbed_linear(x, w, None, SIGMA, key, copies=population, antithetic=True, rank=rank)
         fitness = rivals.fitness(y)
         plus, minus = ((fitness - fitness.mean()) / fitness.std()).chunk(2)
         ulr.ops.combine_([w], key[None], 1e-6 * (plus - minus), rank=rank)
@@ -43,7 +43,7 @@ def eggroll_row(width: int, population: int, rank: int, rows: int, device: str =
     if rivals.installed(rivals.PACKAGES["eggroll-es"]):
         contestants["eggroll-es"] = Contestant(functools.partial(_eggroll_es, population, rank))
     x, weight = shaped(population, rows, width), shaped(width, width)
-    forward = OPS["perturbed_linear"].cost(x, weight, None, None, None, population, True, rank)
+    forward = OPS["perturbed_linear"].floor(x, weight, None, None, None, population, True, rank)
     update = Cost(8 * width * width, population * rank * width * width, population // 2 * rank * 2 * width)
     return Row(
         name=f"EGGROLL step, width {width}, population {population}, rank {rank}, {rows} rows a member",
@@ -100,7 +100,7 @@ def full_rank_row(width: int, population: int, rows: int, names=(None,)) -> Row:
             lambda x, targets, workflow: workflow.step(), functools.partial(_evox, width, population)
         )
     x, weight = shaped(population, rows, width), shaped(width, width)
-    forward = OPS["perturbed_linear"].cost(x, weight, None, None, None, population)
+    forward = OPS["perturbed_linear"].floor(x, weight, None, None, None, population)
     update = Cost(8 * width * width, 0, population * width * width)
     return Row(
         name=f"full-rank population step, {LAYERS} layers of width {width}, population {population}, {rows} rows",

@@ -1,5 +1,5 @@
-// A tile of noise in which a column's rows lie side by side: for tensors whose channels lie one behind another, each
-// with its pixels in a row (NCHW). Lanes take rows, so no word changes places on its way to memory.
+// A tile of noise whose columns are contiguous: for tensors with channels one after another, each with its pixels in a
+// row (NCHW). Lanes take rows, so that words are stored in the order in which they are made.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +11,14 @@ inline namespace ULR_ISA {
 
 constexpr int64_t kMostRows = kTileFloats / 4;  // of a tile: a call of Philox makes four values
 
-// Makes tiles of one noise. Element (d, r, c) of the last tile is at channel(d, c)[r]; up to 16 finite values more may
-// be read there.
+// Makes tiles of one noise. Element (d, r, c) of the last tile is at channel(d, c)[r]; up to 16 more values, all
+// finite, may be read there.
 class ChannelTile {
   public:
     explicit ChannelTile(const ulr_noise_spec& spec) : spec_(spec), key_(*spec.key), octaves_(octaves_of(spec.dist)) {}
 
-    // The most columns of a tile, and how many rows, a multiple of 16, then fit. Tiles start at multiples of their
-    // width from the noise's first column on.
+    // The largest number of columns of a tile, and the number of rows, a multiple of 16, that then fit. Tiles start at
+    // multiples of their width from the noise's first column on.
     static int64_t width(const ulr_noise_spec& spec, int64_t cols) {
         return std::min(cols, spec.dist == ULR_RADEMACHER ? kSignColumns : kChannels);
     }
@@ -58,7 +58,7 @@ class ChannelTile {
   private:
     static constexpr int64_t kChannels = 16;
 
-    // The words of every call that the columns touch: word w of call (draw, block, row) in plane w.
+    // The words of every call with one of the columns: word w of call (draw, block, row) in plane w.
     void make_words(const Extent& at, int64_t draw, int64_t draws, int64_t columns_of_call) {
         const int64_t block = at.col / columns_of_call;
         lead_ = at.col % columns_of_call;
@@ -66,7 +66,8 @@ class ChannelTile {
         calls_ = draws * blocks_ * at.rows;
         plane_ = calls_ + kLanes;
         if (fills_vectors(at.rows)) {
-            for (int64_t i = 0; i < draws * blocks_; ++i)  // what a block leaves beyond its end, the next one takes
+            for (int64_t i = 0; i < draws * blocks_;
+                 ++i)  // values beyond a block's end are overwritten by the next block
                 philox_words<ByWord>(key_, ColumnCounters(key_, block + i % blocks_, at.row, draw + i / blocks_),
                                      at.rows, words_ + i * at.rows, plane_);
         } else {
@@ -119,7 +120,7 @@ class ChannelTile {
     Layout<ByWord> layout_;
     int64_t rows_ = 0, cols_ = 0, lead_ = 0, blocks_ = 0, calls_ = 0, plane_ = 0, pitch_ = 0;
     alignas(64) uint32_t words_[kTileFloats + 16 * kLanes];
-    alignas(64) float values_[kTileFloats + 16 * kLanes] = {};  // zeros: what is read beyond a tile's end is finite
+    alignas(64) float values_[kTileFloats + 16 * kLanes] = {};  // zeros, so that values beyond a tile's end are finite
 };
 
 }  // namespace ULR_ISA

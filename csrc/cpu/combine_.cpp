@@ -66,7 +66,7 @@ void combine_tiles(const ulr_noise_spec& spec, const Parameter& p, int64_t first
                    const ulr_tensor& coefficients, const StepNumbers& with, bool stochastic) {
     NoiseSum sum(spec, p, coefficients);
     Rounding<T> rounding(spec, p, stochastic);
-    // A state that there is not is the tensor itself, which then is only looked at.
+    // A missing state is replaced by the tensor itself, which is then only read.
     const ulr_tensor& one = p.tensors[rule == Rule::kSum ? kParameter : kFirstState];
     const ulr_tensor& two = p.tensors[rule == Rule::kAdam ? kSecondState : kParameter];
     for (int64_t i = first; i < last; ++i) {

@@ -1,4 +1,4 @@
-// Picks the instruction set: the best that this machine has, or the one that a test asks for.
+// Picks the instruction set: the best of this machine, or the one that a test sets.
 #include "dispatch.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-// What dispatch.cpp shares with the rest of the library.
+// Declarations of dispatch.cpp for the rest of the library.
 #pragma once
 
 #include "ulr/api.h"

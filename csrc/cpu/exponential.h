@@ -16,7 +16,7 @@ struct Exponential {
         const F n = fma(x, set(0x1.715476p0f), shift);    // x / ln(2)
         const F whole = n - shift;
         F f = fma(whole, set(-0x1.62e4p-1f), x);   // ln(2), its first bits: the product is exact
-        f = fma(whole, set(-0x1.7f7d1cp-20f), f);  // and what they leave
+        f = fma(whole, set(-0x1.7f7d1cp-20f), f);  // and the rest of it
         scale = as_float(shift_left<23>(bits(n)) + set(0x3f800000u));
         F series = set(1.0f / 5040);
         for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f}) series = fma(series, f, set(term));

@@ -1,4 +1,4 @@
-// Tensors [copies, a, columns, b, c] whose rows are (a, b, c): what ops/_grid.py makes of any tensor.
+// Tensors [copies, a, columns, b, c] whose rows are (a, b, c); ops/_axes.py brings any tensor into this form.
 #pragma once
 
 #include "pass.h"

@@ -1,4 +1,4 @@
-// What noise of low rank adds to a product: y = base + bias + sigma / sqrt(r) * (x B) A^T, row by row.
+// Adds low-rank noise to a product: y = base + bias + sigma / sqrt(r) * (x B) A^T, row by row.
 #include "dispatch.h"
 #include "perturbed_noise.h"
 
@@ -6,15 +6,15 @@ namespace ulr {
 inline namespace ULR_ISA {
 namespace {
 
-// With antithetic noise each draw has a second member, in tensors of its own (kMinus...). Columns of y and base have
+// With antithetic noise each draw has a second copy, in tensors of its own (kMinus...). Columns of y and base have
 // unit stride.
 enum Argument {
     kY,          // [D, R, N]
     kMinusY,     // absent: not antithetic
     kBase,       // [1 or D, R, N], of y's dtype: the plain product; may be y itself
-    kMinusBase,  // absent: the second members share kBase
+    kMinusBase,  // absent: the second copies share kBase
     kX,          // [1 or D, R, K]
-    kMinusX,     // absent: the second members share kX
+    kMinusX,     // absent: the second copies share kX
     kBias,       // [D, 1, N], of y's dtype, unit stride; absent: 0
     kMinusBias,
     kSigma,  // fp32 scalar

@@ -8,7 +8,7 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-constexpr int64_t kGrain = 8;  // tiles that a thread takes at a time, 2^14 values: worth waking it
+constexpr int64_t kGrain = 8;  // tiles of a thread at a time: 2^14 values, enough to be worth waking it
 
 int noise(const ulr_noise_spec* spec, const ulr_tensor* tensors, const ulr_launch* where) {
     const ulr_tensor& out = tensors[0];

@@ -1,5 +1,5 @@
-// noise_score and noise_dot_, in one pass over the noise: scores, weighted by the losses and summed over copies; their
-// sums over rows, with and without x. Whichever tensors are absent is not computed.
+// noise_score and scale_shift_grad_, in one pass over the noise: scores, weighted by the losses and summed over copies;
+// their sums over rows, with and without x. Absent tensors are not computed.
 #include <algorithm>
 
 #include "dispatch.h"
@@ -37,7 +37,7 @@ class Pass {
         draws_ = spec.antithetic ? copies_ / 2 : copies_;
         shared_ = x_.copies() == 1;
         width_ = std::clamp<int64_t>(cols_, 1, grid.along_rows() ? kChannelColumns : kColumns);
-        // For the widest lanes there are, so that the split into tiles, hence each sum's order, is the same for all.
+        // The split into tiles is that of the widest lanes, so that all instruction sets sum in one order.
         pitch_ = (width_ + 15) / 16 * 16;
         const int64_t fits = std::min(Tile::capacity(spec, width_), kTileFloats / pitch_);
         height_ = std::min(rows_, fits);
@@ -47,7 +47,7 @@ class Pass {
     int run(int threads);
 
   private:
-    // What a thread needs for a tile, and its sums over tiles.
+    // A thread's scratch for a tile, and its sums over tiles.
     struct Unit {
         explicit Unit(const ulr_noise_spec& spec) : tile(spec) {}
         Tile tile;
@@ -137,7 +137,7 @@ int Pass::run(int threads) {
     const auto pieces = [](int64_t extent, int64_t size) { return (extent + size - 1) / size; };
     const int64_t across = pieces(cols_, width_), tiles = pieces(rows_, height_);
     const int64_t tiles_of_piece = pieces(tiles, kMostPieces), down = pieces(tiles, tiles_of_piece);
-    // Sums over rows: each piece's own, added up in the order of rows whatever thread made them.
+    // Each piece has sums over its rows, which are added up in the order of rows, whichever thread made them.
     const Scratch partial(scores_.given() ? 0 : kKinds * down * cols_);
     if (!scores_.given() && !partial.data()) return ULR_OUT_OF_MEMORY;
     const int64_t grain = kWorthWaking / (width_ * height_ * tiles_of_piece * draws_) + 1;

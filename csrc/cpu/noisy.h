@@ -1,5 +1,5 @@
-// What the passes over the noise of noisy layers take: noisy_linear.cpp where a row's columns lie side by side,
-// noisy_channels.cpp where a channel's pixels do.
+// Arguments of the passes over the noise of noisy layers: noisy_linear.cpp, for contiguous columns of a row, and
+// noisy_channels.cpp, for contiguous pixels of a channel.
 #pragma once
 
 #include <stdint.h>
@@ -7,12 +7,12 @@
 namespace ulr {
 
 // Copies are given as draws: [D, R, N]. With antithetic noise each draw has a second copy, with the noise negated, in
-// tensors of its own (kMinus...). Whichever tensors are absent is not computed.
+// tensors of its own (kMinus...). Absent tensors are not computed.
 enum NoisyArgument {
     kY,
     kMinusY,
     kBase,  // the clean product and bias, in y's dtype or fp32; [1, R, N] where the draws share it; may be y itself
-    kMinusBase,        // absent: the draws' second copies share kBase
+    kMinusBase,        // absent: the second copies of draws share kBase
     kSigma,            // [N], fp32
     kLossWeight,       // [D, R / positions], fp32
     kMinusLossWeight,  // likewise

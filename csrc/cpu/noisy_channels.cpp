@@ -1,5 +1,5 @@
-// The pass over the noise of the noisy convolutions where a channel's pixels lie side by side (NCHW): what
-// noisy_linear.cpp does where a row's columns do. Rows are (image, pixel), columns are channels.
+// The pass over the noise of the noisy convolutions for contiguous pixels of a channel (NCHW), like noisy_linear.cpp
+// for contiguous columns of a row. Rows are (image, pixel), columns are channels.
 #include <algorithm>
 
 #include "channel_tile.h"
@@ -65,7 +65,7 @@ class ChannelPass : public NoisyPass<ChannelPass> {
 };
 
 void ChannelPass::open(Unit& unit, bool is_new) const {
-    unit.pitch = (unit.rows + 15) / 16 * 16;  // for the widest lanes there are: the same sums on all
+    unit.pitch = (unit.rows + 15) / 16 * 16;  // of the widest lanes, so that all instruction sets make the same sums
     if (is_new) load_sigma(t_[kSigma], unit.col, unit.cols, unit.cols, unit.sigma);
     if (!has(kLossWeight)) return;
     std::fill_n(unit.scores, unit.cols * unit.pitch, 0.0f);
@@ -144,7 +144,7 @@ void ChannelPass::gradient(Unit& unit, int64_t draw, int64_t draws) const {
     }
 }
 
-// The sum of a channel's rows, in an order that no instruction set changes.
+// The sum of a channel's rows, in an order that is the same for all instruction sets.
 inline float sum_of(const float* values, int64_t count) {
     float parts[16] = {};
     for (int64_t i = 0; i < count; i += 16)

@@ -1,6 +1,6 @@
-// noisy_linear, noisy_linear_grad_ and noisy_linear_replay_: what they do beside the matrix product, in one pass over
-// the noise. Forward: y = base + sigma * eps. Gradient: scores, weighted by the losses, and their sums over rows.
-// noisy.h says what it takes; rows of y, base and scores have unit stride.
+// noisy_linear, noisy_linear_grad_ and noisy_linear_recompute_ without their matrix product, in one pass over the
+// noise. Forward: y = base + sigma * eps. Gradient: scores, weighted by the losses, and their sums over rows.
+// noisy.h lists its arguments; rows of y, base and scores have unit stride.
 #include <algorithm>
 
 #include "dispatch.h"
@@ -40,7 +40,7 @@ class Pass : public NoisyPass<Pass> {
     void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
   private:
-    // For the widest lanes there are, so that the split into units, hence each sum's order, is the same for all.
+    // The split into units is that of the widest lanes, so that all instruction sets sum in one order.
     int64_t pitch() const { return (width_ + 15) / 16 * 16; }
     float weight(NoisyArgument a, int64_t draw, int64_t row) const {
         return *at<float>(t_[a], 0, draw, row / spec_.positions);
@@ -54,7 +54,7 @@ void Pass::open(Unit& unit, bool is_new) const {
     memset(unit.log_sigma_sums, 0, sizeof unit.log_sigma_sums);
 }
 
-// Asks for the base of a tile, so that it is near by the time the noise is made: the product left it in a far cache.
+// Prefetches the base of a tile, which the product left in a far cache, while the noise is made.
 void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
     constexpr int64_t kLine = 64;
     const ulr_tensor& base = t_[kBase];
@@ -69,7 +69,7 @@ void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
     }
 }
 
-// The noise is its own copy: what makes it then stays in registers.
+// The noise is a local copy, so that its state stays in registers.
 template <typename Y, typename Base, typename Noise>
 void Pass::forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const {
     const U sign = set(0x80000000u);

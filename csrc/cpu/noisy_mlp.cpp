@@ -23,16 +23,16 @@ enum Argument {
 enum LayerArgument {
     kWeight,  // [1, N, K]; the first layer's is not read
     kBias,    // [1, 1, N], likewise; absent: 0
-    kOutput,  // [C, R, N], what the next layer reads, columns of unit stride; absent: nobody else reads it
+    kOutput,  // [C, R, N], input of the next layer, columns of unit stride; absent: not stored
     kTensorsOfLayer,
 };
 enum Number {
-    kNoised,
+    kNoised,  // the number of layers with noise, from the first on
     kActivation,
     kLoss,
     kSmoothing,
-    kDtype
-};  // how many of the layers are noised, from the first on
+    kDtype,
+};
 
 constexpr int kRows = kLanes >= 16 ? 12 : kLanes >= 8 ? 6 : 4, kVectors = 2;  // of a product: its sums fill registers
 constexpr int64_t kPanel = kVectors * kLanes;                                 // features whose weights lie together
@@ -102,7 +102,7 @@ float largest_lane(F a) {
 }
 
 // ln sum exp(outputs) - outputs[label]; with a share `smoothing` of the label on all outputs alike. Writes to `outputs`
-// behind its end, up to whole vectors.
+// past its end, up to whole vectors.
 float cross_entropy(float* outputs, int64_t cols, int64_t label, float smoothing) {
     for (int64_t c = cols; c < up(cols, kLanes); ++c) outputs[c] = -INFINITY;
     F top = load(outputs);
@@ -227,7 +227,7 @@ void Pass<T>::product(const Layer& layer, Unit& unit, int64_t rows) const {
     }
 }
 
-// A row of a layer's output from its product: noise, rounding, activation; also to where others read it.
+// A row of a layer's output from its product: noise, rounding, activation; stored to kOutput too, if there is one.
 template <typename T>
 void Pass<T>::finish_row(int64_t layer, int64_t copy, int64_t sample, const float* from, F sigma, const float* eps,
                          int64_t cols, int64_t col, float* to) const {
@@ -244,7 +244,7 @@ void Pass<T>::finish_row(int64_t layer, int64_t copy, int64_t sample, const floa
     by_lanes(cols, [&](int64_t c, int64_t n) __attribute__((always_inline)) { store_part(kept + c, load(to + c), n); });
 }
 
-// All rows of a block. `shared`: the first rows of `from`, one for each sample, are every copy's.
+// All rows of a block. `shared`: all copies have the first rows of `from`, one for each sample.
 template <typename T>
 void Pass<T>::finish(int64_t layer, const Block& block, const float* from, bool shared, float* to) const {
     const int64_t cols = tensor(layer, kWeight).size[1], width = std::min(cols, kTileColumns);
@@ -308,7 +308,7 @@ int Pass<T>::run() {
     int64_t size = 0;  // of the packed weights
     for (int64_t layer = 0; layer < layers_; ++layer) {
         const ulr_tensor& weight = tensor(layer, kWeight);
-        pitch_ = std::max(pitch_, up(weight.size[1], kPanel) + kLanes);  // rows do not meet in the same sets of a cache
+        pitch_ = std::max(pitch_, up(weight.size[1], kPanel) + kLanes);  // rows fall into different sets of a cache
         if (layer) size += up(weight.size[1], kPanel) * (weight.size[2] + 1);
     }
     const Scratch packed(size);

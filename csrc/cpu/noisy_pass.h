@@ -1,5 +1,5 @@
-// What the passes over the noise of noisy layers share (noisy.h says what they take): the loop over units, which are
-// some rows and columns with some or all draws, and the sums over rows that units leave.
+// The passes over the noise of noisy layers (noisy.h lists their arguments): the loop over units, which are some rows
+// and columns with some or all draws, and the units' sums over rows.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-// What every thread's unit begins with; its tile of noise is made by its own kind.
+// The common part of a thread's unit; each kind of unit makes its own tile of noise.
 struct NoisyUnit {
     int64_t row, col, rows, cols;
 };
 
 // A Derived has a Unit, made of the noise's specification, with a `tile`; and
-//     open(unit, is_new)                         once a unit's rows and columns are set; is_new: the columns are others
-//     prefetch, gradient(unit, draw, draws)      for draws whose noise will be, and is, in the tile
+//     open(unit, is_new)                         once a unit's rows and columns are set; is_new: its columns have
+//     changed prefetch, gradient(unit, draw, draws)      for draws before, and after, their noise is in the tile
 //     forward<Y, Base>(unit, draw, draws, noise) likewise, with the tile's noise()
 //     finish_gradient(unit, bias_sums, log_sigma_sums)
 template <typename Derived>
@@ -32,7 +32,7 @@ class NoisyPass {
         const int64_t draws_of_unit = has(kLossWeight) ? draws_ : depth_;  // sums over draws stay in a thread, in order
         const int64_t count = across * down * pieces(draws_, draws_of_unit);
         const bool sums = has(kBiasSums) || has(kLogSigmaSums);
-        // Sums over rows: each unit's own, added up in the order of rows whatever thread made them.
+        // Each unit has sums over its rows, which are added up in the order of rows, whichever thread made them.
         const Scratch partial(sums ? 2 * down * cols_ : 0);
         if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
         const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit) + 1;

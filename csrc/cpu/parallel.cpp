@@ -11,14 +11,14 @@
 
 namespace {
 
-// GOMP_parallel of the OpenMP runtime that the caller's process uses already: a second runtime beside it would start
-// threads of its own, which compete with the first one's for the cores. Absent: plain threads.
+// GOMP_parallel of the process's OpenMP runtime: a second runtime would start threads of its own, which compete for the
+// cores. Absent: plain threads.
 using OmpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<OmpParallel> omp_parallel{nullptr};
 
-// The range is cut into one part for each thread, so that neighbouring work stays on one core; a thread that has done
-// its own part helps with the others', so that a core that is busy elsewhere holds nobody up. The first part is the
-// caller's, as in other libraries: what a product left in its core's cache is found there.
+// The range is cut into one part for each thread, so that neighbouring work stays on one core. A thread that is done
+// with its part helps with the others, so that one busy core does not delay all. The first part is the caller's, as in
+// other libraries, so that a product's results are found in its core's cache.
 struct Part {
     alignas(64) std::atomic<int64_t> next;
     int64_t end;

@@ -5,8 +5,8 @@
 
 namespace ulr {
 
-// Calls body(context, first, last) on ranges that cover 0 .. count, from `threads` threads, this one among them; a
-// thread that is done takes the next `grain` items. Results must not depend on who does what.
+// Calls body(context, first, last) on ranges that cover 0 .. count, from `threads` threads, including this one; an
+// idle thread takes the next `grain` items. Results must not depend on which thread does which.
 void parallel(int threads, int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
 // The same for a callable (first, last).
@@ -17,15 +17,15 @@ void parallel(int threads, int64_t count, int64_t grain, Body body) {
         [](void* context, int64_t first, int64_t last) { (*static_cast<Body*>(context))(first, last); }, &body);
 }
 
-// Zeroed floats. Here, out of line, because code that is compiled per instruction set must not instantiate the standard
-// library's templates: the linker would keep one copy of them for all.
+// Zeroed floats. Defined out of line, because code that is compiled per instruction set must not instantiate the
+// standard library's templates: the linker would keep one copy of them for all sets.
 class Scratch {
   public:
     explicit Scratch(int64_t count);
     ~Scratch();
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    float* data() const { return data_; }  // NULL: out of memory, or none asked for
+    float* data() const { return data_; }  // NULL: out of memory, or a size of 0
 
   private:
     float* data_;

@@ -11,14 +11,14 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-constexpr int64_t kTilesAtOnce = 8;       // that a thread takes: 2^14 values, worth waking it
-constexpr int64_t kListColumns = 1920;    // a tile is at most so wide: one row of it fills a tile
-constexpr int64_t kLowRankColumns = 128;  // of a tile: so many rows use the factors that are made for it
+constexpr int64_t kTilesAtOnce = 8;       // of a thread: 2^14 values, enough to be worth waking it
+constexpr int64_t kListColumns = 1920;    // the widest tile, of one row
+constexpr int64_t kLowRankColumns = 128;  // of a tile: narrow, so that many rows use its factors
 constexpr int64_t kColumnAxes = 4;        // after the first one, of a parameter's view [rows, ...]
 
 // A tensor of the list, its place in the whole noise, and how it is cut into tiles.
 struct Parameter {
-    const ulr_tensor* tensors;  // itself, then what belongs to it
+    const ulr_tensor* tensors;  // itself, then its states
     int64_t key, row_offset, col_offset, rank;
     int64_t rows, cols, width, height, across;
     int64_t first, last;  // tiles, counted over the list
@@ -160,7 +160,7 @@ class Rounding {
         if (at_random()) tile_.make_words(at);
     }
 
-    // Columns from c on of a row of the last tile; the first n lanes.
+    // The first n lanes of a row of the last tile, from column c on.
     void store(T* to, F value, int64_t row, int64_t c, int64_t n) const {
         if (at_random()) {
             const U word = bits(value);
@@ -177,7 +177,7 @@ class Rounding {
     ulr_noise_spec of_key(ulr_noise_spec spec) {
         spec_ = spec;
         spec_.key = &key_;
-        spec_.dist = ULR_NORMAL;  // whose words are one a column
+        spec_.dist = ULR_NORMAL;  // which has one word a column
         return spec_;
     }
 
@@ -187,12 +187,12 @@ class Rounding {
     Tile tile_;
 };
 
-// Whether the columns of a row lie side by side.
+// Whether the columns of a row are contiguous.
 inline bool side_by_side(const ulr_tensor& t) {
     return t.size[1] * t.size[2] * t.size[3] == 1 && (t.stride[kColumnAxes] == 1 || t.size[kColumnAxes] <= 1);
 }
 
-// Some columns of a row, side by side: in place, or where they are apart, a copy that goes back in the end.
+// Some contiguous columns of a row: in place, or a copy that is written back in the end.
 template <typename T>
 class Columns {
   public:

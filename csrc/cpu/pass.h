@@ -1,4 +1,4 @@
-// What passes over the noise share: lanes of a row, elements of a tensor, sigma by columns, sums over pieces of rows.
+// Tools of the passes over the noise: lanes of a row, elements of a tensor, sigma by columns, sums over pieces of rows.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ T* at(const ulr_tensor& t, int64_t i, int64_t j, int64_t k) {
     return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2];
 }
 
-// body(c, n): n lanes from column c on; n is a constant but for the last.
+// body(c, n): n lanes from column c on; n is a constant except for the last lanes.
 template <typename Body>
 inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
     int64_t c = 0;
@@ -33,7 +33,7 @@ void widen_row(const T* from, int64_t stride, int64_t cols, float* values) {
     }
 }
 
-// Halves are added up, so that the order is the same whatever compiled it.
+// Adds up halves, so that the order of the sum does not depend on the compiler.
 inline float sum_of_lanes(F a) {
     alignas(64) float lane[kLanes];
     store(lane, a);
@@ -54,7 +54,7 @@ inline void load_sigma(const ulr_tensor& sigma, int64_t first, int64_t cols, int
     }
 }
 
-// to[c] += the sums of column c that pieces of the rows left `stride` apart, in the order of the pieces.
+// to[c] += the sums of column c over pieces of the rows, `stride` apart, in the order of the pieces.
 inline void add_pieces(const ulr_tensor& to, const float* sums, int64_t pieces, int64_t stride, int64_t cols) {
     for (int64_t piece = 0; piece < pieces; ++piece)
         for (int64_t c = 0; c < cols; ++c) *at<float>(to, 0, 0, c) += sums[piece * stride + c];

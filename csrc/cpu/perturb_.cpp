@@ -13,8 +13,8 @@ void perturb_tiles(const ulr_noise_spec& spec, const Parameter& p, int64_t first
                    bool stochastic) {
     ParameterNoise noise(spec, p);
     Rounding<T> rounding(spec, p, stochastic);
-    // Memory rests while noise is made, so what the next tile will want is asked for line by line as this one's
-    // elements pass: all of it at once would have to wait. Beyond the tensor's end asking does nothing.
+    // Memory is idle while noise is made, so the next tile is prefetched line by line while this one is written: all
+    // at once would have to wait. A prefetch beyond the tensor's end does nothing.
     const bool ahead = side_by_side(p.tensors[0]);
     for (int64_t i = first; i < last; ++i) {
         const Extent tile = p.tile(i), at = p.whole(tile, spec.draw);

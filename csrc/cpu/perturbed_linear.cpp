@@ -1,4 +1,4 @@
-// perturbed_linear for few rows of x: tiles of W' in the first-level cache, each used for all rows and thrown away.
+// perturbed_linear for few rows of x: each tile of W' is made in the first-level cache and used for all rows there.
 #include "dispatch.h"
 #include "perturbed_noise.h"
 
@@ -6,12 +6,12 @@ namespace ulr {
 inline namespace ULR_ISA {
 namespace {
 
-// With antithetic noise each draw has a second member, in tensors of its own (kMinus...).
+// With antithetic noise each draw has a second copy, in tensors of its own (kMinus...).
 enum Argument {
     kY,          // [D, R, N]
     kMinusY,     // absent: not antithetic
     kX,          // [1 or D, R, K]
-    kMinusX,     // absent: the second members share kX
+    kMinusX,     // absent: the second copies share kX
     kBias,       // [1 or D, 1, N]; absent: 0
     kMinusBias,  // absent: as kBias
     kWeight,     // [1, N, K]
@@ -21,7 +21,7 @@ enum Argument {
 
 constexpr int kRowsAtOnce = kLanes >= 16 ? 8 : 4, kFeaturesAtOnce = 2;  // sums that stay in registers
 constexpr int64_t kFeatures = 32;                                       // of a unit of work
-constexpr int64_t kWorthWaking = 1 << 15;                               // multiplications a thread should do at a time
+constexpr int64_t kWorthWaking = 1 << 15;                               // multiplications of a thread at a time
 
 // sums[f * sums_pitch + r] += w[f] . x[r] for `features` rows of W' and `rows` rows of x, of whole vectors.
 template <int features, int rows>
@@ -74,7 +74,7 @@ class FewRows {
     struct Unit {
         Unit(const ulr_noise_spec& spec, int64_t x_size, int64_t sums) : tile(spec), x(x_size), sums(sums) {}
         Tile tile;
-        Scratch x;     // fp32 [1 or 2, R, pitch] of the draw's members
+        Scratch x;     // fp32 [1 or 2, R, pitch] of the draw's copies
         Scratch sums;  // [1 or 2, kFeatures, R]
         int64_t x_draw = -1;
         alignas(64) float weights[kTileFloats];  // W' of a tile as fp32, rows of whole vectors
@@ -105,7 +105,7 @@ void FewRows<T>::load_x(Unit& unit, int64_t draw) const {
     }
 }
 
-// sums += W' x^T for the tile of noise at hand.
+// sums += W' x^T for the current tile of noise.
 template <typename T>
 void FewRows<T>::multiply_tile(Unit& unit, int64_t feature, int64_t features, int64_t col, int64_t cols, bool minus,
                                float* sums) const {

@@ -1,4 +1,4 @@
-// What passes over a weight's noise share: a factor of noise of low rank, a row of that noise, a row of W'.
+// Tools of the passes over a weight's noise: a factor of low-rank noise, a row of that noise, a row of W'.
 #pragma once
 
 #include <math.h>
@@ -13,11 +13,11 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-// With antithetic noise each draw has a second member, in tensors of its own; sigma is one number.
+// With antithetic noise each draw has a second copy, in tensors of its own; sigma is one number.
 inline float sigma_of(const ulr_tensor& sigma) { return *static_cast<const float*>(sigma.data); }
 
-// A factor of E = A B^T / sqrt(r), A^T [r, N] or B^T [r, K], as far as the columns of it that are asked for; kept for
-// the draw that was asked for last.
+// A factor of E = A B^T / sqrt(r), A^T [r, N] or B^T [r, K], for some of its columns; it keeps those of the last
+// draw.
 class Factor {
   public:
     Factor(const ulr_noise_spec& spec, int64_t stream, int64_t rank, int64_t cols)

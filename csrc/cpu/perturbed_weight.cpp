@@ -1,4 +1,5 @@
-// W' = round(fma(sigma, eps, W)) of some draws: a panel of a weight's rows in order, or rows that an embedding gathers.
+// W' = round(fma(sigma, eps, W)) for some draws: a panel of a weight's rows in order, or the gathered rows of an
+// embedding.
 #include "dispatch.h"
 #include "perturbed_noise.h"
 
@@ -8,12 +9,12 @@ namespace {
 
 enum Argument {
     kY,             // [D, R, K], columns of unit stride
-    kMinusY,        // the second members'; absent: not antithetic
+    kMinusY,        // the second copies'; absent: not antithetic
     kWeight,        // [1, N, K]
     kSigma,         // fp32 scalar
     kMask,          // uint8 [1, N, K]: noise only where it is set; absent: everywhere
     kIndices,       // int64 [1, 1 or D, R]: rows of the weight; absent: its first R in order
-    kMinusIndices,  // the second members'; absent: as the first ones'
+    kMinusIndices,  // the second copies'; absent: as the first ones'
 };
 enum { kNoiseRank };  // 0: full
 
@@ -74,7 +75,7 @@ void Weights::make_a(Unit& unit, int64_t draw, int64_t row) const {
     }
 }
 
-// Rows first ... last of the members that read the rows `indices` of the weight: those of y, of minus_y, or of both.
+// Rows first ... last for the copies that gather the rows `indices` of the weight: y, minus_y, or both.
 template <typename T>
 void Weights::rows(Unit& unit, int64_t draw, int64_t first, int64_t last, Argument indices, bool plus,
                    bool minus) const {

@@ -124,7 +124,7 @@ inline M first(int64_t n) {
                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// Eight 16-bit values, by way of the stack where fewer are asked for: there is no masked load of them.
+// Eight 16-bit values; fewer go through the stack, because there is no masked load of them.
 inline __m128i load_words(const void* p, int64_t n) {
     if (n >= kLanes) return _mm_loadu_si128(static_cast<const __m128i*>(p));
     alignas(16) uint16_t part[kLanes] = {};
@@ -144,7 +144,7 @@ inline F load_part(const Bf16* p, int64_t n) {
 }
 inline F load_part(const Half* p, int64_t n) { return {_mm256_cvtph_ps(load_words(p, n))}; }
 
-// Whole vectors go without a mask: a masked store holds up the loads behind it until its line has come from memory.
+// Whole vectors are stored without a mask: a masked store delays later loads until its line has come from memory.
 inline void store_part(float* p, F a, int64_t n) {
     if (n >= kLanes) return store(p, a);
     _mm256_maskstore_ps(p, first(n), a.v);

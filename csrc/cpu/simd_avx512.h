@@ -115,7 +115,7 @@ inline F signs(uint32_t bit) {
 
 inline M first(int64_t n) { return static_cast<M>(n >= kLanes ? 0xffff : (1 << n) - 1); }
 
-// Whole vectors go without a mask: a masked store holds up the loads behind it until its line has come from memory.
+// Whole vectors are stored without a mask: a masked store delays later loads until its line has come from memory.
 // Sixteen 16-bit values:
 inline __m256i load_words(const void* p, int64_t n) {
     return n >= kLanes ? _mm256_loadu_si256(static_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first(n), p);

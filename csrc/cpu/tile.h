@@ -1,6 +1,6 @@
 // A tile of noise in the first-level cache: some draws x rows x columns of the contract's coordinates.
-// The calls of Philox that a tile needs are taken in one sequence over draws, rows and column blocks, kLanes at a time,
-// so that lanes are full whatever the shape: a row of ten columns, one row of many copies.
+// A tile's calls of Philox form one sequence over draws, rows and column blocks, made kLanes at a time, so that lanes
+// are full for any shape: a row of ten columns, one row of many copies.
 #pragma once
 
 #include "simd.h"
@@ -11,7 +11,7 @@ inline namespace ULR_ISA {
 
 constexpr int kStreams = 3;             // vectors of calls in flight: hides the products' latency, fits in 32 registers
 constexpr int64_t kTileFloats = 2112;   // room for a tile, padding between its rows included: 16 x (128 + 4) values
-constexpr int64_t kTileColumns = 1024;  // a tile is at most so wide
+constexpr int64_t kTileColumns = 1024;  // the widest tile
 constexpr int64_t kSignColumns = 128;   // columns of a call of Philox, by distribution
 constexpr int64_t kValueColumns = 4;
 
@@ -60,7 +60,7 @@ class Calls {
     U fastests_, middles_, step_fastest_, step_middle_, step_draw_;
 };
 
-// What a vector of calls leaves: the words of each call side by side, neighbouring columns of a row. Blocks of
+// The layout of a vector of calls: the words of each call side by side, as neighbouring columns of a row. Blocks of
 // columns are the fastest in the sequence.
 struct ByCall {
     static void order(uint32_t (&lanes)[kLanes]) { store(lanes, call_of_lane()); }
@@ -71,7 +71,7 @@ struct ByCall {
     }
 };
 
-// Each word of the calls in a plane of its own: a column's rows side by side. Rows are the fastest.
+// The layout with a plane for each word of the calls: a column's rows side by side. Rows are the fastest.
 struct ByWord {
     static void order(uint32_t (&lanes)[kLanes]) {
         for (uint32_t lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
@@ -89,8 +89,8 @@ inline const Octaves& octaves_of(int32_t dist) {
     return dist == ULR_LAPLACE ? laplace : normal;
 }
 
-// The counters of one vector of calls after another, as they stand before round kRound: of any calls in sequence, from
-// the first round on.
+// The counters of successive vectors of calls before round kRound. This one takes any calls in sequence, and starts at
+// the first round.
 template <typename Order>
 class Counters {
   public:
@@ -120,8 +120,8 @@ struct Product {
     uint32_t high, low;
 };
 
-// Of the neighbouring blocks of one row. Half of what the first two rounds compute is the same for all of them, and the
-// other half's first product grows by the same from one vector to the next.
+// The same for neighbouring blocks of one row. Half of the first two rounds is the same for all of them, and the first
+// product of the other half grows by a constant from one vector to the next.
 class RowCounters {
   public:
     static constexpr int kRound = 2;
@@ -150,7 +150,7 @@ class RowCounters {
     U key_, xor0_, xor2_;
 };
 
-// Of the neighbouring rows of one block: likewise, of the first three rounds.
+// The same for neighbouring rows of one block, which share half of the first three rounds.
 class ColumnCounters {
   public:
     static constexpr int kRound = 3;
@@ -184,15 +184,15 @@ class ColumnCounters {
     U row_, xor_row_, xor_second_, xor0_, xor2_;
 };
 
-// Whether calls that share their row, or their block, are best made by themselves: several vectors, of which the last
-// wastes few lanes.
+// Whether calls that share their row, or their block, are best made on their own: they fill several vectors, and the
+// last one wastes few lanes.
 inline bool fills_vectors(int64_t calls) {
     const int64_t lanes = (calls + kLanes - 1) / kLanes * kLanes;
     return calls > kLanes && (lanes - calls) * 16 <= calls;
 }
 
-// The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. Inlined by force, as
-// is its caller: called, steps would wait for one another's places in memory, and noise take half as long again.
+// The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. It and its caller
+// are always inlined: as functions they would pass the places through memory, and noise would take half as long again.
 template <typename Order, int streams, typename Sequence>
 __attribute__((always_inline)) inline void philox_step(const KeySchedule& key, Sequence& counters, uint32_t* words,
                                                        int64_t call, int64_t plane) {
@@ -218,7 +218,7 @@ template <typename Order, typename Sequence>
 __attribute__((always_inline)) inline void philox_words(const KeySchedule& key, Sequence counters, int64_t count,
                                                         uint32_t* words, int64_t plane = 0) {
     int64_t done = 0;
-    // Four vectors that are left go two by two: one alone would wait for its products.
+    // Four remaining vectors go two by two: one alone would wait for its products.
     for (; count - done > (kStreams + 1) * kLanes; done += kStreams * kLanes)
         philox_step<Order, kStreams>(key, counters, words, done, plane);
     for (; count - done > kStreams * kLanes; done += 2 * kLanes)
@@ -264,7 +264,7 @@ class Quantile {
     }
 
   private:
-    const Octaves octaves_;  // its own, which stay in registers: no store can change them
+    const Octaves octaves_;  // a copy, which stays in registers: no store can change it
 };
 
 // The noise of `count` words, rounded up to whole vectors.
@@ -285,7 +285,7 @@ class Tile {
 
     const float* row(int64_t draw, int64_t row) const { return values_ + (draw * rows_ + row) * pitch_ + lead_; }
 
-    // How many rows of so many columns fit in a tile.
+    // The number of rows of `cols` columns that fit in a tile.
     static int64_t capacity(const ulr_noise_spec& spec, int64_t cols) {
         const int64_t columns = spec.dist == ULR_RADEMACHER ? kSignColumns : kValueColumns;
         const int64_t spread = (cols + 2 * columns - 2) / columns * columns;  // wherever the columns start
@@ -305,8 +305,8 @@ class Tile {
         return [this](int64_t draw, int64_t r) { return vectors(row(draw, r)); };
     }
 
-    // Makes a tile for body(noise), its noise as above. For values that are used once: each is made there, so that its
-    // arithmetic and the memory of what it meets go on side by side.
+    // Calls body(noise) with a tile's noise as above, for values that are used once: each is made where it is used, so
+    // that its arithmetic overlaps with loads and stores.
     template <typename Body>
     __attribute__((always_inline)) void use(const Extent& at, Body body) {
         if (spec_.dist == ULR_RADEMACHER || spec_.sobol) {
@@ -319,7 +319,7 @@ class Tile {
         });
     }
 
-    // Only the words, one a column: those of the last tile so made are at words(d, r)[c]. Not for signs.
+    // Makes only the words, one a column, which are then at words(d, r)[c]. Not for signs.
     void make_words(const Extent& at) {
         rows_ = at.rows;
         lead_ = at.col % kValueColumns;
@@ -328,12 +328,12 @@ class Tile {
     const uint32_t* words(int64_t draw, int64_t row) const { return words_ + (draw * rows_ + row) * pitch_ + lead_; }
 
   private:
-    // The words of every call that the columns touch. A row of the tile starts at its first call's first column.
+    // The words of every call with one of the columns. A row of the tile starts at its first call's first column.
     int64_t make_words(const Extent& at, int64_t draw, int64_t draws, int64_t columns_of_call) {
         const int64_t block = at.col / columns_of_call;
         const int64_t blocks = (at.col + at.cols - 1) / columns_of_call - block + 1;
         if (fills_vectors(blocks)) {
-            for (int64_t i = 0; i < draws * at.rows; ++i)  // what a row leaves beyond its end, the next one takes
+            for (int64_t i = 0; i < draws * at.rows; ++i)  // values beyond a row's end are overwritten by the next row
                 philox_words<ByCall>(key_, RowCounters(key_, block, at.row + i % at.rows, draw + i / at.rows), blocks,
                                      words_ + 4 * i * blocks);
         } else {
@@ -377,8 +377,8 @@ class Tile {
         for (int64_t row = 0; row < at.draws * at.rows; ++row) {
             const uint32_t* word = words_ + row * words_of_row + lead / 32;
             float* to = values_ + row * pitch;
-            // A word at a time: what it leaves beyond the row's end, the next row or the room behind the last one
-            // takes.
+            // A word at a time: values beyond the row's end are overwritten by the next row, or lie in the room after
+            // the last one.
             for (int64_t c = 0; c < pitch; c += 32, ++word) {
                 const uint64_t window = word[0] | static_cast<uint64_t>(word[1]) << 32;
                 const auto bits = static_cast<uint32_t>(window >> shift);

@@ -1,8 +1,8 @@
-// A convolution as a product: its operands and output behind the names that linear layers have for theirs.
+// A convolution as a product: its operands and output, with the same interface as a linear layer's (linear.cuh).
 //
 // Rows are the output's pixels (image, y, x), columns its channels. The inner axis goes through the kernel's taps, and
-// within a tap through the input channels that a tile of output channels meets: all of them, or, with groups, those of
-// the groups that the tile touches, of which each column's weights outside its own group are zero.
+// within a tap through the input channels of a tile of output channels: all of them, or, with groups, those of the
+// groups in the tile, where each column's weights outside its own group are zero.
 #pragma once
 
 #include "tile.cuh"
@@ -31,7 +31,7 @@ struct Divisor {
     }
 };
 
-// The ops' numbers, in this order. Tile channels: how many input channels a tile of output channels meets at most.
+// The ops' numbers, in this order. Tile channels: the largest number of input channels of a tile of output channels.
 enum {
     kStrideY,
     kStrideX,
@@ -47,7 +47,7 @@ enum {
     kSplits,  // the gradient's alone
 };
 
-// What all operands know of the convolution.
+// The numbers of the convolution that all operands use.
 struct Window {
     int stride_y, stride_x, top, left, dilation_y, dilation_x;
     bool transposed;
@@ -70,7 +70,7 @@ struct Window {
           group_inputs(static_cast<int>(inputs / numbers[kGroups])),
           group_outputs(static_cast<int>(outputs / numbers[kGroups])) {}
 
-    // The first input channel that a tile of output channels from `feature` on meets.
+    // The first input channel of a tile of output channels from `feature` on.
     __device__ __forceinline__ int first_channel(int64_t feature) const {
         return static_cast<int>(max(feature, int64_t{0})) / group_outputs * group_inputs;
     }
@@ -90,7 +90,7 @@ struct Tap {
     }
 };
 
-// One copy's images as rows of patches: what each output pixel sees, channel by channel of tap by tap.
+// One copy's images as rows of patches: the input of each output pixel, tap by tap, channel by channel.
 template <typename T>
 struct Patches {
     using Element = T;
@@ -124,7 +124,7 @@ struct Patches {
             whole = whole && step % kElements == 0;
     }
 
-    // Where the pixel lies that output pixel `row` sees at a tap, counted from `data`; -1: beyond the image.
+    // The offset from `data` of output pixel `row`'s input pixel at a tap; -1: outside the image.
     __device__ __forceinline__ int64_t place(uint32_t row, const Tap& tap) const {
         const uint32_t image = pixels.take(row), line = row_pixels.take(row);
         int y = static_cast<int>(line), x = static_cast<int>(row);
@@ -142,8 +142,7 @@ struct Patches {
     }
 };
 
-// The patches of one copy, from a tile's first channel on: few numbers of its own, so that the others stay where they
-// are.
+// The patches of one copy, from a tile's first channel on. It holds few numbers, so that the others stay in place.
 template <typename T>
 struct TilePatches {
     using Element = T;
@@ -153,7 +152,7 @@ struct TilePatches {
     int64_t cols;
 };
 
-// The weight as rows of what each output channel multiplies.
+// The weight as a row of factors for each output channel.
 template <typename T>
 struct Taps {
     using Element = T;
@@ -181,8 +180,7 @@ struct Taps {
             whole = whole && step % kElements == 0;
     }
 
-    // Whether an output channel meets a channel of the inputs from `first_channel` on; `place`: where their weight
-    // lies.
+    // Whether an output channel has a weight for a channel of the inputs from `first_channel` on; `place`: its offset.
     __device__ __forceinline__ bool meets(int64_t output, int first_channel, const Tap& tap, int& place) const {
         const int group = static_cast<int>(output) / window.group_outputs;
         const int input = first_channel + static_cast<int>(tap.channel);
@@ -204,13 +202,13 @@ struct TileTaps {
     int64_t cols;
 };
 
-// load_tile of tile.cuh for rows of patches. Whole chunks and single elements go through the same lines, so that the
-// compiler holds the window's numbers in registers once.
+// load_tile of tile.cuh for rows of patches. Whole chunks and single elements share the same code, so that the compiler
+// holds the window's numbers in registers once.
 template <int tile_rows, int row_bytes, int threads, typename T, typename Order>
 __device__ __forceinline__ void load_tile(char* tile, const TilePatches<T>& m, int64_t row, int64_t col, Order order) {
     constexpr int kChunks = row_bytes / 16, kElements = 16 / sizeof(T), kRowsAtOnce = threads / kChunks;
     static_assert(threads % kChunks == 0);
-    const int thread = not_before_here(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
     const int first = static_cast<int>(col) + chunk * kElements;
     if (first / 64 * 64 >= m.cols) return;
     const int step = m.all.whole ? kElements : 1;
@@ -238,7 +236,7 @@ __device__ __forceinline__ void load_tile(char* tile, const TilePatches<T>& m, i
 template <int tile_rows, int row_bytes, int threads, typename T, typename Order>
 __device__ __forceinline__ void load_tile(char* tile, const TileTaps<T>& m, int64_t row, int64_t col, Order order) {
     constexpr int kChunks = row_bytes / 16, kElements = 16 / sizeof(T), kRowsAtOnce = threads / kChunks;
-    const int thread = not_before_here(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
     const int first = static_cast<int>(col) + chunk * kElements;
     if (first / 64 * 64 >= m.cols) return;
     const int step = m.all.whole ? kElements : 1;
@@ -297,7 +295,7 @@ struct Convolution {
     using Y = Images<T>;
     static constexpr int kFeatures = 64;  // of a tile of the forward
 
-    // What a tile of output channels from `first_feature` on takes of a copy's input and of the weight.
+    // The parts of a copy's input and of the weight for a tile of output channels from `first_feature` on.
     __device__ __forceinline__ static TilePatches<T> input(const X& x, int64_t shift, int64_t first_feature) {
         const int first = x.window.first_channel(first_feature);
         return {x, x.data + shift + first * x.channel_stride, x.channels - first, x.cols};
@@ -307,7 +305,7 @@ struct Convolution {
     }
 };
 
-// Whether numbers of 32 bits hold what they are used for: rows, and places within an image and within a weight.
+// Whether 32 bits suffice for rows, and for places within an image and within a weight.
 inline bool fits(int64_t rows, const ulr_tensor& x, const ulr_tensor& weight) {
     const auto reach = [](const ulr_tensor& t, int first_axis) {
         int64_t last = 0;

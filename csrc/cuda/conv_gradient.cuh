@@ -1,6 +1,6 @@
-// The kernel of noisy_conv2d_grad_ and noisy_conv2d_replay_: one cooperative launch. A convolution has many rows and
-// few weights, so the rows are split among blocks: each adds its part up as a linear layer's block does (gradient.cuh),
-// into sums of its split, and when all are done the splits are added to the buffers in their order.
+// The kernel of noisy_conv2d_grad_ and noisy_conv2d_recompute_: one cooperative launch. A convolution has many rows and
+// few weights, so the rows are split among blocks: each adds its part to the sums of its split, as a linear layer's
+// block does (gradient.cuh); then the splits are added to the buffers in their order.
 #pragma once
 
 #include "conv.cuh"
@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_splits(const ConvGradient<T>& p) {
     if (threadIdx.x == 0) p.grad_log_sigma.add(0, 0, total);
 }
 
-template <typename T, Kind kind, bool replay>
+template <typename T, Kind kind, bool recompute>
 __global__ void __launch_bounds__(kGradThreads, 1) conv_gradient_kernel(const ConvGradient<T> p) {
     const int64_t features = p.problem.features, size = features * (p.inner + 2);
     for (int64_t i = int64_t{blockIdx.x} * kGradThreads + threadIdx.x; i < p.splits * size;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) conv_gradient_kernel(const Co
         p.partials[i] = 0.0f;
     grid_sync();
     const int64_t units = gradient_units(p.problem, kGradRows), tiles_of_features = p.problem.feature_tiles;
-    const int64_t tiles = tiles_of_features * (replay ? 1 : p.problem.panels);
+    const int64_t tiles = tiles_of_features * (recompute ? 1 : p.problem.panels);
     for (int64_t item = blockIdx.x; item < tiles * p.splits; item += gridDim.x) {
         const int64_t split = item / tiles, tile = item % tiles;
         const GradientPart part{tile % tiles_of_features,
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kGradThreads, 1) conv_gradient_kernel(const Co
                                 units * split / p.splits,
                                 units * (split + 1) / p.splits,
                                 split * size};
-        gradient_block<Convolution<T>, kind, replay>(p.problem, part);
+        gradient_block<Convolution<T>, kind, recompute>(p.problem, part);
         __syncthreads();
     }
     grid_sync();
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kGradThreads, 1) conv_gradient_kernel(const Co
 }
 
 // grad_weight is as a weight, grad_bias [O], grad_log_sigma [1 or O]; x [1 or C, B, I, H, W]; partials as above.
-// weight, bias and y are replay's; else absent.
-template <typename T, bool replay>
+// weight, bias and y are recompute's; else absent.
+template <typename T, bool recompute>
 int launch_conv_gradient(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
                          const ulr_tensor& bias, const ulr_tensor& y, const int64_t* size, int64_t features,
                          const ulr_launch& launch) {
@@ -91,7 +91,7 @@ int launch_conv_gradient(const ulr_noise_spec& noise, const GradientTensors& t, 
         sums.col_stride = 1;
         return sums;
     };
-    Buffer<T> weights(t.grad_weight);  // as one line of elements, whose places `grad_weight` knows
+    Buffer<T> weights(t.grad_weight);  // as one line of elements, which `grad_weight` locates
     weights.row_stride = 0, weights.col_stride = 1;
     Gradient<Convolution<T>> problem = gradient_of<Convolution<T>>(noise, t, Patches<T>(t.x, window, size[0], size[1]),
                                                                    Taps<T>(weight, window, inputs, features), bias,
@@ -111,10 +111,10 @@ int launch_conv_gradient(const ulr_noise_spec& noise, const GradientTensors& t, 
     if (p.problem.x.rows == 0) return ULR_OK;
     if (!fits(p.problem.x.rows, t.x, t.grad_weight) || !fits(p.problem.x.rows, t.x, weight)) return ULR_BAD_ARGUMENT;
     const auto launch_kind = [&](auto kernel) {
-        return launch_together(kernel, dim3(kGradThreads), GradientMemory<T, replay>::kBytes, launch, p);
+        return launch_together(kernel, dim3(kGradThreads), GradientMemory<T, recompute>::kBytes, launch, p);
     };
     return by_kind(noise,
-                   [&](auto kind) { return launch_kind(conv_gradient_kernel<T, decltype(kind)::value, replay>); });
+                   [&](auto kind) { return launch_kind(conv_gradient_kernel<T, decltype(kind)::value, recompute>); });
 }
 
 }  // namespace ulr

@@ -1,4 +1,4 @@
-// Which form of a kernel a call takes: the type of its elements and the kind of its noise, known to the compiler.
+// Chooses the form of a kernel for a call: the type of its elements and the kind of its noise, as constants.
 #pragma once
 
 #include "noise.cuh"
@@ -25,7 +25,7 @@ int by_dtype(int dtype, Run run) {
     }
 }
 
-// run(k), of which k.value is the kind of noise.
+// run(k), where k.value is the kind of noise.
 template <typename Run>
 int by_kind(const ulr_noise_spec& noise, Run run) {
     switch (kind_of(noise)) {

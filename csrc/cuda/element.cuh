@@ -10,9 +10,9 @@
 
 namespace ulr {
 
-// A condition that the compiler knows, handed over as the same argument as one that it does not.
+// A bool that is a constant, for a parameter that also takes bools known at run time only.
 template <bool value>
-struct Known {
+struct StaticBool {
     __device__ __forceinline__ constexpr operator bool() const { return value; }
 };
 
@@ -117,7 +117,7 @@ struct Buffer {
           row_stride(t.stride[1]),
           col_stride(t.size[2] == 1 ? 0 : t.stride[2]) {}
 
-    // The same elements of a buffer that lies so many floats further; the buffer is fp32 where there are any.
+    // The same elements of a buffer `floats` further on, which is fp32 if `floats` is not 0.
     __device__ __forceinline__ Buffer shifted(int64_t floats) const {
         Buffer result = *this;
         result.data = static_cast<float*>(data) + floats;
@@ -190,7 +190,7 @@ struct Output {
     __device__ __forceinline__ int64_t place(int64_t row) const { return row * row_stride; }
 };
 
-// Columns col ... col + 7 of a row of an output, an octet of the whole noise. Those that do not exist are left out.
+// Columns col ... col + 7 of a row of an output, an octet of the whole noise. Missing ones are skipped.
 template <typename Out>
 class OutputOctet {
   public:
@@ -201,16 +201,16 @@ class OutputOctet {
           first_(static_cast<int>(max(-col, int64_t{0}))),
           last_(row < out.rows ? static_cast<int>(min(out.cols - col, int64_t{8})) : 0) {}
 
-    // Where the octet of a copy starts; the next copy's is out.copy_stride further.
+    // The start of a copy's octet; the next copy's is out.copy_stride further.
     __device__ __forceinline__ T* of(int64_t copy) const { return at_ + copy * out_.copy_stride; }
 
-    // Whole: whether out.whole holds. Where that is known, one predicate and one address are left.
+    // Whole: whether out.whole holds. As a constant it leaves one predicate and one address.
     template <typename Whole>
     __device__ __forceinline__ void store(T* to, const float (&values)[8], Whole whole) const {
         if (whole) {
             if (first_ < last_) store8(to, values);
         } else {
-            const int64_t stride = not_before_here(out_.col_stride);
+            const int64_t stride = opaque(out_.col_stride);
 #pragma unroll
             for (int i = 0; i < 8; ++i)
                 if (i >= first_ && i < last_) to[i * stride] = from_float<T>(values[i]);

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) fold_in_kernel(const Keys p) {
 }  // namespace
 }  // namespace ulr
 
-// tensors: out, key, data, all int64 of one size, up to three axes; what broadcasts has stride 0.
+// tensors: out, key, data, all int64 of one size, up to three axes; broadcast axes have stride 0.
 extern "C" int ulr_cuda_fold_in(const ulr_noise_spec*, const ulr_tensor* tensors, const ulr_launch* launch) {
     using namespace ulr;
     const Keys p{tensors[0], tensors[1], tensors[2]};

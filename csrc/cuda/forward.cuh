@@ -1,5 +1,5 @@
-// The kernel of noisy_linear and noisy_conv2d: y[c] = x[c] W^T + b + sigma * eps_c. One product serves all copies that
-// share x; the noise is made on the way out. A layer says what its operands and its output are (linear.cuh, conv.cuh).
+// The kernel of noisy_linear and noisy_conv2d: y[c] = x[c] W^T + b + sigma * eps_c. Copies that share x share one
+// product; the noise is added before the stores. A layer defines the operands and the output (linear.cuh, conv.cuh).
 #pragma once
 
 #include "launch.cuh"
@@ -26,13 +26,13 @@ struct Forward {
     PerFeature<T> bias;
     PerFeature<float> sigma;
     typename Layer::Y y;
-    uint32_t draws;             // how many copies make noise of their own
+    uint32_t draws;             // the number of copies with noise of their own
     uint32_t draws_of_product;  // all of them where the copies share x, else one
     uint32_t passes;            // two products where an antithetic pair has an x for each copy
     uint32_t row_tiles, feature_tiles;
 };
 
-// What a block makes: kRows x kFeatures outputs of the copies that share one product.
+// A block's tile: kRows x kFeatures outputs of the copies that share one product.
 struct Tile {
     uint32_t product;
     int64_t first_row, first_feature;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
     // The sums of the second pass start from the noise of the first, negated.
 #pragma unroll 1
     for (uint32_t pass = 0; pass < p.passes; ++pass) {
-        // A choice for each sum rather than a branch around all: the sums then stay in place all through the product.
+        // A choice for each sum rather than a branch around all, so that the sums stay in place throughout the product.
         constexpr int kNis = kWarpFeatures / 8;
         float acc[2][kNis][4];
         load_sums<kFeatures>(acc, sums, warp_row, warp_col);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
             sum = pass == 0 ? 0.0f : sum;
         }
         __syncthreads();
-        const Tile in(p, not_before_here(static_cast<int>(blockIdx.x)));  // made anew: to keep it takes registers
+        const Tile in(p, opaque(static_cast<int>(blockIdx.x)));  // recomputed: keeping it takes registers
         const int64_t shift = (in.product + int64_t{pass} * p.draws) * p.x_copy_stride;
         const auto x = Layer::input(p.x, shift, in.first_feature);
         const auto& weight = Layer::weights(p.weight, in.first_feature);
@@ -87,9 +87,9 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
                                                            warp_row, warp_col);
         store_sums<kFeatures>(sums, acc, warp_row, warp_col);
         __syncthreads();
-        const Noise<kind> noise(p.noise, table);  // only now, so that the product has all registers
-        const int thread = not_before_here(static_cast<int>(threadIdx.x));
-        const Tile out(p, not_before_here(static_cast<int>(blockIdx.x)));
+        const Noise<kind> noise(p.noise, table);  // made only now, so that the product has all registers
+        const int thread = opaque(static_cast<int>(threadIdx.x));
+        const Tile out(p, opaque(static_cast<int>(blockIdx.x)));
         const int col = thread % kOctets * 8;  // of all octets of this thread
 #pragma unroll 1
         for (int row = thread / kOctets; row < kRows; row += kThreads / kOctets) {
@@ -130,13 +130,13 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
                     to_second += p.y.copy_stride;
                 }
             };
-            // A loop for each case, so that each holds nothing but its own instructions.
+            // A loop for each case, so that none holds instructions of another.
             if (!p.y.whole) {
-                store_copies(Known<false>{}, p.noise.antithetic != 0);
+                store_copies(StaticBool<false>{}, p.noise.antithetic != 0);
             } else if (p.noise.antithetic) {
-                store_copies(Known<true>{}, Known<true>{});
+                store_copies(StaticBool<true>{}, StaticBool<true>{});
             } else {
-                store_copies(Known<true>{}, Known<false>{});
+                store_copies(StaticBool<true>{}, StaticBool<false>{});
             }
         }
         __syncthreads();

@@ -1,22 +1,22 @@
-// The kernel of noisy_linear_grad_ and noisy_linear_replay_:
+// The kernel of noisy_linear_grad_ and noisy_linear_recompute_:
 //     grad_weight += sum over copies and rows of loss_weight * score / sigma (outer) x, and its companions.
 //
-// A block owns a few features. It goes through the rows in blocks: makes S = sum over copies of loss_weight * score for
-// rows x features in registers, puts it into shared memory as one operand of a product, and adds S^T x to sums that it
-// keeps in registers for a panel of inputs. Each element of the buffers belongs to one block, which adds to it in a
+// A block owns a few features. It goes through the rows in blocks: it makes S = sum over copies of loss_weight * score
+// for rows x features in registers, puts it into shared memory as one operand of a product, and adds S^T x to sums that
+// it keeps in registers for a panel of inputs. Each element of the buffers belongs to one block, which adds to it in a
 // fixed order: there are no atomics, and results repeat bit for bit.
 //
-// Gradient: the grid is features x panels, so the noise is made again for each panel of kPanel inputs.
-// Replay: the grid is features alone; the noise is made once and serves the output and all panels. Where there are
-// several, the sums go to an fp32 buffer after each block of rows. A 16-bit buffer would lose them by rounding so
-// often: there the block goes through the rows again for each further panel.
+// Gradient: the grid is features x panels, so each panel of kPanel inputs makes the noise again.
+// Recompute: the grid is features alone; the noise is made once and serves the output and all panels. With several
+// panels, the sums go to an fp32 buffer after each block of rows. A 16-bit buffer would round too often: then the block
+// goes through the rows again for each further panel.
 #pragma once
 
 #include "gradient_problem.cuh"
 
 namespace ulr {
 
-// The sums of a block's features that have no inputs, bias and ln sigma, to the buffers: over the eight rows of a warp,
+// Adds a block's sums for the bias and ln sigma, which have no inputs, to the buffers: over the eight rows of a warp,
 // then over warps, always in the same order. All threads together, each with its octet of columns.
 template <typename Layer>
 __device__ __forceinline__ void add_feature_sums(const Gradient<Layer>& p, const GradientPart& work,
@@ -63,14 +63,15 @@ __device__ __forceinline__ void add_feature_sums(const Gradient<Layer>& p, const
     }
 }
 
-template <typename Layer, Kind kind, bool replay>
+template <typename Layer, Kind kind, bool recompute>
 __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const GradientPart& work) {
     using T = typename Layer::T;
-    using Memory = GradientMemory<T, replay>;
+    using Memory = GradientMemory<T, recompute>;
     constexpr int kDepth = Memory::kDepth, kStages = Memory::kStages;
     auto& memory = *dynamic_shared<typename Memory::Layout>();
     [[maybe_unused]] auto* clean_tiles = reinterpret_cast<typename Memory::Clean*>(&memory + 1);
-    // Before the first stage is loaded and after the last one is used: replay leaves no room for more on small devices.
+    // Before the first stage is loaded and after the last one is used: recompute leaves no room for more on small
+    // devices.
     auto& reduced = *reinterpret_cast<float (*)[2][kWarps][kGradFeatures]>(memory.stages[0]);
     static_assert(sizeof reduced <= sizeof memory.stages);
     __shared__ NoiseTable table;
@@ -91,13 +92,13 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
     __syncthreads();
     const Noise<kind> noise(p.noise, table);
 
-    // Which panels: this block's; or all in one go; or one after another.
+    // The panels: this block's; or all at once; or one after another.
     const bool weighted = p.grad_weight.data != nullptr && p.x.cols > 0;
-    const bool in_one_go = replay && p.grad_weight.wide;
-    const int passes = replay && weighted && !in_one_go ? static_cast<int>(p.panels) : 1;
+    const bool in_one_go = recompute && p.grad_weight.wide;
+    const int passes = recompute && weighted && !in_one_go ? static_cast<int>(p.panels) : 1;
     const int panels = !weighted ? 0 : in_one_go ? static_cast<int>(p.panels) : 1;
     const int own_panel = work.panel;
-    const bool first_block = own_panel == 0;  // it adds up what has no inputs: bias and ln sigma
+    const bool first_block = own_panel == 0;  // it adds up the bias and ln sigma, which have no inputs
 
     const int draws = p.shared ? p.draws : 1;
     const int sides = !p.shared && p.noise.antithetic ? 2 : 1;
@@ -131,7 +132,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
         for (int64_t unit = work.first_unit; unit < work.last_unit; ++unit) {
             const int64_t first_row = row_block * work.unit_rows;
             const int64_t rows_end = min(first_row + work.unit_rows, p.x.rows);
-            if constexpr (replay) {
+            if constexpr (recompute) {
                 for (int side = 0; side < sides && pass == 0; ++side) {
                     float clean[1][4][4];
 #pragma unroll
@@ -146,7 +147,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                 __syncthreads();
             }
 
-            // The rows of x, panel after panel of side after side; the first ones come while the noise is made.
+            // The rows of x, side by side and panel by panel; the first ones are loaded while the noise is made.
             const int rows_here = static_cast<int>(rows_end - first_row);
             const int steps_of_panel = (rows_here + kDepth - 1) / kDepth, steps = sides * panels * steps_of_panel;
             const auto load = [&](int step) {
@@ -179,7 +180,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                     Octet<kind> octet(noise, static_cast<uint32_t>(p.noise.row_offset + row),
                                       aligned + feature_tile * kGradFeatures + octet_col);
                     const uint32_t first_draw = static_cast<uint32_t>(p.noise.draw + group);
-                    // Plain: the score is eps, nothing is wanted for ln sigma, and a pair of copies shares x.
+                    // Plain: the score is eps, ln sigma has no gradient, and a pair of copies shares x.
                     const auto add_draws = [&](auto plain, auto paired, auto writes, auto whole) {
                         const OutputOctet<typename Layer::Y> y(p.y, row, first_feature + octet_col);
                         T *to = y.of(group), *to_second = y.of(group + p.draws);
@@ -187,8 +188,8 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                         for (int draw = 0; draw < draws; ++draw) {
                             float eps[8];
                             octet.make(eps, first_draw, draw);
-                            // The score is odd and eps * score even: an antithetic pair counts the difference of
-                            // its weights, and their sum.
+                            // The score is odd and eps * score even: for an antithetic pair they are multiplied by the
+                            // difference and by the sum of its weights.
                             const float first = *loss, second = paired ? loss[pair_stride] : 0.0f;
                             loss += p.loss_copy_stride;
                             if (plain) {
@@ -205,7 +206,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                                         by_log_sigma[i] = fmaf(first + second, fmaf(eps[i], s, -1.0f), by_log_sigma[i]);
                                 }
                             }
-                            if constexpr (replay) {
+                            if constexpr (recompute) {
                                 if (!writes) continue;
                                 const auto store = [&](T* at, const float* clean, float sign) {
                                     float value[8];
@@ -222,16 +223,16 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                             }
                         }
                     };
-                    // A loop for each of the common cases, so that it holds nothing but its own instructions.
-                    const bool writes = replay && pass == 0, paired = p.noise.antithetic;
+                    // A loop for each of the common cases, so that none holds instructions of another.
+                    const bool writes = recompute && pass == 0, paired = p.noise.antithetic;
                     const bool plain = kind != Kind::kSobol && p.noise.dist != ULR_LAPLACE && sides == 1 &&
-                                       p.grad_log_sigma.data == nullptr && (!replay || (writes && p.y.whole));
+                                       p.grad_log_sigma.data == nullptr && (!recompute || (writes && p.y.whole));
                     if (!plain) {
-                        add_draws(Known<false>{}, paired, writes, p.y.whole);
+                        add_draws(StaticBool<false>{}, paired, writes, p.y.whole);
                     } else if (paired) {
-                        add_draws(Known<true>{}, Known<true>{}, Known<replay>{}, Known<true>{});
+                        add_draws(StaticBool<true>{}, StaticBool<true>{}, StaticBool<recompute>{}, StaticBool<true>{});
                     } else {
-                        add_draws(Known<true>{}, Known<false>{}, Known<replay>{}, Known<true>{});
+                        add_draws(StaticBool<true>{}, StaticBool<false>{}, StaticBool<recompute>{}, StaticBool<true>{});
                     }
 #pragma unroll
                     for (int i = 0; i < 16; ++i) sums[i / 8][i % 8] = counts ? sums[i / 8][i % 8] : 0.0f;
@@ -268,7 +269,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                     multiply_transposed<Memory::kScoreBytes, kPanel * sizeof(T), kDepth>(
                         acc, memory.score[part / panels], step % steps_of_panel * kDepth, 0,
                         memory.stages[step % kStages], 64 * warp, T{});
-                if constexpr (replay) {
+                if constexpr (recompute) {
                     const bool last = unit == work.last_unit - 1 && step == steps - 1;
                     if (last || (panels > 1 && (step + 1) % steps_of_panel == 0)) add_sums(panel);
                 }
@@ -279,7 +280,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
         }
     }
 
-    if (!replay && panels > 0) add_sums(own_panel);
+    if (!recompute && panels > 0) add_sums(own_panel);
 
     if (first_block) add_feature_sums(p, work, first_feature, by_bias, by_log_sigma, inverse_sigma, reduced);
 }

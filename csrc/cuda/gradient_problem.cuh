@@ -1,4 +1,4 @@
-// What a gradient's block is told: the problem, its part of it, and what lies where in shared memory.
+// The arguments of a gradient's block: the problem, the block's part of it, and the layout of shared memory.
 #pragma once
 
 #include "linear.cuh"
@@ -13,7 +13,7 @@ struct Gradient {
     using T = typename Layer::T;
     ulr_noise_spec noise;
     typename Layer::X x;
-    typename Layer::Weight weight;  // weight, bias, y: replay's
+    typename Layer::Weight weight;  // weight, bias, y: recompute's
     int64_t x_copy_stride;
     PerFeature<T> bias;
     typename Layer::Y y;
@@ -23,7 +23,7 @@ struct Gradient {
     Buffer<T> grad_weight, grad_bias, grad_log_sigma;
     float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
     int64_t features;
-    int copies, draws;  // draws: how many copies make noise of their own
+    int copies, draws;  // draws: the number of copies with noise of their own
     bool shared;        // one x for all copies
     int64_t feature_tiles, panels;
 };
@@ -34,7 +34,7 @@ __device__ __forceinline__ int64_t first_feature_of(const Gradient<Layer>& p, in
     return feature_tile * kGradFeatures - p.noise.col_offset % kGradFeatures;
 }
 
-// The tensors that all ops with gradients have: grad_weight, grad_bias and grad_log_sigma, each may be absent; x;
+// The tensors that all ops with gradients have: grad_weight, grad_bias and grad_log_sigma, which may be absent; x;
 // loss_weight [1, C, samples]; sigma; partials, fp32.
 struct GradientTensors {
     const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
@@ -71,10 +71,10 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
                            weighted ? (x.cols + kPanel - 1) / kPanel : 1};
 }
 
-template <typename T, bool replay>
+template <typename T, bool recompute>
 struct GradientMemory {
     static constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // rows of x in a stage
-    static constexpr int kStages = replay && sizeof(T) == 4 ? 2 : 3;
+    static constexpr int kStages = recompute && sizeof(T) == 4 ? 2 : 3;
     static constexpr int kStageBytes = kDepth * kPanel * sizeof(T);
     static constexpr int kScoreBytes = kGradFeatures * sizeof(T);  // a row of S
     // Two of each: an antithetic pair with an x for each copy makes both from the same noise.
@@ -82,12 +82,13 @@ struct GradientMemory {
         char stages[kStages][kStageBytes];
         char score[2][kGradRows * kScoreBytes];
     };
-    using Clean = float[kGradRows * kGradFeatures];  // replay: after the layout, two of these
-    static constexpr int kBytes = sizeof(Layout) + (replay ? 2 * sizeof(Clean) : 0);
+    using Clean = float[kGradRows * kGradFeatures];  // recompute: after the layout, two of these
+    static constexpr int kBytes = sizeof(Layout) + (recompute ? 2 * sizeof(Clean) : 0);
     static_assert(kStages * kStageBytes >= kStages * 64 * (kGradRows + kGradFeatures));  // the clean product's tiles
 };
 
-// fp16 holds magnitudes of 2^-14 ... 2^15 well, loss weights have any: S is brought there by a power of two.
+// fp16 is exact enough for magnitudes of 2^-14 ... 2^15, but loss weights have any: a power of two scales S into that
+// range.
 // All threads together.
 template <typename Layer>
 __device__ __forceinline__ float score_scale(const Gradient<Layer>& p, float* scratch) {
@@ -113,14 +114,14 @@ __device__ __forceinline__ float score_scale(const Gradient<Layer>& p, float* sc
     }
 }
 
-// What a block does of a problem: some features and, of a gradient, a panel of inputs; over some blocks of rows,
-// counted through the copies that have an x of their own.
+// A block's part of a problem: some features and, for a gradient, a panel of inputs; over some blocks of rows, counted
+// through the copies that have an x of their own.
 struct GradientPart {
     int64_t feature_tile;
     int panel;
     int unit_rows;  // of a block of rows: a multiple of 16, at most kGradRows
     int64_t first_unit, last_unit;
-    int64_t sums = 0;  // where this part's own sums lie: so many floats further than the problem's buffers
+    int64_t sums = 0;  // offset of this part's own sums from the problem's buffers, in floats
 };
 
 template <typename Layer>

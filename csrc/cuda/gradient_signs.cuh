@@ -1,9 +1,9 @@
 // The kernel of noisy_linear_grad_ for Rademacher noise where each copy has an x of its own and x is of 16 bits.
 //
-// There S = loss_weight * sign is no sum over copies, so it is never made in fp32: a word holds the weight twice in 16
-// bits, and one XOR puts the signs of two features onto it. A call of Philox makes the signs of 128 features of a row,
-// so a block owns as many, and a panel of inputs is narrower than that of gradient.cuh: the noise costs so little that
-// it may be made again for each.
+// There S = loss_weight * sign is no sum over copies, so it is never fp32: a word holds the weight twice in 16 bits,
+// and one XOR applies the signs of two features. A call of Philox makes the signs of 128 features of a row,
+// so a block owns 128 features. Its panel of inputs is narrower than that of gradient.cuh: the noise is so cheap that
+// each panel may make it again.
 #pragma once
 
 #include "gradient_problem.cuh"
@@ -19,10 +19,10 @@ struct SignMemory {
     char score[2][kGradRows * kSignRowBytes];  // two: an antithetic pair makes both from the same signs
 };
 
-// A row of S keeps features 16 apart side by side, as bits 16 apart of a word of signs come onto one pair's sign bits.
+// A row of S has features 16 apart side by side, because bits 16 apart of a word of signs become a pair's sign bits.
 __device__ __forceinline__ int feature_of_slot(int slot) { return (slot & ~31) + slot % 32 / 2 + slot % 2 * 16; }
 
-// A row of S of each side: the signs on the side's loss weight, of which `weights` hold two each.
+// A row of S for each side: the signs times the side's loss weight, which `weights` hold twice each.
 template <bool paired>
 __device__ __forceinline__ void store_signed(char (*score)[kGradRows * kSignRowBytes], int row, const Words& signs,
                                              const uint32_t (&weights)[2]) {
@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
                 }
             };
             if (p.noise.antithetic) {
-                make_scores(Known<true>{});
+                make_scores(StaticBool<true>{});
             } else {
-                make_scores(Known<false>{});
+                make_scores(StaticBool<false>{});
             }
 
 #pragma unroll 1

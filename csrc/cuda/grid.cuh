@@ -1,4 +1,4 @@
-// Tensors [copies, a, columns, b, c] whose rows are (a, b, c): what ops/_grid.py makes of any tensor.
+// Tensors [copies, a, columns, b, c] whose rows are (a, b, c); ops/_axes.py brings any tensor into this form.
 #pragma once
 
 #include "element.cuh"
@@ -32,7 +32,7 @@ struct Grid {
           along_rows(col_stride != 1 && c_stride == 1) {}
 };
 
-// Columns col ... col + 3 of a row, a quad of the whole noise. Those that do not exist are left out.
+// Columns col ... col + 3 of a row, a quad of the whole noise. Missing ones are skipped.
 template <typename T>
 class GridQuad {
   public:
@@ -72,7 +72,7 @@ class GridQuad {
     int first_, last_;
 };
 
-// The quads of all rows, in an order in which neighbouring threads get neighbours in memory.
+// The quads of all rows, in an order in which neighbouring threads have neighbouring memory.
 struct Quads {
     int64_t rows, quads;  // quads of a row
     int64_t first;        // in the whole noise

@@ -1,5 +1,5 @@
-// What every launcher does: make the caller's device current, launch on the caller's stream, report what went wrong. An
-// error is what a call itself returns: cudaGetLastError may still hold that of an earlier one.
+// The common part of launchers: make the caller's device current, launch on the caller's stream, report errors. Errors
+// are the calls' own results: cudaGetLastError may still hold an earlier one.
 #pragma once
 
 #include "ptx.cuh"
@@ -7,7 +7,7 @@
 
 namespace ulr {
 
-// The text of the last failure of this thread; ulr_cuda_error hands it out.
+// The text of the last failure of this thread; ulr_cuda_error returns it.
 void remember_error(cudaError_t error);
 
 inline int report(cudaError_t error) {
@@ -40,8 +40,8 @@ class DeviceGuard {
 
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid
 
-// Raises the limit of dynamic shared memory. Without asking, a kernel may use 48 KiB, its static memory counted in; and
-// each device has a limit of its own.
+// Raises the limit of dynamic shared memory. By default a kernel may use 48 KiB, including its static memory; each
+// device has its own limit.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, int shared_bytes) {
     if (shared_bytes == 0) return cudaSuccess;

@@ -13,7 +13,7 @@ struct Linear {
     using Y = Output<T>;
     static constexpr int kFeatures = 128;  // of a tile of the forward
 
-    // What a tile of features takes of a copy's input and of the weight: every feature sums over all inputs.
+    // The parts of a copy's input and of the weight for a tile of features: every feature sums over all inputs.
     __device__ __forceinline__ static Matrix<T> input(X x, int64_t shift, int64_t) {
         x.data += shift;
         return x;

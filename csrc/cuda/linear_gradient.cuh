@@ -1,5 +1,5 @@
-// The launch of noisy_linear_grad_ and noisy_linear_replay_ (gradient.cuh): a block for each part of one problem, and
-// the sum of what blocks leave of grad_log_sigma.
+// The launch of noisy_linear_grad_ and noisy_linear_recompute_ (gradient.cuh): a block for each part of one problem,
+// and the sum of the blocks' parts of grad_log_sigma.
 #pragma once
 
 #include "dispatch.cuh"
@@ -8,15 +8,16 @@
 
 namespace ulr {
 
-// All of one problem, a block for each of its parts.
-template <typename T, Kind kind, bool replay>
+// One problem, with a block for each of its parts.
+template <typename T, Kind kind, bool recompute>
 __global__ void __launch_bounds__(kGradThreads, 1) gradient_kernel(const Gradient<Linear<T>> p) {
-    const GradientPart part{blockIdx.x % p.feature_tiles, replay ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles),
-                            kGradRows, 0, gradient_units(p, kGradRows)};
-    gradient_block<Linear<T>, kind, replay>(p, part);
+    const GradientPart part{blockIdx.x % p.feature_tiles,
+                            recompute ? 0 : static_cast<int>(blockIdx.x / p.feature_tiles), kGradRows, 0,
+                            gradient_units(p, kGradRows)};
+    gradient_block<Linear<T>, kind, recompute>(p, part);
 }
 
-// grad_log_sigma as one number: the sum over blocks of features, in their order.
+// Adds up grad_log_sigma as one number: the sum over blocks of features, in their order.
 template <typename T>
 struct Partials {
     const float* values;
@@ -35,15 +36,15 @@ __global__ void add_partials(const Partials<T> p) {
 // Whether an argument was given; an empty tensor is one too.
 inline bool given(const ulr_tensor& t) { return t.data != nullptr || t.size[0] * t.size[1] * t.size[2] == 0; }
 
-template <typename T, bool replay>
+template <typename T, bool recompute>
 int launch_gradient(Gradient<Linear<T>>& p, const ulr_launch& launch) {
     if (p.x.rows == 0 || p.features == 0) return ULR_OK;
-    const int64_t blocks = p.feature_tiles * (replay ? 1 : p.panels);
+    const int64_t blocks = p.feature_tiles * (recompute ? 1 : p.panels);
     const auto launch_kind = [&](auto kernel) {
-        return launch_kernel(kernel, blocks, dim3(kGradThreads), GradientMemory<T, replay>::kBytes, launch, p);
+        return launch_kernel(kernel, blocks, dim3(kGradThreads), GradientMemory<T, recompute>::kBytes, launch, p);
     };
     const int status =
-        by_kind(p.noise, [&](auto kind) { return launch_kind(gradient_kernel<T, decltype(kind)::value, replay>); });
+        by_kind(p.noise, [&](auto kind) { return launch_kind(gradient_kernel<T, decltype(kind)::value, recompute>); });
     if (status != ULR_OK || p.grad_log_sigma.data == nullptr || p.grad_log_sigma.col_stride != 0 ||
         p.feature_tiles == 1)
         return status;

@@ -1,5 +1,6 @@
-// y[p] = x[p] W^T + b + sigma / sqrt(r) * (x[p] B_p) A_p^T in one launch. A block makes the plain product of a tile,
-// which serves all members that share x, then for each member the tile's x B and what it adds, eight ranks at a time.
+// y[c] = x[c] W^T + b + sigma / sqrt(r) * (x[c] B_c) A_c^T in one launch. A block makes the plain product of a tile,
+// which all copies that share x have in common; then, for each copy, the tile's x B and its product with A^T, eight
+// ranks at a time.
 #pragma once
 
 #include "perturbed.cuh"
@@ -15,15 +16,15 @@ template <typename T>
 struct LowRank {
     ulr_noise_spec by_row, by_col;  // the noise of A^T and of B^T; their keys are derived on the device
     Matrix<T> x, weight;
-    int64_t x_member_stride;  // 0: the members share x
+    int64_t x_copy_stride;  // 0: the copies share x
     PerFeature<T> bias;
-    int64_t bias_member_stride;
+    int64_t bias_copy_stride;
     const float* sigma;
     Output<T> y;
     int64_t rank;
     float scale;  // 1 / sqrt(rank)
-    uint32_t draws, members;
-    uint32_t members_of_block;  // all where they share x, else one
+    uint32_t draws, copies;
+    uint32_t copies_of_block;  // all where they share x, else one
     uint32_t row_tiles, feature_tiles;
 };
 
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
     __shared__ NoiseTable row_table, col_table;
     __shared__ int64_t keys[2];
     __shared__ float factor[kRanks][128], projected[kLowRankRows][kRanks];
-    const uint32_t rest = blockIdx.x / p.feature_tiles, member_block = rest / p.row_tiles;
+    const uint32_t rest = blockIdx.x / p.feature_tiles, copy_block = rest / p.row_tiles;
     // Tiles start at multiples of their width in the whole noise, so that no call of Philox is cut in two.
     const int64_t first_feature =
         int64_t{blockIdx.x % p.feature_tiles} * kLowRankFeatures - p.by_row.col_offset % kLowRankFeatures;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
         float acc[2][8][4] = {};
         const int warp_row = threadIdx.x / 64 * 32, warp_col = threadIdx.x / 32 % 2 * 64;
         Matrix<T> x = p.x;
-        x.data += member_block * p.x_member_stride;
+        x.data += copy_block * p.x_copy_stride;
         tiled_product<kLowRankRows, kLowRankFeatures, kLowRankStages, kLowRankThreads>(
             acc, memory, x, first_row, p.weight, first_feature, warp_row, warp_col);
         store_sums<kLowRankFeatures>(sums, acc, warp_row, warp_col);
@@ -72,15 +73,15 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
     __syncthreads();
     const float scale = *p.sigma * p.scale;
     const int col = threadIdx.x % (kLowRankFeatures / 8) * 8, row = threadIdx.x / (kLowRankFeatures / 8);
-    // Members that share x: a draw at a time, of which an antithetic pair has both.
-    const bool pairs = p.by_row.antithetic && p.members_of_block > 1;
-    const uint32_t draws = p.members_of_block > 1 ? p.draws : 1;
+    // Copies that share x: a draw at a time, with both copies of an antithetic pair.
+    const bool pairs = p.by_row.antithetic && p.copies_of_block > 1;
+    const uint32_t draws = p.copies_of_block > 1 ? p.draws : 1;
 #pragma unroll 1
     for (uint32_t index = 0; index < draws; ++index) {
-        const uint32_t member = member_block + index;
-        const uint32_t draw = static_cast<uint32_t>(p.by_row.draw + member % p.draws);
-        const float sign = member < p.draws ? scale : -scale;
-        const T* x = p.x.data + member * p.x_member_stride;
+        const uint32_t copy = copy_block + index;
+        const uint32_t draw = static_cast<uint32_t>(p.by_row.draw + copy % p.draws);
+        const float sign = copy < p.draws ? scale : -scale;
+        const T* x = p.x.data + copy * p.x_copy_stride;
         float added[8][8] = {};
 #pragma unroll 1
         for (int64_t first_rank = 0; first_rank < p.rank; first_rank += kRanks) {
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
             __syncthreads();
         }
         float bias[8], minus_bias[8];
-        load_bias(bias, p.bias, member * p.bias_member_stride, first_feature + col, p.y.cols);
-        load_bias(minus_bias, p.bias, (member + int64_t{p.draws}) * (pairs ? p.bias_member_stride : 0),
-                  first_feature + col, p.y.cols);
+        load_bias(bias, p.bias, copy * p.bias_copy_stride, first_feature + col, p.y.cols);
+        load_bias(minus_bias, p.bias, (copy + int64_t{p.draws}) * (pairs ? p.bias_copy_stride : 0), first_feature + col,
+                  p.y.cols);
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
             const OutputOctet<Output<T>> y(p.y, first_row + row + 16 * r, first_feature + col);
@@ -134,11 +135,11 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
             float value[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) value[i] = fmaf(sign, added[r][i], clean[i] + bias[i]);
-            y.store(y.of(member), value, p.y.whole);
+            y.store(y.of(copy), value, p.y.whole);
             if (!pairs) continue;
 #pragma unroll
             for (int i = 0; i < 8; ++i) value[i] = fmaf(-sign, added[r][i], clean[i] + minus_bias[i]);
-            y.store(y.of(member + int64_t{p.draws}), value, p.y.whole);
+            y.store(y.of(copy + int64_t{p.draws}), value, p.y.whole);
         }
     }
 }
@@ -149,7 +150,7 @@ struct LowRankTensors {
 
 template <typename T>
 int run_low_rank(const ulr_noise_spec& noise, const LowRankTensors& t, int64_t rank, const ulr_launch& launch) {
-    const uint32_t members = static_cast<uint32_t>(t.y.size[0]);
+    const uint32_t copies = static_cast<uint32_t>(t.y.size[0]);
     const bool shared = t.x.size[0] == 1;
     ulr_noise_spec by_row = noise, by_col = noise;  // rows of the factors are ranks
     by_row.col_offset = noise.row_offset;
@@ -165,13 +166,13 @@ int run_low_rank(const ulr_noise_spec& noise, const LowRankTensors& t, int64_t r
         Output<T>(t.y, by_row.col_offset),
         rank,
         low_rank_scale(rank),
-        noise.antithetic ? members / 2 : members,
-        members,
-        shared ? members : 1,
+        noise.antithetic ? copies / 2 : copies,
+        copies,
+        shared ? copies : 1,
         static_cast<uint32_t>((t.y.size[1] + kLowRankRows - 1) / kLowRankRows),
         static_cast<uint32_t>((by_row.col_offset % kLowRankFeatures + t.y.size[2] + kLowRankFeatures - 1) /
                               kLowRankFeatures)};
-    const int64_t blocks = int64_t{shared ? 1 : members} * p.row_tiles * p.feature_tiles;
+    const int64_t blocks = int64_t{shared ? 1 : copies} * p.row_tiles * p.feature_tiles;
     const auto launch_kind = [&](auto kernel) {
         return launch_kernel(kernel, blocks, dim3(kLowRankThreads), kLowRankBytes, launch, p);
     };

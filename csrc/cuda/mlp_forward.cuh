@@ -1,8 +1,8 @@
-// A whole step of an MLP: what its kernel is told, and the forward of one layer by all blocks.
+// A whole step of an MLP: the arguments of its kernel, and the forward of one layer by all blocks.
 //
-// The input of a layer comes in two parts. One row for each sample without noise (of the first layer that is x); and
-// one for each copy of each sample in each pass that has been noised before, copy-major. A layer that is noised where
-// its input is still without noise makes the copies: one product, then one output row for each of them.
+// The input of a layer has two parts: a row for each sample without noise (in the first layer, x), and a row for each
+// copy of each sample in each pass with noise in an earlier layer, copy-major. If a noised layer's input is still
+// without noise, the layer makes the copies: one product, then an output row for each copy.
 #pragma once
 
 #include "noise.cuh"
@@ -130,7 +130,7 @@ __device__ __forceinline__ void forward_tile(const MlpStep<T>& p, int l, const u
     __syncthreads();
 
     const Noise<kind> noise(spec, table);
-    const int thread = not_before_here(static_cast<int>(threadIdx.x)), col = thread % (tile / 8) * 8;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), col = thread % (tile / 8) * 8;
     const int64_t feature = first_feature + col;
     const bool inside = feature < features, last = l == p.layers - 1;
     float sigma[8], bias[8];
@@ -165,7 +165,7 @@ __device__ __forceinline__ void forward_tile(const MlpStep<T>& p, int l, const u
             const Noised<kind> noised(y, sigma);
             const int from = static_cast<int>(int64_t{p.draws} * fan / fans);
             const int to = static_cast<int>(int64_t{p.draws} * (fan + 1) / fans);
-            const int64_t pass_rows = p.noised_rows(l, samples);  // those of the passes before, where layer-wise
+            const int64_t pass_rows = p.noised_rows(l, samples);  // rows of the earlier passes, if layer-wise
 #pragma unroll 1
             for (int draw = from; draw < to; ++draw) {
                 float plus[8], minus[8];
@@ -190,7 +190,7 @@ __device__ __forceinline__ void forward_tile(const MlpStep<T>& p, int l, const u
     }
 }
 
-// Layer l's output for a tile of samples, its tiles in turn. To be followed by a barrier of the grid.
+// Layer l's output for a tile of samples, its tiles in turn. A barrier of the grid must follow.
 template <typename T, Kind kind>
 __device__ __forceinline__ void forward_layer(const MlpStep<T>& p, int l, int64_t first, int samples) {
     __shared__ NoiseTable table;

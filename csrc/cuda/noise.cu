@@ -13,7 +13,7 @@ struct Fill {
     float* out;
     int64_t rows, cols;
     int64_t row_stride, col_stride;
-    int64_t octets;  // pairs of quads that a row of the block touches
+    int64_t octets;  // pairs of quads of a row of the block
 };
 
 constexpr int kThreads = 256;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) noise_kernel(const Fill p) {
 
 template <Kind kind>
 int launch_noise(const Fill& p, bool whole, const ulr_launch& launch) {
-    // More blocks than fit at once only repeat the set-up; 8 a multiprocessor fill any device of today.
+    // More blocks than fit at once only repeat the set-up; 8 for each multiprocessor fill any device of today.
     constexpr int64_t kFullDevice = 8 * 160;
     const int64_t needed = (p.rows * p.octets + kThreads - 1) / kThreads;
     return launch_kernel(whole ? noise_kernel<kind, true> : noise_kernel<kind, false>, std::min(needed, kFullDevice),

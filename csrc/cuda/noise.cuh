@@ -1,4 +1,4 @@
-// The noise contract on the device (docs/noise.md): bit for bit what ulr/distributions.h gives, laid out for a GPU.
+// The noise contract on the device (docs/noise.md): bit for bit like ulr/distributions.h, but arranged for a GPU.
 #pragma once
 
 #include "ptx.cuh"
@@ -8,11 +8,11 @@
 
 namespace ulr {
 
-// What a block keeps in shared memory to make noise.
+// A block's constants of the noise, in shared memory.
 struct NoiseTable {
     // The coefficients of each octave in three tables of pairs: the 32 rows of a pair fill 256 bytes, so the lanes of a
-    // half-warp meet in a bank only where their octaves differ by 16 (a chance of 2^-16 a lane), and one index register
-    // serves all three loads. Wider rows would conflict between octaves that are 8 or 4 apart.
+    // half-warp conflict in a bank only if their octaves differ by 16 (a chance of 2^-16 a lane), and one index
+    // register serves all three loads. Wider rows would conflict between octaves that are 8 or 4 apart.
     float2 pairs[(ULR_TABLE_DEGREE + 1) / 2][32];
     // 1 and the bits of 1.0f. Read from memory each is a register's value, and one three-input logic instruction takes
     // it and a mask; as literals the two would need two instructions.
@@ -21,7 +21,7 @@ struct NoiseTable {
     // would otherwise do inside every loop to save registers.
     uint32_t k0[10], k1[10];
 
-    // To be followed by a barrier.
+    // A barrier must follow.
     __device__ void fill(const ulr_noise_spec& spec, int thread, int threads);
 };
 
@@ -44,7 +44,7 @@ __device__ inline void NoiseTable::fill(const ulr_noise_spec& spec, int thread, 
     }
 }
 
-// What a thread keeps of the table: where its rows are, and the two words.
+// A thread's part of the table: the address of its rows, and the two words.
 struct Quantile {
     uint32_t rows;  // shared address
     uint32_t odd, one;
@@ -78,13 +78,13 @@ inline Kind kind_of(const ulr_noise_spec& spec) {
     return spec.sobol != nullptr ? Kind::kSobol : Kind::kQuantile;
 }
 
-// Where the four values of a quad come from. Made once a kernel, after the table is filled. Each round's key goes
-// through a shuffle, which tells the compiler that all lanes agree: the schedule then lives in uniform registers.
+// Makes the four values of a quad. A kernel makes one, after the table is filled. Each round's key goes through a
+// shuffle, so that the compiler knows that all lanes agree and keeps the schedule in uniform registers.
 template <Kind kind>
 class Noise {
   public:
     __device__ __forceinline__ Noise(const ulr_noise_spec& spec, const NoiseTable& table)
-        : spec_(spec), positions_(static_cast<uint32_t>(not_before_here(spec.positions))), quantile_(table), key_(0) {
+        : spec_(spec), positions_(static_cast<uint32_t>(opaque(spec.positions))), quantile_(table), key_(0) {
         for (int round = 0; round < 10; ++round) {
             key_.k0[round] = __shfl_sync(0xffffffffu, table.k0[round], 0);
             key_.k1[round] = __shfl_sync(0xffffffffu, table.k1[round], 0);
@@ -125,7 +125,7 @@ class Noise {
 
   private:
     // XORs each word with its dimension's Sobol point. Columns past the block's last are made with their quad and
-    // thrown away; they have no dimension and take the last one's.
+    // discarded; they have no dimension and use the last one's.
     __device__ __forceinline__ void add_points(Words& words, uint32_t row, uint32_t quad, uint32_t draw) const {
         // In 32 bits: there are at most 21201 dimensions.
         const int position = row % positions_, width = static_cast<int>(spec_.width);
@@ -167,7 +167,7 @@ class Octet {
         : noise_(noise),
           row_(row),
           quad_(static_cast<uint32_t>(col >> 2)),
-          lane_(not_before_here(static_cast<int>(threadIdx.x)) % 32) {}
+          lane_(opaque(static_cast<int>(threadIdx.x)) % 32) {}
 
     // Draw number `index` from `draw` on, index counting up from 0.
     __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index) {
@@ -182,8 +182,9 @@ class Octet {
         }
     }
 
-    // The same as bits, the lowest the first column's; 0 is +1, 1 is -1. All lanes of a warp go together, each aligned
-    // four of them on the four octets of one word: a call of Philox covers them all, so each makes one draw's.
+    // The same as bits, the lowest the first column's; 0 is +1, 1 is -1. All lanes of a warp run together; each aligned
+    // group of four has the four octets of one word. A call of Philox covers all four octets, so each lane makes the
+    // call of one draw.
     __device__ __forceinline__ uint32_t signs(uint32_t draw, uint32_t index) {
         const uint32_t member = lane_ % 4;
         if (index % 4 == 0) word_ = noise_.sign_word(row_, quad_ >> 3, draw + index + member);

@@ -1,12 +1,12 @@
-// A whole step of an MLP in one cooperative launch. Its phases are apart by barriers of the grid:
+// A whole step of an MLP in one cooperative launch. Barriers of the grid separate its phases:
 //
 //     for each tile of samples, whose activations fit in L2:
-//         layer after layer: tiles of products, noise and activation on the way out        (mlp_forward.cuh)
-//         losses of all copies; with the baseline, what each counts                        (row_loss.cuh)
+//         layer after layer: tiles of products, then noise and activation                  (mlp_forward.cuh)
+//         losses of all copies; their weights, with the baseline                           (row_loss.cuh)
 //         gradients of all layers: features x panels of inputs x parts of the rows         (gradient.cuh)
 //     sums of the parts, in their order, to the buffers
 //
-// What is not in registers or shared memory between them lies in a workspace.
+// A workspace holds all values that outlive a phase.
 #include "gradient.cuh"
 #include "launch.cuh"
 #include "mlp_forward.cuh"

@@ -12,8 +12,8 @@ constexpr int kListThreads = 256;
 constexpr int kUnitsOfThread = 8;  // so that the set-up of a block is paid for
 constexpr int kUnitsOfBlock = kListThreads * kUnitsOfThread;
 constexpr int kRowsOfLowRank = 4;  // the rows of a unit there: one call of Philox makes their factors
-constexpr int kColumnAxes = 4;     // after the first, of a tensor as it is handed over: [rows, ...]
-// Kernel arguments need no copy that would have to be waited for, and a graph keeps them. The older limit is 4 KB.
+constexpr int kColumnAxes = 4;     // after the first one, of a tensor's view [rows, ...]
+// Kernel arguments need no copy and no wait, and a graph keeps them. The older limit of their size is 4 KB.
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 12010
 constexpr int kTableBytes = 32000;
 #else
@@ -61,7 +61,7 @@ __host__ __device__ inline int64_t groups_of(int64_t row_offset, int64_t rows, i
     return (row_offset % height + rows + height - 1) / height;
 }
 
-// Walks the list: as many entries as fit in a table at a time; launch(table, blocks) for each. `tensors` has `stride` a
+// Walks the list: launch(table, blocks) for as many entries at a time as fit in a table. `tensors` has `stride` a
 // parameter, of which the first `views` count; those that are absent have no data. A kernel of full rank takes the
 // tensors of full rank. A tensor whose rows one stride cannot step through is an entry for each run of columns.
 template <int views, bool low_rank, typename Launch>
@@ -200,10 +200,11 @@ struct RowOctet {
     }
 };
 
-// Rounds to bf16 by the words of the parameter's rounding stream, away from zero with the chance of what is cut off.
+// Rounds to bf16 by the words of the parameter's rounding stream, away from zero with the probability of the cut-off
+// part.
 __device__ __forceinline__ void round_stochastically(float (&values)[8], int64_t rounding_key, uint32_t row,
                                                      uint32_t octet, uint32_t draw) {
-    const KeySchedule key(not_before_here(rounding_key));  // made anew: the rounds' keys are not worth registers
+    const KeySchedule key(opaque(rounding_key));  // recomputed: the rounds' keys are not worth registers
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const Words words = philox4x32(Words{{2 * octet + half, row, draw, 0u}}, key);
@@ -216,7 +217,7 @@ __device__ __forceinline__ void round_stochastically(float (&values)[8], int64_t
     }
 }
 
-// A block's share of the list. sum(noise, change, group, octet): what the noise comes to; apply(entry, at, old,
+// A block's share of the list. sum(noise, change, group, octet): the sum of the noise; apply(entry, at, old,
 // change): the new elements instead of the old.
 template <Kind kind, bool low_rank, int views, typename Sum, typename Apply>
 __device__ __forceinline__ void for_each_unit(const ParameterTable<views>& table, const ListNoise& how, Sum sum,

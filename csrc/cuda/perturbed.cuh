@@ -21,13 +21,13 @@ struct Mask {
     }
 };
 
-// One of four, without an array that would have to lie in memory.
+// Selects one of four, without an array, which would lie in memory.
 __device__ __forceinline__ float pick(const float (&v)[4], uint32_t i) {
     const float low = i & 1 ? v[1] : v[0], high = i & 1 ? v[3] : v[2];
     return i & 2 ? high : low;
 }
 
-// The noise of one element: what a chunk that cuts calls of Philox in two is made of.
+// The noise of one element, for chunks that cut calls of Philox in two.
 template <Kind kind>
 __device__ __forceinline__ float single_noise(const Noise<kind>& noise, uint32_t row, int64_t col, uint32_t draw) {
     float eps[4];
@@ -36,7 +36,7 @@ __device__ __forceinline__ float single_noise(const Noise<kind>& noise, uint32_t
 }
 
 // The noise of a thread's chunks, which lie in one row and move along it. Signs: a call of Philox covers 128 columns,
-// and is kept until the row moves past them.
+// and is kept while the row stays within them.
 template <typename T, Kind kind>
 class WeightNoise {
   public:
@@ -100,12 +100,12 @@ __device__ __forceinline__ void perturb_chunk(T* plus, T* minus, const float (&e
     if (minus != nullptr) *reinterpret_cast<uint4*>(minus) = second;
 }
 
-// What a block keeps to make noise of full rank, or of low rank: then of the factors' own keys.
+// A block's constants for noise of full rank, or of low rank, which has a key for each factor.
 struct WeightTables {
     NoiseTable noise, row_factor;
     int64_t keys[2];
 
-    // To be followed by a barrier.
+    // A barrier must follow.
     __device__ __forceinline__ void fill(const ulr_noise_spec& spec, int64_t rank, int thread, int threads) {
         ulr_noise_spec by_row = spec, by_col = spec;
         if (rank) {
@@ -136,7 +136,7 @@ __device__ __forceinline__ void low_rank_noise(float (&eps)[count], int64_t rank
     for (int i = 0; i < count; ++i) eps[i] *= scale;
 }
 
-// Where the chunks of a tile get noise of full rank.
+// Makes the noise of a tile's chunks, of full rank.
 template <Kind kind>
 class FullRank {
   public:
@@ -162,7 +162,7 @@ class FullRank {
     const Noise<kind> noise_;
 };
 
-// The same where the rank may be low.
+// The same for noise that may be of low rank.
 template <Kind kind>
 class AnyRank {
   public:
@@ -196,7 +196,7 @@ class AnyRank {
     const float scale_;
 };
 
-// Eight neighbours of a member's bias; 0 where there is none.
+// Eight neighbours of a copy's bias; 0 where there is none.
 template <typename T>
 __device__ __forceinline__ void load_bias(float (&bias)[8], const PerFeature<T>& of, int64_t offset, int64_t feature,
                                           int64_t features) {

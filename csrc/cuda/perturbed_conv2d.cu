@@ -1,6 +1,6 @@
 // perturbed_conv2d: the product of perturbed_product.cuh. Rows are the output's pixels, columns its channels; the inner
-// axis goes through a weight's row as it lies in memory, kernel place by kernel place of channel after channel, which
-// is the order of its noise.
+// axis follows a weight's row in memory, channel by channel and kernel place by kernel place, which is the order of its
+// noise.
 #include "conv.cuh"
 #include "dispatch.cuh"
 #include "perturbed_product.cuh"
@@ -33,7 +33,7 @@ KernelStrides strides_of(const ulr_tensor& t) {
     return {static_cast<int>(t.stride[2]), static_cast<int>(t.stride[3]), static_cast<int>(t.stride[4])};
 }
 
-// One member's images as rows of what each output pixel sees.
+// One copy's images as a row of inputs for each output pixel.
 template <typename T>
 struct Windows {
     using Element = T;
@@ -68,13 +68,13 @@ struct FilterMask {
     }
 };
 
-// load_tile of tile.cuh for rows of windows. What a row sees at a place lies at the sum of an offset of each.
+// load_tile of tile.cuh for rows of windows. An address is the sum of a row's offset and a place's offset.
 template <int tile_rows, int row_bytes, int threads, typename T, typename Order>
 __device__ __forceinline__ void load_tile(char* tile, const Windows<T>& m, int64_t row, int64_t col, Order order) {
     constexpr int kChunks = row_bytes / 16, kElements = 16 / sizeof(T), kRowsAtOnce = threads / kChunks;
     constexpr int kRowsOfThread = tile_rows / kRowsAtOnce;
     static_assert(threads % kChunks == 0 && tile_rows % kRowsAtOnce == 0);
-    const int thread = not_before_here(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
     const uint32_t first = static_cast<uint32_t>(col) + chunk * kElements;
     int64_t corner[kRowsOfThread];  // of a row's window
     int y[kRowsOfThread], x[kRowsOfThread];
@@ -83,7 +83,8 @@ __device__ __forceinline__ void load_tile(char* tile, const Windows<T>& m, int64
         const int64_t r = row + order(thread / kChunks + i * kRowsAtOnce);
         uint32_t pixel = static_cast<uint32_t>(r);
         const uint32_t image = m.pixels.take(pixel), line = m.row_pixels.take(pixel);
-        y[i] = r < m.rows ? static_cast<int>(line) * m.stride_y - m.top : m.height;  // there no place is within
+        y[i] =
+            r < m.rows ? static_cast<int>(line) * m.stride_y - m.top : m.height;  // where no place is inside the image
         x[i] = static_cast<int>(pixel) * m.stride_x - m.left;
         corner[i] = image * m.image_stride + int64_t{y[i]} * m.strides.y + int64_t{x[i]} * m.strides.x;
     }
@@ -111,7 +112,7 @@ template <int tile_rows, int row_bytes, int threads, typename T, typename Order>
 __device__ __forceinline__ void load_tile(char* tile, const Filters<T>& m, int64_t row, int64_t col, Order order) {
     if (m.dense.whole) return load_tile<tile_rows, row_bytes, threads>(tile, m.dense, row, col, order);
     constexpr int kChunks = row_bytes / 16, kElements = 16 / sizeof(T), kRowsAtOnce = threads / kChunks;
-    const int thread = not_before_here(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
+    const int thread = opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
     const uint32_t first = static_cast<uint32_t>(col) + chunk * kElements;
 #pragma unroll 1
     for (int tile_row = thread / kChunks; tile_row < tile_rows; tile_row += kRowsAtOnce) {
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) perturbed_conv2d_kernel(const Per
     perturbed_product<PerturbedConvolution<T>, kind, pairs>(p);
 }
 
-// tensors: y [P, B, O, H', W'], x [1 or P, B, I, H, W], weight, bias [1 or P, 1, O] or absent, sigma, mask uint8 as the
+// tensors: y [C, B, O, H', W'], x [1 or C, B, I, H, W], weight, bias [1 or C, 1, O] or absent, sigma, mask uint8 as the
 // weight or absent. numbers: those of conv.cuh, then the noise's rank, 0: full.
 enum { kY, kX, kWeight, kBias, kSigma, kMask };
 enum { kNoiseRank = kTileChannels + 1 };

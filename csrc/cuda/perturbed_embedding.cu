@@ -1,4 +1,4 @@
-// y[p, r] = W'_p[indices[p, r]], W'_p = round(fma(sigma, eps_p, W)): noise for the gathered rows alone.
+// y[c, r] = W'_c[indices[c, r]], W'_c = round(fma(sigma, eps_c, W)): noise for the gathered rows alone.
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -12,20 +12,20 @@ constexpr int kThreads = 256;
 template <typename T>
 struct Gather {
     ulr_noise_spec noise;
-    T* y;  // [P, R, K], contiguous
+    T* y;  // [C, R, K], contiguous
     int64_t rows, cols;
     const T* weight;
     int64_t weight_rows, weight_row_stride, weight_col_stride;
     const float* sigma;
     Mask mask;
     const int64_t* indices;
-    int64_t index_member_stride, index_stride;
+    int64_t index_copy_stride, index_stride;
     int64_t rank;  // 0: full
     float scale;   // 1 / sqrt(rank)
     uint32_t draws;
-    bool pairs;      // the members of a pair share their rows, so their noise is made once
+    bool pairs;      // the copies of a pair share their rows, so their noise is made once
     int64_t octets;  // that a row touches, counted in the whole noise
-    int64_t total;   // octets of all rows of all members, or of all pairs
+    int64_t total;   // octets of all rows of all copies, or of all pairs
 };
 
 template <typename T, Kind kind>
@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gat
     const int64_t first_octet = p.noise.col_offset >> 3;
 #pragma unroll 1
     for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < p.total; i += step) {
-        const int64_t octet = i % p.octets, place = i / p.octets, row = place % p.rows, member = place / p.rows;
-        const int64_t index = p.indices[member * p.index_member_stride + row * p.index_stride];
+        const int64_t octet = i % p.octets, place = i / p.octets, row = place % p.rows, copy = place / p.rows;
+        const int64_t index = p.indices[copy * p.index_copy_stride + row * p.index_stride];
         const bool exists = index >= 0 && index < p.weight_rows;
-        const uint32_t draw = static_cast<uint32_t>(p.noise.draw + member % p.draws);
+        const uint32_t draw = static_cast<uint32_t>(p.noise.draw + copy % p.draws);
         const uint32_t noise_row = static_cast<uint32_t>(p.noise.row_offset + index);
         const uint32_t at = static_cast<uint32_t>(first_octet + octet);
         float eps[8];
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads) perturbed_embedding_kernel(const Gat
                     return single_noise(row_noise, static_cast<uint32_t>(j), p.noise.row_offset + index, draw);
                 },
                 [&](float (&b)[8], int64_t j) { octet_noise(b, noise, static_cast<uint32_t>(j), at, draw); });
-        const float signed_sigma = member < p.draws ? sigma : -sigma;
-        T* to = p.y + (member * p.rows + row) * p.cols;
+        const float signed_sigma = copy < p.draws ? sigma : -sigma;
+        T* to = p.y + (copy * p.rows + row) * p.cols;
         T* minus = to + int64_t{p.draws} * p.rows * p.cols;
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
@@ -82,7 +82,7 @@ enum { kNoiseRank };
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
-    const int64_t members = t[kY].size[0], rank = launch.numbers[kNoiseRank];
+    const int64_t copies = t[kY].size[0], rank = launch.numbers[kNoiseRank];
     const bool shared = t[kIndices].size[1] == 1, pairs = noise.antithetic && shared;
     const int64_t octets = (noise.col_offset % 8 + t[kY].size[2] + 7) / 8;
     const Gather<T> p{noise,
@@ -100,10 +100,10 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
                       t[kIndices].stride[2],
                       rank,
                       rank ? low_rank_scale(rank) : 0.0f,
-                      static_cast<uint32_t>(noise.antithetic ? members / 2 : members),
+                      static_cast<uint32_t>(noise.antithetic ? copies / 2 : copies),
                       pairs,
                       octets,
-                      (pairs ? members / 2 : members) * t[kY].size[1] * octets};
+                      (pairs ? copies / 2 : copies) * t[kY].size[1] * octets};
     if (p.rows == 0 || p.cols == 0) return ULR_OK;
     constexpr int64_t kFullDevice = 8 * 160;  // blocks: more only repeat the set-up
     const int64_t blocks = std::min((p.total + kThreads - 1) / kThreads, kFullDevice);
@@ -115,7 +115,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 }  // namespace
 }  // namespace ulr
 
-// tensors: y [P, R, K], contiguous, indices int64 [1, 1 or P, R], weight [1, V, K], sigma [1, 1, 1], mask uint8 [1, V,
+// tensors: y [C, R, K], contiguous, indices int64 [1, 1 or C, R], weight [1, V, K], sigma [1, 1, 1], mask uint8 [1, V,
 // K] or absent. numbers: the noise's rank, 0: full.
 extern "C" int ulr_cuda_perturbed_embedding(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                             const ulr_launch* launch) {

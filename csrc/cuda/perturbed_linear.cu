@@ -1,4 +1,4 @@
-// perturbed_linear: the product of perturbed_product.cuh, or, of low rank, the plain one with what low_rank.cuh adds.
+// perturbed_linear: the product of perturbed_product.cuh, or, for low rank, the kernel of low_rank.cuh.
 #include "dispatch.cuh"
 #include "low_rank.cuh"
 #include "perturbed_product.cuh"
@@ -38,9 +38,9 @@ int run_full(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch&
     p.noise = noise;
     p.x = Matrix<T>(t[kX]);
     p.weight = Matrix<T>(t[kWeight]);
-    p.x_member_stride = t[kX].size[0] == 1 ? 0 : t[kX].stride[0];
+    p.x_copy_stride = t[kX].size[0] == 1 ? 0 : t[kX].stride[0];
     p.bias = PerFeature<T>(t[kBias]);
-    p.bias_member_stride = t[kBias].size[0] == 1 ? 0 : t[kBias].stride[0];
+    p.bias_copy_stride = t[kBias].size[0] == 1 ? 0 : t[kBias].stride[0];
     p.sigma = static_cast<const float*>(t[kSigma].data);
     p.mask = Mask(t[kMask]);
     p.y = Output<T>(t[kY], 0);
@@ -60,7 +60,7 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 }  // namespace
 }  // namespace ulr
 
-// tensors: y [P, R, N], x [1 or P, R, K], weight [1, N, K], bias [1 or P, 1, N] or absent, sigma [1, 1, 1], mask uint8
+// tensors: y [C, R, N], x [1 or C, R, K], weight [1, N, K], bias [1 or C, 1, N] or absent, sigma [1, 1, 1], mask uint8
 // [1, N, K] or absent. numbers: the noise's rank, 0: full.
 extern "C" int ulr_cuda_perturbed_linear(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                          const ulr_launch* launch) {

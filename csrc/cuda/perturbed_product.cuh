@@ -1,5 +1,5 @@
-// The kernel of perturbed_linear and perturbed_conv2d: y[p] = x[p] W'_p^T + b, W'_p = round(fma(sigma, eps_p, W)). The
-// weight's tile is perturbed on its way into the product. A layer says what its operands and its output are.
+// The kernel of perturbed_linear and perturbed_conv2d: y[c] = x[c] W'_c^T + b, W'_c = round(fma(sigma, eps_c, W)). The
+// weight's tile is perturbed in shared memory before the product. A layer defines the operands and the output.
 #pragma once
 
 #include "perturbed.cuh"
@@ -15,7 +15,7 @@ template <bool pairs>
 constexpr int kFeatures = pairs ? kSlots / 2 : kSlots;
 template <bool pairs>
 constexpr int kStages = pairs ? 3 : 4;
-// A stage holds a tile of x, one of W', and for pairs whose members have an x each, the second members' x.
+// A stage holds a tile of x, one of W', and, for pairs with an x for each copy, the second copies' x.
 template <bool pairs>
 constexpr int kStageBytes = 64 * (kRows + kSlots + (pairs ? kRows : 0));
 template <bool pairs>
@@ -29,9 +29,9 @@ struct Perturbed {
     ulr_noise_spec noise;
     typename Layer::X x;
     typename Layer::Weight weight;
-    int64_t x_member_stride;  // 0: the members share x
+    int64_t x_copy_stride;  // 0: the copies share x
     PerFeature<T> bias;
-    int64_t bias_member_stride;
+    int64_t bias_copy_stride;
     const float* sigma;
     typename Layer::Mask mask;
     typename Layer::Y y;
@@ -57,9 +57,9 @@ __device__ __forceinline__ void perturbed_product(const Perturbed<Layer>& p) {
     const int64_t before = group * p.features;
     const int64_t first_row = int64_t{rest % p.row_tiles} * kRows;
     const int warp_row = threadIdx.x / 64 * 32, warp_col = threadIdx.x / 32 % 2 * 64;
-    const bool own_x = pairs && p.x_member_stride != 0;
-    const auto x = Layer::input(p.x, draw * p.x_member_stride, group);
-    const auto minus_x = Layer::input(p.x, (int64_t{draw} + p.draws) * p.x_member_stride, group);
+    const bool own_x = pairs && p.x_copy_stride != 0;
+    const auto x = Layer::input(p.x, draw * p.x_copy_stride, group);
+    const auto minus_x = Layer::input(p.x, (int64_t{draw} + p.draws) * p.x_copy_stride, group);
     const auto weight = Layer::weights(p.weight, before, p.features);
     const int steps = static_cast<int>((p.x.cols + kDepth - 1) / kDepth);
     const auto load = [&](int step) {
@@ -112,9 +112,9 @@ __device__ __forceinline__ void perturbed_product(const Perturbed<Layer>& p) {
     __syncthreads();
     const int slot = threadIdx.x % (kSlots / 8) * 8;  // of all octets of this thread
     const int64_t feature = first_feature + slot % kFeatures<pairs>;
-    const int64_t member = draw + (slot < kFeatures<pairs> ? 0 : int64_t{p.draws});
+    const int64_t copy = draw + (slot < kFeatures<pairs> ? 0 : int64_t{p.draws});
     float bias[8];
-    load_bias(bias, p.bias, member * p.bias_member_stride + before * p.bias.stride, feature, p.features);
+    load_bias(bias, p.bias, copy * p.bias_copy_stride + before * p.bias.stride, feature, p.features);
     typename Layer::Y part = p.y;
     part.data += before * part.col_stride;
     part.cols = p.features;
@@ -124,17 +124,17 @@ __device__ __forceinline__ void perturbed_product(const Perturbed<Layer>& p) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) value[i] = sums[row * kSlots + slot + i] + bias[i];
         const OutputOctet<typename Layer::Y> y(part, first_row + row, feature);
-        y.store(y.of(member), value, part.whole);
+        y.store(y.of(copy), value, part.whole);
     }
 }
 
 // The kernels of each kind of noise; a layer's source names them, so that each op has kernels of its own name.
 template <bool pairs, typename Layer>
-int launch_perturbed(Perturbed<Layer>& p, int64_t members, int64_t groups, const ulr_launch& launch,
+int launch_perturbed(Perturbed<Layer>& p, int64_t copies, int64_t groups, const ulr_launch& launch,
                      void (*quantile)(Perturbed<Layer>), void (*signs)(Perturbed<Layer>)) {
     p.features = p.y.cols / groups;
     p.y.whole = p.y.whole && p.features % 8 == 0;
-    p.draws = static_cast<uint32_t>(pairs ? members / 2 : members);
+    p.draws = static_cast<uint32_t>(pairs ? copies / 2 : copies);
     p.row_tiles = static_cast<uint32_t>((p.y.rows + kRows - 1) / kRows);
     p.tiles_of_group = static_cast<uint32_t>((p.features + kFeatures<pairs> - 1) / kFeatures<pairs>);
     p.feature_tiles = static_cast<uint32_t>(groups) * p.tiles_of_group;

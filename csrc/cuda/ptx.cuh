@@ -1,5 +1,5 @@
-// The instructions that C++ has no words for, each under a name. Off the device (python_tests/cuda_emulation) the same
-// names are emulated, so everything above this file is one source for both.
+// Functions for instructions that C++ lacks. Off the device (python_tests/cuda_emulation) the same functions are
+// emulated, so all other files are one source for both.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@
 
 namespace ulr {
 
-// A barrier of all blocks of a cooperative launch: what any of them wrote before, all see after it.
+// A barrier of all blocks of a cooperative launch: after it, all see the earlier writes of each.
 __device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
 
 // The block's dynamic shared memory.
@@ -28,20 +28,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// bits >> 23. Kept from the compiler, which would merge it with the scaling of a table's index into two instructions.
+// bits >> 23. Opaque to the compiler, which would merge it with the scaling of a table's index into two instructions.
 __device__ __forceinline__ uint32_t exponent(uint32_t bits) {
     uint32_t result;
     asm("shr.u32 %0, %1, 23;" : "=r"(result) : "r"(bits));
     return result;
 }
 
-// The same value, of which the compiler knows nothing: what is computed from it cannot be moved up and held in
-// registers past other work.
-__device__ __forceinline__ int not_before_here(int value) {
+// Hides a value from the optimiser, so that work on it is not hoisted above this point and held in registers.
+__device__ __forceinline__ int opaque(int value) {
     asm volatile("" : "+r"(value));
     return value;
 }
-__device__ __forceinline__ int64_t not_before_here(int64_t value) {
+__device__ __forceinline__ int64_t opaque(int64_t value) {
     asm volatile("" : "+l"(value));
     return value;
 }
@@ -61,7 +60,7 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, int
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `pending` of this thread's newest groups are still on their way.
+// Waits until at most `pending` of this thread's newest groups are still pending.
 template <int pending>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");

@@ -1,4 +1,4 @@
-// The loss of a row of outputs by a warp, and what each copy of a sample then counts.
+// The loss of a row of outputs by a warp, and the weights of a sample's copies.
 #pragma once
 
 #include "element.cuh"
@@ -13,7 +13,7 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
-// What rows are compared with: a class each, or as many values as there are outputs.
+// The targets of rows: a class each, or a value for each output.
 template <typename T>
 struct Target {
     const void* data;
@@ -37,7 +37,7 @@ struct Target {
 };
 
 // All lanes of a warp together, all get the loss. A class that does not exist gives NaN. `smoothing`: the share of a
-// class that all outputs have alike.
+// target that is spread over all outputs.
 template <typename T, typename Logit>
 __device__ __forceinline__ float row_loss(Loss loss, float smoothing, const Logit* logits, int features,
                                           const Target<T>& target, int64_t row) {
@@ -76,8 +76,8 @@ __device__ __forceinline__ float row_loss(Loss loss, float smoothing, const Logi
     return logf(warp_sum(sum)) - expected;
 }
 
-// (L - b) / count for each copy of one sample, of the warps whose turn it is: baselines.py says why so. Copies lie
-// `stride` apart; all threads of the block together, after a barrier that follows the losses.
+// (L - b) / count for each copy of one sample, by the warps whose turn it is; baselines.py explains the formula. Copies
+// lie `stride` apart; all threads of the block together, after a barrier that follows the losses.
 __device__ inline void weigh_losses(const float* losses, int64_t stride, float clean, float* weights,
                                     int64_t weight_stride, int copies, bool antithetic, Baseline baseline,
                                     float count) {

@@ -1,4 +1,4 @@
-// The scores of a quad of columns, weighted by the losses and summed over copies: noise_score, noise_dot_.
+// The scores of a quad of columns, weighted by the losses and summed over copies: noise_score, scale_shift_grad_.
 #pragma once
 
 #include "noise.cuh"

@@ -1,10 +1,10 @@
 // Tiles of matrices in shared memory, and products of tiles on a warp's registers.
 //
 // A tile keeps its rows one after another, each cut into chunks of 16 bytes that are permuted within the row, so that
-// eight rows' chunks at one place lie in different banks, as ldmatrix and float4 reads want them.
+// eight rows' chunks at one place lie in different banks, for ldmatrix and float4 reads.
 //
-// Sums live where mma.m16n8k16 leaves them: acc[mi][ni][2 h + i] of a lane is row 16 mi + 8 h + lane / 4 and slot
-// 8 ni + 2 (lane % 4) + i. The fp32 product, which has no such instruction, keeps to the same layout.
+// Sums have the layout of mma.m16n8k16: acc[mi][ni][2 h + i] of a lane is row 16 mi + 8 h + lane / 4 and slot
+// 8 ni + 2 (lane % 4) + i. The fp32 product, which has no such instruction, has the same layout.
 #pragma once
 
 #include <type_traits>
@@ -19,8 +19,8 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
     return row * row_bytes + 16 * (chunk ^ (row_bytes == 64 ? (row >> 1) & 3 : row & 7));
 }
 
-// Slots of a warp's sums to columns: within 16, a lane's two pairs of slots hold four neighbouring columns, which is
-// what one call of Philox makes. A tile whose rows become columns of the sums is loaded in this order.
+// Slots of a warp's sums to columns: within 16, a lane's two pairs of slots hold four neighbouring columns, the columns
+// of one call of Philox. A tile whose rows become columns of the sums is loaded in this order.
 __device__ __forceinline__ int column_of_slot(int slot) {
     return (slot & ~15) | (slot & 6) << 1 | (slot & 8) >> 2 | (slot & 1);
 }
@@ -50,8 +50,8 @@ template <int tile_rows, int row_bytes, int threads, typename T, typename Order>
 __device__ __forceinline__ void load_tile(char* tile, const Matrix<T>& m, int64_t row, int64_t col, Order order) {
     constexpr int kChunks = row_bytes / 16, kElements = 16 / sizeof(T), kRowsAtOnce = threads / kChunks;
     static_assert(threads % kChunks == 0);
-    // Addresses are made anew for each tile: kept from one to the next, they take registers that the sums need.
-    const int thread = not_before_here(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
+    // Addresses are recomputed for each tile: kept, they would take registers that the sums need.
+    const int thread = opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks;
     const int64_t first = col + chunk * kElements;
     if (first / 64 * 64 >= m.cols) return;
     const int inside = static_cast<int>(min(max(m.cols - first, int64_t{0}), int64_t{kElements}));
@@ -88,7 +88,7 @@ __device__ __forceinline__ void multiply(float (&acc)[mis][nis][4], const char* 
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-            // Rows 16 apart are permuted alike, so that one address serves them all.
+            // Rows 16 apart are permuted alike, so that they have one address.
             const char* a_chunk = a + chunk_offset<64>(a_row + lane % 16, 2 * k + lane / 16);
             const char* b_chunk = b + chunk_offset<64>(b_row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
             uint32_t left[mis][4];
@@ -252,7 +252,7 @@ __device__ __forceinline__ void load_sums(float (&acc)[mis][nis][4], const float
 #pragma unroll
         for (int group = 0; group < nis / 2; ++group) {
             float *low = &acc[i / 2][2 * group][2 * (i % 2)], *high = &acc[i / 2][2 * group + 1][2 * (i % 2)];
-            // In pairs, as mma keeps them: four at once would tie the sums to other registers all through the product.
+            // In pairs, as mma has them: four at once would tie the sums to other registers throughout the product.
             const auto* pairs = reinterpret_cast<const float2*>(tile + (row + 8 * i + lane / 4) * cols + col +
                                                                 16 * group + lane % 4 * 4);
             low[0] = pairs[0].x, low[1] = pairs[0].y, high[0] = pairs[1].x, high[1] = pairs[1].y;

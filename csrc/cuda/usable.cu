@@ -1,5 +1,5 @@
 // Whether the library's kernels can run on a device at all. A driver that is older than the library's CUDA, or a device
-// that it was not built for, is found out here, before a launch fails of it.
+// that it was not built for, is found here, before a launch fails.
 #include "launch.cuh"
 
 namespace {

@@ -15,25 +15,25 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         return values(seed, *shape, device=device, dtype=dtype)
 
     x, w, b = v(1, 2, 3, 9, 8), v(2, 6, 3, 3, 3), v(3, 6)
-    own, pairs = v(4, 4, 2, 3, 9, 8), {"members": 4, "antithetic": True}
+    own, pairs = v(4, 4, 2, 3, 9, 8), {"copies": 4, "antithetic": True}
     mask = v(5, 6, 3, 3, 3) > 0
     at = {"draw": 9, "row_offset": 1000, "col_offset": 130}
     yield Sample("one", (x, w, b, 0.3, 11))
     yield Sample("minus", (x, w, None, -0.3, 11), {"padding": 1, "stride": (2, 1)})
     yield Sample("pairs", (own, w, v(6, 4, 6), 0.3, -11), {**pairs, "padding": (2, 1), "dilation": 2})
-    yield Sample("signs", (x, w, b, 0.3, 11), {"dist": "rademacher", "members": 3, **at})
+    yield Sample("signs", (x, w, b, 0.3, 11), {"dist": "rademacher", "copies": 3, **at})
     yield Sample("depthwise", (x, v(7, 6, 1, 3, 2), b, 0.3, 11), {"groups": 3, "padding": "same", "dist": "laplace"})
-    yield Sample("pointwise", (x, v(8, 6, 3, 1, 1), b, 0.3, 11), {"members": 2, "padding": "valid"})
+    yield Sample("pointwise", (x, v(8, 6, 3, 1, 1), b, 0.3, 11), {"copies": 2, "padding": "valid"})
     yield Sample("mask", (x, w, b, 0.3, 11), {"mask": mask, **pairs})
     channels_last = (x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last), b, 0.3, 11)
-    yield Sample("channels-last", channels_last, {"members": 2, "mask": mask.to(torch.uint8)})
+    yield Sample("channels-last", channels_last, {"copies": 2, "mask": mask.to(torch.uint8)})
     yield Sample("strided", (v(9, 4, 3, 9, 16)[::2, :, :, ::2], v(10, 6, 6, 3, 3)[:, ::2], v(11, 12)[::2], 0.3, 11))
     yield Sample("low-rank", (own, w, b, -0.3, 11), {"rank": 2, **pairs, **at})
-    yield Sample("no-images", (x[:0], w, b, 0.3, 11), {"members": 2})
+    yield Sample("no-images", (x[:0], w, b, 0.3, 11), {"copies": 2})
 
     yield Sample("x-channels", (x[:, :2], w, b, 0.3, 1), error="'x' must have 3 channels")
-    yield Sample("x-rank", (x[0], w, b, 0.3, 1), error=r"'x' must be \[B, I, H, W\] or \[P, B, I, H, W\]")
-    yield Sample("x-members", (own, w, b, 0.3, 1), {"members": 2}, error="'x' must have 2 members")
+    yield Sample("x-rank", (x[0], w, b, 0.3, 1), error=r"'x' must be \[B, I, H, W\] or \[C, B, I, H, W\]")
+    yield Sample("x-copies", (own, w, b, 0.3, 1), {"copies": 2}, error="'x' must have 2 copies")
     yield Sample("x-small", (x[..., :2], w, b, 0.3, 1), error="'x' must have images large enough for a kernel of")
     yield Sample("weight-rank", (x, w[0], b, 0.3, 1), error=r"'weight' must be \[O, I / groups, kh, kw\]")
     yield Sample("no-filters", (x, w[:0], b[:0], 0.3, 1), error="'weight' must be .*, none of them 0")

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from ulr_kernels.ops._conv import Conv, ConvGradient, Window
+from ulr_kernels.ops._op import NoiseSpec
+
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
@@ -14,7 +17,7 @@ def launches() -> dict[str, Callable]:
 
     key, sigma, images, inputs, features, copies = torch.tensor(1), torch.tensor(0.1), 32, 64, 128, 64
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    window = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+    window = Window((1, 1), (1, 1, 1, 1), (1, 1), 1)
 
     def operands(dtype: str, shared: bool, side: int = 16) -> tuple[torch.Tensor, ...]:
         x = (images, inputs, side, side) if shared else (copies, images, inputs, side, side)
@@ -30,21 +33,21 @@ def launches() -> dict[str, Callable]:
             if form == "channels-last":
                 x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
                 y = y.movedim(2, -1).contiguous().movedim(-1, 2)
-            which = (*window, transposed, copies, antithetic, dist, "iid", side**2, 0, 0, 0)
-            return noisy_conv2d_launch(y, x, weight, bias, sigma, key, *which)
+            noise = NoiseSpec(key, antithetic, dist, "iid", side**2)
+            own = window._replace(transposed=transposed)
+            return noisy_conv2d_launch(y, Conv(x, weight, bias, sigma, own, copies, noise))
 
         return launch
 
-    def gradient(dtype: str, dist: str, shared: bool = True, replay: bool = False, log_sigma: bool = False):
+    def gradient(dtype: str, dist: str, shared: bool = True, recompute: bool = False, log_sigma: bool = False):
         def launch():
             y, x, weight, bias = operands(dtype, shared)
             log = torch.empty(()) if log_sigma else None
             buffers = (torch.empty(weight.shape), torch.empty(features), log)
-            y, weight, bias = (y, weight, bias) if replay else (None, None, None)
-            which = (*window, False, True, dist, "iid", 256, 0, 0, 0)
-            return conv_gradient_launch(
-                y, *buffers, x, weight, bias, torch.empty(copies, images), sigma, key, [3, 3], *which
-            )
+            y, weight, bias = (y, weight, bias) if recompute else (None, None, None)
+            of_images, noise = torch.empty(copies, images), NoiseSpec(key, True, dist, "iid", 256)
+            a = ConvGradient(*buffers, x, of_images, sigma, window, noise, weight, bias, [3, 3])
+            return conv_gradient_launch(y, a)
 
         return launch
 
@@ -62,8 +65,8 @@ def launches() -> dict[str, Callable]:
         "gradient-fp16-laplace-log-sigma": gradient("fp16", "laplace", log_sigma=True),
         "gradient-fp32-normal": gradient("fp32", "normal"),
         "gradient-fp32-rademacher": gradient("fp32", "rademacher"),
-        "replay-bf16-normal": gradient("bf16", "normal", replay=True),
-        "replay-bf16-normal-separate": gradient("bf16", "normal", shared=False, replay=True),
-        "replay-bf16-rademacher": gradient("bf16", "rademacher", replay=True),
-        "replay-fp32-normal": gradient("fp32", "normal", replay=True),
+        "recompute-bf16-normal": gradient("bf16", "normal", recompute=True),
+        "recompute-bf16-normal-separate": gradient("bf16", "normal", shared=False, recompute=True),
+        "recompute-bf16-rademacher": gradient("bf16", "rademacher", recompute=True),
+        "recompute-fp32-normal": gradient("fp32", "normal", recompute=True),
     }

@@ -1,4 +1,4 @@
-"""Launches of the kernels of noise_add, noise_score and noise_dot_."""
+"""Launches of the kernels of noise_add, noise_score and scale_shift_grad_."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Callable
 
 import torch
 
+from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops.noise_add import NoiseAdd
+from ulr_kernels.ops.noise_score import NoiseScore
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
+
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
     from ulr_kernels.backends.triton.noise_add import noise_add_launch
-    from ulr_kernels.backends.triton.noise_dot_ import noise_dot_launch
     from ulr_kernels.backends.triton.noise_score import noise_score_launch
+    from ulr_kernels.backends.triton.scale_shift_grad_ import scale_shift_grad_launch
 
     key, sigma, copies = torch.tensor(1), torch.tensor(0.1), 16
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -26,7 +31,8 @@ def launches() -> dict[str, Callable]:
         def launch():
             x, axis, positions = where(form, dtype, shared)
             y = torch.empty(copies, *shapes[form], dtype=x.dtype)
-            return noise_add_launch(y, x, sigma, key, axis, copies, shared, True, dist, sampler, positions, 0, 0, 0)
+            noise = NoiseSpec(key, True, dist, sampler, positions)
+            return noise_add_launch(y, NoiseAdd(x, sigma, axis, copies, shared, noise))
 
         return launch
 
@@ -34,7 +40,8 @@ def launches() -> dict[str, Callable]:
         def launch():
             x, axis, positions = where(form, "fp32")
             loss = torch.empty(copies, 8)
-            return noise_score_launch(x, loss, sigma, key, list(x.shape), axis, True, dist, "iid", positions, 0, 0, 0)
+            noise = NoiseSpec(key, True, dist, "iid", positions)
+            return noise_score_launch(x, NoiseScore(loss, sigma, list(x.shape), axis, noise))
 
         return launch
 
@@ -43,9 +50,9 @@ def launches() -> dict[str, Callable]:
             x, axis, positions = where(form, dtype, shared)
             cols = shapes[form][axis]
             buffers = torch.empty(cols), torch.empty(cols), torch.empty(()) if log_sigma else None
-            return noise_dot_launch(
-                *buffers, x, torch.empty(copies, 8), sigma, key, axis, shared, True, dist, "iid", positions, 0, 0, 0
-            )
+            noise = NoiseSpec(key, True, dist, "iid", positions)
+            a = ScaleShiftGradient(*buffers, x, torch.empty(copies, 8), sigma, axis, shared, noise)
+            return scale_shift_grad_launch(a)
 
         return launch
 

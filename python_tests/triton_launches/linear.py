@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from ulr_kernels.ops._linear import Linear, LinearGradient
+from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops.noise import FoldIn, Noise, Philox
+
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
@@ -19,7 +23,9 @@ def launches() -> dict[str, Callable]:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def fill(dist: str, sampler: str = "iid"):
-        return lambda: noise.noise_launch(torch.empty(rows, 512), key, dist, sampler, 1, 0, 0, 0)
+        return lambda: noise.noise_launch(
+            torch.empty(rows, 512), Noise([rows, 512], NoiseSpec(key, False, dist, sampler))
+        )
 
     def operands(dtype: str, shared: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         shapes = ((copies, rows, features), (rows, inputs) if shared else (copies, rows, inputs))
@@ -27,23 +33,27 @@ def launches() -> dict[str, Callable]:
         return tuple(torch.empty(s, dtype=dtypes[dtype]) for s in shapes)
 
     def forward(dtype: str, dist: str, antithetic: bool = False, shared: bool = True):
-        which = (sigma, key, copies, antithetic, dist, "iid", 1, 0, 0, 0)
-        return lambda: noisy_linear_launch(*operands(dtype, shared), *which)
+        def launch():
+            y, *operands_of = operands(dtype, shared)
+            return noisy_linear_launch(y, Linear(*operands_of, sigma, copies, NoiseSpec(key, antithetic, dist)))
 
-    def gradient(dtype: str, dist: str, shared: bool = True, replay: bool = False, log_sigma: bool = False):
+        return launch
+
+    def gradient(dtype: str, dist: str, shared: bool = True, recompute: bool = False, log_sigma: bool = False):
         def launch():
             y, x, weight, bias = operands(dtype, shared)
             buffers = (torch.empty(features, inputs), torch.empty(features), torch.empty(()) if log_sigma else None)
-            y, weight, bias = (y, weight, bias) if replay else (None, None, None)
-            which = (torch.empty(copies, rows), sigma, key, True, dist, "iid", 1, 0, 0, 0)
-            return gradient_launch(y, *buffers, x, weight, bias, *which)
+            y, weight, bias = (y, weight, bias) if recompute else (None, None, None)
+            noise = NoiseSpec(key, True, dist)
+            a = LinearGradient(*buffers, x, torch.empty(copies, rows), sigma, noise, weight, bias)
+            return gradient_launch(y, a)
 
         return launch
 
     counter = torch.empty(64, 4, dtype=torch.int64)
     return {
-        "philox4x32": lambda: noise.philox_launch(counter, counter, torch.tensor([1, 2])),
-        "fold_in": lambda: noise.fold_in_launch(counter[:, 0], counter[:, 0], key),
+        "philox4x32": lambda: noise.philox_launch(counter, Philox(counter, torch.tensor([1, 2]))),
+        "fold_in": lambda: noise.fold_in_launch(counter[:, 0], FoldIn(counter[:, 0], key)),
         "noise-normal": fill("normal"),
         "noise-laplace": fill("laplace"),
         "noise-rademacher": fill("rademacher"),
@@ -60,8 +70,8 @@ def launches() -> dict[str, Callable]:
         "gradient-fp16-laplace-log-sigma": gradient("fp16", "laplace", log_sigma=True),
         "gradient-fp32-normal": gradient("fp32", "normal"),
         "gradient-fp32-rademacher": gradient("fp32", "rademacher"),
-        "replay-bf16-normal": gradient("bf16", "normal", replay=True),
-        "replay-bf16-normal-separate": gradient("bf16", "normal", shared=False, replay=True),
-        "replay-bf16-rademacher": gradient("bf16", "rademacher", replay=True),
-        "replay-fp32-normal": gradient("fp32", "normal", replay=True),
+        "recompute-bf16-normal": gradient("bf16", "normal", recompute=True),
+        "recompute-bf16-normal-separate": gradient("bf16", "normal", shared=False, recompute=True),
+        "recompute-bf16-rademacher": gradient("bf16", "rademacher", recompute=True),
+        "recompute-fp32-normal": gradient("fp32", "normal", recompute=True),
     }

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from ulr_kernels.ops._parameters import ListNoise
+
 
 def launches() -> dict[str, Callable]:
     from ulr_kernels.backends.triton import parameters
 
     keys, scale, coefficients = torch.tensor([1]), torch.tensor(0.1), torch.empty(16)
-    step = (scale, torch.tensor(1), 0.1, 0.0, 0.9, 0.999, 1e-8)
+    step = parameters.Rule(scale, torch.tensor(1), (0.1, 0.0, 0.9, 0.999, 1e-8))
 
     def list_launch(
         dtype: torch.dtype, dist: str, amounts: torch.Tensor, states: int = 0, rank: int | None = None, rounded=False
@@ -19,9 +21,9 @@ def launches() -> dict[str, Callable]:
         def launch():
             tensors = [torch.empty(512, 512, dtype=dtype)]
             kept = [[torch.empty(512, 512)] for _ in range(states)]
-            rule = step if states else parameters.NO_RULE
-            spec = (dist, rank, rounded, 0, [], [])
-            return next(iter(parameters.launches(tensors, kept, keys, amounts, rule, *spec)))
+            rule = step if states else parameters.Rule()
+            noise = ListNoise(keys, dist, rank, rounded, 0, [], [])
+            return next(iter(parameters.launches(tensors, kept, amounts, rule, noise)))
 
         return launch
 

@@ -6,6 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from ulr_kernels.ops._conv import Window
+from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops._perturbed import WeightNoise
+from ulr_kernels.ops.perturbed_conv2d import PerturbedConv
+from ulr_kernels.ops.perturbed_embedding import PerturbedEmbedding
+from ulr_kernels.ops.perturbed_linear import PerturbedLinear
+
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
@@ -13,30 +20,36 @@ def launches() -> dict[str, Callable]:
     from ulr_kernels.backends.triton.perturbed_embedding import perturbed_embedding_launch
     from ulr_kernels.backends.triton.perturbed_linear import perturbed_linear_launch
 
-    sigma, key, members, bf16 = torch.tensor(0.1), torch.tensor(1), 4, torch.bfloat16
+    sigma, key, copies, bf16 = torch.tensor(0.1), torch.tensor(1), 4, torch.bfloat16
+
+    def which(dist: str, antithetic: bool, rank: int | None) -> WeightNoise:
+        return WeightNoise(NoiseSpec(key, antithetic, dist), copies, rank)
 
     def linear(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None):
         def made():
-            y, x = (torch.empty(members, 128, size, dtype=dtype) for size in (512, 768))
+            y, x = (torch.empty(copies, 128, size, dtype=dtype) for size in (512, 768))
             weight, bias = torch.empty(512, 768, dtype=dtype), torch.empty(512, dtype=dtype)
-            return perturbed_linear_launch(y, x, weight, bias, sigma, key, members, antithetic, rank, dist)
+            return perturbed_linear_launch(y, PerturbedLinear(x, weight, bias, sigma, which(dist, antithetic, rank)))
 
         return made
 
     def conv(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None, groups: int = 1):
         def made():
-            images = torch.empty(members, 32, 128, 16, 16, dtype=dtype)
+            images = torch.empty(copies, 32, 128, 16, 16, dtype=dtype)
             weight, bias = torch.empty(128, 128 // groups, 3, 3, dtype=dtype), torch.empty(128, dtype=dtype)
-            window, how = ([1, 1], [1] * 4, [1, 1], groups), (members, antithetic, rank, dist)
-            return perturbed_conv2d_launch(images.clone(), images, weight, bias, sigma, key, *window, *how)
+            window = Window((1, 1), (1,) * 4, (1, 1), groups)
+            a = PerturbedConv(images, weight, bias, sigma, window, which(dist, antithetic, rank))
+            return perturbed_conv2d_launch(images.clone(), a)
 
         return made
 
     def embedding(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None):
         def made():
-            y, weight = torch.empty(members, 512, 768, dtype=dtype), torch.empty(30000, 768, dtype=dtype)
-            which = (sigma, key, members, antithetic, rank, dist)
-            return perturbed_embedding_launch(y, torch.zeros(512, dtype=torch.int64), weight, *which)
+            y, weight = torch.empty(copies, 512, 768, dtype=dtype), torch.empty(30000, 768, dtype=dtype)
+            indices = torch.zeros(512, dtype=torch.int64)
+            return perturbed_embedding_launch(
+                y, PerturbedEmbedding(indices, weight, sigma, which(dist, antithetic, rank))
+            )
 
         return made
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
+
 
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
-    from ulr_kernels.backends.triton.noisy_linear_grads_ import launches as gradients_launches
+    from ulr_kernels.backends.triton.foreach_noisy_linear_grad_ import launches as gradients_launches
 
     key, sigma, rows, inputs, features, copies = torch.tensor(1), torch.tensor(0.1), 128, 784, 512, 64
 
@@ -17,8 +19,8 @@ def launches() -> dict[str, Callable]:
         def launch():
             x = torch.empty((rows, inputs) if shared else (copies, rows, inputs), dtype=dtype)
             layer = (torch.empty(features, inputs), torch.empty(features), x, torch.empty(copies, rows), sigma, key)
-            which = (True, dist, "iid", [], 0, [], [])
-            return next(iter(gradients_launches(*([tensor] * 2 for tensor in layer), *which)))
+            lists = ([tensor] * 2 for tensor in layer)
+            return next(iter(gradients_launches(LinearGradients(*lists, True, dist, "iid", [], 0, [], []))))
 
         return launch
 

@@ -1,4 +1,4 @@
-"""The two native libraries: opening them, why one is absent, and handing torch's tensors to their launchers."""
+"""The two native libraries: opening them, why one is absent, and calls of their launchers with torch's tensors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
+from ulr_kernels.ops._op import NoiseSpec
 
 FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
 PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
@@ -27,8 +28,10 @@ TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 class Arguments(NamedTuple):
-    """What a launcher is handed: the noise, the tensors and the op's own integers, in the order of the enums beside it.
-    The tensors are kept, not just their addresses: some are made for the launch."""
+    """Arguments of a launcher: the noise, the tensors and the op's own integers, in the order of the enums beside it.
+
+    They hold the tensors, not just their addresses: some are made for the launch.
+    """
 
     noise: tuple | None
     tensors: tuple[Tensor | None, ...]
@@ -69,7 +72,7 @@ def library(part: str) -> ctypes.CDLL | str:
 
 
 def error(part: str, code: int) -> str:
-    """What an error code means; of the cuda library, in the words of the last failure."""
+    """The meaning of an error code; the cuda library describes its last failure."""
     text = getattr(library(part), PREFIXES[part] + "error", None)
     if text is None:
         return ERRORS[code]
@@ -109,28 +112,24 @@ def launcher(part: str, name: str) -> Launcher:
 
 
 def view(tensor: Tensor) -> TensorView:
-    """What a launcher reads of a tensor of up to five axes."""
+    """Address, dtype, sizes and strides of a tensor of up to five axes, as a launcher reads them."""
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def float_bits(value: float) -> int:
-    """A number that is no integer, as a launcher reads it: the bits of the fp32 number nearest to it."""
+    """The bits of the fp32 number nearest to `value`: launchers take integers only."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
-def noise_spec(
-    key: Tensor,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-    *,
-    width: int,
-    antithetic: bool = False,
-) -> tuple:
-    """Which noise, as a launcher reads it; `width`: all columns, `col_offset` included."""
+def noise_view(noise: NoiseSpec, cols: int = 0, draw: int = 0, row: int = 0, col: int = 0) -> tuple:
+    """Which noise, as a launcher reads it.
+
+    Args:
+        noise: of the whole call.
+        cols: of the whole call; needed for Sobol alone.
+        draw, row, col: where in the call the launch starts.
+    """
+    key, antithetic, dist, sampler, positions, first_draw, row_offset, col_offset = noise
     directions = noise_contract.sobol_directions(key.device).data_ptr() if sampler == "sobol" else 0
     which = (key.data_ptr(), directions, DISTRIBUTIONS[dist], antithetic)
-    return (*which, draw, row_offset, col_offset, positions, width)
+    return (*which, first_draw + draw, row_offset + row, col_offset + col, positions, col_offset + cols)

@@ -1,4 +1,4 @@
-"""Whether a CUDA graph is being captured, which must be given what later replays can read."""
+"""Whether a CUDA graph is being captured: its arguments must live as long as its replays."""
 
 from __future__ import annotations
 

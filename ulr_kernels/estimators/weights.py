@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ulr_kernels import ops
 from ulr_kernels.nn.call import gradient_buffer
-from ulr_kernels.ops._parameters import grid
+from ulr_kernels.ops._parameters import rows_cols
 from ulr_kernels.optim.probing import Draws, Probing, Site
 
 
@@ -42,7 +42,7 @@ class WeightNoise(NamedTuple):
         """Add sum over c of (sum over samples of loss_weight) * score(eps_c) / sigma to `.grad`: all samples of a copy
         see the same weights."""
         for site in self.sites:
-            rows, cols = grid(site.parameter)
+            rows, cols = rows_cols(site.parameter)
             weight = loss_weight.sum(1, keepdim=True).to(site.key.device)
             score = ops.noise_score(
                 (rows, cols),

@@ -228,7 +228,9 @@ class Call:
         noise, spec = self.noise, self._spec(self._positions, loss_weight) | {"feature_dim": self.feature_dim}
         like = loss_weight.new_empty(()).expand(self._grid)
         buffer = gradient_buffer(log_sigma)
-        ops.noise_dot_(None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec)
+        ops.scale_shift_grad_(
+            None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec
+        )
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class ConvCall(Call):
     def _replayed(self, known: Known) -> Tensor:
         noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
         with self._buffers() as (weight, bias):
-            y = ops.noisy_conv2d_replay_(
+            y = ops.noisy_conv2d_recompute_(
                 weight,
                 bias,
                 x,

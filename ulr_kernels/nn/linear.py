@@ -54,7 +54,7 @@ class LinearCall(Call):
     def _replayed(self, known: Known) -> Tensor:
         rows, noise = self._rows(), self.noise
         with self._buffers() as (weight, bias):
-            y = ops.noisy_linear_replay_(
+            y = ops.noisy_linear_recompute_(
                 weight,
                 bias,
                 rows,
@@ -124,7 +124,7 @@ def _add_together(group: list[tuple[LinearCall, Tensor]], draw: int) -> None:
     noise = calls[0].noise
     with contextlib.ExitStack() as stack:
         buffers = [stack.enter_context(call._buffers()) for call in calls]
-        ops.noisy_linear_grads_(
+        ops.foreach_noisy_linear_grad_(
             [weight for weight, _ in buffers if weight is not None],
             [bias for _, bias in buffers],
             rows,

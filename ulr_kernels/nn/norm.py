@@ -40,7 +40,7 @@ class NormCall(Call):
         if not self._shared:
             normalised = normalised.unflatten(0, (noise.copies, -1))
         with gradient_buffers(self._gain, self._shift) as (gain, shift):
-            ops.noise_dot_(
+            ops.scale_shift_grad_(
                 gain,
                 shift,
                 normalised,

@@ -4,38 +4,38 @@
 """
 
 from ulr_kernels.ops.combine_ import combine_
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import foreach_noisy_linear_grad_
 from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
 from ulr_kernels.ops.noise_add import noise_add
-from ulr_kernels.ops.noise_dot_ import noise_dot_
 from ulr_kernels.ops.noise_score import noise_score
 from ulr_kernels.ops.noisy_conv2d import noisy_conv2d
 from ulr_kernels.ops.noisy_conv2d_grad_ import noisy_conv2d_grad_
-from ulr_kernels.ops.noisy_conv2d_replay_ import noisy_conv2d_replay_
+from ulr_kernels.ops.noisy_conv2d_recompute_ import noisy_conv2d_recompute_
 from ulr_kernels.ops.noisy_linear import noisy_linear
 from ulr_kernels.ops.noisy_linear_grad_ import noisy_linear_grad_
-from ulr_kernels.ops.noisy_linear_grads_ import noisy_linear_grads_
-from ulr_kernels.ops.noisy_linear_replay_ import noisy_linear_replay_
+from ulr_kernels.ops.noisy_linear_recompute_ import noisy_linear_recompute_
 from ulr_kernels.ops.noisy_mlp_step import noisy_mlp_step
 from ulr_kernels.ops.perturb_ import perturb_
 from ulr_kernels.ops.perturbed_conv2d import perturbed_conv2d
 from ulr_kernels.ops.perturbed_embedding import perturbed_embedding
 from ulr_kernels.ops.perturbed_linear import perturbed_linear
+from ulr_kernels.ops.scale_shift_grad_ import scale_shift_grad_
 
 __all__ = [
     "combine_",
     "fold_in",
     "noise",
     "noise_add",
-    "noise_dot_",
+    "scale_shift_grad_",
     "noise_like",
     "noise_score",
     "noisy_conv2d",
     "noisy_conv2d_grad_",
-    "noisy_conv2d_replay_",
+    "noisy_conv2d_recompute_",
     "noisy_linear",
     "noisy_linear_grad_",
-    "noisy_linear_grads_",
-    "noisy_linear_replay_",
+    "foreach_noisy_linear_grad_",
+    "noisy_linear_recompute_",
     "noisy_mlp_step",
     "perturb_",
     "perturbed_conv2d",

@@ -1,4 +1,4 @@
-"""What the convolutions share: their window and their rules, and the noisy ones their reference in torch."""
+"""Convolutions: their window and rules, and the reference of the noisy ones in torch."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import FLOATS, Check, Output
+from ulr_kernels.ops._op import FLOATS, Check, NoiseSpec, Output
 
-# Of the ops' schemas: padding is (top, bottom, left, right).
+# Part of the ops' schemas; padding is (top, bottom, left, right).
 WINDOW_SCHEMA = "int[] stride, int[] padding, int[] dilation, int groups, bool transposed"
 
 
 class Window(NamedTuple):
-    """Which input pixels an output pixel sees: output row y and kernel row ky meet at input row
+    """The input pixels of an output pixel. Output row y and kernel row ky have the input row
 
     y * stride - top + ky * dilation, or, transposed, (y + top - ky * dilation) / stride where that is whole.
     """
 
     stride: tuple[int, ...]
-    padding: tuple[int, ...]  # top, bottom, left, right; transposed: what is cut off the output
+    padding: tuple[int, ...]  # top, bottom, left, right; transposed: rows and columns cut off the output
     dilation: tuple[int, ...]
     groups: int
-    transposed: bool
+    transposed: bool = False
 
     @staticmethod
     def of(stride, padding, dilation, groups, transposed) -> Window:
@@ -51,7 +51,7 @@ class Window(NamedTuple):
         return (weight[0], per_group) if self.transposed else (per_group, weight[0])
 
     def _for_torch(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
-        """The input, the padding and the output padding as torch's convolutions take them: the same on both sides."""
+        """Input, padding and output padding for torch's convolutions, whose padding is the same on both sides."""
         top, bottom, left, right = self.padding
         if self.transposed:
             return x, (top, left), (top - bottom, left - right)
@@ -69,8 +69,7 @@ class Window(NamedTuple):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and of the weight from the output's, by torch; of `weight` only the shape counts for the
-        second."""
+        """The gradients of x and of the weight from the output's, by torch; the second needs only `weight`'s shape."""
         padded, padding, output_padding = self._for_torch(x)
         by_x, by_weight, _ = torch.ops.aten.convolution_backward(
             grad,
@@ -91,7 +90,69 @@ class Window(NamedTuple):
         return by_x, by_weight
 
 
-# --- what users give -------------------------------------------------------------------------------------------------
+class Conv(NamedTuple):
+    """Arguments of noisy_conv2d."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sigma: Tensor
+    window: Window
+    copies: int
+    noise: NoiseSpec
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.x, self.weight.shape, self.window, self.copies)
+
+
+class ConvGradient(NamedTuple):
+    """Arguments of noisy_conv2d_grad_; with a weight instead of `kernel`, those of noisy_conv2d_recompute_."""
+
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    grad_log_sigma: Tensor | None
+    x: Tensor
+    loss_weight: Tensor
+    sigma: Tensor
+    window: Window
+    noise: NoiseSpec
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    kernel: list[int] | None = None
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.grad_weight, self.grad_bias, self.grad_log_sigma
+
+    @property
+    def kernel_size(self) -> Sequence[int]:
+        """Height and width of the kernel."""
+        size = self.kernel if self.weight is None else self.weight.shape[2:]
+        assert size is not None
+        return size
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The weight's shape by grad_weight, or else by grad_bias, x and the kernel's size together."""
+        if self.grad_weight is not None:
+            return tuple(self.grad_weight.shape)
+        assert self.grad_bias is not None  # by the op's check
+        inputs, features = self.x.shape[-3], self.grad_bias.shape[0]
+        first, second = (inputs, features) if self.window.transposed else (features, inputs)
+        return first, second // self.window.groups, *self.kernel_size
+
+    @property
+    def sizes(self) -> Sizes:
+        return sizes_of(self.x, self.weight_shape, self.window, self.loss_weight.shape[0])
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return self.window.output_size(self.x.shape[-2:], self.kernel_size)
+
+
+# --- public arguments ------------------------------------------------------------------------------------------------
 
 Pair = int | Sequence[int]
 
@@ -168,7 +229,7 @@ def kernel_of(op: str, grad_weight: Tensor | None, kernel_size: Pair | None, tra
 
 
 def resolve_positions(window: Window, x: Tensor, kernel: Sequence[int], positions: int | None) -> int:
-    """Rows per sample: where none are given, those of one image. (An output without rows is refused by the check.)"""
+    """Rows per sample; None: those of one image. (The op's check refuses an output without rows.)"""
     height, width = window.output_size(x.shape[-2:], kernel)
     return max(height, 1) * max(width, 1) if positions is None else positions
 
@@ -197,7 +258,7 @@ def check_window(check: Check, window: Window) -> None:
 
 
 def sizes_of(x: Tensor, weight: Sequence[int], window: Window, copies: int) -> Sizes:
-    """The sizes of the product: rows are (image, y, x), inputs what an output sums over, features the channels."""
+    """The sizes of the product: rows are (image, y, x), inputs the terms of an output, features the channels."""
     height, width = window.output_size(x.shape[-2:], weight[2:])
     inputs, features = window.channels(weight)
     taps = inputs // window.groups * weight[2] * weight[3]
@@ -227,35 +288,9 @@ def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None, s
         check.shape("bias", bias, (sizes.features,), f"weight is {list(weight.shape)}")
 
 
-def weight_shape(
-    grad_weight: Tensor | None, grad_bias: Tensor | None, x: Tensor, kernel: Sequence[int], window: Window
-) -> tuple[int, ...]:
-    """The weight's shape, which grad_weight gives, or else grad_bias, x and the kernel's size together."""
-    if grad_weight is not None:
-        return tuple(grad_weight.shape)
-    assert grad_bias is not None  # the check has seen to it
-    inputs, features = x.shape[-3], grad_bias.shape[0]
-    first, second = (inputs, features) if window.transposed else (features, inputs)
-    return first, second // window.groups, *kernel
-
-
-def gradient_sizes(grad_weight, grad_bias, x: Tensor, loss_weight: Tensor, kernel, window: Window) -> Sizes:
-    return sizes_of(x, weight_shape(grad_weight, grad_bias, x, kernel, window), window, loss_weight.shape[0])
-
-
-def check_gradients(
-    check: Check,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    kernel: Sequence[int],
-    window: Window,
-    positions: int,
-    dist: str,
-) -> Sizes:
-    """The rules of buffers and loss weights, and the sizes that they give."""
+def check_gradients(check: Check, a: ConvGradient) -> Sizes:
+    """All rules of a gradient but those of its noise and devices, and the sizes that it has."""
+    x, window, kernel, grad_weight, grad_bias = a.x, a.window, a.kernel_size, a.grad_weight, a.grad_bias
     check_images(check, x)
     check_window(check, window)
     if grad_weight is None and grad_bias is None:
@@ -267,14 +302,20 @@ def check_gradients(
             check.fail("grad_weight", f"have a kernel of {list(kernel)}", list(grad_weight.shape))
     elif grad_bias is not None and grad_bias.dim() != 1:
         check.fail("grad_bias", "be [O], one per channel", list(grad_bias.shape))
-    shape = weight_shape(grad_weight, grad_bias, x, kernel, window)
     named = "a weight of grad_bias's channels" if grad_weight is None else "grad_weight"
-    if loss_weight.dim() != 2:
-        check.fail("loss_weight", "be [copies, samples]", list(loss_weight.shape))
-    sizes = check_sizes(check, x, shape, window, loss_weight.shape[0], named)
-    _linear.check_loss_weight(check, loss_weight, sizes.rows, positions)
-    _linear.check_feature_gradients(check, sizes.features, grad_bias, grad_log_sigma, x, dist)
+    if a.loss_weight.dim() != 2:
+        check.fail("loss_weight", "be [copies, samples]", list(a.loss_weight.shape))
+    sizes = check_sizes(check, x, a.weight_shape, window, a.loss_weight.shape[0], named)
+    _linear.check_loss_weight(check, a.loss_weight, sizes.rows, a.noise.positions)
+    _linear.check_feature_gradients(check, sizes.features, grad_bias, a.grad_log_sigma, x, a.noise.dist)
     return sizes
+
+
+def check_noise(check: Check, a: ConvGradient, sizes: Sizes) -> None:
+    """The rules of a gradient's noise and devices."""
+    _linear.check_sigma(check, "sigma", a.sigma, sizes.features, (torch.float32,))
+    _linear.check_gradient_devices(check, a)
+    check.noise(a.noise, sizes.rows, sizes.features, a.noise.draws(sizes.copies))
 
 
 def output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Output:
@@ -289,7 +330,7 @@ def output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Output:
 
 
 def products(window: Window, sizes: Sizes) -> int:
-    """Multiply-adds of the convolution of all copies; transposed, each output meets 1 / stride^2 of the kernel."""
+    """Multiply-adds of the convolution of all copies; transposed, an output uses 1 / stride^2 of the kernel."""
     skipped = window.stride[0] * window.stride[1] if window.transposed else 1
     return (1 if sizes.shared else sizes.copies) * sizes.rows * sizes.features * sizes.inputs // skipped
 
@@ -297,49 +338,30 @@ def products(window: Window, sizes: Sizes) -> int:
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def forward_reference(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    sizes: Sizes,
-    window: Window,
-    key: Tensor,
-    *spec,
-) -> None:
+def forward_reference(y: Tensor, a: Conv | ConvGradient) -> None:
     """y[c] = conv(x[c], weight) + b + sigma * eps_c, with fp32 sums."""
-    channels_last = y.movedim(2, -1)
+    sizes, weight, channels_last = a.sizes, a.weight, y.movedim(2, -1)
+    assert weight is not None
 
     def product(images: Tensor) -> Tensor:
-        return window.convolve(images.float(), weight.float(), None if bias is None else bias.float()).movedim(1, -1)
+        bias = None if a.bias is None else a.bias.float()
+        return a.window.convolve(images.float(), weight.float(), bias).movedim(1, -1)
 
-    shared = product(x) if sizes.shared else None
-    for copy, eps in _linear.copies_of_noise(key, sizes, *spec):
-        clean = shared if shared is not None else product(x[copy])
-        channels_last[copy].copy_(clean + (sigma * eps).view(clean.shape))
+    shared = product(a.x) if sizes.shared else None
+    for copy, eps in _linear.copies_of_noise(a.noise, sizes):
+        clean = shared if shared is not None else product(a.x[copy])
+        channels_last[copy].copy_(clean + (a.sigma * eps).view(clean.shape))
 
 
-def gradient_reference(
-    buffers: tuple[Tensor | None, Tensor | None, Tensor | None],
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    sizes: Sizes,
-    window: Window,
-    kernel: Sequence[int],
-    *spec,
-) -> None:
-    """The linear layer's, with the convolution's weight gradient in place of the outer product."""
-    grad_weight = buffers[0]
-    size = window.output_size(x.shape[-2:], kernel)
+def gradient_reference(a: ConvGradient) -> None:
+    """`_linear.gradient_reference` with the convolution's weight gradient in place of the outer product."""
 
     def product(scores: Tensor, images: Tensor) -> Tensor:
-        assert grad_weight is not None
-        by_output = scores.view(images.shape[0], *size, sizes.features).movedim(-1, 1)
-        like = images.new_empty(grad_weight.shape, dtype=torch.float32)
-        by_weight = window.backward(by_output, images.float(), like, (False, True))[1]
+        assert a.grad_weight is not None
+        by_output = scores.view(images.shape[0], *a.output_size, a.sizes.features).movedim(-1, 1)
+        like = images.new_empty(a.grad_weight.shape, dtype=torch.float32)
+        by_weight = a.window.backward(by_output, images.float(), like, (False, True))[1]
         assert by_weight is not None
         return by_weight
 
-    _linear.gradient_reference(*buffers, x, loss_weight, sigma, sizes, *spec, product=product)
+    _linear.gradient_reference(a, product)

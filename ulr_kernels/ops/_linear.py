@@ -3,23 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops._op import FLOATS, Check
+from ulr_kernels.ops._op import FLOATS, Check, Cost, NoiseSpec
+
+if TYPE_CHECKING:
+    from ulr_kernels.ops._conv import ConvGradient
 
 
 class Sizes(NamedTuple):
-    """copies C, rows R, inputs K, features N, shared: x has no copy axis."""
+    """Copies C, rows R, inputs K, features N; shared: x has no copy axis."""
 
     copies: int
     rows: int
     inputs: int
     features: int
     shared: bool
+
+
+class Linear(NamedTuple):
+    """Arguments of noisy_linear."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sigma: Tensor
+    copies: int
+    noise: NoiseSpec
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.copies, self.x.shape[-2], self.x.shape[-1], self.weight.shape[0], self.x.dim() == 2)
+
+
+class LinearGradient(NamedTuple):
+    """Arguments of noisy_linear_grad_; with a weight, those of noisy_linear_recompute_."""
+
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    grad_log_sigma: Tensor | None
+    x: Tensor
+    loss_weight: Tensor
+    sigma: Tensor
+    noise: NoiseSpec
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def buffers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.grad_weight, self.grad_bias, self.grad_log_sigma
+
+    @property
+    def sizes(self) -> Sizes:
+        first = next(t for t in (self.weight, self.grad_weight, self.grad_bias) if t is not None)
+        x = self.x
+        return Sizes(self.loss_weight.shape[0], x.shape[-2], x.shape[-1], first.shape[0], x.dim() == 2)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check_x(check: Check, x: Tensor, copies: int, weight: Tensor | None) -> None:
@@ -56,22 +101,46 @@ def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: i
         )
 
 
-def check_gradients(
-    check: Check,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    dist: str,
-) -> int:
-    """The number of features, which the buffers give."""
+def check_gradient(check: Check, a: LinearGradient) -> None:
+    """All rules of a gradient."""
+    if a.x.dim() not in (2, 3):
+        check.fail("x", "be [R, K] or [C, R, K]", list(a.x.shape))
+    if a.weight is not None and a.weight.dim() != 2:
+        check.fail("weight", "be [N, K]", list(a.weight.shape))
+    rows, inputs = a.x.shape[-2:]
+    check_loss_weight(check, a.loss_weight, rows, a.noise.positions)
+    copies = a.loss_weight.shape[0]
+    draws = check.copies(copies, a.noise.antithetic)
+    check_x(check, a.x, copies, a.weight)
+    if a.weight is not None:
+        check_weight(check, a.x, a.weight, a.bias)
     features = None
-    if grad_weight is not None:
-        check.dtype("grad_weight", grad_weight, buffer_dtypes(x))
-        if grad_weight.dim() != 2 or grad_weight.shape[1] != x.shape[-1]:
-            check.fail("grad_weight", f"be [N, {x.shape[-1]}] (x is {list(x.shape)})", list(grad_weight.shape))
-        features = grad_weight.shape[0]
-    return check_feature_gradients(check, features, grad_bias, grad_log_sigma, x, dist)
+    if a.grad_weight is not None:
+        check.dtype("grad_weight", a.grad_weight, buffer_dtypes(a.x))
+        if a.grad_weight.dim() != 2 or a.grad_weight.shape[1] != inputs:
+            check.fail("grad_weight", f"be [N, {inputs}] (x is {list(a.x.shape)})", list(a.grad_weight.shape))
+        features = a.grad_weight.shape[0]
+    features = check_feature_gradients(check, features, a.grad_bias, a.grad_log_sigma, a.x, a.noise.dist)
+    if a.weight is not None and features != a.weight.shape[0]:
+        check.fail("grad_weight", f"have {a.weight.shape[0]} features (weight is {list(a.weight.shape)})", features)
+    check_sigma(check, "sigma", a.sigma, features, (torch.float32,))
+    check_gradient_devices(check, a)
+    check.noise(a.noise, rows, features, draws)
+
+
+def check_gradient_devices(check: Check, a: LinearGradient | ConvGradient) -> None:
+    check.device(
+        "x",
+        a.x.device,
+        grad_weight=a.grad_weight,
+        grad_bias=a.grad_bias,
+        grad_log_sigma=a.grad_log_sigma,
+        weight=a.weight,
+        bias=a.bias,
+        loss_weight=a.loss_weight,
+        sigma=a.sigma,
+        key=a.noise.key,
+    )
 
 
 def buffer_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
@@ -86,7 +155,7 @@ def check_feature_gradients(
     x: Tensor,
     dist: str,
 ) -> int:
-    """The number of features, which grad_weight has given, or else grad_bias gives."""
+    """Check grad_bias and grad_log_sigma; return the number of features, by default grad_bias's."""
     if grad_bias is not None:
         check.dtype("grad_bias", grad_bias, buffer_dtypes(x))
         if grad_bias.dim() != 1 or features not in (None, grad_bias.shape[0]):
@@ -108,79 +177,77 @@ def check_density(check: Check, grad_log_sigma: Tensor | None, dist: str) -> Non
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def copies_of_noise(
-    key: Tensor, sizes: Sizes, antithetic: bool, dist: str, sampler: str, positions: int, draw: int, row: int, col: int
-) -> Iterator[tuple[int, Tensor]]:
+def copies_of_noise(noise: NoiseSpec, sizes: Sizes) -> Iterator[tuple[int, Tensor]]:
     """Copy by copy: its number and its signed noise, fp32 `[R, N]`."""
-    draws, signs = noise_contract.copy_draws(sizes.copies, antithetic, draw, key.device)
+    draws, signs = noise_contract.copy_draws(sizes.copies, noise.antithetic, noise.draw, noise.key.device)
     for copy in range(sizes.copies):
         eps = noise_contract.noise_grid(
             sizes.rows,
             sizes.features,
             draws[copy : copy + 1],
-            key,
-            dist=dist,
-            sampler=sampler,
-            positions=positions,
-            row_offset=row,
-            col_offset=col,
+            noise.key,
+            dist=noise.dist,
+            sampler=noise.sampler,
+            positions=noise.positions,
+            row_offset=noise.row_offset,
+            col_offset=noise.col_offset,
         )[0]
         yield copy, eps * signs[copy]
 
 
-def forward_reference(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, sizes: Sizes, key: Tensor, *spec
-) -> None:
+def forward_reference(y: Tensor, a: Linear | LinearGradient) -> None:
     """y[c] = x[c] W^T + b + sigma * eps_c, with fp32 sums."""
-    shift = 0.0 if bias is None else bias.float()
+    x, weight, sizes = a.x, a.weight, a.sizes
+    assert weight is not None
+    shift = 0.0 if a.bias is None else a.bias.float()
     shared = x.float() @ weight.float().T + shift if sizes.shared else None
-    for copy, eps in copies_of_noise(key, sizes, *spec):
+    for copy, eps in copies_of_noise(a.noise, sizes):
         clean = shared if shared is not None else x[copy].float() @ weight.float().T + shift
-        y[copy].copy_(clean + sigma * eps)
+        y[copy].copy_(clean + a.sigma * eps)
 
 
 def _outer(scores: Tensor, x: Tensor) -> Tensor:
     return scores.T @ x.float()
 
 
-def gradient_reference(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    sizes: Sizes,
-    key: Tensor,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    *offsets: int,
-    product: Callable[[Tensor, Tensor], Tensor] = _outer,
-) -> None:
+def gradient_reference(a: LinearGradient | ConvGradient, product: Callable[[Tensor, Tensor], Tensor] = _outer) -> None:
     """dE[L]/dW = E[L score x^T] / sigma and its companions, as raw sums over copies and rows.
 
     `product`: the layer's own parameter Jacobian, applied to weighted scores `[R, N]` and one copy's input.
     """
-    by_weight = None if grad_weight is None else loss_weight.new_zeros(grad_weight.shape)
+    sizes, loss_weight = a.sizes, a.loss_weight
+    by_weight = None if a.grad_weight is None else loss_weight.new_zeros(a.grad_weight.shape)
     by_bias = loss_weight.new_zeros(sizes.features)
     by_log_sigma = loss_weight.new_zeros(sizes.features)
-    weights = loss_weight.repeat_interleave(positions, dim=1)
+    weights = loss_weight.repeat_interleave(a.noise.positions, dim=1)
     reduced = loss_weight.new_zeros(sizes.rows, sizes.features)
-    for copy, eps in copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *offsets):
-        score = noise_contract.score(eps, dist)
-        weighted = weights[copy, :, None] * score / sigma
+    for copy, eps in copies_of_noise(a.noise, sizes):
+        score = noise_contract.score(eps, a.noise.dist)
+        weighted = weights[copy, :, None] * score / a.sigma
         if sizes.shared:
             reduced += weighted
         elif by_weight is not None:
-            by_weight += product(weighted, x[copy])
+            by_weight += product(weighted, a.x[copy])
         by_bias += weighted.sum(0)
         by_log_sigma += (weights[copy, :, None] * (eps * score - 1)).sum(0)
     if sizes.shared and by_weight is not None:
-        by_weight += product(reduced, x)
-    for buffer, value in ((grad_weight, by_weight), (grad_bias, by_bias)):
+        by_weight += product(reduced, a.x)
+    for buffer, value in ((a.grad_weight, by_weight), (a.grad_bias, by_bias)):
         if buffer is not None and value is not None:
             buffer.copy_(buffer.float() + value)
-    if grad_log_sigma is not None:
-        grad_log_sigma.copy_(grad_log_sigma.float() + (by_log_sigma if grad_log_sigma.dim() else by_log_sigma.sum()))
+    if a.grad_log_sigma is not None:
+        total = by_log_sigma if a.grad_log_sigma.dim() else by_log_sigma.sum()
+        a.grad_log_sigma.copy_(a.grad_log_sigma.float() + total)
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_cost(a: LinearGradient | ConvGradient, sizes: Sizes, products: int) -> Cost:
+    """The cost of a gradient, or, with a weight, of output and gradient; `products`: multiply-adds of either."""
+    moved = a.x.element_size() * a.x.numel() + 2 * sum(b.numel() * b.element_size() for b in a.buffers if b is not None)
+    out = sizes.rows * sizes.features
+    noise = a.noise.draws(sizes.copies) * out
+    if a.weight is None:
+        return Cost(moved, 2 * products, noise)
+    return Cost(moved + a.x.element_size() * (a.weight.numel() + sizes.copies * out), 4 * products, noise)

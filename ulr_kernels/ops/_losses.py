@@ -1,4 +1,4 @@
-"""Losses and activations that ops with a whole step know by name."""
+"""The losses and activations of noisy_mlp_step, by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_target(check: Check, loss: str, target: Tensor, rows: int, features: i
 
 
 def activate_(y: Tensor, activation: str) -> Tensor:
-    """In place."""
+    """Apply an activation in place."""
     if activation == "relu":
         return y.relu_()
     if activation == "tanh":

@@ -1,4 +1,4 @@
-"""What an op is: one schema, one check, one reference; and how it is registered with torch."""
+"""An op (its schema, arguments, check, reference and cost), and its registration with torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor
@@ -40,6 +40,26 @@ class Cost:
     noise: int
 
 
+class NoiseSpec(NamedTuple):
+    """Which noise an op uses: NOISE_SCHEMA, the key before it, and whether copies come in antithetic pairs.
+
+    An op whose schema lacks some of these has their defaults.
+    """
+
+    key: Tensor
+    antithetic: bool = False
+    dist: str = "normal"
+    sampler: str = "iid"
+    positions: int = 1
+    draw: int = 0
+    row_offset: int = 0
+    col_offset: int = 0
+
+    def draws(self, copies: int) -> int:
+        """The number of draws of `copies` copies."""
+        return copies // 2 if self.antithetic else copies
+
+
 @dataclasses.dataclass(frozen=True)
 class Op:
     """One operation.
@@ -47,18 +67,21 @@ class Op:
     Attributes:
         name: `torch.ops.ulr.<name>`; also the stem of the files that implement it.
         schema: arguments and results, in torch's schema language; all arguments are positional.
-        function: what users call: `ulr.ops.<name>`.
-        check: takes the schema's arguments; raises on bad input, else returns its `Output` (None if the op only writes
-            into its arguments). It reads no tensor's values, so it is the fake too.
-        reference: the torch back end. Takes the output (where there is one), then the schema's arguments. Like any
-            provider it may return an output of its own instead of filling the one that it was given.
+        arguments: a NamedTuple with a field for each argument of the schema, or with NamedTuples of some of them. It is
+            the one value that `check`, `reference`, `cost` and every provider take.
+        function: the public function, `ulr.ops.<name>`.
+        check: takes `arguments`; raises on bad input, else returns the op's `Output` (None if the op only writes into
+            its arguments). It reads no tensor's values, so it is the fake too.
+        reference: the torch back end. Takes the output (where there is one), then `arguments`. Like any provider it may
+            return an output of its own instead of filling the given one.
+        cost: takes `arguments`; the floor of a call.
         mutates: positions of the arguments that the op writes; of a list, all its tensors.
         autocast: positions of the operands of a matrix product, which autocast casts.
-        cost: the floor of a call of the schema's arguments.
     """
 
     name: str
     schema: str
+    arguments: type
     function: Callable
     check: Callable
     reference: Callable
@@ -66,9 +89,46 @@ class Op:
     mutates: tuple[int, ...] = ()
     autocast: tuple[int, ...] = ()
 
+    @functools.cached_property
+    def bind(self) -> Callable[..., Any]:
+        """A function from the schema's arguments, less trailing ones that equal their defaults, to `arguments`."""
+        return _binder(self.arguments, getattr(torch.ops.ulr, self.name).default._schema)
+
+    def floor(self, *args) -> Cost:
+        """The cost of a call with the schema's arguments."""
+        return self.cost(self.bind(*args))
+
+
+def _binder(kind: type, schema: torch._C.FunctionSchema) -> Callable[..., Any]:
+    """A function from the schema's arguments to a `kind`, generated as source like `collections.namedtuple`'s."""
+    names = {argument.name for argument in schema.arguments}
+    scope: dict[str, Any] = {}
+
+    def constant(name: str, value: Any) -> str:
+        scope[name] = value
+        return name
+
+    def expression(kind: type) -> str:
+        fields = []
+        for field, hint in get_type_hints(kind).items():
+            if field in names:
+                fields.append(field)
+            elif hasattr(hint, "_fields"):
+                fields.append(expression(hint))
+            else:
+                fields.append(constant(f"default_{field}", kind._field_defaults[field]))  # type: ignore[attr-defined]
+        make = constant(f"make_{kind.__name__}", getattr(kind, "of", functools.partial(tuple.__new__, kind)))
+        return f"{make}({', '.join(fields)})" if hasattr(kind, "of") else f"{make}(({', '.join(fields)},))"
+
+    parameters = [
+        f"{a.name}={constant(f'given_{a.name}', a.default_value)}" if a.has_default_value() else a.name
+        for a in schema.arguments
+    ]
+    return eval(f"lambda {', '.join(parameters)}: {expression(kind)}", scope)
+
 
 class Output(NamedTuple):
-    """What an op makes. (A tensor on the meta device says it too, but takes longer to make than all that checks it.)"""
+    """Shape, dtype and memory layout of an op's result (cheaper than a meta tensor)."""
 
     shape: Sequence[int]
     dtype: torch.dtype
@@ -88,37 +148,36 @@ class Output(NamedTuple):
 def register(op: Op) -> None:
     """Define `torch.ops.ulr.<name>` and route its calls through the table of back ends."""
     _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    schema = getattr(torch.ops.ulr, op.name).default._schema
-    defaults = tuple(a.default_value for a in schema.arguments)
+    schema, bind = getattr(torch.ops.ulr, op.name).default._schema, op.bind
     returns = bool(schema.returns)
-
-    def full(args: tuple) -> tuple:  # the dispatcher leaves off trailing arguments that equal their defaults
-        return args + defaults[len(args) :]
+    # The first tensor that is not optional gives the device, or else the first list, which the check keeps non-empty.
+    kinds = [str(argument.type) for argument in schema.arguments]
+    place = kinds.index("Tensor") if "Tensor" in kinds else kinds.index("List[Tensor]")
+    is_list = kinds[place] != "Tensor"
 
     def device_of(args: tuple) -> torch.device:
-        return next(t for a in args for t in tensors_of(a)).device
+        return args[place][0].device if is_list else args[place].device
 
     def fake(*args):
-        args = full(args)
-        output = op.check(*args)
+        output = op.check(bind(*args))
         return output.allocate(device_of(args)) if returns else None
 
     def run(*args):
-        args = full(args)
-        output, device = op.check(*args), device_of(args)
+        bound = bind(*args)
+        output, device = op.check(bound), device_of(args)
         if op.mutates:
             written = [t for i in op.mutates for t in tensors_of(args[i])]
             refuse_overlap(op.name, op.mutates, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
         provider = dispatch.lookup(op.name, device)
-        with torch._C._AutoDispatchBelowAutograd():  # what a provider calls is no part of any autograd graph
+        with torch._C._AutoDispatchBelowAutograd():  # a provider's calls are no part of any autograd graph
             if not returns:
-                return provider(*args)
+                return provider(bound)
             if dispatch.allocates(provider):
-                return provider(output, *args)
+                return provider(output, bound)
             out = output.allocate(device)
-            made = provider(out, *args)
+            made = provider(out, bound)
         return out if made is None else made
 
     def cast(device: str, *args):
@@ -172,26 +231,15 @@ class Check:
             self.fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}", repr(dist))
 
     def room(self, argument: str, value: int, extent: int, bits: int) -> None:
-        """An index of the contract's, and how many from there on are used."""
+        """Check that `extent` indices of the contract from `value` on are in range."""
         if value < 0:
             self.fail(argument, "be at least 0", value)
         if value + extent > 2**bits:
             self.fail(argument, f"leave room for {extent} below 2^{bits}", value)
 
-    def noise(
-        self,
-        key: Tensor,
-        rows: int,
-        cols: int,
-        draws: int,
-        dist: str,
-        sampler: str,
-        positions: int,
-        draw: int,
-        row_offset: int,
-        col_offset: int,
-    ) -> None:
+    def noise(self, noise: NoiseSpec, rows: int, cols: int, draws: int) -> None:
         """The index rules of the contract, for a block of rows x cols and a number of draws."""
+        key, _, dist, sampler, positions, draw, row_offset, col_offset = noise
         if key.dtype != torch.int64 or key.dim() != 0:
             self.fail("key", "be an int64 scalar tensor", f"{key.dtype} {list(key.shape)}")
         self.dist(dist)
@@ -217,7 +265,7 @@ class Check:
                 self.fail("draw", f"leave room for {draws} below 2^30 where sampler is 'sobol'", draw)
 
     def copies(self, copies: int, antithetic: bool, argument: str = "copies") -> int:
-        """The number of draws that the copies use."""
+        """Check the number of copies; return their number of draws."""
         if copies < 1:
             self.fail(argument, "be at least 1", copies)
         if antithetic and copies % 2:
@@ -226,7 +274,7 @@ class Check:
 
 
 def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:
-    """Raise if an input carries a forward-mode tangent, which an op would drop without a word."""
+    """Raise if an input carries a forward-mode tangent, which an op would drop silently."""
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs
     ):
@@ -248,7 +296,7 @@ def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:
 
 
 def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: bool) -> Tensor:
-    """Sigma as fp32; numbers and host tensors are checked (finite; positive, or at least 0 where `zero`)."""
+    """Sigma as fp32. Numbers and host tensors are checked: finite, and positive, or at least 0 where `zero`."""
     if not isinstance(sigma, Tensor):
         try:
             value = float(sigma)
@@ -264,7 +312,7 @@ def sigma_tensor(op: str, sigma: float | Tensor, device: torch.device, *, zero: 
 
 
 def fp32_tensor(op: str, argument: str, value: float | Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """A number, or a sequence of them, as fp32; those that the host can read must be finite there."""
+    """A number, or a sequence of numbers, as fp32. Values on the host must be finite in fp32."""
     if not isinstance(value, Tensor | Sequence):
         try:
             number = float(value)
@@ -290,6 +338,6 @@ def _check_sigma(op: str, value: float, zero: bool) -> None:
     if not (0 < value < math.inf or (zero and value == 0)):
         rule = "be finite and " + ("at least 0" if zero else "positive")
         raise ValueError(f"ulr::{op}: 'sigma' must {rule}, got {value}")
-    # What counts is the fp32 number: a sigma that vanishes or overflows there is refused as well.
+    # The kernels use the fp32 number: a sigma that vanishes or overflows there is refused as well.
     if value and not FP32.smallest_normal <= value <= FP32.max:
         raise ValueError(f"ulr::{op}: 'sigma' must be a normal fp32 number, got {value}")

@@ -1,4 +1,4 @@
-"""What an op writes must share no memory with itself or with anything else that it is given."""
+"""Written arguments must share no memory with themselves or with any other argument."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tensors_of(argument: object) -> Sequence[Tensor]:
 
 
 class _Span(NamedTuple):
-    """A tensor of a call: its first byte and the one past its last, and where it stands in the arguments."""
+    """A tensor of a call: its first byte, the byte past its last, and its position in the arguments."""
 
     start: int
     end: int
@@ -27,7 +27,7 @@ class _Span(NamedTuple):
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor and the one past its last."""
+    """The first byte of a tensor and the byte past its last."""
     start = tensor.data_ptr()
     if tensor.is_contiguous():
         return start, start + tensor.nbytes
@@ -36,7 +36,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _nests(tensor: Tensor) -> bool:
-    """Whether each axis steps over all that the faster ones reach, so that no two elements share memory."""
+    """Whether each axis steps past all elements of the faster axes, so that no two elements share memory."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -64,7 +64,7 @@ def refuse_overlap(op: str, mutates: Container[int], args: tuple) -> None:
     Args:
         op: its name.
         mutates: positions of the arguments that it writes.
-        args: of its schema.
+        args: the schema's arguments.
     """
     spans = [
         _Span(*_extent(tensor), position, place, tensor)
@@ -73,7 +73,7 @@ def refuse_overlap(op: str, mutates: Container[int], args: tuple) -> None:
         if tensor.numel()
     ]
     spans.sort(key=lambda span: span.start)
-    before: list[_Span] = []  # those that reach past the start of the one at hand: few, where nothing overlaps
+    before: list[_Span] = []  # spans that reach past the start of the current one: few, unless many overlap
     for span in spans:
         before = [other for other in before if other.end > span.start]
         if span.position in mutates and not (span.tensor.is_contiguous() or _nests(span.tensor)):

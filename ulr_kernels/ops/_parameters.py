@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +14,37 @@ from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, FLOATS, ROW_BITS, Check, ke
 LIST_SCHEMA = (
     'str dist="normal", int? rank=None, bool stochastic=False, int draw=0, int[] row_offset=[], int[] col_offset=[]'
 )
-COLUMN_AXES = 4  # of a parameter as launchers see it: [rows, ...]
+
+
+class ListNoise(NamedTuple):
+    """Which noise each tensor of a list gets: its keys and LIST_SCHEMA. A list of offsets may be empty: all 0."""
+
+    keys: Tensor
+    dist: str
+    rank: int | None
+    stochastic: bool
+    draw: int
+    row_offset: list[int]
+    col_offset: list[int]
+
+    def offsets(self, i: int) -> tuple[int, int]:
+        """The row and the column at which tensor i starts in the whole parameter."""
+        return self.row_offset[i] if self.row_offset else 0, self.col_offset[i] if self.col_offset else 0
+
+
+COLUMN_AXES = 4  # axes after the rows of a parameter, for launchers
 _BLOCK = 2**20  # elements that the reference works on at once: it holds about twenty temporaries for each
 
 
 def keys_tensor(op: str, keys: Tensor | Sequence[int | Tensor], device: torch.device) -> Tensor:
-    """One key a tensor, int64; integers are copied to the device."""
+    """One int64 key for each tensor; integers are copied to the device."""
     if isinstance(keys, Tensor):
         return keys
     host = [key_tensor(op, key, torch.device("cpu")) for key in keys]
     return (torch.stack(host) if host else torch.empty(0, dtype=torch.int64)).to(device)
 
 
-def grid(tensor: Tensor) -> tuple[int, int]:
+def rows_cols(tensor: Tensor) -> tuple[int, int]:
     """Rows and columns: `shape[0]` and the rest flattened; a vector is one row, a scalar 1 x 1."""
     if tensor.dim() < 2:
         return 1, tensor.numel()
@@ -36,8 +55,10 @@ def grid(tensor: Tensor) -> tuple[int, int]:
 
 
 def column_axes(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:
-    """Of tensors of one shape, the axes that count a row's elements: sizes, and the strides of each tensor. Axes are
-    joined where all of the tensors can step through them by one stride."""
+    """The axes of a row, for tensors of one shape: the size of each axis, and its stride in each tensor.
+
+    Axes are joined where all of the tensors can step through them by one stride.
+    """
     joined: list[tuple[int, tuple[int, ...]]] = []
     shape = tensors[0].shape
     for axis in range(1 if len(shape) > 1 else 0, len(shape)):
@@ -52,9 +73,8 @@ def column_axes(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:
 
 
 def by_row(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape, each as [rows, a, b, c, columns]: what launchers take. a, b and c are 1 but for unusual
-    strides."""
-    rows, cols = grid(tensors[0])
+    """Tensors of one shape as [rows, a, b, c, columns], for launchers; a, b and c are 1 except for unusual strides."""
+    rows, cols = rows_cols(tensors[0])
     if all(tensor.is_contiguous() for tensor in tensors):
         return [tensor.view(rows, 1, 1, 1, cols) for tensor in tensors]
     axes = column_axes(*tensors) or [(cols, (1,) * len(tensors))]
@@ -69,19 +89,9 @@ def by_row(*tensors: Tensor) -> list[Tensor]:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_list(
-    rules: Check,
-    tensors: list[Tensor],
-    keys: Tensor,
-    draws: int,
-    dist: str,
-    rank: int | None,
-    stochastic: bool,
-    draw: int,
-    row_offset: list[int],
-    col_offset: list[int],
-) -> None:
-    """The rules that do not depend on what is done with the noise."""
+def check_list(rules: Check, tensors: list[Tensor], noise: ListNoise, draws: int) -> None:
+    """The rules that all ops on lists have in common."""
+    keys, dist, rank, stochastic, draw, row_offset, col_offset = noise
     count = len(tensors)
     rules.dtype("keys", keys, (torch.int64,))
     rules.shape("keys", keys, (count,), f"{count} tensors")
@@ -99,14 +109,14 @@ def check_list(
             rules.fail(f"tensors[{i}]", "be float32 or bfloat16 where stochastic is set", tensor.dtype)
         if tensor.device != keys.device:
             rules.fail("keys", f"be on {tensor.device} like 'tensors[{i}]'", keys.device)
-        rows, cols = grid(tensor)
+        rows, cols = rows_cols(tensor)
         rules.room(f"row_offset[{i}]", row_offset[i] if row_offset else 0, rows, ROW_BITS)
         rules.room(f"col_offset[{i}]", col_offset[i] if col_offset else 0, cols, COL_BITS)
         check_strides(rules, f"tensors[{i}]", tensor)
 
 
 def check_strides(rules: Check, argument: str, *tensors: Tensor) -> None:
-    """Of tensors of one shape, which are stepped through together."""
+    """Check the strides of tensors of one shape, which kernels step through together."""
     if tensors[0].dim() > COLUMN_AXES + 1 and len(column_axes(*tensors)) > COLUMN_AXES:
         rule = f"have at most {COLUMN_AXES} axes after the first that strides do not join"
         rules.fail(argument, rule, " and ".join(str(tensor.stride()) for tensor in tensors))
@@ -116,7 +126,7 @@ def check_strides(rules: Check, argument: str, *tensors: Tensor) -> None:
 
 
 class Block:
-    """Some rows and columns of one parameter of a list: its elements, and its noise.
+    """Some rows and columns of one parameter of a list: their elements, and their noise.
 
     `values(t)` are the block's elements of a tensor `[rows, cols]`, a view.
     """
@@ -128,34 +138,35 @@ class Block:
     def values(self, flat: Tensor) -> Tensor:
         return flat[self.rows, self.cols]
 
-    def noise(self, draw: int, dist: str, rank: int | None) -> Tensor:
+    def noise(self, which: ListNoise, draw: int) -> Tensor:
         """fp32 `[rows, cols]`; a parameter of fewer than two axes has noise of full rank."""
         rows, cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
-        if rank is not None and self.matrix:
-            return noise_contract.low_rank_grid(rows, cols, rank, draw, self.key, dist=dist, **self.at)
+        if which.rank is not None and self.matrix:
+            return noise_contract.low_rank_grid(rows, cols, which.rank, draw, self.key, dist=which.dist, **self.at)
         draws = torch.tensor([draw], device=self.key.device)
-        return noise_contract.noise_grid(rows, cols, draws, self.key, dist=dist, **self.at)[0]
+        return noise_contract.noise_grid(rows, cols, draws, self.key, dist=which.dist, **self.at)[0]
 
-    def store(self, flat: Tensor, new: Tensor, stochastic: bool, draw: int) -> None:
+    def store(self, flat: Tensor, new: Tensor, which: ListNoise) -> None:
         """Round fp32 `new` to the dtype of the tensor and write it."""
-        if stochastic and flat.dtype == torch.bfloat16:
-            new = noise_contract.round_stochastically(new, draw, self.key, **self.at)
+        if which.stochastic and flat.dtype == torch.bfloat16:
+            new = noise_contract.round_stochastically(new, which.draw, self.key, **self.at)
         self.values(flat).copy_(new)
 
 
-def blocks(tensor: Tensor, key: Tensor, row_offset: int, col_offset: int) -> Iterator[Block]:
-    rows, cols = grid(tensor)
+def blocks(tensor: Tensor, i: int, noise: ListNoise) -> Iterator[Block]:
+    """The blocks of tensor i of a list."""
+    rows, cols = rows_cols(tensor)
     width = max(1, min(cols, _BLOCK))
     height = _BLOCK // width
     for row in range(0, rows, height):
         for col in range(0, cols, width):
             extent = slice(row, min(rows, row + height)), slice(col, min(cols, col + width))
-            yield Block(*extent, key, row_offset, col_offset, tensor.dim() > 1)
+            yield Block(*extent, noise.keys[i], *noise.offsets(i), tensor.dim() > 1)
 
 
 def flat_view(tensor: Tensor) -> Tensor:
     """`[rows, cols]`: a view, or a copy where strides allow none (`write_back` returns it)."""
-    return tensor.reshape(grid(tensor))
+    return tensor.reshape(rows_cols(tensor))
 
 
 def write_back(tensor: Tensor, flat: Tensor) -> None:
@@ -164,5 +175,5 @@ def write_back(tensor: Tensor, flat: Tensor) -> None:
 
 
 def noise_values(tensors: Sequence[Tensor], rank: int | None) -> int:
-    """How many a draw needs."""
-    return sum(t.numel() if rank is None or t.dim() < 2 else rank * sum(grid(t)) for t in tensors)
+    """The number of noise values of one draw."""
+    return sum(t.numel() if rank is None or t.dim() < 2 else rank * sum(rows_cols(t)) for t in tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _parameters
 from ulr_kernels.ops._op import FP32, Check, Cost, Op, fp32_tensor, register
+from ulr_kernels.ops._parameters import ListNoise
 
 
 def combine_(
@@ -99,62 +101,66 @@ def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor | No
     return torch.full((), step, dtype=torch.int64, device=device)
 
 
-def check(
-    tensors: list[Tensor],
-    keys: Tensor,
-    coefficients: Tensor,
-    momentum_buffers: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    lr: Tensor | None,
-    step: Tensor | None,
-    weight_decay: float,
-    momentum: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    *spec,
-) -> None:
+class Combine(NamedTuple):
+    """Arguments of combine_."""
+
+    tensors: list[Tensor]
+    coefficients: Tensor
+    momentum_buffers: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    lr: Tensor | None
+    step: Tensor | None
+    weight_decay: float
+    momentum: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    noise: ListNoise
+
+    @property
+    def states(self) -> list[list[Tensor]]:
+        """The lists of an optimiser's states that are given, in the schema's order."""
+        return [s for s in (self.momentum_buffers, self.exp_avgs, self.exp_avg_sqs) if s]
+
+
+def check(a: Combine) -> None:
     rules = Check("combine_")
-    rules.dtype("coefficients", coefficients, (torch.float32,))
-    if coefficients.dim() != 1:
-        rules.fail("coefficients", "be [P], one for each probe", list(coefficients.shape))
-    _parameters.check_list(rules, tensors, keys, coefficients.shape[0], *spec)
-    rules.device("keys", keys.device, coefficients=coefficients, lr=lr, step=step)
+    rules.dtype("coefficients", a.coefficients, (torch.float32,))
+    if a.coefficients.dim() != 1:
+        rules.fail("coefficients", "be [P], one for each probe", list(a.coefficients.shape))
+    _parameters.check_list(rules, a.tensors, a.noise, a.coefficients.shape[0])
+    rules.device("keys", a.noise.keys.device, coefficients=a.coefficients, lr=a.lr, step=a.step)
     for argument, value, most in (
-        ("weight_decay", weight_decay, math.inf),
-        ("epsilon", epsilon, math.inf),
-        ("momentum", momentum, 1.0),
-        ("betas", beta1, 1.0),
-        ("betas", beta2, 1.0),
+        ("weight_decay", a.weight_decay, math.inf),
+        ("epsilon", a.epsilon, math.inf),
+        ("momentum", a.momentum, 1.0),
+        ("betas", a.beta1, 1.0),
+        ("betas", a.beta2, 1.0),
     ):
         if not (0 <= value < most and value <= FP32.max):
             rules.fail(argument, f"be in [0, {most:g}) as an fp32 number", value)
-    for argument, states in (
-        ("momentum_buffers", momentum_buffers),
-        ("exp_avgs", exp_avgs),
-        ("exp_avg_sqs", exp_avg_sqs),
-    ):
-        _check_states(rules, argument, states, tensors)
-    for i, parts in enumerate(zip(tensors, *(s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s), strict=False)):
+    for argument in ("momentum_buffers", "exp_avgs", "exp_avg_sqs"):
+        _check_states(rules, argument, getattr(a, argument), a.tensors)
+    for i, parts in enumerate(zip(a.tensors, *a.states, strict=False)):
         _parameters.check_strides(rules, f"tensors[{i}]", *parts)
-    if len(exp_avgs) != len(exp_avg_sqs):
-        rules.fail("exp_avg_sqs", "be given with exp_avgs", f"{len(exp_avg_sqs)} and {len(exp_avgs)} tensors")
-    if momentum_buffers and exp_avgs:
-        rules.fail("momentum_buffers", "be empty where exp_avgs are given", f"{len(momentum_buffers)} tensors")
-    if momentum and tensors and not momentum_buffers:
-        rules.fail("momentum", "be 0 where momentum_buffers are not given", momentum)
-    if lr is None:
-        if weight_decay or momentum_buffers or exp_avgs:
+    if len(a.exp_avgs) != len(a.exp_avg_sqs):
+        rules.fail("exp_avg_sqs", "be given with exp_avgs", f"{len(a.exp_avg_sqs)} and {len(a.exp_avgs)} tensors")
+    if a.momentum_buffers and a.exp_avgs:
+        rules.fail("momentum_buffers", "be empty where exp_avgs are given", f"{len(a.momentum_buffers)} tensors")
+    if a.momentum and a.tensors and not a.momentum_buffers:
+        rules.fail("momentum", "be 0 where momentum_buffers are not given", a.momentum)
+    if a.lr is None:
+        if a.weight_decay or a.momentum_buffers or a.exp_avgs:
             rules.fail("lr", "be given where there is decay, momentum or Adam", None)
     else:
-        rules.dtype("lr", lr, (torch.float32,))
-        rules.shape("lr", lr, (), "one for all tensors")
-    if exp_avgs and step is None:
+        rules.dtype("lr", a.lr, (torch.float32,))
+        rules.shape("lr", a.lr, (), "one for all tensors")
+    if a.exp_avgs and a.step is None:
         rules.fail("step", "be given with exp_avgs", None)
-    if step is not None:
-        rules.dtype("step", step, (torch.int64,))
-        rules.shape("step", step, (), "one for all tensors")
+    if a.step is not None:
+        rules.dtype("step", a.step, (torch.int64,))
+        rules.shape("step", a.step, (), "one for all tensors")
 
 
 def _check_states(rules: Check, argument: str, states: list[Tensor], tensors: list[Tensor]) -> None:
@@ -181,52 +187,32 @@ def power(base: Tensor, exponent: Tensor) -> Tensor:
     return result
 
 
-def reference(
-    tensors,
-    keys,
-    coefficients,
-    momentum_buffers,
-    exp_avgs,
-    exp_avg_sqs,
-    lr,
-    step,
-    weight_decay,
-    momentum,
-    beta1,
-    beta2,
-    epsilon,
-    dist,
-    rank,
-    stochastic,
-    draw,
-    row_offset,
-    col_offset,
-) -> None:
+def reference(a: Combine) -> None:
     def fp32(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float32, device=keys.device)
+        return torch.tensor(value, dtype=torch.float32, device=a.noise.keys.device)
 
-    rate = fp32(0.0) if lr is None else lr
-    decay = rate * fp32(weight_decay)
-    momentum, beta1, beta2, epsilon = (fp32(value) for value in (momentum, beta1, beta2, epsilon))
-    if exp_avgs:
-        adam_rate = rate / (1 - power(beta1, step))
-        root = noise_contract.square_root(1 - power(beta2, step))
-    for i, tensor in enumerate(tensors):
-        states = [_parameters.flat_view(s[i]) for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
+    rate = fp32(0.0) if a.lr is None else a.lr
+    decay = rate * fp32(a.weight_decay)
+    momentum, beta1, beta2, epsilon = (fp32(value) for value in (a.momentum, a.beta1, a.beta2, a.epsilon))
+    if a.exp_avgs:
+        assert a.step is not None
+        adam_rate = rate / (1 - power(beta1, a.step))
+        root = noise_contract.square_root(1 - power(beta2, a.step))
+    for i, tensor in enumerate(a.tensors):
+        states = [_parameters.flat_view(s[i]) for s in a.states]
         flat = _parameters.flat_view(tensor)
-        at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
-        for block in _parameters.blocks(tensor, keys[i], *at):
+        for block in _parameters.blocks(tensor, i, a.noise):
             old = block.values(flat).float()
             g = torch.zeros_like(old)
-            for p, coefficient in enumerate(coefficients):
-                g = noise_contract.fma(coefficient, block.noise(draw + p, dist, rank), g)
+            for p, coefficient in enumerate(a.coefficients):
+                g = noise_contract.fma(coefficient, block.noise(a.noise, a.noise.draw + p), g)
             kept = noise_contract.fma(-decay, old, old)
             here = [block.values(state) for state in states]
-            if momentum_buffers:
+            if a.momentum_buffers:
                 b = noise_contract.fma(momentum, here[0], g)
                 here[0].copy_(b)
                 new = noise_contract.fma(-rate, b, kept)
-            elif exp_avgs:
+            elif a.exp_avgs:
                 m = noise_contract.fma(beta1, here[0], (1 - beta1) * g)
                 v = noise_contract.fma(beta2, here[1], ((1 - beta2) * g) * g)
                 here[0].copy_(m)
@@ -234,20 +220,19 @@ def reference(
                 new = noise_contract.fma(-adam_rate, m / (noise_contract.square_root(v) / root + epsilon), kept)
             else:
                 new = kept + g
-            block.store(flat, new, stochastic, draw)
-        for state, written in zip((s[i] for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s), states, strict=True):
+            block.store(flat, new, a.noise)
+        for state, written in zip((s[i] for s in a.states), states, strict=True):
             _parameters.write_back(state, written)
         _parameters.write_back(tensor, flat)
 
 
-def cost(tensors, keys, coefficients, momentum_buffers=(), exp_avgs=(), exp_avg_sqs=(), *rest) -> Cost:
-    written = [*tensors, *momentum_buffers, *exp_avgs, *exp_avg_sqs]
-    rank = rest[8] if len(rest) > 8 else None
-    probes, elements = coefficients.numel(), sum(t.numel() for t in tensors)
+def cost(a: Combine) -> Cost:
+    written = [*a.tensors, *a.momentum_buffers, *a.exp_avgs, *a.exp_avg_sqs]
+    probes, elements = a.coefficients.numel(), sum(t.numel() for t in a.tensors)
     return Cost(
         bytes=2 * sum(t.numel() * t.element_size() for t in written),
         flops=2 * probes * elements,
-        noise=probes * _parameters.noise_values(tensors, rank),
+        noise=probes * _parameters.noise_values(a.tensors, a.noise.rank),
     )
 
 
@@ -258,6 +243,7 @@ register(
         "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor? lr=None, Tensor? step=None, float weight_decay=0.0, "
         f"float momentum=0.0, float beta1=0.9, float beta2=0.999, float epsilon=1e-8, {_parameters.LIST_SCHEMA}) -> ()",
         function=combine_,
+        arguments=Combine,
         check=check,
         reference=reference,
         mutates=(0, 3, 4, 5),

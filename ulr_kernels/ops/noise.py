@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, Output, key_tensor, register
 
 # --- philox4x32 ------------------------------------------------------------------------------------------------------
 
@@ -34,8 +35,15 @@ def philox4x32(counter: Tensor, key: tuple[int, int] | Tensor) -> Tensor:
     return torch.ops.ulr.philox4x32.default(counter, key)
 
 
-def _philox_check(counter: Tensor, key: Tensor) -> Output:
-    check = Check("philox4x32")
+class Philox(NamedTuple):
+    """Arguments of philox4x32."""
+
+    counter: Tensor
+    key: Tensor
+
+
+def _philox_check(a: Philox) -> Output:
+    check, counter, key = Check("philox4x32"), a.counter, a.key
     check.dtype("counter", counter, (torch.int64,))
     if counter.dim() == 0 or counter.shape[-1] != 4:
         check.fail("counter", "be [..., 4]", list(counter.shape))
@@ -45,8 +53,8 @@ def _philox_check(counter: Tensor, key: Tensor) -> Output:
     return Output(counter.shape, torch.int64)
 
 
-def _philox_reference(out: Tensor, counter: Tensor, key: Tensor) -> None:
-    out.copy_(noise_contract.philox4x32(counter, (key[0], key[1])))
+def _philox_reference(out: Tensor, a: Philox) -> None:
+    out.copy_(noise_contract.philox4x32(a.counter, (a.key[0], a.key[1])))
 
 
 register(
@@ -54,9 +62,10 @@ register(
         name="philox4x32",
         schema="(Tensor counter, Tensor key) -> Tensor",
         function=philox4x32,
+        arguments=Philox,
         check=_philox_check,
         reference=_philox_reference,
-        cost=lambda counter, key: Cost(bytes=2 * 8 * counter.numel(), flops=0, noise=0),
+        cost=lambda a: Cost(bytes=2 * 8 * a.counter.numel(), flops=0, noise=0),
     )
 )
 
@@ -81,8 +90,15 @@ def fold_in(key: Tensor, data: Tensor | int) -> Tensor:
     return torch.ops.ulr.fold_in.default(key, data)
 
 
-def _fold_check(key: Tensor, data: Tensor) -> Output:
-    check = Check("fold_in")
+class FoldIn(NamedTuple):
+    """Arguments of fold_in."""
+
+    key: Tensor
+    data: Tensor
+
+
+def _fold_check(a: FoldIn) -> Output:
+    check, key, data = Check("fold_in"), a.key, a.data
     check.dtype("key", key, (torch.int64,))
     check.dtype("data", data, (torch.int64,))
     check.device("key", key.device, data=data)
@@ -93,8 +109,8 @@ def _fold_check(key: Tensor, data: Tensor) -> Output:
     return Output(shape, torch.int64)
 
 
-def _fold_reference(out: Tensor, key: Tensor, data: Tensor) -> None:
-    out.copy_(noise_contract.fold_in_tensor(*torch.broadcast_tensors(key, data)))
+def _fold_reference(out: Tensor, a: FoldIn) -> None:
+    out.copy_(noise_contract.fold_in_tensor(*torch.broadcast_tensors(a.key, a.data)))
 
 
 register(
@@ -102,9 +118,10 @@ register(
         name="fold_in",
         schema="(Tensor key, Tensor data) -> Tensor",
         function=fold_in,
+        arguments=FoldIn,
         check=_fold_check,
         reference=_fold_reference,
-        cost=lambda key, data: Cost(bytes=8 * (key.numel() + 2 * max(key.numel(), data.numel())), flops=0, noise=0),
+        cost=lambda a: Cost(bytes=8 * (a.key.numel() + 2 * max(a.key.numel(), a.data.numel())), flops=0, noise=0),
     )
 )
 
@@ -128,7 +145,7 @@ def noise(
     Args:
         shape: of the result. The last axis counts columns, the axes before it, flattened, rows; a vector is one row.
         key: 64 bits: an integer in [-2^63, 2^64) or an int64 scalar tensor on `device`.
-        draw: number of the copy, population member or probe.
+        draw: number of the copy, member of a population or probe.
         dist: "normal", "laplace" or "rademacher".
         sampler: "iid", or "sobol": over `draw`, each element is one dimension of a shifted Sobol sequence.
         positions: rows per sample, for Sobol's dimensions.
@@ -163,53 +180,38 @@ def noise_like(parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str
     return noise(flat, key, draw=draw, dist=dist, device=parameter.device).view(shape)
 
 
-def _grid(shape: Sequence[int]) -> tuple[int, int]:
+def _rows_cols(shape: Sequence[int]) -> tuple[int, int]:
     rows = 1
     for size in shape[:-1]:
         rows *= size
     return rows, shape[-1] if shape else 1
 
 
-def _noise_check(
-    key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, draw: int, row_offset: int, col_offset: int
-) -> Output:
+class Noise(NamedTuple):
+    """Arguments of noise."""
+
+    shape: list[int]
+    noise: NoiseSpec
+
+
+def _noise_check(a: Noise) -> Output:
     check = Check("noise")
-    if any(size < 0 for size in shape):
-        check.fail("shape", "have sizes of at least 0", list(shape))
-    rows, cols = _grid(shape)
-    check.noise(key, rows, cols, 1, dist, sampler, positions, draw, row_offset, col_offset)
-    return Output(shape, torch.float32)
+    if any(size < 0 for size in a.shape):
+        check.fail("shape", "have sizes of at least 0", list(a.shape))
+    check.noise(a.noise, *_rows_cols(a.shape), 1)
+    return Output(a.shape, torch.float32)
 
 
-def _noise_reference(
-    out: Tensor,
-    key: Tensor,
-    shape: list[int],
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> None:
-    rows, cols = _grid(shape)
+def _noise_reference(out: Tensor, a: Noise) -> None:
+    rows, cols = _rows_cols(a.shape)
     flat = out.view(rows, cols)
+    key, _, dist, sampler, positions, draw, row_offset, col_offset = a.noise
+    which: dict[str, Any] = {"dist": dist, "sampler": sampler, "positions": positions, "col_offset": col_offset}
     block = max(1, 2**20 // max(1, cols))  # the reference holds about twenty int64 temporaries an element
     for start in range(0, rows, block):
-        part = flat[start : start + block]
-        part.copy_(
-            noise_contract.noise_grid(
-                part.shape[0],
-                cols,
-                torch.tensor([draw], device=key.device),
-                key,
-                dist=dist,
-                sampler=sampler,
-                positions=positions,
-                row_offset=row_offset + start,
-                col_offset=col_offset,
-            )[0]
-        )
+        part, draws = flat[start : start + block], torch.tensor([draw], device=key.device)
+        made = noise_contract.noise_grid(len(part), cols, draws, key, row_offset=row_offset + start, **which)
+        part.copy_(made[0])
 
 
 register(
@@ -217,10 +219,9 @@ register(
         name="noise",
         schema=f"(Tensor key, SymInt[] shape, {NOISE_SCHEMA}) -> Tensor",
         function=noise,
+        arguments=Noise,
         check=_noise_check,
         reference=_noise_reference,
-        cost=lambda key, shape, *rest: Cost(
-            bytes=4 * torch.Size(shape).numel(), flops=0, noise=torch.Size(shape).numel()
-        ),
+        cost=lambda a: Cost(4 * torch.Size(a.shape).numel(), 0, torch.Size(a.shape).numel()),
     )
 )

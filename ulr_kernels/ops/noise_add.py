@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._grid import grid, matrix, one_copy
+from ulr_kernels.ops._axes import axes_of, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
 from ulr_kernels.ops._op import (
     FLOATS,
     NOISE_SCHEMA,
     Check,
     Cost,
+    NoiseSpec,
     Op,
     Output,
     key_tensor,
@@ -78,15 +81,16 @@ class _Pathwise(torch.autograd.Function):
     """The ordinary gradient through y at fixed noise."""
 
     @staticmethod
-    def forward(ctx, x, sigma, key, *which):
+    def forward(ctx, x, sigma, key, feature_dim, copies, shared, *noise):
         ctx.save_for_backward(x, sigma, key)
-        ctx.which = which
+        ctx.feature_dim, ctx.shared = feature_dim, shared
+        ctx.which = which = (feature_dim, copies, shared, *noise)
         return torch.ops.ulr.noise_add.default(x, sigma, key, *which)
 
     @staticmethod
     def backward(ctx, grad):
         x, sigma, key = ctx.saved_tensors
-        feature_dim, _, shared = ctx.which[:3]
+        feature_dim, shared = ctx.feature_dim, ctx.shared
         grad_x = (grad.sum(0) if shared else grad) if ctx.needs_input_grad[0] else None
         grad_sigma = None
         if ctx.needs_input_grad[1]:
@@ -98,31 +102,28 @@ class _Pathwise(torch.autograd.Function):
         return grad_x, grad_sigma, None, *(None for _ in ctx.which)
 
 
-def check(
-    x: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    copies: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Output:
-    rules = Check("noise_add")
-    draws = rules.copies(copies, antithetic)
+class NoiseAdd(NamedTuple):
+    """Arguments of noise_add."""
+
+    x: Tensor
+    sigma: Tensor
+    feature_dim: int
+    copies: int
+    shared: bool
+    noise: NoiseSpec
+
+
+def check(a: NoiseAdd) -> Output:
+    rules, x = Check("noise_add"), a.x
+    draws = rules.copies(a.copies, a.noise.antithetic)
     rules.dtype("x", x, FLOATS)
-    check_copies(rules, x, copies, shared)
-    rows, cols, axis = grid(rules, "x", one_copy(x, shared), feature_dim)
-    _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
-    rules.device("x", x.device, sigma=sigma, key=key)
-    rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    shape = (copies, *one_copy(x, shared))
-    last = x.movedim(axis if shared else axis + 1, -1)
+    check_copies(rules, x, a.copies, a.shared)
+    rows, cols, axis = axes_of(rules, "x", one_copy(x, a.shared), a.feature_dim)
+    _linear.check_sigma(rules, "sigma", a.sigma, cols, (torch.float32,))
+    rules.device("x", x.device, sigma=a.sigma, key=a.noise.key)
+    rules.noise(a.noise, rows, cols, draws)
+    shape = (a.copies, *one_copy(x, a.shared))
+    last = x.movedim(axis if a.shared else axis + 1, -1)
     if last.is_contiguous() and not x.is_contiguous():
         return Output(shape, x.dtype, innermost=axis + 1)
     return Output(shape, x.dtype)
@@ -133,19 +134,17 @@ def check_copies(check: Check, x: Tensor, copies: int, shared: bool) -> None:
         check.fail("x", f"have {copies} copies on its first axis, or be shared by them", list(x.shape))
 
 
-def reference(y, x, sigma, key, feature_dim, copies, shared, antithetic, *spec) -> None:
-    rows, cols, axis = grid(Check("noise_add"), "x", one_copy(x, shared), feature_dim)
-    sizes = Sizes(copies, rows, 0, cols, shared)
-    for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, *spec):
-        clean = matrix(x if shared else x[copy], axis).float()
-        noised = noise_contract.fma(sigma, eps, clean)
+def reference(y: Tensor, a: NoiseAdd) -> None:
+    rows, cols, axis = axes_of(Check("noise_add"), "x", one_copy(a.x, a.shared), a.feature_dim)
+    for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.copies, rows, 0, cols, a.shared)):
+        clean = matrix(a.x if a.shared else a.x[copy], axis).float()
+        noised = noise_contract.fma(a.sigma, eps, clean)
         y[copy].movedim(axis, -1).copy_(noised.to(y.dtype).view(y[copy].movedim(axis, -1).shape))
 
 
-def cost(x, sigma, key, feature_dim, copies, shared, antithetic, *spec) -> Cost:
-    size = x.numel() if shared else x.numel() // copies
-    draws = copies // 2 if antithetic else copies
-    return Cost(x.element_size() * (x.numel() + copies * size), 0, draws * size)
+def cost(a: NoiseAdd) -> Cost:
+    size = a.x.numel() if a.shared else a.x.numel() // a.copies
+    return Cost(a.x.element_size() * (a.x.numel() + a.copies * size), 0, a.noise.draws(a.copies) * size)
 
 
 register(
@@ -154,6 +153,7 @@ register(
         schema="(Tensor x, Tensor sigma, Tensor key, int feature_dim=-1, int copies=1, bool shared=True, "
         f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
         function=noise_add,
+        arguments=NoiseAdd,
         check=check,
         reference=reference,
         cost=cost,

@@ -1,17 +1,18 @@
-"""noise_score: what takes the place of an output's gradient, from noise that is made again."""
+"""noise_score: the weighted score, a stand-in for an output's gradient, from noise that is made again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._grid import grid
+from ulr_kernels.ops._axes import axes_of
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, Output, key_tensor, register, sigma_tensor
 
 
 def noise_score(
@@ -33,7 +34,7 @@ def noise_score(
 
         s = sum over c of  loss_weight[c, row // positions] * score_c / sigma
 
-    It takes the place of the output's gradient of a module whose input all copies share: apply the module's own
+    It replaces the output's gradient of a module whose input all copies share: apply the module's own
     Jacobian to it, transposed (an embedding: `grad.index_add_(0, ids, s)`; a transposed convolution: its weight
     gradient; both branches of a residual sum: the same s). The noise is that of `noise_add` and of every noisy
     forward with the same key, draw and offsets. A module with an input for each copy takes one call a copy: that
@@ -41,7 +42,7 @@ def noise_score(
 
     Args:
         shape: of one copy of the module's output.
-        loss_weight: `[C, R // positions]`, fp32, R the rows of `shape`: what each copy of each sample counts,
+        loss_weight: `[C, R // positions]`, fp32, R the rows of `shape`: the weight of each copy of each sample,
             (L - baseline) / (C * samples) for a mean.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`, N the size of the feature axis.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
@@ -61,47 +62,42 @@ def noise_score(
     return torch.ops.ulr.noise_score.default(loss_weight, sigma, key, list(shape), *which)
 
 
-def check(
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    shape: list[int],
-    feature_dim: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Output:
+class NoiseScore(NamedTuple):
+    """Arguments of noise_score."""
+
+    loss_weight: Tensor
+    sigma: Tensor
+    shape: list[int]
+    feature_dim: int
+    noise: NoiseSpec
+
+
+def check(a: NoiseScore) -> Output:
     rules = Check("noise_score")
-    if any(size < 0 for size in shape):
-        rules.fail("shape", "have sizes of at least 0", list(shape))
-    rows, cols, _ = grid(rules, "shape", shape, feature_dim)
-    _linear.check_loss_weight(rules, loss_weight, rows, positions)
-    draws = rules.copies(loss_weight.shape[0], antithetic)
-    _linear.check_sigma(rules, "sigma", sigma, cols, (torch.float32,))
-    rules.device("loss_weight", loss_weight.device, sigma=sigma, key=key)
-    rules.noise(key, rows, cols, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return Output(shape, torch.float32)
+    if any(size < 0 for size in a.shape):
+        rules.fail("shape", "have sizes of at least 0", list(a.shape))
+    rows, cols, _ = axes_of(rules, "shape", a.shape, a.feature_dim)
+    _linear.check_loss_weight(rules, a.loss_weight, rows, a.noise.positions)
+    draws = rules.copies(a.loss_weight.shape[0], a.noise.antithetic)
+    _linear.check_sigma(rules, "sigma", a.sigma, cols, (torch.float32,))
+    rules.device("loss_weight", a.loss_weight.device, sigma=a.sigma, key=a.noise.key)
+    rules.noise(a.noise, rows, cols, draws)
+    return Output(a.shape, torch.float32)
 
 
-def reference(out, loss_weight, sigma, key, shape, feature_dim, antithetic, dist, sampler, positions, *at) -> None:
-    rows, cols, axis = grid(Check("noise_score"), "shape", shape, feature_dim)
-    sizes = Sizes(loss_weight.shape[0], rows, 0, cols, True)
-    weights = loss_weight.repeat_interleave(positions, dim=1)
+def reference(out: Tensor, a: NoiseScore) -> None:
+    rows, cols, axis = axes_of(Check("noise_score"), "shape", a.shape, a.feature_dim)
+    weights = a.loss_weight.repeat_interleave(a.noise.positions, dim=1)
     total = out.new_zeros(rows, cols)
-    for copy, eps in _linear.copies_of_noise(key, sizes, antithetic, dist, sampler, positions, *at):
-        total += weights[copy, :, None] * noise_contract.score(eps, dist)
+    for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, True)):
+        total += weights[copy, :, None] * noise_contract.score(eps, a.noise.dist)
     moved = out.movedim(axis, -1)
-    moved.copy_((total / sigma).view(moved.shape))
+    moved.copy_((total / a.sigma).view(moved.shape))
 
 
-def cost(loss_weight, sigma, key, shape, feature_dim, antithetic, *spec) -> Cost:
-    size = torch.Size(shape).numel()
-    copies = loss_weight.shape[0]
-    return Cost(4 * (size + loss_weight.numel()), 0, (copies // 2 if antithetic else copies) * size)
+def cost(a: NoiseScore) -> Cost:
+    size = torch.Size(a.shape).numel()
+    return Cost(4 * (size + a.loss_weight.numel()), 0, a.noise.draws(a.loss_weight.shape[0]) * size)
 
 
 register(
@@ -110,6 +106,7 @@ register(
         schema="(Tensor loss_weight, Tensor sigma, Tensor key, SymInt[] shape, int feature_dim=-1, "
         f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
         function=noise_score,
+        arguments=NoiseScore,
         check=check,
         reference=reference,
         cost=cost,

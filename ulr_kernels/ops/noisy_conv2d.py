@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
-from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
+from ulr_kernels.ops._conv import WINDOW_SCHEMA, Conv, Pair
 from ulr_kernels.ops._op import (
     NOISE_SCHEMA,
     Check,
@@ -45,8 +45,8 @@ def noisy_conv2d(
     """y[c] = conv(x[c], weight) + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960).
 
     Noise has a row for each (image, y, x) of the output and a column for each channel, whatever the memory format. It
-    is made on the way out of the product and never stored; there is one product however many copies share x. A
-    convolution in one dimension is one of height 1.
+    is added to the product in registers and never stored; copies that share x share one product. A convolution in one
+    dimension is one of height 1.
 
     Args:
         x: `[B, I, H, W]`, shared by the copies, or `[C, B, I, H, W]`; fp32, bf16 or fp16; any strides.
@@ -79,26 +79,26 @@ def noisy_conv2d(
     key = key_tensor("noisy_conv2d", key, x.device)
     scale = sigma_tensor("noisy_conv2d", sigma, x.device, zero=True)
     positions = _conv.resolve_positions(window, x, kernel, positions)
-    spec = (*window, copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     refuse_tangents("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
-        return _Pathwise.apply(x, weight, bias, scale, key, *spec)
-    return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, scale, key, *spec)
+        return _Pathwise.apply(x, weight, bias, scale, key, window, which)
+    return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, scale, key, *window, *which)
 
 
 class _Pathwise(torch.autograd.Function):
     """The ordinary gradient through y at fixed noise: half-order estimators cut backpropagation above or below it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, sigma, key, *spec):
+    def forward(ctx, x, weight, bias, sigma, key, window, which):
         ctx.save_for_backward(x, weight, bias, sigma, key)
-        ctx.spec = spec
-        return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, sigma, key, *spec)
+        ctx.window, ctx.which = window, which
+        return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, sigma, key, *window, *which)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, sigma, key = ctx.saved_tensors
-        window, which = Window.of(*ctx.spec[:5]), ctx.spec[5:]
+        window, which = ctx.window, ctx.which
         grad = grad.to(weight.dtype)  # autocast may have computed y in a narrower type
         by_output = grad.sum(0) if x.dim() == 4 else grad.flatten(0, 1)  # copies that share x add up
         images = x if x.dim() == 4 else x.flatten(0, 1)
@@ -116,61 +116,28 @@ class _Pathwise(torch.autograd.Function):
             )
             grad_sigma = (by_row * eps).sum((0, 1))
             grad_sigma = grad_sigma if sigma.dim() else grad_sigma.sum()
-        return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.spec)
+        return grad_x, grad_weight, grad_bias, grad_sigma, None, None, None
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Output:
+def check(a: Conv) -> Output:
     rules = Check("noisy_conv2d")
-    draws = rules.copies(copies, antithetic)
-    _conv.check_images(rules, x)
-    _conv.check_kernel(rules, "weight", weight, transposed)
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    _conv.check_window(rules, window)
-    sizes = _conv.check_sizes(rules, x, weight.shape, window, copies, "weight")
-    _conv.check_weight(rules, x, weight, bias, sizes)
-    _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
-    rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
-    rules.noise(key, sizes.rows, sizes.features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return _conv.output(x, weight, sizes, window)
+    draws = rules.copies(a.copies, a.noise.antithetic)
+    _conv.check_images(rules, a.x)
+    _conv.check_kernel(rules, "weight", a.weight, a.window.transposed)
+    _conv.check_window(rules, a.window)
+    sizes = _conv.check_sizes(rules, a.x, a.weight.shape, a.window, a.copies, "weight")
+    _conv.check_weight(rules, a.x, a.weight, a.bias, sizes)
+    _linear.check_sigma(rules, "sigma", a.sigma, sizes.features, (torch.float32,))
+    rules.device("x", a.x.device, weight=a.weight, bias=a.bias, sigma=a.sigma, key=a.noise.key)
+    rules.noise(a.noise, sizes.rows, sizes.features, draws)
+    return _conv.output(a.x, a.weight, sizes, a.window)
 
 
-def reference(
-    y, x, weight, bias, sigma, key, stride, padding, dilation, groups, transposed, copies, antithetic, *spec
-) -> None:
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    sizes = _conv.sizes_of(x, weight.shape, window, copies)
-    _conv.forward_reference(y, x, weight, bias, sigma, sizes, window, key, antithetic, *spec)
-
-
-def cost(x, weight, bias, sigma, key, stride, padding, dilation, groups, transposed, copies, antithetic, *spec) -> Cost:
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    sizes = _conv.sizes_of(x, weight.shape, window, copies)
+def cost(a: Conv) -> Cost:
+    sizes = a.sizes
     out = sizes.rows * sizes.features
-    draws = copies // 2 if antithetic else copies
-    return Cost(
-        x.element_size() * (x.numel() + weight.numel() + copies * out),
-        2 * _conv.products(window, sizes),
-        draws * out,
-    )
+    moved = a.x.element_size() * (a.x.numel() + a.weight.numel() + a.copies * out)
+    return Cost(moved, 2 * _conv.products(a.window, sizes), a.noise.draws(a.copies) * out)
 
 
 register(
@@ -179,8 +146,9 @@ register(
         schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, int copies=1, "
         f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
         function=noisy_conv2d,
+        arguments=Conv,
         check=check,
-        reference=reference,
+        reference=_conv.forward_reference,
         cost=cost,
         autocast=(0, 1, 2),
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
-from ulr_kernels.ops._conv import WINDOW_SCHEMA, Pair, Window
+from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
 from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_tensor, register, sigma_tensor
 
 
@@ -50,7 +50,7 @@ def noisy_conv2d_grad_(
             strides; or None.
         grad_bias: `[O]`, likewise; or None. One of the two must be given.
         x: `[B, I, H, W]`, shared by the copies, or `[C, B, I, H, W]`; fp32, bf16 or fp16; any strides.
-        loss_weight: `[C, B]`, fp32: what each copy of each image counts, (L - baseline) / (C * B) for a mean. With
+        loss_weight: `[C, B]`, fp32: the weight of each copy of each image, (L - baseline) / (C * B) for a mean. With
             positions given: `[C, B * H' * W' // positions]`, one for each sample.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[O]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
@@ -90,96 +90,16 @@ def noisy_conv2d_grad_(
     )
 
 
-def check(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> None:
+def check(a: ConvGradient) -> None:
     rules = Check("noisy_conv2d_grad_")
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    sizes = _conv.check_gradients(
-        rules, grad_weight, grad_bias, grad_log_sigma, x, loss_weight, kernel, window, positions, dist
-    )
-    draws = rules.copies(sizes.copies, antithetic)
-    _linear.check_sigma(rules, "sigma", sigma, sizes.features, (torch.float32,))
-    rules.device(
-        "x",
-        x.device,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
-        grad_log_sigma=grad_log_sigma,
-        loss_weight=loss_weight,
-        sigma=sigma,
-        key=key,
-    )
-    rules.noise(key, sizes.rows, sizes.features, draws, dist, sampler, positions, draw, row_offset, col_offset)
+    sizes = _conv.check_gradients(rules, a)
+    rules.copies(sizes.copies, a.noise.antithetic)
+    _conv.check_noise(rules, a, sizes)
 
 
-def reference(
-    grad_weight,
-    grad_bias,
-    grad_log_sigma,
-    x,
-    loss_weight,
-    sigma,
-    key,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    groups,
-    transposed,
-    *spec,
-) -> None:
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    buffers = (grad_weight, grad_bias, grad_log_sigma)
-    sizes = _conv.gradient_sizes(grad_weight, grad_bias, x, loss_weight, kernel, window)
-    _conv.gradient_reference(buffers, x, loss_weight, sigma, sizes, window, kernel, key, *spec)
-
-
-def cost(
-    grad_weight,
-    grad_bias,
-    grad_log_sigma,
-    x,
-    loss_weight,
-    sigma,
-    key,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    groups,
-    transposed,
-    antithetic,
-    *spec,
-) -> Cost:
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    sizes = _conv.gradient_sizes(grad_weight, grad_bias, x, loss_weight, kernel, window)
-    buffers = [b for b in (grad_weight, grad_bias, grad_log_sigma) if b is not None]
-    draws = sizes.copies // 2 if antithetic else sizes.copies
-    return Cost(
-        x.element_size() * x.numel() + 2 * sum(b.numel() * b.element_size() for b in buffers),
-        2 * _conv.products(window, sizes),
-        draws * sizes.rows * sizes.features,
-    )
+def cost(a: ConvGradient) -> Cost:
+    sizes = a.sizes
+    return _linear.gradient_cost(a, sizes, _conv.products(a.window, sizes))
 
 
 register(
@@ -189,8 +109,9 @@ register(
         f"Tensor loss_weight, Tensor sigma, Tensor key, int[] kernel, {WINDOW_SCHEMA}, bool antithetic=False, "
         f"{NOISE_SCHEMA}) -> ()",
         function=noisy_conv2d_grad_,
+        arguments=ConvGradient,
         check=check,
-        reference=reference,
+        reference=_conv.gradient_reference,
         cost=cost,
         mutates=(0, 1, 2),
         autocast=(3,),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._linear import Sizes
+from ulr_kernels.ops._linear import Linear
 from ulr_kernels.ops._op import (
     NOISE_SCHEMA,
     Check,
@@ -38,7 +38,7 @@ def noisy_linear(
 ) -> Tensor:
     """y[c] = x[c] W^T + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960) for a linear layer.
 
-    The noise is made on the way out of the product and never stored; there is one product however many copies share x.
+    The noise is added to the product in registers and never stored; copies that share x share one product.
 
     Args:
         x: `[R, K]`, shared by the copies, or `[C, R, K]`; fp32, bf16 or fp16; any strides.
@@ -60,21 +60,21 @@ def noisy_linear(
     """
     key = key_tensor("noisy_linear", key, x.device)
     scale = sigma_tensor("noisy_linear", sigma, x.device, zero=True)
-    spec = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     refuse_tangents("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
-        return _Pathwise.apply(x, weight, bias, scale, key, *spec)
-    return torch.ops.ulr.noisy_linear.default(x, weight, bias, scale, key, *spec)
+        return _Pathwise.apply(x, weight, bias, scale, key, *which)
+    return torch.ops.ulr.noisy_linear.default(x, weight, bias, scale, key, *which)
 
 
 class _Pathwise(torch.autograd.Function):
     """The ordinary gradient through y at fixed noise: half-order estimators cut backpropagation above or below it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, sigma, key, *spec):
+    def forward(ctx, x, weight, bias, sigma, key, *which):
         ctx.save_for_backward(x, weight, bias, sigma, key)
-        ctx.spec = spec
-        return torch.ops.ulr.noisy_linear.default(x, weight, bias, sigma, key, *spec)
+        ctx.which = which
+        return torch.ops.ulr.noisy_linear.default(x, weight, bias, sigma, key, *which)
 
     @staticmethod
     def backward(ctx, grad):
@@ -90,52 +90,32 @@ class _Pathwise(torch.autograd.Function):
             # sigma * eps is the op's output for x = 0; with sigma 1 it is eps itself, made again.
             nothing = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
             eps = torch.ops.ulr.noisy_linear.default(
-                nothing, nothing.new_zeros(weight.shape[0], 0), None, torch.ones_like(sigma), key, *ctx.spec
+                nothing, nothing.new_zeros(weight.shape[0], 0), None, torch.ones_like(sigma), key, *ctx.which
             )
             grad_sigma = (grad.float() * eps).sum((0, 1))
             grad_sigma = grad_sigma if sigma.dim() else grad_sigma.sum()
-        return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.spec)
+        return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.which)
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Output:
+def check(a: Linear) -> Output:
     rules = Check("noisy_linear")
-    draws = rules.copies(copies, antithetic)
-    if weight.dim() != 2:
-        rules.fail("weight", "be [N, K]", list(weight.shape))
-    _linear.check_x(rules, x, copies, weight)
-    rows, features = x.shape[-2], weight.shape[0]
-    _linear.check_weight(rules, x, weight, bias)
-    _linear.check_sigma(rules, "sigma", sigma, features, (torch.float32,))
-    rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key)
-    rules.noise(key, rows, features, draws, dist, sampler, positions, draw, row_offset, col_offset)
-    return Output((copies, rows, features), x.dtype)
+    draws = rules.copies(a.copies, a.noise.antithetic)
+    if a.weight.dim() != 2:
+        rules.fail("weight", "be [N, K]", list(a.weight.shape))
+    _linear.check_x(rules, a.x, a.copies, a.weight)
+    rows, features = a.x.shape[-2], a.weight.shape[0]
+    _linear.check_weight(rules, a.x, a.weight, a.bias)
+    _linear.check_sigma(rules, "sigma", a.sigma, features, (torch.float32,))
+    rules.device("x", a.x.device, weight=a.weight, bias=a.bias, sigma=a.sigma, key=a.noise.key)
+    rules.noise(a.noise, rows, features, draws)
+    return Output((a.copies, rows, features), a.x.dtype)
 
 
-def reference(y, x, weight, bias, sigma, key, copies, antithetic, *spec) -> None:
-    sizes = Sizes(copies, x.shape[-2], x.shape[-1], weight.shape[0], x.dim() == 2)
-    _linear.forward_reference(y, x, weight, bias, sigma, sizes, key, antithetic, *spec)
-
-
-def cost(x, weight, bias, sigma, key, copies, *spec) -> Cost:
-    rows, features = x.shape[-2], weight.shape[0]
-    out = copies * rows * features
-    products = (1 if x.dim() == 2 else copies) * rows * features * x.shape[-1]
-    draws = copies // 2 if spec[0] else copies
-    return Cost(x.element_size() * (x.numel() + weight.numel() + out), 2 * products, draws * rows * features)
+def cost(a: Linear) -> Cost:
+    out = a.x.shape[-2] * a.weight.shape[0]
+    products = (1 if a.x.dim() == 2 else a.copies) * out * a.x.shape[-1]
+    moved = a.x.element_size() * (a.x.numel() + a.weight.numel() + a.copies * out)
+    return Cost(moved, 2 * products, a.noise.draws(a.copies) * out)
 
 
 register(
@@ -144,8 +124,9 @@ register(
         schema="(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int copies=1, bool antithetic=False, "
         f"{NOISE_SCHEMA}) -> Tensor",
         function=noisy_linear,
+        arguments=Linear,
         check=check,
-        reference=reference,
+        reference=_linear.forward_reference,
         cost=cost,
         autocast=(0, 1, 2),
     )

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels.baselines import BASELINES, loss_weights
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._linear import Sizes
+from ulr_kernels.ops._linear import Linear, LinearGradient
 from ulr_kernels.ops._losses import ACTIVATIONS, activate_, check_loss, check_target, losses_of
-from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, ROW_BITS, Check, Cost, Op, Output, register, sigma_tensor
+from ulr_kernels.ops._op import (
+    COL_BITS,
+    DRAW_BITS,
+    ROW_BITS,
+    Check,
+    Cost,
+    NoiseSpec,
+    Op,
+    Output,
+    register,
+    sigma_tensor,
+)
 
 INJECTIONS = ("layerwise", "joint")
-MOST_LAYERS = 64  # what a kernel is told of a layer travels with its launch
+MOST_LAYERS = 64  # a layer's description is part of the kernel's arguments
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -41,12 +53,12 @@ def noisy_mlp_step(
 ) -> Tensor:
     """Add the ULR gradient (arXiv 2305.08960, Theorem 1) of an MLP's mean noised loss to its buffers: a whole step.
 
-    What `ulr.ULR` does with `nn.Sequential(Linear, activation, ..., Linear)`, in one call, which is one launch on a
+    The step of `ulr.ULR` for `nn.Sequential(Linear, activation, ..., Linear)` in one call, which is one launch on a
     CUDA device: noise, the perturbed products and activations of all copies, losses, baseline, and the accumulation
 
         grad_weights[l] += sum over c, r of  (L[c, r] - b[c, r]) / (C * R) * score_lcr / sigma_l  (outer)  a_l[c, r]
 
-    with a_l the layer's input. No activation needs a derivative, and none of what follows a layer is differentiated.
+    with a_l the layer's input. No activation needs a derivative, and nothing after a layer is differentiated.
 
     Args:
         grad_weights: L buffers `[N_l, K_l]`, fp32 or x's dtype, any strides.
@@ -83,55 +95,71 @@ def noisy_mlp_step(
     return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how)
 
 
-def check(
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    x: Tensor,
-    target: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    sigma: Tensor,
-    keys: Tensor,
-    copies: int,
-    antithetic: bool,
-    injection: str,
-    activation: str,
-    loss: str,
-    label_smoothing: float,
-    baseline: str,
-    dist: str,
-    draw: int,
-    row_offset: int,
-) -> Output:
-    rules = Check("noisy_mlp_step")
-    draws = rules.copies(copies, antithetic)
+class MlpStep(NamedTuple):
+    """Arguments of noisy_mlp_step."""
+
+    grad_weights: list[Tensor]
+    grad_biases: list[Tensor]
+    x: Tensor
+    target: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor]
+    sigma: Tensor
+    keys: Tensor
+    copies: int
+    antithetic: bool
+    injection: str
+    activation: str
+    loss: str
+    label_smoothing: float
+    baseline: str
+    dist: str
+    draw: int
+    row_offset: int
+
+    @property
+    def joint(self) -> bool:
+        return self.injection == "joint"
+
+    def noise(self, key: Tensor, row: int = 0) -> NoiseSpec:
+        """The noise of a layer, or of all layers by their keys, for the samples from `row` on."""
+        return NoiseSpec(key, self.antithetic, self.dist, "iid", 1, self.draw, self.row_offset + row)
+
+    def gradient(self, layer: int, a: Tensor, loss_weight: Tensor, row: int = 0) -> LinearGradient:
+        """A layer's gradient for the samples from `row` on; `a` is the layer's input."""
+        buffers = self.grad_weights[layer], self.grad_biases[layer] if self.biases else None, None
+        return LinearGradient(*buffers, a, loss_weight, self.sigma[layer], self.noise(self.keys[layer], row))
+
+
+def check(a: MlpStep) -> Output:
+    rules, x, weights = Check("noisy_mlp_step"), a.x, a.weights
+    draws = rules.copies(a.copies, a.antithetic)
     for argument, value, allowed in (
-        ("injection", injection, INJECTIONS),
-        ("activation", activation, ACTIVATIONS),
-        ("baseline", baseline, BASELINES),
+        ("injection", a.injection, INJECTIONS),
+        ("activation", a.activation, ACTIVATIONS),
+        ("baseline", a.baseline, BASELINES),
     ):
         if value not in allowed:
             rules.fail(argument, f"be one of {', '.join(allowed)}", repr(value))
-    check_loss(rules, loss, label_smoothing)
-    rules.dist(dist)
+    check_loss(rules, a.loss, a.label_smoothing)
+    rules.dist(a.dist)
     if not 1 <= len(weights) <= MOST_LAYERS:
         rules.fail("weights", f"hold 1 to {MOST_LAYERS} layers", f"{len(weights)}")
     rules.dtype("x", x, DTYPES)
     if x.dim() != 2 or not x.shape[0]:
         rules.fail("x", "be [R, K] with at least one row", list(x.shape))
-    _check_layers(rules, grad_weights, grad_biases, x, weights, biases)
-    rules.dtype("sigma", sigma, (torch.float32,))
-    rules.dtype("keys", keys, (torch.int64,))
-    for argument, tensor in (("sigma", sigma), ("keys", keys)):
+    _check_layers(rules, a.grad_weights, a.grad_biases, x, weights, a.biases)
+    rules.dtype("sigma", a.sigma, (torch.float32,))
+    rules.dtype("keys", a.keys, (torch.int64,))
+    for argument, tensor in (("sigma", a.sigma), ("keys", a.keys)):
         rules.shape(argument, tensor, (len(weights),), "one per layer")
-    check_target(rules, loss, target, x.shape[0], weights[-1].shape[0], x.dtype)
-    rules.device("x", x.device, target=target, sigma=sigma, keys=keys)
-    rules.room("draw", draw, draws, DRAW_BITS)
-    rules.room("row_offset", row_offset, x.shape[0], ROW_BITS)
+    check_target(rules, a.loss, a.target, x.shape[0], weights[-1].shape[0], x.dtype)
+    rules.device("x", x.device, target=a.target, sigma=a.sigma, keys=a.keys)
+    rules.room("draw", a.draw, draws, DRAW_BITS)
+    rules.room("row_offset", a.row_offset, x.shape[0], ROW_BITS)
     for weight in weights:
         rules.room("weights", 0, weight.shape[0], COL_BITS)
-    passes = len(weights) if injection == "layerwise" else 1
-    return Output((passes, copies, x.shape[0]), torch.float32)
+    return Output((1 if a.joint else len(weights), a.copies, x.shape[0]), torch.float32)
 
 
 def _check_layers(
@@ -172,75 +200,45 @@ def _check_layers(
                 rules.device("x", x.device, **{f"{argument}[{layer}]": vectors[layer]})
 
 
-def reference(
-    losses: Tensor,
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    x: Tensor,
-    target: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    sigma: Tensor,
-    keys: Tensor,
-    copies: int,
-    antithetic: bool,
-    injection: str,
-    activation: str,
-    loss: str,
-    label_smoothing: float,
-    baseline: str,
-    dist: str,
-    draw: int,
-    row_offset: int,
-) -> None:
-    offsets = draw, row_offset, 0
-    layers = range(len(weights))
+def reference(losses: Tensor, a: MlpStep) -> None:
+    x, layers = a.x, range(len(a.weights))
 
     def forward(noised: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """The logits, and the input of each noised layer."""
         inputs, value = {}, x
         for layer in layers:
-            bias = biases[layer] if biases else None
-            sizes = Sizes(copies, x.shape[0], value.shape[-1], weights[layer].shape[0], value.dim() == 2)
+            weight, bias = a.weights[layer], a.biases[layer] if a.biases else None
             if layer in noised:
                 inputs[layer] = value
-                y = x.new_empty(copies, sizes.rows, sizes.features)
-                of_layer = (weights[layer], bias, sigma[layer], sizes, keys[layer], antithetic, dist, "iid", 1)
-                _linear.forward_reference(y, value, *of_layer, *offsets)
+                y = x.new_empty(a.copies, x.shape[0], weight.shape[0])
+                noise = a.noise(a.keys[layer])
+                _linear.forward_reference(y, Linear(value, weight, bias, a.sigma[layer], a.copies, noise))
             else:
-                y = value.float() @ weights[layer].float().T + (0.0 if bias is None else bias.float())
+                y = value.float() @ weight.float().T + (0.0 if bias is None else bias.float())
             value = y.to(x.dtype)
             if layer < layers[-1]:
-                value = activate_(value, activation)
+                value = activate_(value, a.activation)
         return value, inputs
 
-    clean = losses_of(forward(())[0], target, loss, label_smoothing) if baseline == "clean" else None
-    for number, noised in enumerate([[layer] for layer in layers] if injection == "layerwise" else [layers]):
+    clean = losses_of(forward(())[0], a.target, a.loss, a.label_smoothing) if a.baseline == "clean" else None
+    for number, noised in enumerate([layers] if a.joint else [[layer] for layer in layers]):
         logits, inputs = forward(noised)
-        losses[number] = losses_of(logits, target, loss, label_smoothing)
-        weight = loss_weights(losses[number], clean, baseline, antithetic)
+        losses[number] = losses_of(logits, a.target, a.loss, a.label_smoothing)
+        weight = loss_weights(losses[number], clean, a.baseline, a.antithetic)
         for layer in noised:
-            a = inputs[layer]
-            sizes = Sizes(copies, x.shape[0], a.shape[-1], weights[layer].shape[0], a.dim() == 2)
-            buffers = grad_weights[layer], grad_biases[layer] if biases else None, None
-            _linear.gradient_reference(
-                *buffers, a, weight, sigma[layer], sizes, keys[layer], antithetic, dist, "iid", 1, *offsets
-            )
+            _linear.gradient_reference(a.gradient(layer, inputs[layer], weight))
 
 
-def cost(
-    grad_weights, grad_biases, x, target, weights, biases, sigma, keys, copies, antithetic, injection, *spec
-) -> Cost:
-    rows = x.shape[0]
-    size = x.element_size()
-    moved = size * (x.numel() + sum(w.numel() for w in weights))
-    moved += 2 * sum(g.numel() * g.element_size() for g in (*grad_weights, *grad_biases))
+def cost(a: MlpStep) -> Cost:
+    rows, size = a.x.shape[0], a.x.element_size()
+    moved = size * (a.x.numel() + sum(w.numel() for w in a.weights))
+    moved += 2 * sum(g.numel() * g.element_size() for g in (*a.grad_weights, *a.grad_biases))
     flops = noise = 0
-    for layer, weight in enumerate(weights):
-        copies_here = 1 if layer == 0 else copies if injection == "joint" else 1 + layer * copies
-        gradient = 1 if layer == 0 or injection == "layerwise" else copies
+    for layer, weight in enumerate(a.weights):
+        copies_here = 1 if layer == 0 else a.copies if a.joint else 1 + layer * a.copies
+        gradient = a.copies if layer and a.joint else 1
         flops += 2 * (copies_here + gradient) * rows * weight.numel()
-        noise += (copies // 2 if antithetic else copies) * rows * weight.shape[0]
+        noise += (a.copies // 2 if a.antithetic else a.copies) * rows * weight.shape[0]
     return Cost(moved, flops, noise)
 
 
@@ -252,6 +250,7 @@ register(
         "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
         "str dist='normal', int draw=0, int row_offset=0) -> Tensor",
         function=noisy_mlp_step,
+        arguments=MlpStep,
         check=check,
         reference=reference,
         cost=cost,

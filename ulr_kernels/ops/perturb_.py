@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _parameters
 from ulr_kernels.ops._op import Check, Cost, Op, fp32_tensor, register
+from ulr_kernels.ops._parameters import ListNoise
 
 
 def perturb_(
@@ -35,7 +37,7 @@ def perturb_(
         keys: one for each tensor: int64 `[len(tensors)]` on their device, or integers in [-2^63, 2^64), which are
             copied there.
         scale: any finite number (a minus probe's is negative), or fp32 `[]`.
-        draw: number of the probe or population member.
+        draw: number of the probe or member of a population.
         dist: "normal", "laplace" or "rademacher".
         rank: None for a noise value an element; r for `E = A B^T / sqrt(r)`, whose factors have noise of `dist`
             (EGGROLL: arXiv 2511.16652, eq. 3). Tensors of fewer than two axes have full noise in both cases.
@@ -63,29 +65,36 @@ def perturb_(
         )
 
 
-def check(tensors: list[Tensor], keys: Tensor, scale: Tensor, *spec) -> None:
+class Perturb(NamedTuple):
+    """Arguments of perturb_."""
+
+    tensors: list[Tensor]
+    scale: Tensor
+    noise: ListNoise
+
+
+def check(a: Perturb) -> None:
     rules = Check("perturb_")
-    _parameters.check_list(rules, tensors, keys, 1, *spec)
-    rules.dtype("scale", scale, (torch.float32,))
-    rules.shape("scale", scale, (), "one for all tensors")
-    rules.device("keys", keys.device, scale=scale)
+    _parameters.check_list(rules, a.tensors, a.noise, 1)
+    rules.dtype("scale", a.scale, (torch.float32,))
+    rules.shape("scale", a.scale, (), "one for all tensors")
+    rules.device("keys", a.noise.keys.device, scale=a.scale)
 
 
-def reference(tensors, keys, scale, dist, rank, stochastic, draw, row_offset, col_offset) -> None:
-    for i, tensor in enumerate(tensors):
+def reference(a: Perturb) -> None:
+    for i, tensor in enumerate(a.tensors):
         flat = _parameters.flat_view(tensor)
-        at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
-        for block in _parameters.blocks(tensor, keys[i], *at):
-            old = block.values(flat).float()
-            block.store(flat, noise_contract.fma(scale, block.noise(draw, dist, rank), old), stochastic, draw)
+        for block in _parameters.blocks(tensor, i, a.noise):
+            eps = block.noise(a.noise, a.noise.draw)
+            block.store(flat, noise_contract.fma(a.scale, eps, block.values(flat).float()), a.noise)
         _parameters.write_back(tensor, flat)
 
 
-def cost(tensors, keys, scale, dist="normal", rank=None, *spec) -> Cost:
+def cost(a: Perturb) -> Cost:
     return Cost(
-        bytes=2 * sum(t.numel() * t.element_size() for t in tensors),
-        flops=2 * sum(t.numel() for t in tensors),
-        noise=_parameters.noise_values(tensors, rank),
+        bytes=2 * sum(t.numel() * t.element_size() for t in a.tensors),
+        flops=2 * sum(t.numel() for t in a.tensors),
+        noise=_parameters.noise_values(a.tensors, a.noise.rank),
     )
 
 
@@ -94,6 +103,7 @@ register(
         name="perturb_",
         schema=f"(Tensor(a!)[] tensors, Tensor keys, Tensor scale, {_parameters.LIST_SCHEMA}) -> ()",
         function=perturb_,
+        arguments=Perturb,
         check=check,
         reference=reference,
         mutates=(0,),

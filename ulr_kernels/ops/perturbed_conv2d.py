@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ulr_kernels.ops import _conv, _perturbed
 from ulr_kernels.ops._conv import Pair, Window
-from ulr_kernels.ops._op import Check, Cost, Op, Output, fp32_tensor, key_tensor, register
-from ulr_kernels.ops._parameters import grid
-from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
+from ulr_kernels.ops._op import Check, Cost, NoiseSpec, Op, Output, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._parameters import rows_cols
+from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
 # Of the schema: padding is (top, bottom, left, right).
 WINDOW_SCHEMA = "int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1"
@@ -25,7 +27,7 @@ def perturbed_conv2d(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
-    members: int = 1,
+    copies: int = 1,
     antithetic: bool = False,
     rank: int | None = None,
     dist: str = "normal",
@@ -34,20 +36,20 @@ def perturbed_conv2d(
     col_offset: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """y[p] = conv2d(x[p], W'_p) + b for each member p, W'_p = round_to_dtype(fma(sigma, eps_p, W)).
+    """y[c] = conv2d(x[c], W'_c) + b for each copy c, W'_c = round_to_dtype(fma(sigma, eps_c, W)).
 
     The weight's noise is that of its view [O, I / groups * kh * kw]; low rank: as in `perturbed_linear`, W' rounded.
 
     Args:
-        x: `[B, I, H, W]`, shared by the members, or `[P, B, I, H, W]`; fp32, bf16 or fp16; any strides.
+        x: `[B, I, H, W]`, shared by the copies, or `[C, B, I, H, W]`; fp32, bf16 or fp16; any strides.
         weight: `[O, I / groups, kh, kw]`, of x's dtype; any strides.
-        bias: `[O]`, or `[P, O]` with one for each member, of x's dtype, or None. The caller perturbs it.
+        bias: `[O]`, or `[C, O]` with one for each copy, of x's dtype, or None. The caller perturbs it.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding also "same" or "valid".
-        sigma, key, members, antithetic, rank, dist, draw, row_offset, col_offset: as in `perturbed_linear`.
+        sigma, key, copies, antithetic, rank, dist, draw, row_offset, col_offset: as in `perturbed_linear`.
         mask: bool or uint8 of weight's shape: noise only where it is set; not with `rank`.
 
     Returns:
-        `[P, B, O, H', W']` of x's dtype, channels last where x or the weight is. Differentiable in x, weight,
+        `[C, B, O, H', W']` of x's dtype, channels last where x or the weight is. Differentiable in x, weight,
         bias and sigma (pathwise).
 
     Raises:
@@ -59,65 +61,61 @@ def perturbed_conv2d(
     window = _conv.resolve_window("perturbed_conv2d", kernel, stride, padding, dilation, groups, False, 0)
     key = key_tensor("perturbed_conv2d", key, x.device)
     scale = fp32_tensor("perturbed_conv2d", "sigma", sigma, x.device)
-    how = Members(members, antithetic, rank, dist, draw, row_offset, col_offset, mask)
-    return _perturbed.call("perturbed_conv2d", window.convolve, 4, (x, weight, bias, scale), key, window[:4], how)
+    noise = NoiseSpec(key, antithetic, dist, "iid", 1, draw, row_offset, col_offset)
+    how = WeightNoise(noise, copies, rank, mask)
+    return _perturbed.call("perturbed_conv2d", window.convolve, 4, (x, weight, bias, scale), window[:4], how)
 
 
-def window_of(stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Window:
-    return Window.of(stride, padding, dilation, groups, False)
+class PerturbedConv(NamedTuple):
+    """Arguments of perturbed_conv2d."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sigma: Tensor
+    window: Window
+    how: WeightNoise
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    *rest,
-) -> Output:
-    rules, how, window = Check("perturbed_conv2d"), Members(*rest), window_of(stride, padding, dilation, groups)
+def check(a: PerturbedConv) -> Output:
+    rules, x, weight, copies = Check("perturbed_conv2d"), a.x, a.weight, a.how.copies
     _conv.check_kernel(rules, "weight", weight, False)
-    _conv.check_window(rules, window)
-    _perturbed.check_members(rules, weight, sigma, key, how)
+    _conv.check_window(rules, a.window)
+    _perturbed.check_copies(rules, weight, a.sigma, a.how)
     if x.dim() not in (4, 5):
-        rules.fail("x", "be [B, I, H, W] or [P, B, I, H, W]", list(x.shape))
-    if x.dim() == 5 and x.shape[0] != how.members:
-        rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
-    sizes = _conv.check_sizes(rules, x, weight.shape, window, how.members, "weight")
+        rules.fail("x", "be [B, I, H, W] or [C, B, I, H, W]", list(x.shape))
+    if x.dim() == 5 and x.shape[0] != copies:
+        rules.fail("x", f"have {copies} copies on its first axis, or no such axis", list(x.shape))
+    sizes = _conv.check_sizes(rules, x, weight.shape, a.window, copies, "weight")
     rules.dtype("weight", weight, (x.dtype,))
-    _perturbed.check_bias(rules, weight, bias, how.members)
-    rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
-    return _conv.output(x, weight, sizes, window)
+    _perturbed.check_bias(rules, weight, a.bias, copies)
+    rules.device("x", x.device, weight=weight, bias=a.bias, sigma=a.sigma, key=a.how.noise.key, mask=a.how.mask)
+    return _conv.output(x, weight, sizes, a.window)
 
 
-def reference(y, x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> None:
-    how, window = Members(*rest), window_of(stride, padding, dilation, groups)
-    for member in range(how.members if y.numel() else 0):
-        own = _perturbed.member_weight(weight, sigma, key, how, member).float()
-        own_bias = _perturbed.of_member(bias, member, 1)
+def reference(y: Tensor, a: PerturbedConv) -> None:
+    for copy in range(a.how.copies if y.numel() else 0):
+        own = _perturbed.copy_weight(a.weight, a.sigma, a.how, copy).float()
+        own_bias = _perturbed.of_copy(a.bias, copy, 1)
         own_bias = own_bias if own_bias is None else own_bias.float()
-        y[member] = window.convolve(_perturbed.of_member(x, member, 4).float(), own, own_bias)
+        y[copy] = a.window.convolve(_perturbed.of_copy(a.x, copy, 4).float(), own, own_bias)
 
 
-def cost(x, weight, bias, sigma, key, stride, padding, dilation, groups, *rest) -> Cost:
-    how, window = Members(*rest), window_of(stride, padding, dilation, groups)
-    sizes = _conv.sizes_of(x, weight.shape, window, how.members)
-    out = how.members * sizes.rows * sizes.features
-    rows, cols = grid(weight)
-    noise = how.draws * (rows * cols if how.rank is None else how.rank * (rows + cols))
-    return Cost(x.element_size() * (x.numel() + weight.numel() + out), 2 * out * sizes.inputs, noise)
+def cost(a: PerturbedConv) -> Cost:
+    sizes = _conv.sizes_of(a.x, a.weight.shape, a.window, a.how.copies)
+    out = sizes.copies * sizes.rows * sizes.features
+    rows, cols = rows_cols(a.weight)
+    noise = a.how.draws * (rows * cols if a.how.rank is None else a.how.rank * (rows + cols))
+    return Cost(a.x.element_size() * (a.x.numel() + a.weight.numel() + out), 2 * out * sizes.inputs, noise)
 
 
 register(
     Op(
         name="perturbed_conv2d",
         schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, "
-        f"{MEMBERS_SCHEMA}) -> Tensor",
+        f"{COPIES_SCHEMA}) -> Tensor",
         function=perturbed_conv2d,
+        arguments=PerturbedConv,
         check=check,
         reference=reference,
         cost=cost,

@@ -1,13 +1,15 @@
-"""perturbed_embedding: rows of a table with weight noise; only the rows that are asked for get their noise made."""
+"""perturbed_embedding: rows of a table with weight noise, which is made for the gathered rows only."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels.ops import _perturbed
-from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Output, fp32_tensor, key_tensor, register
-from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
+from ulr_kernels.ops._op import FLOATS, Check, Cost, NoiseSpec, Op, Output, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
 
 def perturbed_embedding(
@@ -16,7 +18,7 @@ def perturbed_embedding(
     sigma: float | Tensor,
     key: int | Tensor,
     *,
-    members: int = 1,
+    copies: int = 1,
     antithetic: bool = False,
     rank: int | None = None,
     dist: str = "normal",
@@ -25,18 +27,18 @@ def perturbed_embedding(
     col_offset: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """y[p, r] = W'_p[indices[r]], W'_p = round_to_dtype(fma(sigma, eps_p, W)): an embedding with weight noise.
+    """y[c, r] = W'_c[indices[r]], W'_c = round_to_dtype(fma(sigma, eps_c, W)): an embedding with weight noise.
 
     Noise is made for the rows that are gathered, never for the table. It is the noise that `perturbed_linear` with the
     same weight and key uses (tied weights); low rank: eps as there, W' rounded.
 
     Args:
-        indices: int64 `[R]`, shared by the members, or `[P, R]`: rows of the weight.
+        indices: int64 `[R]`, shared by the copies, or `[C, R]`: rows of the weight.
         weight: `[V, D]`; fp32, bf16 or fp16; any strides.
-        sigma, key, members, antithetic, rank, dist, draw, row_offset, col_offset, mask: as in `perturbed_linear`.
+        sigma, key, copies, antithetic, rank, dist, draw, row_offset, col_offset, mask: as in `perturbed_linear`.
 
     Returns:
-        `[P, R, D]` of weight's dtype. Differentiable in weight and sigma (pathwise).
+        `[C, R, D]` of weight's dtype. Differentiable in weight and sigma (pathwise).
 
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed. Indices
@@ -45,27 +47,37 @@ def perturbed_embedding(
     """
     key = key_tensor("perturbed_embedding", key, weight.device)
     scale = fp32_tensor("perturbed_embedding", "sigma", sigma, weight.device)
-    how = Members(members, antithetic, rank, dist, draw, row_offset, col_offset, mask)
-    return _perturbed.call("perturbed_embedding", _gather, 1, (indices, weight, scale), key, (), how)
+    noise = NoiseSpec(key, antithetic, dist, "iid", 1, draw, row_offset, col_offset)
+    how = WeightNoise(noise, copies, rank, mask)
+    return _perturbed.call("perturbed_embedding", _gather, 1, (indices, weight, scale), (), how)
 
 
 def _gather(indices: Tensor, weight: Tensor) -> Tensor:
     return weight[indices]
 
 
-def check(indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> Output:
-    rules, how = Check("perturbed_embedding"), Members(*rest)
+class PerturbedEmbedding(NamedTuple):
+    """Arguments of perturbed_embedding."""
+
+    indices: Tensor
+    weight: Tensor
+    sigma: Tensor
+    how: WeightNoise
+
+
+def check(a: PerturbedEmbedding) -> Output:
+    rules, indices, weight, copies = Check("perturbed_embedding"), a.indices, a.weight, a.how.copies
     rules.dtype("indices", indices, (torch.int64,))
     rules.dtype("weight", weight, FLOATS)
     if weight.dim() != 2:
         rules.fail("weight", "be [V, D]", list(weight.shape))
-    _perturbed.check_members(rules, weight, sigma, key, how)
+    _perturbed.check_copies(rules, weight, a.sigma, a.how)
     if indices.dim() not in (1, 2):
-        rules.fail("indices", "be [R] or [P, R]", list(indices.shape))
-    if indices.dim() == 2 and indices.shape[0] != how.members:
-        rules.fail("indices", f"have {how.members} members on its first axis, or no such axis", list(indices.shape))
-    rules.device("weight", weight.device, indices=indices, sigma=sigma, key=key, mask=how.mask)
-    return Output((how.members, indices.shape[-1], weight.shape[1]), weight.dtype)
+        rules.fail("indices", "be [R] or [C, R]", list(indices.shape))
+    if indices.dim() == 2 and indices.shape[0] != copies:
+        rules.fail("indices", f"have {copies} copies on its first axis, or no such axis", list(indices.shape))
+    rules.device("weight", weight.device, indices=indices, sigma=a.sigma, key=a.how.noise.key, mask=a.how.mask)
+    return Output((copies, indices.shape[-1], weight.shape[1]), weight.dtype)
 
 
 def check_range(indices: Tensor, weight: Tensor) -> None:
@@ -76,29 +88,28 @@ def check_range(indices: Tensor, weight: Tensor) -> None:
                 Check("perturbed_embedding").fail("indices", f"lie in [0, {weight.shape[0]})", int(extreme))
 
 
-def reference(y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> None:
-    check_range(indices, weight)
-    how = Members(*rest)
-    for member in range(how.members):
-        rows = _perturbed.of_member(indices, member, 1)
-        eps = _perturbed.member_noise(rows, weight.shape[1], key, how, member)
-        mask = None if how.mask is None else how.mask[rows]
-        y[member] = _perturbed.perturbed(weight[rows], sigma, eps, mask)
+def reference(y: Tensor, a: PerturbedEmbedding) -> None:
+    check_range(a.indices, a.weight)
+    for copy in range(a.how.copies):
+        rows = _perturbed.of_copy(a.indices, copy, 1)
+        eps = _perturbed.copy_noise(rows, a.weight.shape[1], a.how, copy)
+        mask = None if a.how.mask is None else a.how.mask[rows]
+        y[copy] = _perturbed.perturbed(a.weight[rows], a.sigma, eps, mask)
 
 
-def cost(indices, weight, sigma, key, *rest) -> Cost:
-    how = Members(*rest)
-    rows, width = indices.shape[-1], weight.shape[1]
-    read = (1 if indices.dim() == 1 else how.members) * rows * width
+def cost(a: PerturbedEmbedding) -> Cost:
+    how, rows, width = a.how, a.indices.shape[-1], a.weight.shape[1]
+    read = (1 if a.indices.dim() == 1 else how.copies) * rows * width
     noise = how.draws * (rows * width if how.rank is None else how.rank * (rows + width))
-    return Cost(weight.element_size() * (read + how.members * rows * width) + 8 * indices.numel(), 0, noise)
+    return Cost(a.weight.element_size() * (read + how.copies * rows * width) + 8 * a.indices.numel(), 0, noise)
 
 
 register(
     Op(
         name="perturbed_embedding",
-        schema=f"(Tensor indices, Tensor weight, Tensor sigma, Tensor key, {MEMBERS_SCHEMA}) -> Tensor",
+        schema=f"(Tensor indices, Tensor weight, Tensor sigma, Tensor key, {COPIES_SCHEMA}) -> Tensor",
         function=perturbed_embedding,
+        arguments=PerturbedEmbedding,
         check=check,
         reference=reference,
         cost=cost,

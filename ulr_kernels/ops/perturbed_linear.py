@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops import _perturbed
-from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Output, fp32_tensor, key_tensor, register
-from ulr_kernels.ops._perturbed import MEMBERS_SCHEMA, Members
+from ulr_kernels.ops._op import FLOATS, Check, Cost, NoiseSpec, Op, Output, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
 
 def perturbed_linear(
@@ -19,7 +21,7 @@ def perturbed_linear(
     sigma: float | Tensor,
     key: int | Tensor,
     *,
-    members: int = 1,
+    copies: int = 1,
     antithetic: bool = False,
     rank: int | None = None,
     dist: str = "normal",
@@ -28,32 +30,32 @@ def perturbed_linear(
     col_offset: int = 0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """y[p] = x[p] W'_p^T + b for each member p of a population, W'_p = round_to_dtype(fma(sigma, eps_p, W)).
+    """y[c] = x[c] W'_c^T + b for each copy c, W'_c = round_to_dtype(fma(sigma, eps_c, W)).
 
     The probe of SPSA (Spall, 1992) and MeZO (arXiv 2305.17333) and the population of evolution strategies. The noise is
     made on the weight's way into the product; the weight itself is never written.
 
-    Low rank (EGGROLL, arXiv 2511.16652): eps_p = A B^T / sqrt(r), A^T = noise((r, N), fold_in(key, 1)), B^T = noise((r,
+    Low rank (EGGROLL, arXiv 2511.16652): eps_c = A B^T / sqrt(r), A^T = noise((r, N), fold_in(key, 1)), B^T = noise((r,
     K), fold_in(key, 2)). The plain product and sigma / sqrt(r) * (x B) A^T are added up, so W' is not rounded.
 
     Args:
-        x: `[R, K]`, shared by the members, or `[P, R, K]`; fp32, bf16 or fp16; any strides.
+        x: `[R, K]`, shared by the copies, or `[C, R, K]`; fp32, bf16 or fp16; any strides.
         weight: `[N, K]`, of x's dtype; any strides.
-        bias: `[N]`, or `[P, N]` with one for each member, of x's dtype, or None. It gets no noise here: the caller
+        bias: `[N]`, or `[C, N]` with one for each copy, of x's dtype, or None. It gets no noise here: the caller
             perturbs it.
         sigma: noise scale in units of the weight: any finite number, or an fp32 scalar tensor. A minus probe's is
             negative.
         key: of the weight: an integer in [-2^63, 2^64) or an int64 scalar tensor.
-        members: P.
-        antithetic: the second half of the members uses the first half's noise, negated; P must be even.
+        copies: C.
+        antithetic: the second half of the copies uses the first half's noise, negated; C must be even.
         rank: of the noise; None: full.
         dist: "normal", "laplace" or "rademacher".
-        draw: member p uses draw + p, or of antithetic members draw + p mod P/2.
+        draw: copy c uses draw + c, or of antithetic copies draw + c mod C/2.
         row_offset, col_offset: where in the noise of the whole weight this one's rows and columns start.
         mask: bool or uint8 `[N, K]`: noise only where it is set; not with `rank`.
 
     Returns:
-        `[P, R, N]` of x's dtype. Sums are fp32. Differentiable in x, weight, bias and sigma (pathwise).
+        `[C, R, N]` of x's dtype. Sums are fp32. Differentiable in x, weight, bias and sigma (pathwise).
 
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
@@ -61,63 +63,75 @@ def perturbed_linear(
     """
     key = key_tensor("perturbed_linear", key, x.device)
     scale = fp32_tensor("perturbed_linear", "sigma", sigma, x.device)
-    how = Members(members, antithetic, rank, dist, draw, row_offset, col_offset, mask)
-    return _perturbed.call("perturbed_linear", F.linear, 2, (x, weight, bias, scale), key, (), how)
+    noise = NoiseSpec(key, antithetic, dist, "iid", 1, draw, row_offset, col_offset)
+    how = WeightNoise(noise, copies, rank, mask)
+    return _perturbed.call("perturbed_linear", F.linear, 2, (x, weight, bias, scale), (), how)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest) -> Output:
-    rules, how = Check("perturbed_linear"), Members(*rest)
+class PerturbedLinear(NamedTuple):
+    """Arguments of perturbed_linear."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sigma: Tensor
+    how: WeightNoise
+
+
+def check(a: PerturbedLinear) -> Output:
+    rules, x, weight, copies = Check("perturbed_linear"), a.x, a.weight, a.how.copies
     rules.dtype("x", x, FLOATS)
     rules.dtype("weight", weight, (x.dtype,))
     if weight.dim() != 2:
         rules.fail("weight", "be [N, K]", list(weight.shape))
-    _perturbed.check_members(rules, weight, sigma, key, how)
+    _perturbed.check_copies(rules, weight, a.sigma, a.how)
     if x.dim() not in (2, 3):
-        rules.fail("x", "be [R, K] or [P, R, K]", list(x.shape))
+        rules.fail("x", "be [R, K] or [C, R, K]", list(x.shape))
     if x.shape[-1] != weight.shape[1]:
         rules.fail("x", f"have {weight.shape[1]} features (weight is {list(weight.shape)})", list(x.shape))
-    if x.dim() == 3 and x.shape[0] != how.members:
-        rules.fail("x", f"have {how.members} members on its first axis, or no such axis", list(x.shape))
-    _perturbed.check_bias(rules, weight, bias, how.members)
-    rules.device("x", x.device, weight=weight, bias=bias, sigma=sigma, key=key, mask=how.mask)
-    return Output((how.members, x.shape[-2], weight.shape[0]), x.dtype)
+    if x.dim() == 3 and x.shape[0] != copies:
+        rules.fail("x", f"have {copies} copies on its first axis, or no such axis", list(x.shape))
+    _perturbed.check_bias(rules, weight, a.bias, copies)
+    rules.device("x", x.device, weight=weight, bias=a.bias, sigma=a.sigma, key=a.how.noise.key, mask=a.how.mask)
+    return Output((copies, x.shape[-2], weight.shape[0]), x.dtype)
 
 
-def reference(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest) -> None:
-    how = Members(*rest)
-    for member in range(how.members):
-        own = _perturbed.of_member(x, member, 2).float()
-        shift = 0.0 if bias is None else _perturbed.of_member(bias, member, 1).float()
+def reference(y: Tensor, a: PerturbedLinear) -> None:
+    weight, how, noise = a.weight, a.how, a.how.noise
+    for copy in range(how.copies):
+        own = _perturbed.of_copy(a.x, copy, 2).float()
+        shift = 0.0 if a.bias is None else _perturbed.of_copy(a.bias, copy, 1).float()
         if how.rank is None:
-            y[member] = own @ _perturbed.member_weight(weight, sigma, key, how, member).float().T + shift
+            y[copy] = own @ _perturbed.copy_weight(weight, a.sigma, how, copy).float().T + shift
         else:
-            draw, sign = how.which(member)
+            draw, sign = how.which(copy)
             rows, cols = (
-                torch.arange(size, device=x.device) + offset
-                for size, offset in zip(weight.shape, (how.row_offset, how.col_offset), strict=True)
+                torch.arange(size, device=own.device) + offset
+                for size, offset in zip(weight.shape, (noise.row_offset, noise.col_offset), strict=True)
             )
-            a, b = noise_contract.low_rank_factors(rows, cols, how.rank, draw, key, dist=how.dist)
-            scale = sigma * (sign * noise_contract.low_rank_scale(how.rank))
-            y[member] = own @ weight.float().T + shift + scale * ((own @ b.T) @ a)
+            by_row, by_col = noise_contract.low_rank_factors(rows, cols, how.rank, draw, noise.key, dist=noise.dist)
+            scale = a.sigma * (sign * noise_contract.low_rank_scale(how.rank))
+            y[copy] = own @ weight.float().T + shift + scale * ((own @ by_col.T) @ by_row)
 
 
-def cost(x, weight, bias, sigma, key, *rest) -> Cost:
-    how = Members(*rest)
+def cost(a: PerturbedLinear) -> Cost:
+    x, weight, how = a.x, a.weight, a.how
     rows, (features, inputs) = x.shape[-2], weight.shape
-    out = how.members * rows * features
+    out = how.copies * rows * features
     size = x.element_size() * (x.numel() + weight.numel() + out)
     if how.rank is None:
         return Cost(size, 2 * out * inputs, how.draws * weight.numel())
-    products = (1 if x.dim() == 2 else how.members) * rows * features * inputs
-    beside = how.members * rows * how.rank * (features + inputs)
+    products = (1 if x.dim() == 2 else how.copies) * rows * features * inputs
+    beside = how.copies * rows * how.rank * (features + inputs)
     return Cost(size, 2 * (products + beside), how.draws * how.rank * (features + inputs))
 
 
 register(
     Op(
         name="perturbed_linear",
-        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {MEMBERS_SCHEMA}) -> Tensor",
+        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {COPIES_SCHEMA}) -> Tensor",
         function=perturbed_linear,
+        arguments=PerturbedLinear,
         check=check,
         reference=reference,
         cost=cost,

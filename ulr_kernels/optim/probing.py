@@ -179,7 +179,8 @@ class Probing(TorchFunctionMode):
     # --- perturbed copies --------------------------------------------------------------------------------------------
 
     def _spec(self) -> dict[str, Any]:
-        return self._draws._asdict()
+        draw, copies, antithetic, dist = self._draws
+        return {"draw": draw, "copies": copies, "antithetic": antithetic, "dist": dist}
 
     def _copies(self, site: Site) -> Tensor:
         """`[P, *shape]`: the parameter as each member sees it."""

@@ -1,5 +1,5 @@
 // The C ABI of both native libraries: plain structs of pointers, sizes and strides, an error code back.
-// Nothing here knows of torch or Python. Strides count elements. All checks of arguments are done by the caller.
+// They are independent of torch and Python. Strides count elements. The caller checks all arguments.
 #pragma once
 
 #include <stdint.h>
@@ -17,10 +17,10 @@ enum { ULR_NORMAL = 0, ULR_LAPLACE = 1, ULR_RADEMACHER = 2 };
 //     int ulr_cuda_<name>(...)
 // The order of the tensors is given by an enum beside each launcher. The noise may be NULL where an op has none.
 typedef struct {
-    int32_t threads;         // CPU: how many threads to use
+    int32_t threads;         // CPU: the number of threads to use
     int32_t device;          // CUDA: the ordinal
     void* stream;            // CUDA: the caller's current stream
-    int32_t tensors;         // how many tensors there are
+    int32_t tensors;         // the number of tensors
     const int64_t* numbers;  // the op's own integers (a stride, a padding), in the order of an enum beside the launcher
 } ulr_launch;
 

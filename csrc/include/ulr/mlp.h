@@ -1,4 +1,4 @@
-// What noisy_mlp_step is told by number.
+// Names of the numbers of noisy_mlp_step.
 #pragma once
 
 namespace ulr {

@@ -1,4 +1,4 @@
-// What combine_ does with a sum of noise: the numbers of one step, in the order of roundings of docs/noise.md.
+// The step of combine_ from a sum of noise: its numbers, in the order of roundings of docs/noise.md.
 #pragma once
 
 #include <math.h>
@@ -20,8 +20,8 @@ constexpr int64_t kRoundingStream = 3;  // folded into a parameter's key; 1 and 
 constexpr int64_t kRowFactorStream = 1, kColFactorStream = 2;
 
 struct StepNumbers {
-    float decay, rate;                         // both negative: what is added is the product
-    float momentum, beta1, beta2, new1, new2;  // new: what 1 leaves beside a beta
+    float decay, rate;                         // both negative: their products are added
+    float momentum, beta1, beta2, new1, new2;  // new: 1 - beta
     float root, epsilon;
 };
 

@@ -25,8 +25,8 @@ float2 load_shared(uint32_t address) {
     return *reinterpret_cast<const float2*>(at);
 }
 
-inline int not_before_here(int value) { return value; }
-inline int64_t not_before_here(int64_t value) { return value; }
+inline int opaque(int value) { return value; }
+inline int64_t opaque(int64_t value) { return value; }
 inline uint32_t exponent(uint32_t bits) { return bits >> 23; }
 
 inline void grid_sync(int line = __builtin_LINE()) { emulate::grid_barrier(line); }

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native, _parameters
 from ulr_kernels.backends.cpp import conv, elementwise, linear, mlp, perturbed
+from ulr_kernels.ops.combine_ import Combine
+from ulr_kernels.ops.noise import FoldIn, Noise, Philox
+from ulr_kernels.ops.perturb_ import Perturb
 
 
 @functools.cache
@@ -38,7 +41,7 @@ def _available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 def _omp_parallel() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP runtime that torch runs on, found as torch's own calls find it; None: it has none."""
+    """GOMP_parallel of torch's OpenMP runtime, or None if it has none."""
     path = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
@@ -52,7 +55,7 @@ def isa() -> str:
 
 
 def available_isas() -> list[str]:
-    """The instruction sets that this build has and this machine runs, the best first."""
+    """The instruction sets of this build that this machine runs, the best first."""
     return _available_isas(_opened())
 
 
@@ -88,26 +91,26 @@ def describe() -> str:
 # Noise and the primitives below it.
 
 
-def _philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> None:
-    rows = (out.view(-1, 4), counter.reshape(-1, 4), key)
+def _philox4x32(out: Tensor, a: Philox) -> None:
+    rows = (out.view(-1, 4), a.counter.reshape(-1, 4), a.key)
     _native.launcher("cpp", "philox4x32")(None, tuple(map(_native.view, rows)))
 
 
-def _fold_in(out: Tensor, key: Tensor, data: Tensor) -> None:
+def _fold_in(out: Tensor, a: FoldIn) -> None:
     shape = (1,) * (3 - out.dim()) + out.shape if out.dim() <= 3 else (1, 1, out.numel())
-    flat = [t.expand(out.shape).reshape(shape) for t in (out, key, data)]  # kept alive: some are copies
+    flat = [t.expand(out.shape).reshape(shape) for t in (out, a.key, a.data)]  # kept alive: some are copies
     _native.launcher("cpp", "fold_in")(None, tuple(map(_native.view, flat)))
 
 
-def _noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, *at: int) -> None:
-    cols = shape[-1] if shape else 1
+def _noise(out: Tensor, a: Noise) -> None:
+    cols = a.shape[-1] if a.shape else 1
     if out.numel():
-        spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + cols)
-        _native.launcher("cpp", "noise")(spec, (_native.view(out.view(-1, cols)),), threads=torch.get_num_threads())
+        views = (_native.view(out.view(-1, cols)),)
+        _native.launcher("cpp", "noise")(_native.noise_view(a.noise, cols), views, threads=torch.get_num_threads())
 
 
-def _on_list(op: str, *args) -> None:
-    call = getattr(_parameters, op)(*args)
+def _on_list(op: str, a: Perturb | Combine) -> None:
+    call = getattr(_parameters, op)(a)
     _native.launcher("cpp", op)(call.noise, call.views(), call.numbers, threads=torch.get_num_threads())
 
 
@@ -120,14 +123,14 @@ _PROVIDERS: dict[str, Callable] = {
     "noise": _noise,
     "noise_add": elementwise.noise_add,
     "noise_score": elementwise.noise_score,
-    "noise_dot_": elementwise.noise_dot_,
+    "scale_shift_grad_": elementwise.scale_shift_grad_,
     "noisy_conv2d": conv.noisy_conv2d,
     "noisy_conv2d_grad_": conv.noisy_conv2d_grad_,
-    "noisy_conv2d_replay_": conv.noisy_conv2d_replay_,
+    "noisy_conv2d_recompute_": conv.noisy_conv2d_recompute_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
-    "noisy_linear_grads_": linear.noisy_linear_grads_,
-    "noisy_linear_replay_": linear.noisy_linear_replay_,
+    "foreach_noisy_linear_grad_": linear.foreach_noisy_linear_grad_,
+    "noisy_linear_recompute_": linear.noisy_linear_recompute_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
     "perturbed_linear": perturbed.perturbed_linear,
     "perturbed_conv2d": perturbed.perturbed_conv2d,
@@ -138,7 +141,7 @@ _PROVIDERS: dict[str, Callable] = {
 
 
 def provider(op: str, device: torch.device) -> Callable | str:
-    """The function that runs `op` on `device`, or the sentence that says why there is none."""
+    """The function that runs `op` on `device`, or a sentence on why there is none."""
     if device.type != "cpu":
         return "it runs on the CPU"
     library = _library()

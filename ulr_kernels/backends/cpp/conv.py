@@ -1,14 +1,14 @@
-"""The three convolutions of the cpp back end: oneDNN's products, through torch, and the library's pass over the noise,
-some images at a time.
+"""The three convolutions of the cpp back end: oneDNN's products, through torch, and the library's pass over the noise.
 
-The pass is csrc/cpu/noisy_linear.cpp where channels are neighbours in memory (channels last: rows of channels), and
-csrc/cpu/noisy_channels.cpp where pixels are. It makes a chunk's noise once for output and gradient. Beside the outputs
-only a chunk of clean outputs, of scores, and of inputs whose dtype or layout torch must change is allocated.
+They take a chunk of images at a time. The pass is csrc/cpu/noisy_linear.cpp for channels last, and
+csrc/cpu/noisy_channels.cpp for pixels last. It makes a chunk's noise once for output and gradient. The only memory
+allocated beside the outputs is a chunk of clean outputs, of scores, and of inputs that torch must convert.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,59 +16,35 @@ from torch import Tensor
 from ulr_kernels import onednn
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp.tiles import halves, part, row_tiles, store, sums_of
-from ulr_kernels.ops._conv import Window
+from ulr_kernels.ops._conv import Conv, ConvGradient, Window
 
 CHUNK = 2**19  # elements of a chunk's inputs or outputs, whichever are more
 _FP32 = torch.float32
 
 
-def noisy_conv2d(
-    y, x, weight, bias, sigma, key, stride, padding, dilation, groups, transposed, copies, antithetic, *noise
-) -> None:
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    _conv(y, None, None, None, x, weight, bias, None, sigma, key, weight.shape[2:], window, copies, antithetic, *noise)
+def noisy_conv2d(y: Tensor, a: Conv) -> None:
+    _conv(y, None, a, a.weight.shape[2:], a.copies)
 
 
-def noisy_conv2d_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, kernel, *rest) -> None:
-    window, buffers = Window.of(*rest[:5]), (grad_weight, grad_bias, grad_log_sigma)
-    copies = loss_weight.shape[0]
-    _conv(None, *buffers, x, None, None, loss_weight, sigma, key, kernel, window, copies, *rest[5:])
+def noisy_conv2d_grad_(a: ConvGradient) -> None:
+    _conv(None, a, a, a.kernel_size, a.loss_weight.shape[0])
 
 
-def noisy_conv2d_replay_(
-    y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *rest
-) -> None:
-    window, buffers = Window.of(*rest[:5]), (grad_weight, grad_bias, grad_log_sigma)
-    copies = loss_weight.shape[0]
-    _conv(y, *buffers, x, weight, bias, loss_weight, sigma, key, weight.shape[2:], window, copies, *rest[5:])
+def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> None:
+    _conv(y, a, a, a.kernel_size, a.loss_weight.shape[0])
 
 
 def _conv(
-    y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    loss_weight: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    kernel: list[int],
-    window: Window,
-    copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
+    y: Tensor | None, gradient_of: ConvGradient | None, a: Conv | ConvGradient, kernel: Sequence[int], copies: int
 ) -> None:
-    """The forward where there is y, the gradient where there is loss_weight."""
+    """The forward where there is y, the gradient where there is `gradient_of`."""
+    grad_weight, grad_bias, grad_log_sigma = gradient_of.buffers if gradient_of else (None, None, None)
+    loss_weight = gradient_of.loss_weight if gradient_of else None
+    x, weight, bias, window, noise = a.x, a.weight, a.bias, a.window, a.noise
+    antithetic, positions = noise.antithetic, noise.positions
     if not x.shape[-4]:
         return
-    draws = copies // 2 if antithetic else copies
+    draws = noise.draws(copies)
     own_x = x.dim() == 5 and copies > 1  # each copy has its own; a single copy is the shared case
     x = x if x.dim() == 5 else x[None]
     height, width = window.output_size(x.shape[-2:], kernel)
@@ -96,16 +72,14 @@ def _conv(
         pass_tensors = (
             *(_laid_out(part(half, use, image), last) for half in ys),
             *(_laid_out(base, last) for base in bases),
-            sigma.expand(features),
+            a.sigma.expand(features),
             *(part(half, use, sample) for half in loss_weights),
             *(_laid_out(score, last) for score in scores),
             bias_sums,
             None if log_sigma is None else log_sigma.expand(features),  # a scalar's has stride 0
         )
-        at = (draw + use.start, row_offset + image.start * pixels, col_offset)
-        which = (key, dist, sampler, positions, *at)
-        spec = _native.noise_spec(*which, width=col_offset + features, antithetic=antithetic)
-        launch(spec, tuple(None if t is None else _native.view(t) for t in pass_tensors), threads=threads)
+        which = _native.noise_view(noise, features, use.start, image.start * pixels)
+        launch(which, tuple(None if t is None else _native.view(t) for t in pass_tensors), threads=threads)
         if gradient is not None:
             for score, chunk in zip(scores, x_chunks, strict=True):
                 if score is not None and chunk is not None:
@@ -125,7 +99,7 @@ def _features(y: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | 
 
 
 def _chunks(x: Tensor, copies: int, outputs: int, pixels: int, positions: int):
-    """Copies and images of each chunk: whole copies, or images of one copy that are whole samples or of one sample."""
+    """Copies and images of each chunk: whole copies, or images of one copy (whole samples, or parts of one sample)."""
     limit = max(1, CHUNK // max(outputs, x[0, 0].numel()))
     images_of_sample = math.lcm(pixels, positions) // pixels
     if images_of_sample * pixels != positions:  # samples end within images
@@ -151,15 +125,18 @@ def _laid_out(images: Tensor | None, last: bool) -> Tensor | None:
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, memory_format: torch.memory_format
 ) -> Tensor:
-    """The clean convolution of a chunk of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the
-    noise is added (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
+    """The clean convolution of a chunk of copies, with fp32 sums.
+
+    A bf16 product is rounded to bf16 before the noise is added, because oneDNN's output has its inputs' dtype. An fp16
+    product is fp32 where oneDNN has no fp16.
+    """
     dtype = x.dtype if onednn.supports(x.dtype) else _FP32
     made = window.convolve(x.flatten(0, 1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return made.contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
 
 
 class _Gradient:
-    """grad_weight, to which the weight gradients of chunks are added; summed in fp32, rounded once."""
+    """Adds the weight gradients of chunks in fp32, and rounds once to grad_weight."""
 
     def __init__(self, buffer: Tensor, window: Window) -> None:
         self.buffer = buffer

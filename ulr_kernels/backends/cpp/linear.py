@@ -1,8 +1,8 @@
 """The three linear ops of the cpp back end: oneDNN's products and the library's pass over the noise, tile by tile.
 
 Forward and gradient are parts of one loop: a tile of features, then a tile of rows (and of copies, where each has its
-own x). The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. No operand is copied beyond a
-tile, and nothing is allocated beside the outputs but a few tiles.
+own x). The library's pass (csrc/cpu/noisy_linear.cpp) makes a tile's noise once for both. The only memory allocated
+beside the outputs is a few tiles.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ulr_kernels import onednn
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles, store, sums_of
 from ulr_kernels.dispatch import allocating
-from ulr_kernels.ops._op import Output
-from ulr_kernels.ops.noisy_linear_grads_ import calls
+from ulr_kernels.ops._linear import Linear, LinearGradient
+from ulr_kernels.ops._op import NoiseSpec, Output
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 # Elements of a tile. Forward: large, because each product packs the weight again. Gradient: small, because a tile of
 # scores and one of the product come on top of the buffers.
@@ -29,61 +30,51 @@ FEWEST = 32  # rows or features of a tile, however long they are: below this a p
 
 
 @allocating
-def noisy_linear(output, x, weight, bias, sigma, key, copies, antithetic, *noise) -> Tensor:
+def noisy_linear(output: Output, a: Linear) -> Tensor:
     """Where one product makes every row of y, it becomes the output."""
-    if (copies == 1 or x.dim() == 3) and _in_one_product(x, weight):
-        add_noise = _noise_adder(output, sigma, key, antithetic, *noise)
-        product = onednn.linear(x if x.dim() == 2 else x.view(-1, x.shape[-1]), weight, bias)
+    x = a.x
+    if (a.copies == 1 or x.dim() == 3) and _in_one_product(x, a.weight):
+        add_noise = _noise_adder(output, a.sigma, a.noise)
+        product = onednn.linear(x if x.dim() == 2 else x.view(-1, x.shape[-1]), a.weight, a.bias)
         made = product.view(output.shape)
         add_noise(made.data_ptr())
         return made
     y = output.allocate(x.device)
-    _linear(y, None, None, None, x, weight, bias, None, sigma, key, copies, antithetic, *noise)
+    _linear(y, None, x, a.weight, a.bias, a.sigma, a.copies, a.noise)
     return y
 
 
-def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *noise) -> None:
-    buffers = (grad_weight, grad_bias, grad_log_sigma)
-    _linear(None, *buffers, x, None, None, loss_weight, sigma, key, loss_weight.shape[0], *noise)
+def noisy_linear_grad_(a: LinearGradient) -> None:
+    _linear(None, a, a.x, None, None, a.sigma, a.loss_weight.shape[0], a.noise)
 
 
-def noisy_linear_grads_(*args) -> None:
-    for call in calls(*args):
-        noisy_linear_grad_(*call)
+def foreach_noisy_linear_grad_(a: LinearGradients) -> None:
+    for layer in a.layers():
+        noisy_linear_grad_(layer)
 
 
-def noisy_linear_replay_(
-    y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *noise
-) -> None:
-    buffers = (grad_weight, grad_bias, grad_log_sigma)
-    _linear(y, *buffers, x, weight, bias, loss_weight, sigma, key, loss_weight.shape[0], *noise)
+def noisy_linear_recompute_(y: Tensor, a: LinearGradient) -> None:
+    _linear(y, a, a.x, a.weight, a.bias, a.sigma, a.loss_weight.shape[0], a.noise)
 
 
 def _linear(
     y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
+    gradient_of: LinearGradient | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    loss_weight: Tensor | None,
     sigma: Tensor,
-    key: Tensor,
     copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
+    noise: NoiseSpec,
 ) -> None:
-    """The forward where there is y, the gradient where there is loss_weight."""
+    """The forward where there is y, the gradient where there is `gradient_of`."""
+    grad_weight, grad_bias, grad_log_sigma = gradient_of.buffers if gradient_of else (None, None, None)
+    loss_weight = gradient_of.loss_weight if gradient_of else None
+    antithetic, positions = noise.antithetic, noise.positions
     features = next(t.shape[0] for t in (weight, grad_weight, grad_bias) if t is not None)
     if not x.shape[-2] or not features:
         return
-    draws = copies // 2 if antithetic else copies
+    draws = noise.draws(copies)
     own_x = x.dim() == 3 and copies > 1  # each copy has its own; a single copy is the shared case
     x = x if x.dim() == 3 else x[None]
     sizes = _tile_sizes(x, weight, grad_weight, loss_weight is not None, features)
@@ -120,10 +111,8 @@ def _linear(
                 part(bias_sums, cols),
                 part(log_sigma_sums, cols),
             )
-            at = (draw + use.start, row_offset + row.start, col_offset + n)
-            width = col_offset + features
-            spec = _native.noise_spec(key, dist, sampler, positions, *at, width=width, antithetic=antithetic)
-            launch(spec, tuple(None if t is None else _native.view(t) for t in tensors), threads=threads)
+            which = _native.noise_view(noise, features, use.start, row.start, n)
+            launch(which, tuple(None if t is None else _native.view(t) for t in tensors), threads=threads)
             if gradient is not None:
                 for score, tile in zip(scores, x_tiles, strict=True):
                     if score is not None and tile is not None:
@@ -137,29 +126,32 @@ def _linear(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A forward whose rows are x's rows, in one product. Short on purpose: right after a large product the interpreter's own
-# memory is far from the cores, and each line here costs several times what it does in a loop.
+# A forward in one product. The code is short on purpose: a large product evicts the interpreter's memory from the
+# caches, so that each line after it costs several times as much as in a loop.
 
 
 def _in_one_product(x: Tensor, weight: Tensor) -> bool:
     return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
 
 
-def _noise_adder(output: Output, sigma: Tensor, key: Tensor, antithetic: bool, *noise) -> Callable[[int], None]:
-    """What adds sigma * eps, for all copies, to contiguous values of such a tensor at an address. All that can be
-    prepared is, because this runs before the product, and that after it."""
+def _noise_adder(output: Output, sigma: Tensor, noise: NoiseSpec) -> Callable[[int], None]:
+    """A function that adds sigma * eps, for all copies, to a contiguous output at an address.
+
+    All that can be prepared is prepared here, before the product, and not in that function, which runs after it.
+    """
     copies, rows, features = output.shape
     dtype, strides = _native.DTYPES[output.dtype], (rows * features, features, 1)
-    half = (copies // 2, rows, features) if antithetic else (copies, rows, features)
+    antithetic = noise.antithetic
+    half = (noise.draws(copies), rows, features)
     offset = half[0] * strides[0] * output.dtype.itemsize
     scale = (sigma.data_ptr(), _native.DTYPES[_FP32], (features,), sigma.stride() or (0,))
-    spec = _native.noise_spec(key, *noise, width=noise[-1] + features, antithetic=antithetic)
+    which = _native.noise_view(noise, features)
     launch, threads = _native.launcher("cpp", "noisy_linear"), torch.get_num_threads()
 
     def add(address: int) -> None:
         plus = (address, dtype, half, strides)
         minus = (address + offset, dtype, half, strides) if antithetic else None
-        launch(spec, (plus, minus, plus, minus, scale, None, None, None, None, None, None), threads=threads)
+        launch(which, (plus, minus, plus, minus, scale, None, None, None, None, None, None), threads=threads)
 
     return add
 
@@ -188,7 +180,7 @@ def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gr
 
 
 def _even(extent: int, limit: int) -> int:
-    """A size of at most about `limit` that cuts `extent` into even parts."""
+    """A size near or below `limit` that cuts `extent` into even parts."""
     if extent <= limit:
         return extent
     parts = -(-extent // limit)
@@ -200,21 +192,24 @@ def _even(extent: int, limit: int) -> int:
 
 
 def _operands(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """As oneDNN takes them: dense, and fp32 where it does not multiply the dtype."""
+    """Weight and bias for oneDNN: dense, and fp32 where it does not multiply the dtype."""
     if not onednn.supports(weight.dtype):
         return weight.float().contiguous(), bias if bias is None else bias.float()
     return weight if onednn.dense(weight) else weight.contiguous(), bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b of a tile of copies. Sums are fp32; a bf16 product is rounded to bf16 once before the noise is added
-    (oneDNN's output has its inputs' dtype), an fp16 one is fp32 where oneDNN has no fp16."""
+    """x W^T + b of a tile of copies, with fp32 sums.
+
+    A bf16 product is rounded to bf16 before the noise is added, because oneDNN's output has its inputs' dtype. An fp16
+    product is fp32 where oneDNN has no fp16.
+    """
     rows = x.flatten(0, 1).to(weight.dtype)
     return onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
 
 
 class _Gradient:
-    """A tile of features of grad_weight, to which products of scores and x are added; summed in fp32, rounded once."""
+    """Adds products of scores and x in fp32, and rounds once to a tile of features of grad_weight."""
 
     def __init__(self, buffer: Tensor, sizes: _Sizes) -> None:
         self.buffer = buffer
@@ -222,7 +217,7 @@ class _Gradient:
         self.features = sizes.product_features
 
     def add(self, scores: Tensor, x: Tensor) -> None:
-        """The sum over copies and rows of scores [C, R, N] (outer) x [C, R, K]."""
+        """Add the sum over copies and rows of scores [C, R, N] (outer) x [C, R, K]."""
         rows = x.flatten(0, 1).float().contiguous()
         scores = scores.flatten(0, 1)
         for n in range(0, scores.shape[1], self.features):

@@ -1,4 +1,4 @@
-"""Parts of tensors: what the providers that go through a product tile by tile share."""
+"""Parts of tensors, for the providers that go through a product tile by tile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def halves(tensor: Tensor | None, antithetic: bool) -> tuple[Tensor | None, Tens
 
 
 def narrow(tensor: Tensor, *index: slice) -> Tensor:
-    """tensor[index], faster where, as mostly, an index takes the whole axis."""
+    """tensor[index]; faster in the usual case that an index takes the whole axis."""
     for axis, part in enumerate(index):
         if (size := part.stop - part.start) < tensor.shape[axis]:
             tensor = tensor.narrow(axis, part.start, size)
@@ -46,11 +46,11 @@ def row_tiles(copies: int, rows: int, limit: int, positions: int) -> Iterator[tu
 
 
 def sums_of(buffer: Tensor) -> Tensor:
-    """Where what tiles add to a buffer is summed: in fp32, so that a buffer of another dtype is rounded once."""
+    """An fp32 buffer for the sums of tiles, so that a buffer of another dtype is rounded once."""
     return buffer if buffer.dtype == torch.float32 else torch.zeros_like(buffer, dtype=torch.float32)
 
 
 def store(sums: Tensor | None, buffer: Tensor | None) -> None:
-    """Add what `sums_of` a buffer has gathered, once all tiles are done."""
+    """Add the sums of `sums_of` to their buffer, once all tiles are done."""
     if sums is not None and buffer is not None and sums is not buffer:
         buffer.add_(sums)

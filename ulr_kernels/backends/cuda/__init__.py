@@ -1,4 +1,4 @@
-"""The cuda back end: what its launchers (csrc/cuda) are handed for each op, and when they can run."""
+"""The cuda back end: the arguments of its launchers (csrc/cuda) for each op, and when they can run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
     "noise": noise.noise,
     "noise_add": elementwise.noise_add,
     "noise_score": elementwise.noise_score,
-    "noise_dot_": elementwise.noise_dot_,
+    "scale_shift_grad_": elementwise.scale_shift_grad_,
     "noisy_conv2d": conv.noisy_conv2d,
     "noisy_conv2d_grad_": conv.noisy_conv2d_grad_,
-    "noisy_conv2d_replay_": conv.noisy_conv2d_replay_,
+    "noisy_conv2d_recompute_": conv.noisy_conv2d_recompute_,
     "noisy_linear": linear.noisy_linear,
     "noisy_linear_grad_": linear.noisy_linear_grad_,
-    "noisy_linear_grads_": linear.noisy_linear_grads_,
-    "noisy_linear_replay_": linear.noisy_linear_replay_,
+    "foreach_noisy_linear_grad_": linear.foreach_noisy_linear_grad_,
+    "noisy_linear_recompute_": linear.noisy_linear_recompute_,
     "noisy_mlp_step": mlp.noisy_mlp_step,
     "perturbed_linear": perturbed.perturbed_linear,
     "perturbed_conv2d": perturbed.perturbed_conv2d,
@@ -38,13 +38,13 @@ ARGUMENTS: dict[str, Callable[..., Arguments]] = {
 
 @functools.cache
 def _why_unusable(device: int) -> str | None:
-    """Why no kernel of the library can run on a device: a driver that is too old, or one that it was not built for."""
+    """The reason why the library's kernels cannot run on a device: an old driver, or another architecture."""
     code = _native.library("cuda").ulr_cuda_usable(device)  # type: ignore[union-attr]
     return f"its kernels cannot run on this device: {_native.error('cuda', code)}" if code else None
 
 
 def provider(op: str, device: torch.device) -> Callable | str:
-    """The function that runs `op` on `device`, or the sentence that says why there is none."""
+    """The function that runs `op` on `device`, or a sentence on why there is none."""
     if device.type != "cuda":
         return "it runs on a CUDA device"
     library = _native.library("cuda")

@@ -1,4 +1,4 @@
-"""What the launchers of noise_add, noise_score and noise_dot_ are handed."""
+"""Arguments of the launchers of noise_add, noise_score and scale_shift_grad_."""
 
 from __future__ import annotations
 
@@ -7,76 +7,36 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.ticket import ticket
-from ulr_kernels.ops._grid import images
+from ulr_kernels.backends.arrival_counter import arrival_counter
+from ulr_kernels.backends.cuda import tiles
+from ulr_kernels.ops._axes import images
+from ulr_kernels.ops.noise_add import NoiseAdd
+from ulr_kernels.ops.noise_score import NoiseScore
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
-# Of noise_dot_: kColumns and kSlots of a block (csrc/cuda/noise_dot_.cu), and how many blocks fill any device of today.
-COLUMNS, ROWS, BLOCKS = 32, 32, 1024
-
-
-def noise_add(
-    y: Tensor,
-    x: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    copies: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    *at: int,
-) -> Arguments:
-    axis = feature_dim % (y.dim() - 1)
-    width = at[-1] + y.shape[axis + 1]
-    spec = _native.noise_spec(key, dist, sampler, positions, *at, width=width, antithetic=antithetic)
-    return Arguments(spec, (*images(axis, y, x[None] if shared else x), sigma))
+BLOCKS = 1024  # enough for any device of today
 
 
-def noise_score(
-    out: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    shape: list[int],
-    feature_dim: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    *at: int,
-) -> Arguments:
-    axis = feature_dim % out.dim()
-    width = at[-1] + out.shape[axis]
-    spec = _native.noise_spec(key, dist, sampler, positions, *at, width=width, antithetic=antithetic)
-    return Arguments(spec, (*images(axis, out[None]), loss_weight, sigma))
+def noise_add(y: Tensor, a: NoiseAdd) -> Arguments:
+    axis = a.feature_dim % (y.dim() - 1)
+    grids = images(axis, y, a.x[None] if a.shared else a.x)
+    return Arguments(_native.noise_view(a.noise, y.shape[axis + 1]), (*grids, a.sigma))
 
 
-def noise_dot_(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    *at: int,
-) -> Arguments:
-    x = x[None] if shared else x
-    axis = feature_dim % (x.dim() - 1)
+def noise_score(out: Tensor, a: NoiseScore) -> Arguments:
+    axis = a.feature_dim % out.dim()
+    tensors = (*images(axis, out[None]), a.loss_weight, a.sigma)
+    return Arguments(_native.noise_view(a.noise, out.shape[axis]), tensors)
+
+
+def scale_shift_grad_(a: ScaleShiftGradient) -> Arguments:
+    x = a.x[None] if a.shared else a.x
+    axis = a.feature_dim % (x.dim() - 1)
     cols = x.shape[axis + 1]
-    rows = loss_weight.shape[1] * positions
-    spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + cols, antithetic=antithetic)
-    tiles = -(-(at[-1] % 4 + cols) // COLUMNS)
-    ranges = max(1, min(BLOCKS // max(tiles, 1), -(-rows // ROWS)))
+    rows = a.loss_weight.shape[1] * a.noise.positions
+    col_tiles = -(-(a.noise.col_offset % 4 + cols) // tiles.SCALE_SHIFT_COLUMNS)
+    ranges = max(1, min(BLOCKS // max(col_tiles, 1), -(-rows // tiles.SCALE_SHIFT_ROWS)))
     partials = torch.empty(ranges, 3, cols, dtype=torch.float32, device=x.device)
-    buffers = (grad_weight, grad_bias, grad_log_sigma)
-    done = ticket(x.device).view(torch.int64)
-    return Arguments(spec, (*buffers, *images(axis, x), loss_weight, sigma, partials, done))
+    done = arrival_counter(x.device).view(torch.int64)
+    tensors = (*a.buffers.values(), *images(axis, x), a.loss_weight, a.sigma, partials, done)
+    return Arguments(_native.noise_view(a.noise, cols), tensors)

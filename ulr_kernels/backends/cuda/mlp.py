@@ -1,5 +1,5 @@
-"""What the launcher of noisy_mlp_step (csrc/cuda/noisy_mlp_step.cu) is handed: how a step is cut into parts, and where
-in its workspace each part leaves what the next phase reads."""
+"""Arguments of noisy_mlp_step's launcher (csrc/cuda/noisy_mlp_step.cu): how a step is cut into parts, and where in its
+workspace each part leaves its results for the next phase."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
+from ulr_kernels.backends.cuda.tiles import GRADIENT_FEATURES, GRADIENT_PANEL, GRADIENT_ROWS
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES
+from ulr_kernels.ops.noisy_mlp_step import MlpStep
 
 ACTIVATION_BYTES = 24 * 2**20  # of all copies of a tile of samples: half of an H100's L2
-FEATURES, PANEL, ROWS = 32, 512, 128  # of a part of a gradient, as in gradient_problem.cuh
 # Clocks of one SM, to share the processors out between layers: a noise value, and a multiply-add by operand size.
 CLOCKS_OF_NOISE, CLOCKS_OF_PRODUCT = 0.2, {2: 1 / 1024, 4: 1 / 128}
 
 
 class Shape(NamedTuple):
-    """Of a call, all that its plan depends on."""
+    """The properties of a call that its plan depends on."""
 
     rows: int
     widths: tuple[int, ...]  # of x and of each layer's output
@@ -39,13 +40,13 @@ def _up(value: int, to: int) -> int:
 
 
 class _Workspace:
-    """Places in one buffer, by bytes from its start."""
+    """Allocates parts of one buffer, by bytes from its start."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
     def place(self, count: int) -> int:
-        """-1 for nothing."""
+        """The start of `count` new bytes; -1 where `count` is 0."""
         if not count:
             return -1
         start = self.bytes
@@ -55,11 +56,13 @@ class _Workspace:
 
 @functools.lru_cache(maxsize=256)
 def plan(shape: Shape) -> tuple[tuple[int, ...], int]:
-    """The launcher's numbers but for the activation, the loss, its label smoothing and the baseline, which come third
-    to sixth; and the bytes of the workspace."""
+    """The launcher's numbers, and the bytes of the workspace.
+
+    The numbers lack the activation, the loss, its label smoothing and the baseline, which come third to sixth.
+    """
     layers = range(len(shape.widths) - 1)
     pitches = [_up(width, 8) for width in shape.widths[1:]]
-    # Rows of each layer's output per sample: without noise, and of the passes that have been noised by then.
+    # Rows of each layer's output per sample: without noise, and of the passes with noise in an earlier layer.
     clean = int(shape.clean)
     noised = [shape.copies * (1 if shape.joint else layer + 1) for layer in layers]
     per_sample = shape.element_size * sum((clean + n) * p for n, p in zip(noised, pitches, strict=True))
@@ -87,7 +90,7 @@ def plan(shape: Shape) -> tuple[tuple[int, ...], int]:
 
 
 def _forward(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
-    """How many blocks share the copies that a tile makes, and its rows and features."""
+    """The number of blocks that share a tile's copies, and the tile's rows and features."""
     makes = not shape.joint or layer == 0
     rows = samples * (1 if layer == 0 else int(shape.clean) + shape.copies * (1 if shape.joint else layer))
     features = shape.widths[layer + 1]
@@ -101,18 +104,17 @@ def _forward(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
 
 
 def _gradient(shape: Shape, layer: int, samples: int) -> tuple[int, int]:
-    """Parts of the rows of a layer's gradient, and the rows of a block of them: so that the processors get even shares
-    of the work of all layers."""
-    clocks, panels = [], [-(-width // PANEL) for width in shape.widths]
+    """The number of parts of a layer's rows, and the rows of a unit: they share out the work of all layers evenly."""
+    clocks, panels = [], [-(-width // GRADIENT_PANEL) for width in shape.widths]
     for at in range(len(shape.widths) - 1):
         inputs, features = shape.widths[at : at + 2]
         product_rows = samples * (shape.copies if shape.joint and at else 1)
         product = product_rows * inputs * CLOCKS_OF_PRODUCT[shape.element_size]
         clocks.append(features * (samples * shape.draws * panels[at] * CLOCKS_OF_NOISE + product))
-    tiles = -(-shape.widths[layer + 1] // FEATURES) * panels[layer]
+    tiles = -(-shape.widths[layer + 1] // GRADIENT_FEATURES) * panels[layer]
     wanted = max(1, round(shape.processors * clocks[layer] / sum(clocks) / tiles))
     groups = shape.draws if shape.joint and layer else 1
-    unit_rows = min(ROWS, max(16, _up(-(-samples * groups // wanted), 16)))
+    unit_rows = min(GRADIENT_ROWS, max(16, _up(-(-samples * groups // wanted), 16)))
     return min(wanted, groups * -(-samples // unit_rows)), unit_rows
 
 
@@ -121,46 +123,26 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def noisy_mlp_step(
-    losses: Tensor,
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    x: Tensor,
-    target: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    sigma: Tensor,
-    keys: Tensor,
-    copies: int,
-    antithetic: bool,
-    injection: str,
-    activation: str,
-    loss: str,
-    label_smoothing: float,
-    baseline: str,
-    dist: str,
-    draw: int,
-    row_offset: int,
-) -> Arguments:
-    joint = injection == "joint"
+def noisy_mlp_step(losses: Tensor, a: MlpStep) -> Arguments:
+    x, noise = a.x, a.noise(a.keys.contiguous())
     numbers, size = plan(
         Shape(
             x.shape[0],
-            (x.shape[1], *(weight.shape[0] for weight in weights)),
-            copies,
-            copies // 2 if antithetic else copies,
-            joint,
-            not joint or baseline == "clean",
+            (x.shape[1], *(weight.shape[0] for weight in a.weights)),
+            a.copies,
+            noise.draws(a.copies),
+            a.joint,
+            not a.joint or a.baseline == "clean",
             x.element_size(),
-            tuple(g.dtype == torch.float32 for g in grad_weights),
+            tuple(g.dtype == torch.float32 for g in a.grad_weights),
             processors(x.device),
         )
     )
-    which_loss = LOSSES.index(loss), _native.float_bits(label_smoothing), BASELINES.index(baseline)
+    which_loss = LOSSES.index(a.loss), _native.float_bits(a.label_smoothing), BASELINES.index(a.baseline)
     workspace = torch.empty(-(-size // 4), dtype=torch.float32, device=x.device)
-    keys, sigma = keys.contiguous(), sigma.contiguous()
-    spec = _native.noise_spec(keys, dist, "iid", 1, draw, row_offset, 0, width=0, antithetic=antithetic)
-    none: list[Tensor | None] = [None] * len(weights)
-    layers = zip(weights, biases or none, grad_weights, grad_biases or none, strict=True)
-    tensors = (losses, x, target, sigma, workspace, *(tensor for layer in layers for tensor in layer), keys)
-    return Arguments(spec, tensors, (*numbers[:2], ACTIVATIONS.index(activation), *which_loss, *numbers[2:]))
+    none: list[Tensor | None] = [None] * len(a.weights)
+    layers = zip(a.weights, a.biases or none, a.grad_weights, a.grad_biases or none, strict=True)
+    of_layers = (tensor for layer in layers for tensor in layer)
+    tensors = (losses, x, a.target, a.sigma.contiguous(), workspace, *of_layers, noise.key)
+    numbers = (*numbers[:2], ACTIVATIONS.index(a.activation), *which_loss, *numbers[2:])
+    return Arguments(_native.noise_view(noise), tensors, numbers)

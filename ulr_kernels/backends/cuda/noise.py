@@ -1,4 +1,4 @@
-"""What the launchers of noise and of the primitives below it are handed."""
+"""Arguments of the launchers of noise and of the primitives below it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
+from ulr_kernels.ops.noise import FoldIn, Noise, Philox
 
 
-def philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> Arguments:
-    return Arguments(None, (out.view(-1, 4), counter.reshape(-1, 4), key))
+def philox4x32(out: Tensor, a: Philox) -> Arguments:
+    return Arguments(None, (out.view(-1, 4), a.counter.reshape(-1, 4), a.key))
 
 
-def fold_in(out: Tensor, key: Tensor, data: Tensor) -> Arguments:
+def fold_in(out: Tensor, a: FoldIn) -> Arguments:
     shape = out.shape if out.dim() <= 3 else (out.numel(),)
-    return Arguments(None, tuple(t.expand(out.shape).reshape(shape) for t in (out, key, data)))
+    return Arguments(None, tuple(t.expand(out.shape).reshape(shape) for t in (out, a.key, a.data)))
 
 
-def noise(out: Tensor, key: Tensor, shape: list[int], dist: str, sampler: str, positions: int, *at: int) -> Arguments:
-    cols = shape[-1] if shape else 1
-    spec = _native.noise_spec(key, dist, sampler, positions, *at, width=at[-1] + cols)
-    return Arguments(spec, (out.view(-1, cols) if out.numel() else out.view(0, 0),))
+def noise(out: Tensor, a: Noise) -> Arguments:
+    cols = a.shape[-1] if a.shape else 1
+    return Arguments(_native.noise_view(a.noise, cols), (out.view(-1, cols) if out.numel() else out.view(0, 0),))

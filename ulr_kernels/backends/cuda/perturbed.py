@@ -1,4 +1,4 @@
-"""What the launchers of the ops with weight noise (csrc/cuda/perturbed_*.cu) are handed."""
+"""Arguments of the launchers of the ops with weight noise (csrc/cuda/perturbed_*.cu)."""
 
 from __future__ import annotations
 
@@ -7,33 +7,27 @@ from torch import Tensor
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.cuda import conv
-from ulr_kernels.ops._perturbed import Members
-from ulr_kernels.ops.perturbed_conv2d import window_of
+from ulr_kernels.ops.perturbed_conv2d import PerturbedConv
+from ulr_kernels.ops.perturbed_embedding import PerturbedEmbedding
+from ulr_kernels.ops.perturbed_linear import PerturbedLinear
 
 
-def _spec(key: Tensor, how: Members) -> tuple:
-    at = (how.draw, how.row_offset, how.col_offset)
-    return _native.noise_spec(key, how.dist, "iid", 1, *at, width=0, antithetic=how.antithetic)
+def _bias_rows(bias: Tensor | None) -> Tensor | None:
+    return bias if bias is None or bias.dim() == 1 else bias[:, None]
 
 
-def perturbed_linear(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
-) -> Arguments:
-    how = Members(*rest)
-    bias = bias if bias is None or bias.dim() == 1 else bias[:, None]
-    return Arguments(_spec(key, how), (y, x, weight, bias, sigma, how.mask), (how.rank or 0,))
+def perturbed_linear(y: Tensor, a: PerturbedLinear) -> Arguments:
+    tensors = (y, a.x, a.weight, _bias_rows(a.bias), a.sigma, a.how.mask)
+    return Arguments(_native.noise_view(a.how.noise), tensors, (a.how.rank or 0,))
 
 
-def perturbed_conv2d(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
-) -> Arguments:
-    window, how = window_of(*rest[:4]), Members(*rest[4:])
-    bias = bias if bias is None or bias.dim() == 1 else bias[:, None]
-    images = x if x.dim() == 5 else x[None]
-    numbers = (*conv.window_numbers(window, weight.shape[2:], weight.shape[1]), how.rank or 0)
-    return Arguments(_spec(key, how), (y, images, weight, bias, sigma, how.mask), numbers)
+def perturbed_conv2d(y: Tensor, a: PerturbedConv) -> Arguments:
+    images = a.x if a.x.dim() == 5 else a.x[None]
+    tensors = (y, images, a.weight, _bias_rows(a.bias), a.sigma, a.how.mask)
+    numbers = (*conv.window_numbers(a.window, a.weight.shape[2:], a.weight.shape[1]), a.how.rank or 0)
+    return Arguments(_native.noise_view(a.how.noise), tensors, numbers)
 
 
-def perturbed_embedding(y: Tensor, indices: Tensor, weight: Tensor, sigma: Tensor, key: Tensor, *rest) -> Arguments:
-    how = Members(*rest)
-    return Arguments(_spec(key, how), (y, indices, weight, sigma, how.mask), (how.rank or 0,))
+def perturbed_embedding(y: Tensor, a: PerturbedEmbedding) -> Arguments:
+    tensors = (y, a.indices, a.weight, a.sigma, a.how.mask)
+    return Arguments(_native.noise_view(a.how.noise), tensors, (a.how.rank or 0,))

@@ -11,38 +11,38 @@ from collections.abc import Callable
 
 import torch
 
-# The module of each op; the provider is its function of the op's name.
+# The module of each op; the provider is the function in it that has the op's name.
 _MODULES = {
     "philox4x32": "noise",
     "fold_in": "noise",
     "noise": "noise",
     "noise_add": "noise_add",
     "noise_score": "noise_score",
-    "noise_dot_": "noise_dot_",
+    "scale_shift_grad_": "scale_shift_grad_",
     "noisy_conv2d": "noisy_conv2d",
     "noisy_conv2d_grad_": "noisy_conv2d_grad_",
-    "noisy_conv2d_replay_": "noisy_conv2d_grad_",
+    "noisy_conv2d_recompute_": "noisy_conv2d_grad_",
     "noisy_linear": "noisy_linear",
     "perturbed_conv2d": "perturbed_conv2d",
     "perturbed_embedding": "perturbed_embedding",
     "perturbed_linear": "perturbed_linear",
     "noisy_linear_grad_": "noisy_linear_grad_",
-    "noisy_linear_grads_": "noisy_linear_grads_",
-    "noisy_linear_replay_": "noisy_linear_grad_",
+    "foreach_noisy_linear_grad_": "foreach_noisy_linear_grad_",
+    "noisy_linear_recompute_": "noisy_linear_grad_",
     "perturb_": "parameters",
     "combine_": "parameters",
 }
 
 
-# Why an op that this back end lacks is not here.
+# The reasons why this back end lacks an op.
 _WITHOUT = {
-    "noisy_mlp_step": "a step in one launch is CUDA C++ alone: what it is told of each layer travels in the kernel's "
-    "arguments, which in Triton hold no table; ulr.ULR runs the same step op by op",
+    "noisy_mlp_step": "a step in one launch is CUDA C++ alone: the kernel takes a table of layers as an argument, "
+    "which Triton cannot pass; ulr.ULR runs the same step op by op",
 }
 
 
 def provider(op: str, device: torch.device) -> Callable | str:
-    """The function that runs `op` on tensors of `device`, or the reason why there is none."""
+    """The function that runs `op` on tensors of `device`, or a sentence on why there is none."""
     if op not in _MODULES:
         return _WITHOUT.get(op, f"there is no Triton kernel for {op}")
     reason = _absence(device)

@@ -1,6 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""What the gradients of linear layers and of convolutions share: the loop over draws, and the arguments of their
-launches."""
+"""Gradients of linear layers and of convolutions: the loop over draws, and the arguments of their launches."""
 
 from typing import Any
 
@@ -12,11 +11,13 @@ from ulr_kernels.backends.triton.launch import strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.scores import no_parts, weigh
 from ulr_kernels.backends.triton.tiles import Tile
+from ulr_kernels.ops._conv import ConvGradient
+from ulr_kernels.ops._linear import LinearGradient
 
 
 @triton.jit
 def transposed_product(scores, x_tile, total):
-    """total + scores^T x. fp16 holds no small loss weights: its product is made in tf32, which holds fp16 exactly."""
+    """total + scores^T x. fp16 uses tf32, which holds it exactly: small loss weights underflow in fp16."""
     if x_tile.dtype == tl.float16:
         return tl.dot(tl.trans(scores), x_tile.to(tl.float32), total, input_precision="tf32")
     else:
@@ -30,14 +31,14 @@ def add_rows(
     width, draw, draws, scale, grad_weight, grad_log_sigma, SHARED: tl.constexpr, ANTITHETIC: tl.constexpr,
     DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The sums over rows and draws with those of a tile of rows added: of the weights' gradient [BC, BK], and where
-    `is_first` of the biases' and of that by ln sigma [BC].
+    """Add a tile of rows to the sums over rows and draws: the gradients of the weights [BC, BK], and, where
+    `is_first`, of the biases and of ln sigma [BC].
 
-    `x_tile` and `losses` are the addresses of the first copy's. With `y_tile` (replay), those of the outputs, the
-    forward's tile is stored too: noise on `clean_tile(x, *operands)`, of which copies that share x take one.
+    `x_tile` and `losses` are the first copy's addresses. With `y_tile` (recompute), the addresses of the outputs, the
+    forward's tile is stored too: `clean_tile(x, *operands)` with noise; copies that share x share one product.
     """
     P: tl.constexpr = 16 if DIST == RADEMACHER else 4
-    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy  # from a copy to the one whose noise is its own negated
+    mirror_x = tl.cast(draws, tl.int64) * stride_x_copy  # from a copy to its mirror, whose noise is negated
     mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
     reduced = no_parts(P, BR, BC)
     reduced_log = no_parts(P, BR, BC)
@@ -83,45 +84,35 @@ def add_rows(
 
 
 @triton.jit
-def add_scalar(buffer, partials, ticket, value, tile, tile_count):
-    """buffer[0] += the sum of each tile's value: the program that comes last adds them up, in the order of the tiles.
+def add_scalar(buffer, partials, arrival_counter, value, tile, tile_count):
+    """buffer[0] += the sum of all tiles' values, which the last program to arrive adds up in the order of the tiles.
 
-    `ticket` counts the programs that have arrived, and is 0 again when the last one leaves.
+    `arrival_counter` counts the programs that have arrived, and is 0 again when the last one leaves.
     """
     tl.store(partials + tile, value)
     tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == tile_count - 1:
+    if tl.atomic_add(arrival_counter, 1, sem="acq_rel") == tile_count - 1:
         total = tl.load(buffer).to(tl.float32)
         for i in range(tile_count):
             total += tl.load(partials + i, cache_modifier=".cg")
         tl.store(buffer, total.to(buffer.dtype.element_ty))
-        tl.store(ticket, 0)
+        tl.store(arrival_counter, 0)
 
 
-def gradient_arguments(
-    y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    loss_weight: Tensor,
-    shared: bool,
-    antithetic: bool,
-    tile: Tile,
-) -> dict[str, Any]:
-    """The part of the arguments that says what is added up, and in which tiles."""
-    copies = loss_weight.shape[0]
+def gradient_arguments(y: Tensor | None, a: LinearGradient | ConvGradient, shared: bool, tile: Tile) -> dict[str, Any]:
+    """The buffers and loss weights of a gradient, its tiles, and `y`, the output of a recompute."""
     return {
         "y": y,
-        "grad_weight": grad_weight,
-        "grad_bias": grad_bias,
-        "grad_log_sigma": grad_log_sigma,
-        "loss_weight": loss_weight,
-        "draws": copies // 2 if antithetic else copies,
-        **strides("stride_", grad_bias, "grad_bias"),
-        **strides("stride_", grad_log_sigma, "log_sigma"),
-        **strides("stride_loss_", loss_weight, "copy", "sample"),
+        "grad_weight": a.grad_weight,
+        "grad_bias": a.grad_bias,
+        "grad_log_sigma": a.grad_log_sigma,
+        "loss_weight": a.loss_weight,
+        "draws": a.noise.draws(a.loss_weight.shape[0]),
+        **strides("stride_", a.grad_bias, "grad_bias"),
+        **strides("stride_", a.grad_log_sigma, "log_sigma"),
+        **strides("stride_loss_", a.loss_weight, "copy", "sample"),
         "SHARED": shared,
-        "ANTITHETIC": antithetic,
+        "ANTITHETIC": a.noise.antithetic,
         "BR": tile.rows,
         "BC": tile.cols,
         "BK": tile.inputs,

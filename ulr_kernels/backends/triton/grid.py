@@ -12,7 +12,7 @@ from ulr_kernels.backends.triton.launch import strides
 
 @triton.jit
 def row_offsets(row, b_size, c_size, stride_a, stride_b, stride_c):
-    """Where rows (a, b, c) of a tensor [copies, a, columns, b, c] start; int64."""
+    """The int64 offsets of rows (a, b, c) of a tensor [copies, a, columns, b, c]."""
     row = row.to(tl.uint32)
     c = row % tl.cast(c_size, tl.uint32)
     rest = row // tl.cast(c_size, tl.uint32)

@@ -1,4 +1,4 @@
-"""What Triton's interpreter computes otherwise than a GPU does, put right for the process."""
+"""Corrections of Triton's interpreter, for this process: where it computes otherwise than a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def compute_as_a_gpu_does() -> None:
 
 
 def _fma(self, x, y, z):
-    """One rounding; the original multiplies, rounds, adds and rounds."""
+    """fma with one rounding; the original rounds the product too."""
     operands = (torch.from_numpy(v.data.copy()) for v in (x, y, z))
     return TensorHandle(noise_contract.fma(*operands).numpy(), z.dtype.scalar)
 
@@ -29,7 +29,7 @@ _patch_tensor_before_numpy_2_4 = interpreter._patch_lang_tensor
 
 
 def _patch_tensor(tensor, scope) -> None:
-    """`range(n)` of a kernel's scalar, which the interpreter holds in an array of one element."""
+    """`range(n)` for a kernel's scalar n, which the interpreter holds in an array of one element."""
     _patch_tensor_before_numpy_2_4(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
@@ -38,7 +38,7 @@ _dot_of_numbers = InterpreterBuilder.create_dot
 
 
 def _dot(self, a, b, total, *options):
-    """It keeps bf16 as the bits, and would multiply those."""
+    """Products of bf16, which the interpreter keeps as bits and would multiply as integers."""
     return _dot_of_numbers(self, *(_widened(v) for v in (a, b)), total, *options)
 
 
@@ -52,7 +52,7 @@ _cast_of_numbers = InterpreterBuilder.cast_impl
 
 
 def _cast(self, source, dtype):
-    """It would cut an fp32 number off to make bf16 of it; a GPU rounds to nearest."""
+    """fp32 to bf16, rounded to nearest as on a GPU; the original truncates."""
     if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
         return _cast_of_numbers(self, source, dtype)
     rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16)

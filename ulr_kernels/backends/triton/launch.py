@@ -1,4 +1,4 @@
-"""What every launch shares: a kernel with its arguments, as a value that can be run, or compiled without a GPU."""
+"""A launch: a kernel with its arguments, as a value that can be run, or compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ulr_kernels import noise_contract, noise_tables
 from ulr_kernels.backends.triton import interpreter
 from ulr_kernels.backends.triton import noise_contract as tile_contract
+from ulr_kernels.ops._op import NoiseSpec
 
 DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in noise_contract.DISTRIBUTIONS}
 
@@ -48,25 +49,24 @@ def table(dist: str, device: torch.device) -> Tensor:
     return torch.tensor(words, dtype=torch.int64).to(torch.int32).view(torch.uint32).to(device)
 
 
-def noise_arguments(
-    key: Tensor, dist: str, sampler: str, positions: int, draw: int, row_offset: int, col_offset: int, cols: int
-) -> dict[str, Any]:
-    """The part of a kernel's arguments that says which noise.
+def noise_arguments(noise: NoiseSpec, cols: int) -> dict[str, Any]:
+    """A kernel's arguments for a noise of `cols` columns.
 
     `first` is the call of Philox that makes the first column; `shift` the columns of that call which lie before it.
     """
-    columns_per_call = 128 if dist == "rademacher" else 4
+    columns_per_call = 128 if noise.dist == "rademacher" else 4
+    key = noise.key
     return {
         "key": key,
-        "table": table(dist, key.device),
-        "directions": noise_contract.sobol_directions(key.device) if sampler == "sobol" else None,
-        "draw": draw,
-        "row_offset": row_offset,
-        "first": col_offset // columns_per_call,
-        "shift": col_offset % columns_per_call,
-        "positions": positions,
-        "width": col_offset + cols,
-        "DIST": DISTRIBUTION_CODES[dist],
+        "table": table(noise.dist, key.device),
+        "directions": noise_contract.sobol_directions(key.device) if noise.sampler == "sobol" else None,
+        "draw": noise.draw,
+        "row_offset": noise.row_offset,
+        "first": noise.col_offset // columns_per_call,
+        "shift": noise.col_offset % columns_per_call,
+        "positions": noise.positions,
+        "width": noise.col_offset + cols,
+        "DIST": DISTRIBUTION_CODES[noise.dist],
     }
 
 

@@ -10,6 +10,7 @@ from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.noise_contract import philox as philox_rounds
+from ulr_kernels.ops.noise import FoldIn, Noise, Philox
 
 BLOCK = 128
 
@@ -32,24 +33,24 @@ def philox_kernel(out, counter, key, count, stride_call, stride_word, stride_key
     tl.store(out + call * 4 + 3, w3.to(tl.int64), mask=inside)
 
 
-def philox4x32(out: Tensor, counter: Tensor, key: Tensor) -> None:
+def philox4x32(out: Tensor, a: Philox) -> None:
     if out.numel():
-        philox_launch(out, counter, key).run()
+        philox_launch(out, a).run()
 
 
-def philox_launch(out: Tensor, counter: Tensor, key: Tensor) -> Launch:
-    calls = counter.reshape(-1, 4)  # a view, but for a counter of several axes that strides do not join
+def philox_launch(out: Tensor, a: Philox) -> Launch:
+    calls = a.counter.reshape(-1, 4)  # a view, except for a counter with several axes that strides do not join
     return Launch(
         philox_kernel,
         cdiv(calls.shape[0], BLOCK),
         {
             "out": out,
             "counter": calls,
-            "key": key,
+            "key": a.key,
             "count": calls.shape[0],
             "stride_call": calls.stride(0),
             "stride_word": calls.stride(1),
-            "stride_key": key.stride(0),
+            "stride_key": a.key.stride(0),
             "BLOCK": BLOCK,
         },
     )
@@ -68,13 +69,13 @@ def fold_in_kernel(out, key, data, count, stride_key, stride_data, COUNTER: tl.c
     tl.store(out + i, low.to(tl.int64) | (high.to(tl.int64) << 32), mask=inside)
 
 
-def fold_in(out: Tensor, key: Tensor, data: Tensor) -> None:
+def fold_in(out: Tensor, a: FoldIn) -> None:
     if out.numel():
-        fold_in_launch(out, key, data).run()
+        fold_in_launch(out, a).run()
 
 
-def fold_in_launch(out: Tensor, key: Tensor, data: Tensor) -> Launch:
-    keys, numbers = (t.reshape(-1) for t in torch.broadcast_tensors(key, data))  # views, but for several axes
+def fold_in_launch(out: Tensor, a: FoldIn) -> Launch:
+    keys, numbers = (t.reshape(-1) for t in torch.broadcast_tensors(a.key, a.data))  # views, except for several axes
     return Launch(
         fold_in_kernel,
         cdiv(out.numel(), BLOCK),
@@ -132,18 +133,16 @@ def noise_kernel(
     tl.store(out + row[:, None] * cols + col[None, :], noise_tile(raw, source, DIST), mask=inside)
 
 
-def noise(out: Tensor, key: Tensor, shape: list[int], dist: str, *which) -> None:
+def noise(out: Tensor, a: Noise) -> None:
     if out.numel():
-        noise_launch(out, key, dist, *which).run()
+        noise_launch(out, a).run()
 
 
-def noise_launch(
-    out: Tensor, key: Tensor, dist: str, sampler: str, positions: int, draw: int, row_offset: int, col_offset: int
-) -> Launch:
+def noise_launch(out: Tensor, a: Noise) -> Launch:
     cols = out.shape[-1] if out.dim() else 1
     rows = out.numel() // cols
-    tile = tiles.NOISE[dist]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, cols)
+    tile = tiles.NOISE[a.noise.dist]
+    which = noise_arguments(a.noise, cols)
     return Launch(
         noise_kernel,
         cdiv(rows, tile.rows) * cdiv(cols + which["shift"], tile.cols),

@@ -9,7 +9,8 @@ from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
-from ulr_kernels.ops._grid import images
+from ulr_kernels.ops._axes import images
+from ulr_kernels.ops.noise_add import NoiseAdd
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
@@ -48,7 +49,7 @@ def noise_add_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program makes a tile of all draws."""
+    """A program makes a tile, for all draws."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     col_tile = tl.program_id(0) % col_tiles
@@ -84,48 +85,33 @@ def noise_add_kernel(
             tl.store(y_tile + (copy + draws) * stride_y_copy, noised.to(y.dtype.element_ty), mask=inside)
 
 
-def noise_add(y: Tensor, *args) -> None:
+def noise_add(y: Tensor, a: NoiseAdd) -> None:
     if y.numel():
-        noise_add_launch(y, *args).run()
+        noise_add_launch(y, a).run()
 
 
-def noise_add_launch(
-    y: Tensor,
-    x: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    copies: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    to, clean = images(feature_dim % (y.dim() - 1), y, x[None] if shared else x)
+def noise_add_launch(y: Tensor, a: NoiseAdd) -> Launch:
+    to, clean = images(a.feature_dim % (y.dim() - 1), y, a.x[None] if a.shared else a.x)
     features = to.shape[2]
     rows = to[0].numel() // features
-    tile = tiles.NOISE[dist]
-    noise = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    tile = tiles.NOISE[a.noise.dist]
+    noise = noise_arguments(a.noise, features)
     return Launch(
         noise_add_kernel,
         cdiv(rows, tile.rows) * cdiv(features + noise["shift"], tile.cols),
         {
             "y": to,
             "x": clean,
-            "sigma": sigma,
+            "sigma": a.sigma,
             **noise,
             "rows": rows,
             "features": features,
-            "draws": copies // 2 if antithetic else copies,
+            "draws": a.noise.draws(a.copies),
             **grid_arguments("x", clean),
             **grid_arguments("y", to),
-            **strides("stride_", sigma, "sigma"),
+            **strides("stride_", a.sigma, "sigma"),
             "SHARED": clean.shape[0] == 1,
-            "ANTITHETIC": antithetic,
+            "ANTITHETIC": a.noise.antithetic,
             "BR": tile.rows,
             "BC": tile.cols,
         },

@@ -4,10 +4,10 @@
 A tile is BR rows by BC columns. Its columns begin where a call of Philox begins (a column that 4, or for signs 128,
 divides), so that a tile's calls are used whole. `source` is what `open_source` returns: values that stay in registers.
 
-Why it looks as it does, in instructions of a sm_90 cubin: a 64-bit product gives both halves of Philox's product in
-one IMAD.WIDE; a table row of 48 bytes, of which 24 are used, is addressed by one IMAD.WIDE (a power of two would take a
-pair of LEA) and read by two aligned loads; bit masks are read from memory because ptxas sets a constant anew at each
-use; and work that needs no whole tile is done on parts of it, which never leave their thread.
+The code is shaped by the instructions of a sm_90 cubin. A 64-bit product gives both halves of Philox's product in one
+IMAD.WIDE. A table row has 48 bytes and uses 24: one IMAD.WIDE addresses it (a power of two would take a pair of LEA),
+and two aligned loads read it. Bit masks are read from memory, because ptxas sets a constant anew at each use. Work that
+needs no whole tile is done on parts of a tile, which never leave their thread.
 """
 
 import triton
@@ -206,5 +206,5 @@ def score(eps, DIST: tl.constexpr):
 
 @triton.jit
 def number_of(bits):
-    """The fp32 number of these bits: a float argument is more than fp32 in the interpreter."""
+    """The fp32 number of these bits. (A float argument would have more than fp32's precision in the interpreter.)"""
     return tl.cast(bits, tl.uint32).to(tl.float32, bitcast=True)

@@ -10,7 +10,8 @@ from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, open_source, raw_noise
 from ulr_kernels.backends.triton.scores import no_parts, weighted
-from ulr_kernels.ops._grid import images
+from ulr_kernels.ops._axes import images
+from ulr_kernels.ops.noise_score import NoiseScore
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
@@ -74,31 +75,17 @@ def noise_score_kernel(
     tl.store(out_tile, join_parts(total) / scale, mask=row_inside[:, None] & col_inside[None, :])
 
 
-def noise_score(out: Tensor, *args) -> None:
+def noise_score(out: Tensor, a: NoiseScore) -> None:
     if out.numel():
-        noise_score_launch(out, *args).run()
+        noise_score_launch(out, a).run()
 
 
-def noise_score_launch(
-    out: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    shape: list[int],
-    feature_dim: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    (grid,) = images(feature_dim % out.dim(), out[None])
+def noise_score_launch(out: Tensor, a: NoiseScore) -> Launch:
+    (grid,) = images(a.feature_dim % out.dim(), out[None])
     features = grid.shape[2]
     rows = grid.numel() // features
-    tile = tiles.SCORES[dist]
-    noise = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    tile = tiles.SCORES[a.noise.dist]
+    noise = noise_arguments(a.noise, features)
     arguments = grid_arguments("out", grid)
     del arguments["stride_out_copy"]  # there is one
     return Launch(
@@ -106,16 +93,16 @@ def noise_score_launch(
         cdiv(rows, tile.rows) * cdiv(features + noise["shift"], tile.cols),
         {
             "out": grid,
-            "loss_weight": loss_weight,
-            "sigma": sigma,
+            "loss_weight": a.loss_weight,
+            "sigma": a.sigma,
             **noise,
             "rows": rows,
             "features": features,
-            "draws": loss_weight.shape[0] // (2 if antithetic else 1),
+            "draws": a.noise.draws(a.loss_weight.shape[0]),
             **arguments,
-            **strides("stride_loss_", loss_weight, "copy", "sample"),
-            **strides("stride_", sigma, "sigma"),
-            "ANTITHETIC": antithetic,
+            **strides("stride_loss_", a.loss_weight, "copy", "sample"),
+            **strides("stride_", a.sigma, "sigma"),
+            "ANTITHETIC": a.noise.antithetic,
             "BR": tile.rows,
             "BC": tile.cols,
         },

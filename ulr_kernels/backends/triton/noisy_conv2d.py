@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
-from ulr_kernels.ops._conv import Window
+from ulr_kernels.ops._conv import Conv, ConvGradient, Window
 
 
 @triton.jit
@@ -23,8 +23,10 @@ def pixel_of(row, window):
 
 @triton.jit
 def output_rows(y, first_row, rows, window, y_strides, RUN: tl.constexpr, BR: tl.constexpr):
-    """Addresses of BR output pixels, and which exist. Each `RUN` of them lie side by side in one image: as it is said
-    here, stores move so many at once."""
+    """Addresses of BR output pixels, and which of them exist.
+
+    Each `RUN` of them lie side by side in one image, which this form tells the compiler: stores move `RUN` at once.
+    """
     if RUN == BR:
         image = first_row // window[10]
         pixel = tl.multiple_of(first_row % window[10], BR) + tl.arange(0, BR)
@@ -46,7 +48,7 @@ def tap_of(k, channels, window):
 
 @triton.jit
 def patch(x, pixel, ky, kx, channel, window, x_strides, TRANSPOSED: tl.constexpr):
-    """Addresses of what output pixels see at kernel places, and whether it is within the image. All broadcast."""
+    """Addresses of the input pixels of output pixels and kernel places, and whether they exist. All broadcast."""
     y, column = pixel[1], pixel[2]
     if TRANSPOSED:
         y = y + window[2] - ky * window[4]
@@ -78,7 +80,7 @@ def meeting(weight, col, ky, kx, channel, window, weight_strides, TRANSPOSED: tl
 
 @triton.jit
 def first_channel_of(first_col, window):
-    """The first input channel that a tile of output channels meets."""
+    """The first input channel of a tile of output channels."""
     return (tl.maximum(first_col, 0) // window[13] * window[12]).to(tl.int32)
 
 
@@ -147,7 +149,7 @@ def noisy_conv2d_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program makes a tile of `draws_here` draws. Where copies share x that is one product for all of them."""
+    """A program makes a tile, for `draws_here` draws. Copies that share x share one product."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     tile_count = col_tiles * tl.cdiv(rows, BR)
@@ -194,56 +196,35 @@ def noisy_conv2d_kernel(
             tl.store(y_tile + copy, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
 
 
-def noisy_conv2d(y: Tensor, *args) -> None:
+def noisy_conv2d(y: Tensor, a: Conv) -> None:
     if y.numel():
-        noisy_conv2d_launch(y, *args).run()
+        noisy_conv2d_launch(y, a).run()
 
 
-def noisy_conv2d_launch(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    window = Window.of(stride, padding, dilation, groups, transposed)
+def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
     features, rows = y.shape[2], y.shape[1] * y.shape[3] * y.shape[4]
-    draws = copies // 2 if antithetic else copies
-    shared = x.dim() == 4
-    tile = tiles.CONV[dist, x.element_size()]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    draws, kernel = a.noise.draws(a.copies), a.weight.shape[2:]
+    shared = a.x.dim() == 4
+    tile = tiles.CONV[a.noise.dist, a.x.element_size()]
+    which = noise_arguments(a.noise, features)
     tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
     draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
-    channels = tile_channels(window, x.shape[-3], features, tile.cols, which["shift"])
+    channels = tile_channels(a.window, a.x.shape[-3], features, tile.cols, which["shift"])
     return Launch(
         noisy_conv2d_kernel,
         tile_count * cdiv(draws, draws_here),
         {
             "y": y,
-            **conv_arguments(x, weight, bias, sigma, window, weight.shape[2:], features, channels),
+            **conv_arguments(a, kernel, features, channels),
             **which,
             "rows": rows,
             "features": features,
             "draws": draws,
             "draws_here": draws_here,
-            "steps": weight.shape[2] * weight.shape[3] * cdiv(channels, tile.inputs),
+            "steps": kernel[0] * kernel[1] * cdiv(channels, tile.inputs),
             "y_strides": pixel_strides(y),
             "SHARED": shared,
-            "ANTITHETIC": antithetic,
+            "ANTITHETIC": a.noise.antithetic,
             "RUN": math.gcd(y.shape[3] * y.shape[4], tile.rows),
             "BR": tile.rows,
             "BC": tile.cols,
@@ -255,13 +236,13 @@ def noisy_conv2d_launch(
 
 
 def pixel_strides(y: Tensor) -> tuple[int, int, int, int]:
-    """Of copies, images, channels and pixels, which follow one another."""
+    """The strides of copies, images, channels and pixels, which follow one another."""
     copy, image, channel, _, pixel = y.stride()
     return copy, image, channel, pixel
 
 
 def tile_channels(window: Window, inputs: int, features: int, tile: int, shift: int) -> int:
-    """The most input channels that a tile of features meets: those of all groups that it touches."""
+    """The largest number of input channels that a tile of features needs: those of all groups in the tile."""
     of_group, most = features // window.groups, 1
     for first in range(-shift, features, tile):
         last = min(first + tile, features) - 1
@@ -270,7 +251,7 @@ def tile_channels(window: Window, inputs: int, features: int, tile: int, shift: 
 
 
 def weight_strides(weight: Tensor | None, window: Window) -> tuple[int, int, int, int]:
-    """Of output channels, input channels, kernel rows and columns."""
+    """The strides of output channels, input channels, kernel rows and columns."""
     if weight is None:
         return 0, 0, 0, 0
     first, second, row, column = weight.stride()
@@ -296,25 +277,16 @@ def image_arguments(x: Tensor, window: Window, kernel: Sequence[int], features: 
     }
 
 
-def conv_arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor,
-    window: Window,
-    kernel: Sequence[int],
-    features: int,
-    channels: int,
-) -> dict[str, Any]:
+def conv_arguments(a: Conv | ConvGradient, kernel: Sequence[int], features: int, channels: int) -> dict[str, Any]:
     """The operands of a convolution with noise, their strides and the window."""
     return {
-        **image_arguments(x, window, kernel, features),
-        "weight": weight,
-        "bias": bias,
-        "sigma": sigma,
+        **image_arguments(a.x, a.window, kernel, features),
+        "weight": a.weight,
+        "bias": a.bias,
+        "sigma": a.sigma,
         "channels": channels,
-        "weight_strides": weight_strides(weight, window),
-        **strides("stride_", bias, "bias"),
-        **strides("stride_", sigma, "sigma"),
-        "TRANSPOSED": window.transposed,
+        "weight_strides": weight_strides(a.weight, a.window),
+        **strides("stride_", a.bias, "bias"),
+        **strides("stride_", a.sigma, "sigma"),
+        "TRANSPOSED": a.window.transposed,
     }

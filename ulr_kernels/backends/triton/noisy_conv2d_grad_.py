@@ -1,7 +1,9 @@
 # mypy: disable-error-code="assignment"
-"""noisy_conv2d_grad_ and noisy_conv2d_replay_: the score, reduced over copies, as an operand of the product with the
-patches of x. A convolution has many rows and few weights: programs share out the rows, and the last one of a tile adds
-up what all have left, in their order."""
+"""noisy_conv2d_grad_ and noisy_conv2d_recompute_: the score, reduced over copies, times the patches of x.
+
+A convolution has many rows and few weights: programs share the rows of a tile, and the last one to arrive adds up the
+partial sums of all, in their order.
+"""
 
 import math
 
@@ -10,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels.backends.ticket import ticket
+from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
@@ -29,7 +31,7 @@ from ulr_kernels.backends.triton.noisy_conv2d import (
     weight_strides,
 )
 from ulr_kernels.backends.triton.scores import add
-from ulr_kernels.ops._conv import Window, weight_shape
+from ulr_kernels.ops._conv import ConvGradient
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
@@ -39,7 +41,7 @@ def conv_gradient_kernel(
     grad_bias,
     grad_log_sigma,
     partials,
-    tickets,
+    arrival_counters,
     x,
     weight,
     bias,
@@ -85,7 +87,7 @@ def conv_gradient_kernel(
 ):
     """A program owns a part of the rows for a tile [BC output channels, BK places of the inner axis] of the gradient.
 
-    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    With `y` (recompute) each tile of the forward goes to a program that makes its noise anyway: of the programs
     that share channels and rows, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
@@ -149,7 +151,7 @@ def conv_gradient_kernel(
     tl.store(own + col_part, by_bias)
     tl.store(own + BC + col_part, by_log_sigma)
     tl.debug_barrier()
-    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == splits - 1:
+    if tl.atomic_add(arrival_counters + tile, 1, sem="acq_rel") == splits - 1:
         total = tl.zeros([BC, BK], tl.float32)
         by_bias = tl.zeros([BC], tl.float32)
         by_log_sigma = tl.zeros([BC], tl.float32)
@@ -158,7 +160,7 @@ def conv_gradient_kernel(
             total += tl.load(part + tile_part, cache_modifier=".cg")
             by_bias += tl.load(part + col_part, cache_modifier=".cg")
             by_log_sigma += tl.load(part + BC + col_part, cache_modifier=".cg")
-        tl.store(tickets + tile, 0)
+        tl.store(arrival_counters + tile, 0)
         if grad_weight is not None:
             grad_tile, met = meeting(
                 grad_weight, col[:, None], ky[None, :], kx[None, :], channel[None, :], window, grad_strides, TRANSPOSED
@@ -171,74 +173,42 @@ def conv_gradient_kernel(
                 if SCALAR:
                     value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
                     scalars = partials + (splits * tile_count).to(tl.int64) * PART
-                    add_scalar(grad_log_sigma, scalars, tickets + tile_count, value, col_tile, col_tiles)
+                    add_scalar(grad_log_sigma, scalars, arrival_counters + tile_count, value, col_tile, col_tiles)
                 else:
                     add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
 
 
-def noisy_conv2d_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
-    if x.shape[-4]:
-        conv_gradient_launch(
-            None, grad_weight, grad_bias, grad_log_sigma, x, None, None, loss_weight, sigma, key, *which
-        ).run()
+def noisy_conv2d_grad_(a: ConvGradient) -> None:
+    if a.x.shape[-4]:
+        conv_gradient_launch(None, a).run()
 
 
-def noisy_conv2d_replay_(
-    y, grad_weight, grad_bias, grad_log_sigma, x, weight, bias, loss_weight, sigma, key, *which
-) -> None:
+def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> None:
     if y.numel():
-        buffers = (grad_weight, grad_bias, grad_log_sigma)
-        kernel = weight.shape[2:]
-        conv_gradient_launch(y, *buffers, x, weight, bias, loss_weight, sigma, key, kernel, *which).run()
+        conv_gradient_launch(y, a).run()
 
 
-def conv_gradient_launch(
-    y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    transposed: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
-    window = Window.of(stride, padding, dilation, groups, transposed)
-    features = window.channels(weight_shape(grad_weight, grad_bias, x, kernel, window))[1]
-    height, width = window.output_size(x.shape[-2:], kernel)
-    rows = x.shape[-4] * height * width
-    shared = x.dim() == 4
-    tile = (tiles.CONV_GRADIENT if shared and y is None else tiles.CONV_GRADIENT_PER_DRAW)[dist, x.element_size()]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
-    channels = tile_channels(window, x.shape[-3], features, tile.cols, which["shift"])
+def conv_gradient_launch(y: Tensor | None, a: ConvGradient) -> Launch:
+    """The launch of both ops: recompute is the gradient with `y`, a weight and perhaps a bias."""
+    _, rows, _, features, shared = a.sizes
+    kernel, (height, width) = a.kernel_size, a.output_size
+    tile_table = tiles.CONV_GRADIENT if shared and y is None else tiles.CONV_GRADIENT_PER_DRAW
+    tile = tile_table[a.noise.dist, a.x.element_size()]
+    which = noise_arguments(a.noise, features)
+    channels = tile_channels(a.window, a.x.shape[-3], features, tile.cols, which["shift"])
     inner = channels * kernel[0] * kernel[1]
     col_tiles = cdiv(features + which["shift"], tile.cols)
-    tile_count = col_tiles * (cdiv(inner, tile.inputs) if grad_weight is not None else 1)
+    tile_count = col_tiles * (cdiv(inner, tile.inputs) if a.grad_weight is not None else 1)
     splits = max(1, min(tiles.PROGRAMS // tile_count, cdiv(rows, tile.rows)))
     size = splits * tile_count * tile.cols * (tile.inputs + 2) + col_tiles
     return Launch(
         conv_gradient_kernel,
         tile_count * splits,
         {
-            **gradient_arguments(y, grad_weight, grad_bias, grad_log_sigma, loss_weight, shared, antithetic, tile),
-            "partials": torch.empty(size, dtype=torch.float32, device=x.device),
-            "tickets": ticket(x.device, tile_count + 1),
-            **conv_arguments(x, weight, bias, sigma, window, kernel, features, channels),
+            **gradient_arguments(y, a, shared, tile),
+            "partials": torch.empty(size, dtype=torch.float32, device=a.x.device),
+            "arrival_counters": arrival_counter(a.x.device, tile_count + 1),
+            **conv_arguments(a, kernel, features, channels),
             **which,
             "rows": rows,
             "features": features,
@@ -246,8 +216,8 @@ def conv_gradient_launch(
             "splits": splits,
             "steps": kernel[0] * kernel[1] * cdiv(channels, tile.inputs),
             "y_strides": (0, 0, 0, 0) if y is None else pixel_strides(y),
-            "grad_strides": weight_strides(grad_weight, window),
-            "SCALAR": grad_log_sigma is not None and grad_log_sigma.dim() == 0,
+            "grad_strides": weight_strides(a.grad_weight, a.window),
+            "SCALAR": a.grad_log_sigma is not None and a.grad_log_sigma.dim() == 0,
             "RUN": math.gcd(height * width, tile.rows),
         },
         tile.warps,

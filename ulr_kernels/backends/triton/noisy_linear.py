@@ -9,6 +9,7 @@ from torch import Tensor
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
+from ulr_kernels.ops._linear import Linear, LinearGradient
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def noisy_linear_kernel(
     BC: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """A program makes a tile of `draws_here` draws. Where copies share x that is one product for all of them."""
+    """A program makes a tile, for `draws_here` draws. Copies that share x share one product."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     tiles = col_tiles * tl.cdiv(rows, BR)
@@ -125,32 +126,16 @@ def noisy_linear_kernel(
             tl.store(y_tile + (d + draws) * copy_size, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
 
 
-def noisy_linear(y: Tensor, *args) -> None:
+def noisy_linear(y: Tensor, a: Linear) -> None:
     if y.numel():
-        noisy_linear_launch(y, *args).run()
+        noisy_linear_launch(y, a).run()
 
 
-def noisy_linear_launch(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    key: Tensor,
-    copies: int,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    rows, features = x.shape[-2], weight.shape[0]
-    draws = copies // 2 if antithetic else copies
-    shared = x.dim() == 2
-    tile = tiles.FORWARD[dist, x.element_size()]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+def noisy_linear_launch(y: Tensor, a: Linear) -> Launch:
+    _, rows, _, features, shared = a.sizes
+    draws = a.noise.draws(a.copies)
+    tile = tiles.FORWARD[a.noise.dist, a.x.element_size()]
+    which = noise_arguments(a.noise, features)
     tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
     draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
     return Launch(
@@ -158,14 +143,14 @@ def noisy_linear_launch(
         tile_count * cdiv(draws, draws_here),
         {
             "y": y,
-            **linear_arguments(x, weight, bias, sigma),
+            **linear_arguments(a),
             **which,
             "rows": rows,
             "features": features,
             "draws": draws,
             "draws_here": draws_here,
             "SHARED": shared,
-            "ANTITHETIC": antithetic,
+            "ANTITHETIC": a.noise.antithetic,
             "BR": tile.rows,
             "BC": tile.cols,
             "BK": tile.inputs,
@@ -175,8 +160,9 @@ def noisy_linear_launch(
     )
 
 
-def linear_arguments(x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor) -> dict[str, Any]:
+def linear_arguments(a: Linear | LinearGradient) -> dict[str, Any]:
     """The operands of a product with noise, and their strides."""
+    x, weight, bias, sigma = a.x, a.weight, a.bias, a.sigma
     return {
         "x": x,
         "weight": weight,

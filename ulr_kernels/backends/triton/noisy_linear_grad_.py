@@ -1,25 +1,26 @@
 # mypy: disable-error-code="assignment"
-"""noisy_linear_grad_ and noisy_linear_replay_: the score, reduced over copies, as an operand of the product with x."""
+"""noisy_linear_grad_ and noisy_linear_recompute_: the score, reduced over copies, times x."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ulr_kernels.backends.ticket import ticket
+from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, open_source
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
 from ulr_kernels.backends.triton.scores import add
+from ulr_kernels.ops._linear import LinearGradient
 
 
 @triton.jit
 def gradient_tile(
     tile,
-    y, grad_weight, grad_bias, grad_log_sigma, partials, ticket, x, weight, bias, loss_weight, sigma, key, table,
-    directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
+    y, grad_weight, grad_bias, grad_log_sigma, partials, arrival_counter, x, weight, bias, loss_weight, sigma, key,
+    table, directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
     stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row, stride_x_input,
     stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample, stride_sigma,
     SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -27,7 +28,7 @@ def gradient_tile(
 ):  # fmt: skip
     """Adds a tile [BC features, BK inputs] of the gradient to the buffers: all rows, alone and in order.
 
-    With `y` (replay) the forward's tiles are dealt out to the programs that make their noise anyway: of the programs
+    With `y` (recompute) each tile of the forward goes to a program that makes its noise anyway: of the programs
     that share features, number i mod their count takes the tile of rows i.
     """
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
@@ -83,7 +84,7 @@ def gradient_tile(
                 add(grad_log_sigma + col * stride_log_sigma, by_log_sigma, col_inside)
             else:
                 value = tl.sum(tl.where(col_inside, by_log_sigma, 0), 0)
-                add_scalar(grad_log_sigma, partials, ticket, value, col_tile, col_tiles)
+                add_scalar(grad_log_sigma, partials, arrival_counter, value, col_tile, col_tiles)
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
@@ -93,7 +94,7 @@ def gradient_kernel(
     grad_bias,
     grad_log_sigma,
     partials,
-    ticket,
+    arrival_counter,
     x,
     weight,
     bias,
@@ -134,67 +135,43 @@ def gradient_kernel(
 ):
     gradient_tile(
         tl.program_id(0),
-        y, grad_weight, grad_bias, grad_log_sigma, partials, ticket, x, weight, bias, loss_weight, sigma, key, table,
-        directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width, stride_grad_col,
-        stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row, stride_x_input,
-        stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample, stride_sigma, SHARED,
-        ANTITHETIC, DIST, BR, BC, BK,
+        y, grad_weight, grad_bias, grad_log_sigma, partials, arrival_counter, x, weight, bias, loss_weight, sigma, key,
+        table, directions, rows, features, inputs, draws, draw, row_offset, first, shift, positions, width,
+        stride_grad_col, stride_grad_input, stride_grad_bias, stride_log_sigma, stride_x_copy, stride_x_row,
+        stride_x_input, stride_weight_col, stride_weight_input, stride_bias, stride_loss_copy, stride_loss_sample,
+        stride_sigma, SHARED, ANTITHETIC, DIST, BR, BC, BK,
     )  # fmt: skip
 
 
-def noisy_linear_grad_(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which) -> None:
-    launch = gradient_launch(
-        None, grad_weight, grad_bias, grad_log_sigma, x, None, None, loss_weight, sigma, key, *which
-    )
-    if launch.grid and x.shape[-2]:
+def noisy_linear_grad_(a: LinearGradient) -> None:
+    launch = gradient_launch(None, a)
+    if launch.grid and a.x.shape[-2]:
         launch.run()
 
 
-def noisy_linear_replay_(y, *args) -> None:
+def noisy_linear_recompute_(y: Tensor, a: LinearGradient) -> None:
     if y.numel():
-        gradient_launch(y, *args).run()
+        gradient_launch(y, a).run()
 
 
-def gradient_launch(
-    y: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    """The launch of both ops: replay is the gradient with `y`, `weight` and perhaps `bias`."""
-    features = next(b.shape[0] for b in (grad_weight, grad_bias) if b is not None)
-    rows, inputs = x.shape[-2:]
-    shared = x.dim() == 2
-    tile = (tiles.GRADIENT if shared and y is None else tiles.GRADIENT_PER_DRAW)[dist, x.element_size()]
-    which = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+def gradient_launch(y: Tensor | None, a: LinearGradient) -> Launch:
+    """The launch of both ops: recompute is the gradient with `y`, a weight and perhaps a bias."""
+    _, rows, inputs, features, shared = a.sizes
+    tile = (tiles.GRADIENT if shared and y is None else tiles.GRADIENT_PER_DRAW)[a.noise.dist, a.x.element_size()]
+    which = noise_arguments(a.noise, features)
     col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
-    input_tiles = max(cdiv(inputs, tile.inputs), 1) if grad_weight is not None else 1
+    input_tiles = max(cdiv(inputs, tile.inputs), 1) if a.grad_weight is not None else 1
     return Launch(
         gradient_kernel,
         col_tiles * input_tiles,
         {
-            **gradient_arguments(
-                y, grad_weight, grad_bias, grad_log_sigma, loss_weight, x.dim() == 2, antithetic, tile
-            ),
-            **_scalar_workspace(grad_log_sigma, col_tiles),
-            **linear_arguments(x, weight, bias, sigma),
+            **gradient_arguments(y, a, shared, tile),
+            **_scalar_workspace(a.grad_log_sigma, col_tiles),
+            **linear_arguments(a),
             **which,
             "rows": rows,
             "features": features,
-            **strides("stride_grad_", grad_weight, "col", "input"),
+            **strides("stride_grad_", a.grad_weight, "col", "input"),
         },
         tile.warps,
         tile.stages,
@@ -202,9 +179,9 @@ def gradient_launch(
 
 
 def _scalar_workspace(grad_log_sigma: Tensor | None, tile_count: int) -> dict[str, Tensor | None]:
-    """What `add_scalar` needs, where one number stands for all features; else None."""
+    """The workspace of `add_scalar`, where one number stands for all features; else None."""
     if grad_log_sigma is None or grad_log_sigma.dim():
-        return {"partials": None, "ticket": None}
+        return {"partials": None, "arrival_counter": None}
     device = grad_log_sigma.device
     partials = torch.empty(max(tile_count, 1), dtype=torch.float32, device=device)
-    return {"partials": partials, "ticket": ticket(device)}
+    return {"partials": partials, "arrival_counter": arrival_counter(device)}

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="assignment"
 """perturb_ and combine_: a table of the list's tensors in device memory, and programs that each take a tile of one.
 
-A launch takes the tensors of one dtype and form: matrices in tiles of several rows, vectors in rows; those whose
-columns lie apart by themselves, because finding their elements takes divisions; low rank by itself.
+A launch takes the tensors of one dtype and form: matrices in tiles of several rows, vectors in rows. Tensors whose
+columns are not contiguous have launches of their own, because their addresses take divisions; so has low rank.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.device_tables import on_device
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
-from ulr_kernels.backends.triton.listed import on_device
 from ulr_kernels.backends.triton.noise import fold_in
 from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
@@ -31,12 +31,15 @@ from ulr_kernels.backends.triton.noise_contract import (
     raw_noise,
 )
 from ulr_kernels.backends.triton.weight_noise import low_rank_noise
-from ulr_kernels.ops._parameters import COLUMN_AXES, by_row
+from ulr_kernels.ops._parameters import COLUMN_AXES, ListNoise, by_row
+from ulr_kernels.ops.combine_ import Combine
+from ulr_kernels.ops.noise import FoldIn
+from ulr_kernels.ops.perturb_ import Perturb
 
 NO_STATE, MOMENTUM, ADAM = (tl.constexpr(i) for i in range(3))
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# A row of the table: the tensor's place, then of itself and each state the data, the strides and the sizes.
+# A row of the table: the tensor's place; then, for the tensor and each state, the data, the strides and the sizes.
 PLACE = tl.constexpr(6)  # key, first program, rows, columns, row and column offset
 VIEW = tl.constexpr(1 + 5 + 3)
 ROW = tl.constexpr(6 + 3 * 9)
@@ -75,7 +78,7 @@ def _noise(
 
 @triton.jit
 def _rounded(value, rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
-    """bf16 numbers in fp32, away from zero with the chance of what is cut off; infinities and NaN are left."""
+    """Round fp32 to bf16 values, away from zero with the probability of the cut-off part; infinities and NaN stay."""
     words = join_parts(_words(rows, first, draw, source, BR, BC // 4))
     word = value.to(tl.uint32, bitcast=True)
     moved = (word + (words >> 16)) & 0xFFFF0000
@@ -157,7 +160,7 @@ def parameters_kernel(
         if lr is None:
             down = number_of(weight_decay) * -0.0
         else:
-            down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which makes 0 of it, not -0
+            down = tl.load(lr) * -1.0  # a minus sign would be a subtraction from 0, which turns 0 into 0, not into -0
         new = tl.fma(_all(down * number_of(weight_decay), old), old, old)
         if RULE == NO_STATE:
             new += total
@@ -188,7 +191,7 @@ def parameters_kernel(
 
 
 class Form(NamedTuple):
-    """What the tensors of one launch have in common."""
+    """The properties that the tensors of one launch have in common."""
 
     dtype: torch.dtype
     plain: bool
@@ -206,35 +209,34 @@ def _tile(form: Form, dist: str) -> tiles.Tile:
     return tile._replace(rows=1, cols=tile.rows * tile.cols) if form.vector else tile
 
 
+class Rule(NamedTuple):
+    """An optimiser's rate, step and numbers: weight decay, momentum, both betas, epsilon."""
+
+    lr: Tensor | None = None
+    step: Tensor | None = None
+    numbers: tuple[float, ...] = (0.0,) * 5
+
+
 def launches(
-    tensors: list[Tensor],
-    states: list[list[Tensor]],
-    keys: Tensor,
-    amounts: Tensor,
-    rule: tuple,
-    dist: str,
-    rank: int | None,
-    stochastic: bool,
-    draw: int,
-    row_offset: list[int],
-    col_offset: list[int],
+    tensors: list[Tensor], states: list[list[Tensor]], amounts: Tensor, rule: Rule, noise: ListNoise
 ) -> Iterator[Launch]:
-    """A launch for each form of tensor in the list; `keys` as `with_streams` returns them."""
-    scale = 1.0 if rank is None else noise_contract.low_rank_scale(rank)
+    """A launch for each form of tensor in the list. `amounts`: the scale, or the coefficients of the probes."""
+    keys = with_streams(noise.keys, noise.rank, noise.stochastic)
+    scale = 1.0 if noise.rank is None else noise_contract.low_rank_scale(noise.rank)
     groups: dict[Form, list[tuple[int, list[Tensor]]]] = {}
     for i, parts in enumerate(zip(tensors, *states, strict=True)):
         if parts[0].numel():
             views = by_row(*parts)
-            form = _form(views, rank is not None and parts[0].dim() > 1)
+            form = _form(views, noise.rank is not None and parts[0].dim() > 1)
             groups.setdefault(form, []).append((i, views))
     for form, members in groups.items():
-        tile = _tile(form, dist)
+        tile = _tile(form, noise.dist)
         entries: list[tuple[int, ...]] = []
         programs: list[int] = []
         for i, views in members:
             rows, cols = views[0].shape[0], views[0].shape[1:].numel()
-            at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
-            shift = at[1] % (128 if dist == "rademacher" else 4)
+            at = noise.offsets(i)
+            shift = at[1] % (128 if noise.dist == "rademacher" else 4)
             entry: list[int] = [i, sum(programs), rows, cols, *at]
             for view in views:
                 entry += [view.data_ptr(), *view.stride(), *view.shape[-COLUMN_AXES + 1 :]]
@@ -248,22 +250,22 @@ def launches(
                 "entries": table_of_entries,
                 "owners": owners,
                 "keys": keys,
-                "table": table(dist, keys.device),
+                "table": table(noise.dist, keys.device),
                 "amounts": amounts,
                 "stride_amount": amounts.stride(0) if amounts.dim() else 0,
                 "probes": amounts.numel(),
-                "lr": rule[0],
-                "step": rule[1],
-                **dict(zip(NUMBERS, map(float_bits, (*rule[2:], scale)), strict=True)),
+                "lr": rule.lr,
+                "step": rule.step,
+                **dict(zip(NUMBERS, map(float_bits, (*rule.numbers, scale)), strict=True)),
                 "count": len(tensors),
-                "draw": draw,
-                "rank": rank if form.low_rank else None,
+                "draw": noise.draw,
+                "rank": noise.rank if form.low_rank else None,
                 "COMBINE": amounts.dim() > 0,
                 "RULE": min(len(states), 2),
-                "STOCHASTIC": stochastic and form.dtype == torch.bfloat16,
+                "STOCHASTIC": noise.stochastic and form.dtype == torch.bfloat16,
                 "PLAIN": form.plain,
                 "DTYPE": _DTYPES[form.dtype],
-                "DIST": DISTRIBUTION_CODES[dist],
+                "DIST": DISTRIBUTION_CODES[noise.dist],
                 "BR": tile.rows,
                 "BC": tile.cols,
             },
@@ -272,38 +274,22 @@ def launches(
         )
 
 
-NO_RULE = (None, None, 0.0, 0.0, 0.0, 0.0, 0.0)  # lr, step, weight decay, momentum, betas, epsilon
-
-
 def with_streams(keys: Tensor, rank: int | None, stochastic: bool) -> Tensor:
-    """The keys, and where they are needed those of the factors of low rank and of rounding, one after another."""
+    """The keys, followed, where needed, by the keys of the low-rank factors and of rounding."""
     if rank is None and not stochastic:
         return keys.contiguous()
-    numbers = torch.arange(1, 4, device=keys.device)[:, None]  # LOW_RANK_STREAMS and ROUNDING_STREAM of contract.py
+    numbers = torch.arange(1, 4, device=keys.device)[:, None]  # LOW_RANK_STREAMS and ROUNDING_STREAM of the contract
     derived = torch.empty(3, keys.shape[0], dtype=torch.int64, device=keys.device)
-    fold_in(derived, *torch.broadcast_tensors(keys[None, :], numbers))
+    fold_in(derived, FoldIn(*torch.broadcast_tensors(keys[None, :], numbers)))
     return torch.cat([keys, derived.flatten()])
 
 
-def perturb_(
-    tensors: list[Tensor], keys: Tensor, scale: Tensor, dist: str, rank: int | None, stochastic: bool, *at
-) -> None:
-    keys = with_streams(keys, rank, stochastic)
-    for launch in launches(tensors, [], keys, scale, NO_RULE, dist, rank, stochastic, *at):
+def perturb_(a: Perturb) -> None:
+    for launch in launches(a.tensors, [], a.scale, Rule(), a.noise):
         launch.run()
 
 
-def combine_(
-    tensors: list[Tensor],
-    keys: Tensor,
-    coefficients: Tensor,
-    momentum_buffers: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *rest,
-) -> None:
-    states = [s for s in (momentum_buffers, exp_avgs, exp_avg_sqs) if s]
-    rule, spec = rest[: len(NO_RULE)], rest[len(NO_RULE) :]
-    keys = with_streams(keys, spec[1], spec[2])
-    for launch in launches(tensors, states, keys, coefficients, rule, *spec):
+def combine_(a: Combine) -> None:
+    rule = Rule(a.lr, a.step, (a.weight_decay, a.momentum, a.beta1, a.beta2, a.epsilon))
+    for launch in launches(a.tensors, a.states, a.coefficients, rule, a.noise):
         launch.run()

@@ -1,4 +1,4 @@
-"""perturbed_linear: a tile of the weight is perturbed in registers on its way into the product."""
+"""perturbed_linear: each tile of the weight is perturbed in registers before the product."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, st
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.noisy_linear import product_tile
 from ulr_kernels.backends.triton.weight_noise import COL_FACTOR, ROW_FACTOR, factor_source, perturbed
-from ulr_kernels.ops._perturbed import Members
+from ulr_kernels.ops.perturbed_linear import PerturbedLinear
 
 RANKS = tl.constexpr(16)  # of low-rank noise at a time: the least that a product of tiles takes
 
@@ -21,16 +21,16 @@ RANKS = tl.constexpr(16)  # of low-rank noise at a time: the least that a produc
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first"])
 def perturbed_linear_kernel(
     y, x, weight, bias, sigma, mask, key, table, rows, features, inputs, draws: tl.uint32, draw: tl.uint32,
-    row_offset: tl.uint32, first: tl.uint32, shift, stride_x_member, stride_x_row, stride_x_input,
-    stride_weight_col, stride_weight_input, stride_bias_member, stride_bias, stride_mask_col, stride_mask_input,
+    row_offset: tl.uint32, first: tl.uint32, shift, stride_x_copy, stride_x_row, stride_x_input,
+    stride_weight_col, stride_weight_input, stride_bias_copy, stride_bias, stride_mask_col, stride_mask_input,
     SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """A program makes a tile of one member, or of both members of an antithetic pair, whose noise it makes once."""
+    """A program makes a tile of one copy, or of both copies of an antithetic pair, whose noise it makes once."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features, BC)
     tile = tl.program_id(0) % (col_tiles * tl.cdiv(rows, BR))
-    member = (tl.program_id(0) // (col_tiles * tl.cdiv(rows, BR))).to(tl.int64)
+    copy = (tl.program_id(0) // (col_tiles * tl.cdiv(rows, BR))).to(tl.int64)
     row = (tile // col_tiles).to(tl.int64) * BR + tl.arange(0, BR)
     col = (tile % col_tiles).to(tl.int64) * BC + tl.arange(0, BC)
     row_inside = row < rows
@@ -38,10 +38,10 @@ def perturbed_linear_kernel(
     source = open_source(key, table)
     scale = tl.load(sigma)
     if not SHARED:
-        x += member * stride_x_member
-    minus_x = x + tl.cast(draws, tl.int64) * stride_x_member
+        x += copy * stride_x_copy
+    minus_x = x + tl.cast(draws, tl.int64) * stride_x_copy
     rows_of_noise = row_offset + col.to(tl.uint32)
-    d = (tl.cast(draw, tl.int64) + member).to(tl.uint32)
+    d = (tl.cast(draw, tl.int64) + copy).to(tl.uint32)
     total = tl.zeros([BR, BC], tl.float32)
     mirror = total
     for start in range(0, inputs + shift, BK):
@@ -64,27 +64,27 @@ def perturbed_linear_kernel(
                 a = tl.load(minus_x + at, mask=x_inside, other=0)
             mirror = tl.dot(a, tl.trans(perturbed(w, -scale, eps, noised)), mirror, input_precision="ieee")
     inside = row_inside[:, None] & col_inside[None, :]
-    to = y + member * rows * features + row[:, None] * features + col[None, :]
+    to = y + copy * rows * features + row[:, None] * features + col[None, :]
     second = tl.cast(draws, tl.int64)
     if bias is not None:
-        b = bias + member * stride_bias_member + col * stride_bias
+        b = bias + copy * stride_bias_copy + col * stride_bias
         total += tl.load(b, mask=col_inside, other=0).to(tl.float32)[None, :]
         if ANTITHETIC:
-            b += second * stride_bias_member
+            b += second * stride_bias_copy
             mirror += tl.load(b, mask=col_inside, other=0).to(tl.float32)[None, :]
     tl.store(to, total.to(y.dtype.element_ty), mask=inside)
     if ANTITHETIC:
         tl.store(to + second * rows * features, mirror.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "draws", "draw", "first", "first_feature", "members_here"])
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "first", "first_feature", "copies_here"])
 def low_rank_kernel(
     y, x, weight, bias, sigma, key, table, rows, features, inputs, draws: tl.uint32, draw: tl.uint32, first: tl.uint32,
-    shift, first_feature: tl.uint32, feature_shift, rank, root, members_here, stride_x_member, stride_x_row,
-    stride_x_input, stride_weight_col, stride_weight_input, stride_bias_member, stride_bias,
+    shift, first_feature: tl.uint32, feature_shift, rank, root, copies_here, stride_x_copy, stride_x_row,
+    stride_x_input, stride_weight_col, stride_weight_input, stride_bias_copy, stride_bias,
     DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The plain product of a tile, then for each member that it serves sigma / sqrt(rank) * (x B) A^T beside it."""
+    """A program makes the plain product of a tile, then adds sigma / sqrt(rank) * (x B) A^T for each of its copies."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + feature_shift, BC)
     tile = tl.program_id(0) % (col_tiles * tl.cdiv(rows, BR))
@@ -94,7 +94,7 @@ def low_rank_kernel(
     row_inside = row < rows
     col_inside = (col >= 0) & (col < features)
     inside = row_inside[:, None] & col_inside[None, :]
-    x += begin * stride_x_member
+    x += begin * stride_x_copy
     clean = product_tile(
         x, weight, None, row, row_inside, col, col_inside, inputs, stride_x_row, stride_x_input, stride_weight_col,
         stride_weight_input, 0, BR, BC, BK,
@@ -102,10 +102,10 @@ def low_rank_kernel(
     source = open_source(key, table)
     by_row, by_col = factor_source(source, ROW_FACTOR), factor_source(source, COL_FACTOR)
     scale = tl.load(sigma) * root
-    half = tl.cast(draws, tl.int64)  # members from here on have the noise negated
+    half = tl.cast(draws, tl.int64)  # copies from here on have the noise negated
     feature_calls = first_feature + ((tile % col_tiles) * (BC // PER_CALL)).to(tl.uint32)
-    for member in range(begin, begin + members_here):
-        d = (tl.cast(draw, tl.int64) + member % half).to(tl.uint32)
+    for copy in range(begin, begin + copies_here):
+        d = (tl.cast(draw, tl.int64) + copy % half).to(tl.uint32)
         added = tl.zeros([BR, BC], tl.float32)
         for first_rank in range(0, rank, RANKS):
             ranks = (first_rank + tl.arange(0, RANKS)).to(tl.uint32)
@@ -121,27 +121,26 @@ def low_rank_kernel(
                 projected = tl.dot(a, tl.trans(tl.where(exists, b, 0.0)), projected, input_precision="ieee")
             raw = raw_noise(ranks, feature_calls, d, by_row, None, 1, 0, DIST, RANKS, BC)
             added = tl.dot(projected, noise_tile(raw, by_row, DIST), added, input_precision="ieee")
-        value = clean + tl.where(member < half, scale, -scale) * added
+        value = clean + tl.where(copy < half, scale, -scale) * added
         if bias is not None:
-            b_at = bias + member * stride_bias_member + col * stride_bias
+            b_at = bias + copy * stride_bias_copy + col * stride_bias
             value += tl.load(b_at, mask=col_inside, other=0).to(tl.float32)[None, :]
-        to = y + member * rows * features + row[:, None] * features + col[None, :]
+        to = y + copy * rows * features + row[:, None] * features + col[None, :]
         tl.store(to, value.to(y.dtype.element_ty), mask=inside)
 
 
-def perturbed_linear(y: Tensor, *args) -> None:
+def perturbed_linear(y: Tensor, a: PerturbedLinear) -> None:
     if y.numel():
-        perturbed_linear_launch(y, *args).run()
+        perturbed_linear_launch(y, a).run()
 
 
-def perturbed_linear_launch(
-    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, key: Tensor, *rest
-) -> Launch:
-    how = Members(*rest)
+def perturbed_linear_launch(y: Tensor, a: PerturbedLinear) -> Launch:
+    x, weight, bias, sigma, how = a
+    noise = how.noise
     rows, (features, inputs) = x.shape[-2], weight.shape
-    which = noise_arguments(key, how.dist, "iid", 1, how.draw, how.row_offset, how.col_offset, inputs)
+    which = noise_arguments(noise, inputs)
     arguments: dict[str, Any] = {name: which[name] for name in ("key", "table", "draw", "first", "shift", "DIST")}
-    bias_view = bias if bias is None or bias.dim() == 2 else bias.expand(how.members, -1)
+    bias_view = bias if bias is None or bias.dim() == 2 else bias.expand(how.copies, -1)
     arguments |= {
         "y": y,
         "x": x,
@@ -152,33 +151,33 @@ def perturbed_linear_launch(
         "features": features,
         "inputs": inputs,
         "draws": how.draws,
-        **strides("stride_x_", x if x.dim() == 3 else x.expand(how.members, *x.shape), "member", "row", "input"),
+        **strides("stride_x_", x if x.dim() == 3 else x.expand(how.copies, *x.shape), "copy", "row", "input"),
         **strides("stride_weight_", weight, "col", "input"),
-        **strides("stride_", bias_view, "bias_member", "bias"),
+        **strides("stride_", bias_view, "bias_copy", "bias"),
     }
     shared = x.dim() == 2
     if how.rank is not None:
-        tile = tiles.LOW_RANK[how.dist]
-        features_at = noise_arguments(key, how.dist, "iid", 1, how.draw, 0, how.row_offset, features)
+        tile = tiles.LOW_RANK[noise.dist]
+        features_at = noise_arguments(noise._replace(row_offset=0, col_offset=noise.row_offset), features)
         tile_count = cdiv(rows, tile.rows) * cdiv(features + features_at["shift"], tile.cols)
         arguments |= {
             "first_feature": features_at["first"],
             "feature_shift": features_at["shift"],
             "rank": how.rank,
             "root": noise_contract.low_rank_scale(how.rank),
-            "members_here": how.members if shared else 1,
+            "copies_here": how.copies if shared else 1,
         }
-        kernel, programs = low_rank_kernel, tile_count * (1 if shared else how.members)
+        kernel, programs = low_rank_kernel, tile_count * (1 if shared else how.copies)
     else:
-        tile = tiles.PERTURBED[how.dist, x.element_size()]
+        tile = tiles.PERTURBED[noise.dist, x.element_size()]
         programs = cdiv(rows, tile.rows) * cdiv(features, tile.cols) * how.draws
         mask = how.mask if how.mask is None else how.mask.view(torch.uint8)
         arguments |= {
             "mask": mask,
-            "row_offset": how.row_offset,
+            "row_offset": noise.row_offset,
             **strides("stride_mask_", mask, "col", "input"),
             "SHARED": shared,
-            "ANTITHETIC": how.antithetic,
+            "ANTITHETIC": noise.antithetic,
         }
         kernel = perturbed_linear_kernel
     arguments |= {"BR": tile.rows, "BC": tile.cols, "BK": tile.inputs}

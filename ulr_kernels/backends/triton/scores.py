@@ -46,8 +46,10 @@ def weigh(
     reduced, reduced_log, parts, losses, mirror, row_inside, grad_log_sigma, DIST: tl.constexpr,
     ANTITHETIC: tl.constexpr,
 ):  # fmt: skip
-    """A draw's loss weights of the rows at `losses`, and of its negative (0 where there is none), `mirror` further on;
-    and the sums over draws with its scores added, those by ln sigma where that has a gradient."""
+    """Load the loss weights of a draw, at `losses`, and of its negative, `mirror` further on (0 if there is none).
+
+    Returns both, and the sums over draws with this draw's scores added; those of ln sigma only if it has a gradient.
+    """
     plus = tl.load(losses, mask=row_inside, other=0)[:, None]
     minus = tl.zeros_like(plus)
     if ANTITHETIC:

@@ -38,7 +38,7 @@ FORWARD = {
     ("laplace", 4): Tile(64, 64, 32, 8, 2),
     ("rademacher", 4): Tile(32, 128, 32, 8, 2),
 }
-# Where the draws of the gradient are only summed before the one product.
+# For gradients whose draws are summed before one product.
 GRADIENT = {
     ("normal", 2): Tile(64, 64, 128, 8, 1),
     ("laplace", 2): Tile(64, 64, 128, 8, 1),
@@ -47,7 +47,7 @@ GRADIENT = {
     ("laplace", 4): Tile(32, 64, 64, 8, 1),
     ("rademacher", 4): Tile(32, 128, 32, 8, 1),
 }
-# Where each draw of the gradient goes into a product of its own (copies that do not share x), or out (replay).
+# For gradients with a product for each draw (copies that do not share x), or with outputs (recompute).
 GRADIENT_PER_DRAW = {
     ("normal", 2): Tile(32, 64, 64, 8, 1),
     ("laplace", 2): Tile(32, 64, 64, 8, 1),
@@ -56,7 +56,7 @@ GRADIENT_PER_DRAW = {
     ("laplace", 4): Tile(32, 64, 16, 8, 1),
     ("rademacher", 4): Tile(32, 128, 32, 8, 1),
 }
-# Of a table of layers: what tells one from another takes registers too.
+# For a table of layers, whose entries take registers too.
 GRADIENTS = GRADIENT | {("rademacher", 2): Tile(32, 128, 64, 8, 1)}
 GRADIENTS_PER_DRAW = GRADIENT_PER_DRAW | {
     ("normal", 2): Tile(32, 64, 32, 8, 1),
@@ -64,10 +64,10 @@ GRADIENTS_PER_DRAW = GRADIENT_PER_DRAW | {
     ("rademacher", 2): Tile(16, 128, 32, 8, 1),
 }
 
-# Where scores are summed over draws and rows, with no product.
+# For sums of scores over draws and rows, with no product.
 SUMS = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(32, 128, 0, 8, 1)}
 
-# Where the weight is noised: noise of cols x inputs, by bytes of an element.
+# For weight noise, a tile of cols x inputs, by bytes of an element.
 PERTURBED = {
     ("normal", 2): Tile(64, 64, 32, 8, 2),
     ("laplace", 2): Tile(64, 64, 32, 8, 2),
@@ -76,13 +76,13 @@ PERTURBED = {
     ("laplace", 4): Tile(64, 64, 16, 8, 1),
     ("rademacher", 4): Tile(64, 16, 128, 8, 1),
 }
-# Its noise of low rank: 16 x inputs, 16 x cols.
+# For weight noise of low rank: 16 x inputs, 16 x cols.
 LOW_RANK = {
     "normal": Tile(64, 64, 32, 8, 1),
     "laplace": Tile(64, 64, 32, 8, 1),
     "rademacher": Tile(16, 128, 128, 8, 1),
 }
-# The convolutions': inputs are channels of a tap in the forward, places of the inner axis in a gradient.
+# For convolutions: inputs are channels of a tap in the forward, places of the inner axis in a gradient.
 CONV = FORWARD | {("rademacher", 2): Tile(32, 128, 32, 8, 2)}
 CONV_GRADIENT = {
     ("normal", 2): Tile(64, 64, 64, 8, 1),
@@ -98,14 +98,14 @@ CONV_GRADIENT_PER_DRAW = GRADIENT_PER_DRAW | {
     ("rademacher", 2): Tile(16, 128, 32, 8, 1),
 }
 
-# A convolution's weight noised, of any noise, by bytes of an element. Each tile of pixels makes the noise again.
+# For convolutions with weight noise, by bytes of an element. Each tile of pixels makes the noise again.
 PERTURBED_CONV = {2: Tile(128, 64, 16, 8, 1), 4: Tile(64, 64, 16, 8, 1)}
 
 PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
 def draws_per_program(draws: int, tiles: int) -> int:
-    """How many draws a program of the forward makes where copies share x: all, unless tiles alone leave a GPU idle.
+    """The draws of a program of the forward, for copies that share x: all, unless the tiles alone leave a GPU idle.
 
     Then some programs repeat the product of a tile, which costs less than waiting for its noise.
     """
@@ -114,6 +114,6 @@ def draws_per_program(draws: int, tiles: int) -> int:
 
 
 def perturbed_conv(element_size: int, channels: int) -> Tile:
-    """The tile for output channels of a group: not many more columns than there are, at least what a product takes."""
+    """The tile for a group's output channels: few columns for few channels, but at least the 16 of a product."""
     tile = PERTURBED_CONV[element_size]
     return tile._replace(cols=16) if channels <= 16 else tile

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
@@ -18,7 +17,7 @@ from ulr_kernels.backends.triton.noise_contract import (
     quantile,
     raw_noise,
 )
-from ulr_kernels.ops._perturbed import Members
+from ulr_kernels.ops._perturbed import WeightNoise
 
 FOLD_IN = tl.constexpr(noise_contract.FOLD_IN_COUNTER)
 ROW_FACTOR, COL_FACTOR = (tl.constexpr(stream) for stream in noise_contract.LOW_RANK_STREAMS)
@@ -85,7 +84,7 @@ def low_rank_noise(
 
 @triton.jit
 def open_weight_noise(key, table, rank):
-    """Where a weight's noise comes from: one source, or, where `rank` is not None, those of its two factors."""
+    """The sources of a weight's noise: one, or, if `rank` is not None, those of its two factors."""
     source = open_source(key, table)
     if rank is None:
         return (source,)
@@ -95,7 +94,7 @@ def open_weight_noise(key, table, rank):
 
 @triton.jit
 def weight_noise(rows, col, draw, sources, rank, scale_bits, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """fp32 [BR, BC]. scale_bits: of 1 / sqrt(rank): a float argument would be more than fp32 in the interpreter."""
+    """fp32 [BR, BC]. `scale_bits` are those of 1 / sqrt(rank) (see `noise_contract.number_of`)."""
     if rank is None:
         return _tile(rows, col, draw, sources[0], DIST, BR, BC)
     else:
@@ -110,16 +109,17 @@ def perturbed(weight, sigma, eps, noised):
     return tl.where(noised, tl.fma(sigma, eps, wide), wide).to(weight.dtype)
 
 
-def weight_arguments(key: Tensor, how: Members) -> dict[str, Any]:
-    """The part of a kernel's arguments that says which noise a weight gets, and where."""
+def weight_arguments(how: WeightNoise) -> dict[str, Any]:
+    """A kernel's arguments for the noise of a weight."""
+    noise = how.noise
     return {
-        "key": key,
-        "table": table(how.dist, key.device),
-        "DIST": DISTRIBUTION_CODES[how.dist],
+        "key": noise.key,
+        "table": table(noise.dist, noise.key.device),
+        "DIST": DISTRIBUTION_CODES[noise.dist],
         "draws": how.draws,
-        "draw": how.draw,
-        "row_offset": how.row_offset,
-        "col_offset": how.col_offset,
+        "draw": noise.draw,
+        "row_offset": noise.row_offset,
+        "col_offset": noise.col_offset,
         "mask": how.mask if how.mask is None else how.mask.view(torch.uint8),
         "rank": how.rank,
         "rank_scale": None if how.rank is None else float_bits(noise_contract.low_rank_scale(how.rank)),

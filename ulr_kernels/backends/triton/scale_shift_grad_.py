@@ -1,12 +1,11 @@
 # mypy: disable-error-code="assignment"
-"""noise_dot_: sums of scores over copies and rows, with and without x, in one launch."""
+"""scale_shift_grad_: sums of scores over copies and rows, with and without x, in one launch."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ulr_kernels.backends.ticket import ticket as ticket_of
+from ulr_kernels.backends.arrival_counter import arrival_counter as counter_of
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
@@ -20,12 +19,13 @@ from ulr_kernels.backends.triton.noise_contract import (
     score,
 )
 from ulr_kernels.backends.triton.scores import add, no_parts, weigh
-from ulr_kernels.ops._grid import images
+from ulr_kernels.ops._axes import images
+from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
 
 @triton.jit
 def _finish(buffer, stride, partials, kind: tl.constexpr, ranges, features, SCALAR: tl.constexpr, BC: tl.constexpr):
-    """Add the ranges' sums, in order, to a buffer: of each column, or of all of them to one number."""
+    """Add the ranges' sums to a buffer, in order: column by column, or all columns to one number."""
     if buffer is not None:
         total = tl.zeros([BC], tl.float32)
         for start in range(0, features, BC):
@@ -43,12 +43,12 @@ def _finish(buffer, stride, partials, kind: tl.constexpr, ranges, features, SCAL
 
 
 @triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width", "ranges", "tiles_of_range"])
-def noise_dot_kernel(
+def scale_shift_grad_kernel(
     grad_weight,
     grad_bias,
     grad_log_sigma,
     partials,
-    ticket,
+    arrival_counter,
     x,
     loss_weight,
     sigma,
@@ -88,7 +88,7 @@ def noise_dot_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """A program sums a range of rows for some columns; the one that comes last adds the ranges up, in order."""
+    """A program sums a range of rows for some columns; the last one to arrive adds up the ranges, in order."""
     PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
     P: tl.constexpr = 16 if DIST == RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
@@ -147,69 +147,52 @@ def noise_dot_kernel(
     tl.store(at + features, by_bias / scale, mask=col_inside)
     tl.store(at + 2 * tl.cast(features, tl.int64), by_log_sigma, mask=col_inside)
     tl.debug_barrier()
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+    if tl.atomic_add(arrival_counter, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         _finish(grad_weight, stride_grad_weight, partials, 0, ranges, features, SCALAR_WEIGHT, BC)
         _finish(grad_bias, stride_grad_bias, partials, 1, ranges, features, SCALAR_BIAS, BC)
         _finish(grad_log_sigma, stride_grad_log_sigma, partials, 2, ranges, features, SCALAR_LOG_SIGMA, BC)
-        tl.store(ticket, 0)
+        tl.store(arrival_counter, 0)
 
 
-def noise_dot_(grad_weight, grad_bias, grad_log_sigma, x, *args) -> None:
-    if x.numel():
-        noise_dot_launch(grad_weight, grad_bias, grad_log_sigma, x, *args).run()
+def scale_shift_grad_(a: ScaleShiftGradient) -> None:
+    if a.x.numel():
+        scale_shift_grad_launch(a).run()
 
 
-def noise_dot_launch(
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    loss_weight: Tensor,
-    sigma: Tensor,
-    key: Tensor,
-    feature_dim: int,
-    shared: bool,
-    antithetic: bool,
-    dist: str,
-    sampler: str,
-    positions: int,
-    draw: int,
-    row_offset: int,
-    col_offset: int,
-) -> Launch:
-    x = x[None] if shared else x
-    (grid,) = images(feature_dim % (x.dim() - 1), x)
+def scale_shift_grad_launch(a: ScaleShiftGradient) -> Launch:
+    x = a.x[None] if a.shared else a.x
+    (grid,) = images(a.feature_dim % (x.dim() - 1), x)
     features = grid.shape[2]
     rows = grid[0].numel() // features
-    tile = tiles.SUMS[dist]
-    noise = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
+    tile = tiles.SUMS[a.noise.dist]
+    noise = noise_arguments(a.noise, features)
     col_tiles, row_tiles = cdiv(features + noise["shift"], tile.cols), cdiv(rows, tile.rows)
     tiles_of_range = cdiv(row_tiles, max(1, 2 * tiles.PROGRAMS // col_tiles))
     ranges = cdiv(row_tiles, tiles_of_range)
-    buffers = {"grad_weight": grad_weight, "grad_bias": grad_bias, "grad_log_sigma": grad_log_sigma}
+    buffers = a.buffers
     return Launch(
-        noise_dot_kernel,
+        scale_shift_grad_kernel,
         col_tiles * ranges,
         {
             **buffers,
             **{f"stride_{name}": b.stride(0) if b is not None and b.dim() else 0 for name, b in buffers.items()},
             **{f"SCALAR_{name[5:].upper()}": b is not None and b.dim() == 0 for name, b in buffers.items()},
             "partials": torch.empty(ranges, 3, features, dtype=torch.float32, device=x.device),
-            "ticket": ticket_of(x.device),
+            "arrival_counter": counter_of(x.device),
             "x": grid,
-            "loss_weight": loss_weight,
-            "sigma": sigma,
+            "loss_weight": a.loss_weight,
+            "sigma": a.sigma,
             **noise,
             "rows": rows,
             "features": features,
-            "draws": loss_weight.shape[0] // (2 if antithetic else 1),
+            "draws": a.noise.draws(a.loss_weight.shape[0]),
             "ranges": ranges,
             "tiles_of_range": tiles_of_range,
             **grid_arguments("x", grid),
-            **strides("stride_loss_", loss_weight, "copy", "sample"),
-            **strides("stride_", sigma, "sigma"),
+            **strides("stride_loss_", a.loss_weight, "copy", "sample"),
+            **strides("stride_", a.sigma, "sigma"),
             "SHARED": grid.shape[0] == 1,
-            "ANTITHETIC": antithetic,
+            "ANTITHETIC": a.noise.antithetic,
             "BR": tile.rows,
             "BC": tile.cols,
         },

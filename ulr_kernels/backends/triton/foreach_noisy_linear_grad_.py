@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment"
-"""noisy_linear_grads_: programs that each take a tile of one layer's gradient, told of it by a table in device memory.
+"""foreach_noisy_linear_grad_: each program makes a tile of one layer's gradient, which a table in memory describes.
 
 A launch takes the layers of one form: their copies share x or do not, their buffers are of one dtype. Those with the
 most noise come first, so that the last programs to finish are short ones.
@@ -18,10 +18,11 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import tiles
+from ulr_kernels.backends.triton.device_tables import on_device
 from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table
-from ulr_kernels.backends.triton.listed import on_device
 from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_tile, noisy_linear_grad_
-from ulr_kernels.ops.noisy_linear_grads_ import calls
+from ulr_kernels.ops._linear import LinearGradient
+from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # A row of the table: the layer's first program, the addresses of its tensors, its sizes and noise, strides.
@@ -94,39 +95,41 @@ def gradients_kernel(
 
 
 class Form(NamedTuple):
-    """What the layers of one launch have in common."""
+    """The properties that the layers of one launch have in common."""
 
     weight: torch.dtype
     bias: torch.dtype | None
     shared: bool
 
 
-def _is_plain(grad_weight: Tensor, x: Tensor) -> bool:
+def _is_plain(layer: LinearGradient) -> bool:
+    grad_weight, x = layer.grad_weight, layer.x
+    assert grad_weight is not None
     rows = (*x.stride()[:-1], *grad_weight.stride()[:-1], x.shape[-1], x.data_ptr(), grad_weight.data_ptr())
     return x.stride(-1) == grad_weight.stride(-1) == 1 and not any(number % 16 for number in rows)
 
 
-def launches(*args) -> Iterator[Launch]:
+def launches(a: LinearGradients) -> Iterator[Launch]:
     """A launch for each form of layer."""
-    groups: dict[Form, list[tuple]] = {}
-    for call in calls(*args):
-        weight, bias, _, x = call[:4]
-        if weight.shape[0] and x.shape[-2]:
-            form = Form(weight.dtype, None if bias is None else bias.dtype, x.dim() == 2)
-            groups.setdefault(form, []).append(call)
-    for form, members in groups.items():
-        members.sort(key=lambda call: call[4].shape[0] * call[3].shape[-2], reverse=True)
-        yield _launch(form, members)
+    groups: dict[Form, list[LinearGradient]] = {}
+    for layer in a.layers():
+        sizes, weight, bias = layer.sizes, layer.grad_weight, layer.grad_bias
+        assert weight is not None
+        if sizes.features and sizes.rows:
+            form = Form(weight.dtype, None if bias is None else bias.dtype, sizes.shared)
+            groups.setdefault(form, []).append(layer)
+    for form, layers in groups.items():
+        layers.sort(key=lambda layer: layer.loss_weight.shape[0] * layer.x.shape[-2], reverse=True)
+        yield _launch(form, layers)
 
 
-def _launch(form: Form, members: list[tuple]) -> Launch:
-    x = members[0][3]
-    antithetic, dist, sampler, _, draw = members[0][7:12]
-    tile = (tiles.GRADIENTS if form.shared else tiles.GRADIENTS_PER_DRAW)[dist, x.element_size()]
+def _launch(form: Form, layers: list[LinearGradient]) -> Launch:
+    x, noise = layers[0].x, layers[0].noise
+    tile = (tiles.GRADIENTS if form.shared else tiles.GRADIENTS_PER_DRAW)[noise.dist, x.element_size()]
     entries: list[tuple[int, ...]] = []
     programs: list[int] = []
-    for call in members:
-        entry, count = _entry(call, tile)
+    for layer in layers:
+        entry, count = _entry(layer, tile)
         entries.append((sum(programs), *entry))
         programs.append(count)
     table_of_entries, owners = on_device(tuple(entries), tuple(programs), x.device)
@@ -136,16 +139,16 @@ def _launch(form: Form, members: list[tuple]) -> Launch:
         {
             "entries": table_of_entries,
             "owners": owners,
-            "table": table(dist, x.device),
-            "directions": noise_contract.sobol_directions(x.device) if sampler == "sobol" else None,
-            "draw": draw,
-            "PLAIN": all(_is_plain(call[0], call[3]) for call in members),
+            "table": table(noise.dist, x.device),
+            "directions": noise_contract.sobol_directions(x.device) if noise.sampler == "sobol" else None,
+            "draw": noise.draw,
+            "PLAIN": all(map(_is_plain, layers)),
             "DTYPE": _DTYPES[x.dtype],
             "WEIGHT_DTYPE": _DTYPES[form.weight],
             "BIAS_DTYPE": None if form.bias is None else _DTYPES[form.bias],
             "SHARED": form.shared,
-            "ANTITHETIC": antithetic,
-            "DIST": DISTRIBUTION_CODES[dist],
+            "ANTITHETIC": noise.antithetic,
+            "DIST": DISTRIBUTION_CODES[noise.dist],
             "BR": tile.rows,
             "BC": tile.cols,
             "BK": tile.inputs,
@@ -155,56 +158,57 @@ def _launch(form: Form, members: list[tuple]) -> Launch:
     )
 
 
-def _entry(call: tuple, tile: tiles.Tile) -> tuple[tuple[int, ...], int]:
-    """A layer's row of the table but for its first program; and how many programs it takes."""
-    weight, bias, _, x, loss_weight, sigma, key, antithetic, dist, sampler, positions, draw, row_offset, col_offset = (
-        call
-    )
-    features, inputs, copies = weight.shape[0], x.shape[-1], loss_weight.shape[0]
-    noise = noise_arguments(key, dist, sampler, positions, draw, row_offset, col_offset, features)
-    tensors = (weight, bias, x, loss_weight, sigma, key)
+def _entry(layer: LinearGradient, tile: tiles.Tile) -> tuple[tuple[int, ...], int]:
+    """A layer's row of the table without its first program, and its number of programs."""
+    weight, bias, x, loss_weight, sigma = layer.grad_weight, layer.grad_bias, layer.x, layer.loss_weight, layer.sigma
+    copies, rows, inputs, features, shared = layer.sizes
+    assert weight is not None
+    noise = noise_arguments(layer.noise, features)
+    tensors = (weight, bias, x, loss_weight, sigma, layer.noise.key)
     entry = (
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        *(x.shape[-2], features, inputs, copies // 2 if antithetic else copies, row_offset),
+        *(rows, features, inputs, layer.noise.draws(copies), layer.noise.row_offset),
         *(noise[name] for name in ("first", "shift", "positions", "width")),
         *(*weight.stride(), 0 if bias is None else bias.stride(0)),
-        *(x if x.dim() == 3 else x[None]).stride(),
+        *(x[None] if shared else x).stride(),
         *(*loss_weight.stride(), sigma.stride(0) if sigma.dim() else 0),
     )
     return entry, cdiv(features + noise["shift"], tile.cols) * max(cdiv(inputs, tile.inputs), 1)
 
 
-def noisy_linear_grads_(*args) -> None:
-    weights, xs = args[0], args[2]
-    # A capture's x and losses lie where no call before had them, so that no table of them can be there; and the kernel
-    # of several layers counts in 32 bits, that of one layer in as many as it takes.
-    largest = max(size for tensor in (*weights, *xs) for size in tensor.shape)
-    if capturing(xs[0].device) or largest > torch.iinfo(torch.int32).max:
-        for call in calls(*args):
-            noisy_linear_grad_(*call)
+def foreach_noisy_linear_grad_(a: LinearGradients) -> None:
+    # A capture's x and losses have new addresses, so that no earlier call can have made a table of them. The kernel of
+    # several layers counts in 32 bits, that of one layer in 64 where needed.
+    largest = max(size for tensor in (*a.grad_weights, *a.xs) for size in tensor.shape)
+    if capturing(a.xs[0].device) or largest > torch.iinfo(torch.int32).max:
+        for layer in a.layers():
+            noisy_linear_grad_(layer)
         return
-    if xs[0].device.type == "cuda":
-        rehearse(calls(*args))
-    for launch in launches(*args):
+    if a.xs[0].device.type == "cuda":
+        rehearse(a.layers())
+    for launch in launches(a):
         launch.run()
 
 
 _rehearsed: set[tuple] = set()
 
 
-def rehearse(each: Iterable[tuple]) -> None:
-    """Run the kernels of one layer, on sums that nobody reads, the first time that there is such a layer: a capture
-    will take them, and may neither compile nor load any."""
-    for call in each:
-        form = tuple(map(_form, call))
+def rehearse(layers: Iterable[LinearGradient]) -> None:
+    """Run the kernel of one layer on scratch buffers, the first time that there is such a layer.
+
+    A capture will use these kernels, and may neither compile nor load any.
+    """
+    for layer in layers:
+        tensors = (*layer.buffers, layer.x, layer.loss_weight, layer.sigma)
+        form = tuple(map(_form, (*tensors, *layer.noise)))
         if form not in _rehearsed:
-            sums = (None if buffer is None else torch.zeros_like(buffer) for buffer in call[:3])
-            noisy_linear_grad_(*sums, *call[3:])
+            weight, bias, log_sigma = (None if b is None else torch.zeros_like(b) for b in layer.buffers)
+            noisy_linear_grad_(layer._replace(grad_weight=weight, grad_bias=bias, grad_log_sigma=log_sigma))
             _rehearsed.add(form)
 
 
 def _form(argument: Any) -> Any:
-    """What Triton compiles a kernel of its own for."""
+    """The properties of an argument for which Triton compiles a kernel of its own."""
     if isinstance(argument, Tensor):
         sizes = map(_form, (*argument.shape, *argument.stride(), argument.data_ptr()))
         return argument.dtype, argument.device, *sizes

@@ -1,4 +1,4 @@
-"""Samples of noisy_conv2d_replay_."""
+"""Samples of noisy_conv2d_recompute_."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples of noise_dot_."""
+"""Samples of scale_shift_grad_."""
 
 from __future__ import annotations
 

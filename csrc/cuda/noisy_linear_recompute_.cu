@@ -15,8 +15,8 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 
 }  // namespace
 
-extern "C" int ulr_cuda_noisy_linear_replay_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
-                                             const ulr_launch* launch) {
+extern "C" int ulr_cuda_noisy_linear_recompute_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
+                                                const ulr_launch* launch) {
     return ulr::by_dtype(tensors[kX].dtype,
                          [&](auto type) { return run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

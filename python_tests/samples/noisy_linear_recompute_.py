@@ -1,4 +1,4 @@
-"""Samples of noisy_linear_replay_."""
+"""Samples of noisy_linear_recompute_."""
 
 from __future__ import annotations
 

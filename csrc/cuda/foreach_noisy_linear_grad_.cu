@@ -1,5 +1,5 @@
-// The gradient buffers of many linear layers in one launch: a table of problems, a block for each part of each of them
-// (gradient.cuh). The longest parts start first, so that the last blocks to finish are short ones.
+// The gradient buffers of many linear layers in one launch: a table of problems, and a block for each part of each
+// problem (gradient.cuh). The longest parts start first, so that the last blocks to finish are short ones.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMostProblems = 64;  // of one launch: the table travels with it
 
-// What tells one layer's gradient from another's.
+// The properties of one layer's gradient.
 template <typename T>
 struct Problem {
     Matrix<T> x;
@@ -23,14 +23,14 @@ struct Problem {
     const int64_t* key;
     int64_t positions, row_offset, col_offset;
     int64_t features, feature_tiles, panels;
-    int64_t end;  // of its blocks, among those of all
+    int64_t end;  // the block past its last one, among all blocks
     int copies, draws;
     bool shared;
 };
 
 template <typename T>
 struct Table {
-    ulr_noise_spec noise;  // what all have in common
+    ulr_noise_spec noise;  // the noise that all have in common
     int count;
     Problem<T> problems[kMostProblems];
 };
@@ -139,8 +139,8 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
 }  // namespace
 }  // namespace ulr
 
-extern "C" int ulr_cuda_noisy_linear_grads_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
-                                            const ulr_launch* launch) {
+extern "C" int ulr_cuda_foreach_noisy_linear_grad_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
+                                                   const ulr_launch* launch) {
     return ulr::by_dtype(tensors[ulr::kX].dtype,
                          [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -1,7 +1,7 @@
-// noise_dot_: sums over copies and rows of loss_weight * score / sigma, with x and without, and for ln sigma.
+// scale_shift_grad_: sums over copies and rows of loss_weight * score / sigma, with x and without, and for ln sigma.
 //
-// A block sums a range of rows for 32 columns: each thread its own rows, then the threads in order. The block that
-// arrives last adds the ranges up, in order, to the buffers. So there is one launch, and results repeat bit for bit.
+// A block sums a range of rows for 32 columns: each thread sums its own rows, then the threads are added in order. The
+// last block to arrive adds up the ranges, in order, to the buffers: one launch, and results repeat bit for bit.
 #include "dispatch.cuh"
 #include "grid.cuh"
 #include "launch.cuh"
@@ -20,8 +20,8 @@ struct Dot {
     LossWeights loss;
     PerFeature<float> sigma;
     Buffer<T> buffers[kKinds];
-    float* partials;   // [ranges, kinds, N]
-    unsigned* ticket;  // counts blocks that are done; 0 before and after
+    float* partials;            // [ranges, kinds, N]
+    unsigned* arrival_counter;  // counts blocks that are done; 0 before and after
     uint32_t draws;
     int64_t col_tiles, ranges, rows_of_range;
 };
@@ -36,7 +36,7 @@ __device__ __forceinline__ float column_sum(const Dot<T>& p, int kind, int64_t c
 }
 
 template <typename T, Kind kind>
-__global__ void __launch_bounds__(kThreads, 2) noise_dot_kernel(const Dot<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot<T> p) {
     __shared__ NoiseTable table;
     __shared__ float slots[kKinds][kSlots][kColumns + 1];
     __shared__ bool last;
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, 2) noise_dot_kernel(const Dot<T> p) 
         float total[4] = {};
         for_draws(noise, p.noise, p.loss, p.draws, static_cast<uint32_t>(row), noise_quad,
                   [&](uint32_t draw, const float (&eps)[4], float first, float second) {
-        // The score is odd, eps * score even: a pair counts the difference of its weights, and their sum.
+        // The score is odd and eps * score even: for a pair they are multiplied by the difference and by the sum of its
+        // weights.
 #pragma unroll
                       for (int i = 0; i < 4; ++i) {
                           const float s = score(eps[i], p.noise.dist);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2) noise_dot_kernel(const Dot<T> p) 
 #pragma unroll
         for (int i = 0; i < 4; ++i) slots[k][slot][4 * quad + i] = sums[k][i];
     __syncthreads();
-    const int64_t own = tile_col + thread % kColumns;  // the column that a thread of the first three warps adds up
+    const int64_t own = tile_col + thread % kColumns;  // the column of a thread of the first three warps
     if (thread < kKinds * kColumns && own >= 0 && own < p.x.cols) {
         const int k = thread / kColumns;
         float sum = 0.0f;
@@ -101,11 +102,11 @@ __global__ void __launch_bounds__(kThreads, 2) noise_dot_kernel(const Dot<T> p) 
         __threadfence();
     }
     __syncthreads();
-    if (thread == 0) last = atomicAdd(p.ticket, 1) == gridDim.x - 1;
+    if (thread == 0) last = atomicAdd(p.arrival_counter, 1) == gridDim.x - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
-    if (thread == 0) *p.ticket = 0;
+    if (thread == 0) *p.arrival_counter = 0;
     for (int k = 0; k < kKinds; ++k) {
         const Buffer<T>& buffer = p.buffers[k];
         if (buffer.data == nullptr) continue;
@@ -150,15 +151,16 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
     const auto launch_kind = [&](auto kernel) {
         return launch_kernel(kernel, p.col_tiles * p.ranges, dim3(kThreads), 0, launch, p);
     };
-    return by_kind(noise, [&](auto kind) { return launch_kind(noise_dot_kernel<T, decltype(kind)::value>); });
+    return by_kind(noise, [&](auto kind) { return launch_kind(scale_shift_grad_kernel<T, decltype(kind)::value>); });
 }
 
 }  // namespace
 }  // namespace ulr
 
 // tensors: grad_* [1, 1, 1 or N] (each may be absent), x [1 or C, a, N, b, c], loss_weight [1, C, rows / positions],
-// sigma [1, 1, 1 or N], partials fp32 [ranges of rows, 3, N], ticket: 32 bits that are 0.
-extern "C" int ulr_cuda_noise_dot_(const ulr_noise_spec* noise, const ulr_tensor* tensors, const ulr_launch* launch) {
+// sigma [1, 1, 1 or N], partials fp32 [ranges of rows, 3, N], arrival_counter: 32 bits that are 0.
+extern "C" int ulr_cuda_scale_shift_grad_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
+                                          const ulr_launch* launch) {
     return ulr::by_dtype(tensors[ulr::kX].dtype,
                          [&](auto type) { return ulr::run<typename decltype(type)::T>(*noise, tensors, *launch); });
 }

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from ulr_kernels.ops._op import Check
 
-ROW_AXES = 3  # that a launcher takes: with copies and columns the five of csrc/include/ulr/api.h
+ROW_AXES = 3  # the most that a launcher takes: with copies and columns the five axes of csrc/include/ulr/api.h
 
 
-class Grid(NamedTuple):
-    """rows R, cols N, axis: of one copy, the one that counts columns."""
+class Axes(NamedTuple):
+    """Rows R, columns N, and the axis of one copy that counts columns."""
 
     rows: int
     cols: int
     axis: int
 
 
-def grid(check: Check, argument: str, shape: Sequence[int], feature_dim: int) -> Grid:
-    """Of one copy's shape; raises if it has no such axis."""
+def axes_of(check: Check, argument: str, shape: Sequence[int], feature_dim: int) -> Axes:
+    """Rows, columns and axis of one copy's shape; raises if it has no such axis."""
     if not len(shape):
         check.fail(argument, "have at least one axis", list(shape))
     if not -len(shape) <= feature_dim < len(shape):
@@ -30,7 +30,7 @@ def grid(check: Check, argument: str, shape: Sequence[int], feature_dim: int) ->
     rows = 1
     for i, size in enumerate(shape):
         rows *= 1 if i == axis else size
-    return Grid(rows, shape[axis], axis)
+    return Axes(rows, shape[axis], axis)
 
 
 def one_copy(x: Tensor, shared: bool) -> Sequence[int]:
@@ -46,13 +46,13 @@ def matrix(tensor: Tensor, axis: int) -> Tensor:
 def images(axis: int, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors `[C, *shape of a copy]` (each with C of its own) as views `[C, a, N, b, c]`, whose rows are (a, b, c).
 
-    Neighbouring axes of rows become one wherever the strides of all the tensors allow it. Where more than three are
-    left, which takes strides that neither a dense memory format nor a slice of one has, the tensors are copied.
+    Neighbouring axes of rows become one wherever the strides of all the tensors allow it. If more than three are left,
+    the tensors are copied; neither a dense memory format nor a slice of one leaves so many.
     """
     moved = [t.movedim(axis + 1, 1) for t in tensors]  # [C, N, rows ...]
     first = moved[0]
     sizes: list[int] = []
-    strides: list[list[int]] = []  # of each axis that is kept, by tensor
+    strides: list[list[int]] = []  # by kept axis, then by tensor
     for i in range(first.dim() - 1, 1, -1):
         if first.shape[i] == 1:
             continue

@@ -1,4 +1,4 @@
-"""Samples of noisy_linear_grads_."""
+"""Samples of foreach_noisy_linear_grad_."""
 
 from __future__ import annotations
 

@@ -1,0 +1,120 @@
+"""noisy_conv2d_recompute_: output and gradient from one evaluation of the noise, in a second pass with known losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulr_kernels.ops import _conv
+from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops.noisy_conv2d_grad_ import cost
+
+
+def noisy_conv2d_recompute_(
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss_weight: Tensor,
+    sigma: float | Tensor,
+    key: int | Tensor,
+    *,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: Pair = 0,
+    antithetic: bool = False,
+    dist: str = "normal",
+    sampler: str = "iid",
+    positions: int | None = None,
+    draw: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    grad_log_sigma: Tensor | None = None,
+) -> Tensor:
+    """`noisy_conv2d` and `noisy_conv2d_grad_` in one pass over the noise.
+
+    For training at inference memory: a first pass computes the losses and keeps nothing; in a second pass each layer
+    adds to its gradients and computes its noised output again.
+
+    Args:
+        grad_weight, grad_bias, loss_weight, positions, grad_log_sigma: as in `noisy_conv2d_grad_`.
+        x, weight, bias: as in `noisy_conv2d`; the number of copies is loss_weight's.
+        sigma: noise scale, > 0: a float, or fp32 `[]` or `[O]`.
+        stride, padding, dilation, groups, transposed, output_padding: the convolution, as in `noisy_conv2d`.
+        key, antithetic, dist, sampler, draw, row_offset, col_offset: as in both.
+
+    Returns:
+        `[C, B, O, H', W']` of x's dtype, channels last where x or the weight is.
+
+    Raises:
+        ValueError: as in both ops; nothing has been written.
+    """
+    op = "noisy_conv2d_recompute_"
+    rules = Check(op)
+    _conv.check_images(rules, x)
+    _conv.check_kernel(rules, "weight", weight, transposed)
+    kernel = weight.shape[2:]
+    window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
+    key = key_tensor(op, key, x.device)
+    sigma = sigma_tensor(op, sigma, x.device, zero=False)
+    return torch.ops.ulr.noisy_conv2d_recompute_.default(
+        grad_weight,
+        grad_bias,
+        grad_log_sigma,
+        x,
+        weight,
+        bias,
+        loss_weight,
+        sigma,
+        key,
+        *window,
+        antithetic,
+        dist,
+        sampler,
+        _conv.resolve_positions(window, x, kernel, positions),
+        draw,
+        row_offset,
+        col_offset,
+    )
+
+
+def check(a: ConvGradient) -> Output:
+    rules, window, weight = Check("noisy_conv2d_recompute_"), a.window, a.weight
+    assert weight is not None
+    _conv.check_kernel(rules, "weight", weight, window.transposed)
+    sizes = _conv.check_gradients(rules, a)
+    rules.copies(sizes.copies, a.noise.antithetic)
+    _conv.check_sizes(rules, a.x, weight.shape, window, sizes.copies, "weight")
+    if window.channels(weight.shape)[1] != sizes.features:
+        named = "grad_bias" if a.grad_weight is None else "grad_weight"
+        rules.fail(named, f"have {window.channels(weight.shape)[1]} channels like weight", sizes.features)
+    _conv.check_weight(rules, a.x, weight, a.bias, sizes)
+    _conv.check_noise(rules, a, sizes)
+    return _conv.output(a.x, weight, sizes, window)
+
+
+def reference(y: Tensor, a: ConvGradient) -> None:
+    _conv.forward_reference(y, a)
+    _conv.gradient_reference(a)
+
+
+register(
+    Op(
+        name="noisy_conv2d_recompute_",
+        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
+        f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, bool antithetic=False, "
+        f"{NOISE_SCHEMA}) -> Tensor",
+        function=noisy_conv2d_recompute_,
+        arguments=ConvGradient,
+        check=check,
+        reference=reference,
+        cost=cost,
+        mutates=(0, 1, 2),
+        autocast=(3, 4, 5),
+    )
+)
