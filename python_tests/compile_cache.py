@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "ulr_kernels"
 MONTH = 30 * 24 * 3600
+COMMENT = re.compile(rb"[ \t]*//[^\n]*")
 
 
 class CompileError(RuntimeError):
@@ -46,11 +47,11 @@ def with_includes(source: pathlib.Path, folders: Sequence[pathlib.Path]) -> list
 
 
 def _digest(command: Sequence[str], inputs: Iterable[pathlib.Path]) -> str:
-    """Paths enter relative to the project, so that clones share what they compile."""
+    """Paths enter relative to the project, so that clones share what they compile. Comments do not enter."""
     state = hashlib.sha256(_version(command[0]))
     state.update("\0".join(command).replace(str(ROOT), "").encode())
     for path in inputs:
-        state.update(hashlib.sha256(path.read_bytes()).digest())
+        state.update(hashlib.sha256(COMMENT.sub(b"", path.read_bytes())).digest())
     return state.hexdigest()[:24]
 
 
