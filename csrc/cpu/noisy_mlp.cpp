@@ -129,7 +129,7 @@ float mean_square(const float* outputs, const float* target, int64_t cols) {
     return sum_of_lanes(sum) / static_cast<float>(cols);
 }
 
-// Of equal outputs the first; NaN counts as the largest.
+// The index of the largest output: the first of equal ones; NaN counts as the largest.
 int64_t largest(const float* outputs, int64_t cols) {
     int64_t best = 0;
     for (int64_t c = 1; c < cols; ++c)

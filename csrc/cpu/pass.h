@@ -22,7 +22,7 @@ inline __attribute__((always_inline)) void by_lanes(int64_t cols, Body body) {
     if (c < cols) body(c, cols - c);
 }
 
-// A row of any stride as fp32, of which `values` has room for whole vectors.
+// A row of any stride as fp32; `values` has room for whole vectors.
 template <typename T>
 void widen_row(const T* from, int64_t stride, int64_t cols, float* values) {
     if (stride == 1) {

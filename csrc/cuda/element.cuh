@@ -70,7 +70,7 @@ __device__ __forceinline__ void load4(float (&v)[4], const float* from) {
     v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
 }
 
-// Of a 16-bit type.
+// For 16-bit types.
 template <typename T>
 __device__ __forceinline__ void load4(float (&v)[4], const T* from) {
     struct alignas(8) Four {

@@ -261,8 +261,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
 #pragma unroll 1
             for (int step = 0; step < steps; ++step) {
                 cp_async_wait<kStages - 2>();
-                __syncthreads();  // this step's rows (and S) are there for all; all are done with what is loaded
-                                  // next
+                __syncthreads();  // this step's rows (and S) are visible to all; the next loads may overwrite the last
                 load(step + kStages - 1);
                 const int part = step / steps_of_panel, panel = first_panel + part % panels;
                 if (int64_t{panel} * kPanel + 64 * warp < p.x.cols)

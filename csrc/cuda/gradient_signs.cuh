@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
 #pragma unroll 1
             for (int step = 0; step < steps; ++step) {
                 cp_async_wait<kSignStages - 2>();
-                __syncthreads();  // this step's rows and S are there for all; all are done with what is loaded next
+                __syncthreads();  // this step's rows and S are visible to all; the next loads may overwrite the last
                 load(step + kSignStages - 1);
                 const int side = step >= steps_of_side, row = (step - side * steps_of_side) * kSignDepth;
                 const char* score = memory.score[side];

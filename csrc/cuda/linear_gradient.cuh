@@ -52,9 +52,9 @@ int launch_gradient(Gradient<Linear<T>>& p, const ulr_launch& launch) {
                          Partials<T>{p.partials, p.feature_tiles, p.grad_log_sigma});
 }
 
-// Of a linear layer: grad_* are [1, N, K], [1, 1, N] and [1, 1, 1 or N]; x is [1 or C, R, K], loss_weight [1, C, R /
-// positions], sigma [1, 1, 1 or N]; partials, one for each block of features, are needed only where grad_log_sigma is
-// one number.
+// The tensors of a linear layer: grad_* are [1, N, K], [1, 1, N] and [1, 1, 1 or N]; x is [1 or C, R, K], loss_weight
+// [1, C, R / positions], sigma [1, 1, 1 or N]; partials, one for each block of features, are needed only where
+// grad_log_sigma is one number.
 template <typename T>
 Gradient<Linear<T>> linear_gradient(const ulr_noise_spec& noise, const GradientTensors& t, const ulr_tensor& weight,
                                     const ulr_tensor& bias, const ulr_tensor& y) {

@@ -209,7 +209,7 @@ class Noised {
         }
     }
 
-    // Of the next draw (see Octet). Paired: whether `second` is wanted.
+    // The values of the next draw (see Octet). Paired: whether `second` is wanted.
     template <typename Paired>
     __device__ __forceinline__ void make(float (&first)[8], float (&second)[8], Paired paired, Octet<kind>& octet,
                                          uint32_t draw, uint32_t index) const {

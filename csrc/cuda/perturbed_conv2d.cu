@@ -47,7 +47,7 @@ struct Windows {
     Kernel kernel;
 };
 
-// The weight [O, I / groups, kh, kw], of which a row is an output channel's.
+// The weight [O, I / groups, kh, kw], with a row for each output channel.
 template <typename T>
 struct Filters {
     using Element = T;

@@ -116,7 +116,7 @@ def _binder(kind: type, schema: torch._C.FunctionSchema) -> Callable[..., Any]:
             elif hasattr(hint, "_fields"):
                 fields.append(expression(hint))
             else:
-                fields.append(constant(f"default_{field}", kind._field_defaults[field]))  # type: ignore[attr-defined]
+                fields.append(constant(f"{kind.__name__}_{field}", kind._field_defaults[field]))  # type: ignore[attr-defined]
         make = constant(f"make_{kind.__name__}", getattr(kind, "of", functools.partial(tuple.__new__, kind)))
         return f"{make}({', '.join(fields)})" if hasattr(kind, "of") else f"{make}(({', '.join(fields)},))"
 

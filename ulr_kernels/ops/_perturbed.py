@@ -150,8 +150,8 @@ class _Pathwise(torch.autograd.Function):
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)
         ]
         x, weight, *bias, sigma = leaves
-        asked = [t for t, need in zip(leaves, wanted, strict=True) if need]
-        totals = [torch.zeros_like(t, dtype=torch.float32) for t in asked]
+        differentiated = [t for t, need in zip(leaves, wanted, strict=True) if need]
+        totals = [torch.zeros_like(t, dtype=torch.float32) for t in differentiated]
         rows, cols = rows_cols(weight)
 
         def own_part(tensor: Tensor | None, copy: int, shared_dims: int) -> Tensor | None:
@@ -164,9 +164,9 @@ class _Pathwise(torch.autograd.Function):
             with torch.enable_grad():
                 own = (weight.float() + sigma * eps).to(weight.dtype)
                 y = ctx.layer(own_part(x, copy, ctx.shared_dims), own, *(own_part(b, copy, 1) for b in bias))
-            found = torch.autograd.grad(y, asked, grad[copy].to(y.dtype), allow_unused=True)
+            found = torch.autograd.grad(y, differentiated, grad[copy].to(y.dtype), allow_unused=True)
             for total, part in zip(totals, found, strict=True):
                 if part is not None:
                     total += part
-        results = iter(total.to(t.dtype) for total, t in zip(totals, asked, strict=True))
+        results = iter(total.to(t.dtype) for total, t in zip(totals, differentiated, strict=True))
         return *(None,) * 5, *(next(results) if need else None for need in wanted)

@@ -12,7 +12,7 @@ from ulr_kernels.ops._op import Check, Cost, NoiseSpec, Op, Output, fp32_tensor,
 from ulr_kernels.ops._parameters import rows_cols
 from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
-# Of the schema: padding is (top, bottom, left, right).
+# Part of the schema; padding is (top, bottom, left, right).
 WINDOW_SCHEMA = "int[2] stride=1, int[4] padding=0, int[2] dilation=1, int groups=1"
 
 

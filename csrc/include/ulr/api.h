@@ -37,7 +37,7 @@ typedef struct {
     int64_t stride[ULR_IMAGE_AXES];
 } ulr_tensor;
 
-// Which part of which noise: the block whose first element is (row_offset, col_offset), from `draw` on.
+// A block of noise: its first element is (row_offset, col_offset), its first draw `draw`.
 typedef struct {
     const int64_t* key;     // one key, in the memory of the device that runs the op
     const uint32_t* sobol;  // NULL: iid; else direction numbers [21201][30], shifted to fill 32 bits

@@ -31,7 +31,7 @@ FEWEST = 32  # rows or features of a tile, however long they are: below this a p
 
 @allocating
 def noisy_linear(output: Output, a: Linear) -> Tensor:
-    """Where one product makes every row of y, it becomes the output."""
+    """If one product makes every row of y, it becomes the output."""
     x = a.x
     if (a.copies == 1 or x.dim() == 3) and _in_one_product(x, a.weight):
         add_noise = _noise_adder(output, a.sigma, a.noise)

@@ -32,7 +32,7 @@ PANEL = 2**20  # elements of a panel of W', and of a copy of x
 
 @allocating
 def perturbed_linear(output: Output, a: PerturbedLinear) -> Tensor:
-    """Where one product makes all of y, it becomes the output."""
+    """If one product makes all of y, it becomes the output."""
     x, weight, bias, sigma, how = a
     if not output.numel():
         return output.allocate(x.device)
