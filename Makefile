@@ -35,6 +35,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff format --check .
 	find csrc python_tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .

@@ -27,7 +27,7 @@ from ulr_kernels.jobs import JobError
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import goals, gpu_bench, machine, memory, record, report, rivals, rows, run  # noqa: E402
+from bench import goals, gpu_bench, machine, measured, memory, record, report, rivals, rows, run  # noqa: E402
 from bench.goals import Goal  # noqa: E402
 from bench.report import Line, Measurement  # noqa: E402
 from bench.rows import noise, row, step  # noqa: E402
@@ -319,6 +319,10 @@ def test_memory_is_seen() -> None:
     assert theirs is not None and mine is not None
     assert kept < theirs < 4 * kept
     assert mine < kept / 20
+
+
+def test_the_tables_of_the_docs_are_those_of_the_committed_results() -> None:
+    assert measured.PAGE.read_text() == measured.page(), "python -m bench.measured makes them anew"
 
 
 # --- the GPU's script ------------------------------------------------------------------------------------------------

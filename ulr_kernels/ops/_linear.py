@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import FLOATS, Check, Cost, NoiseSpec
-
-if TYPE_CHECKING:
-    from ulr_kernels.ops._conv import ConvGradient
 
 
 class Sizes(NamedTuple):
@@ -38,6 +35,33 @@ class Linear(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         return Sizes(self.copies, self.x.shape[-2], self.x.shape[-1], self.weight.shape[0], self.x.dim() == 2)
+
+
+class Gradient(Protocol):
+    """The arguments that gradients of linear layers and convolutions share."""
+
+    @property
+    def grad_weight(self) -> Tensor | None: ...
+    @property
+    def grad_bias(self) -> Tensor | None: ...
+    @property
+    def grad_log_sigma(self) -> Tensor | None: ...
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def loss_weight(self) -> Tensor: ...
+    @property
+    def sigma(self) -> Tensor: ...
+    @property
+    def noise(self) -> NoiseSpec: ...
+    @property
+    def weight(self) -> Tensor | None: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def buffers(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+    @property
+    def sizes(self) -> Sizes: ...
 
 
 class LinearGradient(NamedTuple):
@@ -128,7 +152,7 @@ def check_gradient(check: Check, a: LinearGradient) -> None:
     check.noise(a.noise, rows, features, draws)
 
 
-def check_gradient_devices(check: Check, a: LinearGradient | ConvGradient) -> None:
+def check_gradient_devices(check: Check, a: Gradient) -> None:
     check.device(
         "x",
         a.x.device,
@@ -210,7 +234,7 @@ def _outer(scores: Tensor, x: Tensor) -> Tensor:
     return scores.T @ x.float()
 
 
-def gradient_reference(a: LinearGradient | ConvGradient, product: Callable[[Tensor, Tensor], Tensor] = _outer) -> None:
+def gradient_reference(a: Gradient, product: Callable[[Tensor, Tensor], Tensor] = _outer) -> None:
     """dE[L]/dW = E[L score x^T] / sigma and its companions, as raw sums over copies and rows.
 
     `product`: the layer's own parameter Jacobian, applied to weighted scores `[R, N]` and one copy's input.
@@ -243,7 +267,7 @@ def gradient_reference(a: LinearGradient | ConvGradient, product: Callable[[Tens
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 
-def gradient_cost(a: LinearGradient | ConvGradient, sizes: Sizes, products: int) -> Cost:
+def gradient_cost(a: Gradient, sizes: Sizes, products: int) -> Cost:
     """The cost of a gradient, or, with a weight, of output and gradient; `products`: multiply-adds of either."""
     moved = a.x.element_size() * a.x.numel() + 2 * sum(b.numel() * b.element_size() for b in a.buffers if b is not None)
     out = sizes.rows * sizes.features
