@@ -86,7 +86,7 @@ def conv_gradient_row(
         ulr.ops.noisy_conv2d_grad_(gw, gb, x, lw, SIGMA, key, padding=1, antithetic=True)
 
     x, weight = shapes(sizes, dtype)
-    cost = OPS["noisy_conv2d_grad_"].cost
+    floor = OPS["noisy_conv2d_grad_"].floor
     return Row(
         name=f"conv gradient {kind_of(dtype)} {text_of(sizes, copies, last)}",
         inputs=make,
@@ -99,7 +99,7 @@ def conv_gradient_row(
             "eager, half kept": Contestant(rival(rivals.paired_conv_gradient), keep(repeat=False, half=True)),
             "torch.compile": Contestant(rival(compiled(rivals.reduced_conv_gradient)), keep(repeat=False, half=False)),
         },
-        cost=cost(weight, None, None, x, shaped(copies, images), None, None, [3, 3], *WINDOW, True),
+        cost=floor(weight, None, None, x, shaped(copies, images), None, None, [3, 3], *WINDOW, True),
         kind=kind_of(dtype),
         memory=True,
     )
