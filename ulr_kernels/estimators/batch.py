@@ -48,6 +48,11 @@ class Batch:
         """What a model may decide by before it looks at values of tensors."""
         return _signature(self.x), _signature(self.y), self.reach and self.reach.signature
 
+    @property
+    def kind(self) -> tuple:
+        """The signature without the sizes of tensors."""
+        return _kind(self.signature)
+
     def part(self, rows: slice) -> Batch:
         """Some of the samples, in their place."""
         if (rows.start, rows.stop) == (0, self.samples):
@@ -92,6 +97,13 @@ def tensors(value: Any) -> list[Tensor]:
 def _signature(value: Any) -> tuple:
     leaves, structure = _pytree.tree_flatten(value)
     return structure, tuple(map(_leaf_signature, leaves))
+
+
+def _kind(signature: Any) -> Any:
+    """A signature with the number of axes for each shape."""
+    if isinstance(signature, torch.Size):
+        return len(signature)
+    return tuple(map(_kind, signature)) if isinstance(signature, tuple) else signature
 
 
 def _leaf_signature(leaf: Any) -> Any:

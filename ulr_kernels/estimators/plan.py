@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from ulr_kernels import contract
 from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat, tensors
-from ulr_kernels.estimators.meeting import Meeting
 from ulr_kernels.estimators.prefix import Prefix
 from ulr_kernels.estimators.reach import Rows
-from ulr_kernels.estimators.recording import Recording, fail_rows, same
+from ulr_kernels.estimators.recording import Recording, Trace, fail_rows, same
 from ulr_kernels.estimators.settings import Settings, fail
 from ulr_kernels.nn.local import RowsCall
 
@@ -37,6 +35,7 @@ class Pass(NamedTuple):
         copies: of each sample.
         riders: layer -> the layer whose noise serves it too (`estimators/sums.py`).
         noise_rows: layer -> the rows of noise that a sample has in each of its calls.
+        tried: the fields below are decided; `settle` does it just before the pass first runs.
         cut: the layers before the first noise run on one copy only.
         resumes: chunks of copies share what the layers before the first noise have made (`estimators/prefix.py`).
         shared: what the noised layers read is the same in all copies.
@@ -50,6 +49,7 @@ class Pass(NamedTuple):
     copies: int
     riders: Mapping[str, str]
     noise_rows: Rows
+    tried: bool = False
     cut: bool = False
     resumes: bool = False
     shared: bool = False
@@ -59,18 +59,34 @@ class Pass(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The passes; the clean one for the baseline; and what is noised, layers and parameters, with the site numbers."""
+    """What batches of one shape do.
 
-    passes: tuple[Pass, ...]
+    Attributes:
+        passes: the noised forwards, each settled when it first runs.
+        clean: the forward without noise, for the baseline.
+        names: of the layers and parameters that have noise.
+        sites: int64 `[len(names)]`, their site numbers, on the model's device.
+        trace: what a forward of the shape's first batch has shown.
+    """
+
+    passes: list[Pass]
     clean: Pass
     names: tuple[str, ...]
     sites: Tensor
+    trace: Trace
 
 
-def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
-    """Watch a clean forward of two copies, then try for each pass whether noise keeps to its samples, and whether its
-    prefix can run on one copy."""
-    recording = _watch(estimator, batch, loss_fn)
+def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction, known: Plan | None) -> Plan:
+    """Plan the passes for batches of a shape, from one clean forward of two copies.
+
+    Unless `known`, the plan of a batch that differs in its sizes alone, has the same outline, trials follow: a second
+    clean forward, and one with noise on some samples in all layers at once (two or three with a reach). How each pass
+    can run is found by `settle`, or taken over from `known`.
+
+    Raises:
+        ValueError: the model, the loss or a setting breaks a rule.
+    """
+    recording, losses = _watch(estimator, batch, loss_fn)
     s = estimator.settings
     if s.sampler == "sobol" and s.baseline == "mean" and max(recording.calls.values(), default=0) > 1:
         fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
@@ -89,14 +105,59 @@ def make_plan(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Plan:
     device = estimator.device
     sites = torch.tensor([contract.signed64(contract.site_id(name)) for name in names], device=device)
     keys = estimator.keys(names, sites)
-    passes = []
-    for item in _passes(layers, weights, riders, recording.rows, s):
-        if item.layers:
-            _refuse_mixing(estimator, item, keys, batch, loss_fn)
-            _refuse_reach(estimator, item, keys, batch, loss_fn)
-        passes.append(_tried(estimator, item, keys, batch))
-    clean, *bounded = (_bounded(item, recording, s, device) for item in (Pass((), (), 1, {}, {}, shared=True), *passes))
-    return Plan(tuple(bounded), clean, names, sites)
+    passes = list(_passes(layers, weights, riders, recording.rows, s))
+    trace = recording.trace()
+    known = known if known is not None and known.trace.outline == trace.outline else None
+    noised = [item for item in passes if item.layers]
+
+    def losses_with(items: Sequence[Pass], trial: Influence, noisy: bool = True) -> Tensor:
+        item = Pass(tuple(layer for each in items for layer in each.layers), (), trial.copies, riders, recording.rows)
+
+        def rows(layer: str, call: int) -> Tensor:
+            marks = trial.noisy(layer, call, recording.rows, device)
+            return marks if noisy else torch.zeros_like(marks)
+
+        outputs = estimator.noised(item, keys, batch, trial.copies, keep=False, noisy=rows)[1]
+        return torch.nan_to_num(batch.losses(outputs, loss_fn, trial.copies))
+
+    if known is None:
+        room = AT_ONCE if s.max_rows is None else min(AT_ONCE, max(2, s.max_rows // batch.samples // 2 * 2))
+        trials = influences(batch, room)
+        clean = losses_with(noised, trials[0], noisy=False)
+        if not same(losses, clean[:2]):
+            rule = "compute the same in every forward, as each pass runs its own"
+            fail("model", rule, "other losses the second time")
+        refuse_influence(trials if noised else (), noised, losses_with, clean)
+        refuse_unused(estimator, passes, keys, batch)
+    elif batch.reach is not None and noised:  # a matrix for each shape
+        ends = Influence(batch, False, [0, batch.reach.losses - 1])
+        refuse_influence([ends], noised, losses_with, torch.nan_to_num(losses))
+    if known is not None:
+        passes = [_like(item, other, batch) for item, other in zip(passes, known.passes, strict=True)]
+        passes = [_bounded(item, trace, s, device) if item.tried else item for item in passes]
+    without = _bounded(Pass((), (), 1, {}, {}, tried=True, shared=True), trace, s, device)
+    return Plan(passes, without, names, sites, trace)
+
+
+def _like(item: Pass, other: Pass, batch: Batch) -> Pass:
+    """A pass that runs as another shape's does. A single row may be treated differently, as by `squeeze`."""
+    many = batch.samples > 1
+    return item._replace(
+        tried=other.tried,
+        cut=other.cut and many,
+        resumes=other.resumes and many,
+        shared=other.shared,
+        apart=other.apart,
+    )
+
+
+def settle(estimator: ULR, plan: Plan, which: int, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
+    """A pass of a plan as it can run: found by running it with two copies when it is first wanted."""
+    item = plan.passes[which]
+    if not item.tried:
+        item = _tried(estimator, item, keys, batch)._replace(tried=True)
+        item = plan.passes[which] = _bounded(item, plan.trace, estimator.settings, estimator.device)
+    return item
 
 
 def _passes(
@@ -115,8 +176,8 @@ def _passes(
         yield Pass((), own, settings.copies_of(layer), riders, rows)
 
 
-def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
-    """A clean forward of two copies; whether the model and the loss keep the rules shows in it."""
+def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> tuple[Recording, Tensor]:
+    """A clean forward of two copies and its losses; whether the model and the loss keep the rules shows in it."""
     inputs = repeat(batch.x, 2)
     recording = Recording(estimator.layers, estimator.followed, inputs, batch.samples)
     with _rows_are_samples("model", lambda: apply(estimator.model, repeat(batch.x, 1))), recording:
@@ -130,12 +191,7 @@ def _watch(estimator: ULR, batch: Batch, loss_fn: LossFunction) -> Recording:
     refuse_unreached(estimator.followed, estimator.names, recording)
     if not recording.calls and not estimator.weights:
         fail("model", "have a trained parameter", "none")
-    with Meeting({}, (), ()):  # watched, as in all passes: torch's transformers do other things where nobody looks
-        outputs = apply(estimator.model, repeat(batch.x, 2))
-    again = batch.losses(outputs, loss_fn, 2)
-    if not same(losses, again):
-        fail("model", "compute the same in every forward, as each pass runs its own", "other losses the second time")
-    return recording
+    return recording, losses
 
 
 @contextlib.contextmanager
@@ -159,63 +215,127 @@ def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator
         )
 
 
-def _refuse_mixing(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> None:
-    """Raise if noise on some samples changes the losses of others: the gradient would lack what it does there.
+class Influence:
+    """Noise that some losses must not feel: on some rows in all layers, in one forward of several copies.
 
-    That is so where samples see one another (attention across the batch, its mean, a loss of pairs), and where a layer
-    has its rows in another order than samples first, so that the noise goes to others than those it is counted for.
+    In the first two copies half of the samples have noise, and the losses of the others must stay as they are. In each
+    other copy all rows have noise that do not reach one loss, and this loss must stay as it is in all samples.
+
+    Args:
+        batch: the samples.
+        samples: whether there are the first two copies.
+        losses: of a sample, one for each other copy.
     """
-    # Which samples get noise has no period (Thue and Morse's sequence), so it differs within pairs at any distance.
-    marks = [sample.bit_count() % 2 == 1 for sample in range(batch.samples)]
-    noisy = torch.tensor([marks, [not mark for mark in marks]], device=estimator.device)
-    silent = _losses(estimator, item, keys, batch, loss_fn, lambda *_: torch.zeros_like(noisy).flatten())
-    change = _losses(estimator, item, keys, batch, loss_fn, lambda *_: noisy.flatten()) - silent
-    noisy = noisy.to(change.device)
-    if change[~noisy].norm() > 0.01 * change[noisy].norm() + 1e-5 * silent.norm():
-        fail(
-            "model",
-            "compute each sample from its own alone, and give each layer its samples first: [samples, ...], or rows of "
-            "a sample one behind the other, [samples * rows, ...]",
-            f"losses that change with the noise of other samples ({', '.join(item.layers)})",
-        )
+
+    def __init__(self, batch: Batch, samples: bool, losses: Sequence[int]) -> None:
+        self._batch, self._losses = batch, losses
+        # Which samples get noise has no period (Thue and Morse's sequence), so it differs within pairs at any distance.
+        marks = torch.tensor([sample.bit_count() % 2 == 1 for sample in range(batch.samples)])
+        self._marks = torch.stack([marks, ~marks]) if samples else marks.new_zeros(0, batch.samples)
+        self.copies = len(self._marks) + len(losses)
+
+    def noisy(self, layer: str, call: int, rows: Rows, device: torch.device) -> Tensor:
+        """Which rows of a call have noise: bool `[copies * samples * rows]`, or `[copies * samples]`."""
+        marks = self._marks.to(device).flatten()
+        if self._batch.reach is None:
+            return marks
+        marks = marks.repeat_interleave(rows[layer][call])
+        if not self._losses:
+            return marks
+        return torch.cat([marks, self._batch.reach.beyond(layer, call, self._losses, self._batch.samples, rows)])
+
+    def felt(self, change: Tensor, share: float, rounding: float) -> set[int | None]:
+        """The losses that have felt it, None for those of the samples without noise in the first two copies.
+
+        Args:
+            change: of the losses, fp32 `[copies, samples]` or `[copies, samples, losses]`.
+            share: of the change of the losses that may feel the noise, what others may change by.
+            rounding: the norm of the change that one copy's losses may have in any case.
+        """
+        found: set[int | None] = set()
+        if count := len(self._marks):
+            noisy = self._marks.to(change.device)
+            others, own = change[:count][~noisy].norm(), change[:count][noisy].norm()
+            if others > share * own + math.sqrt(count) * rounding:
+                found.add(None)
+        for copy, loss in enumerate(self._losses, count):
+            if change[copy, :, loss].norm() > (share * change[copy].norm() + rounding) / math.sqrt(change.shape[-1]):
+                found.add(loss)
+        return found
 
 
 TRIED = 16  # losses of a sample of which it is tried whether they are out of reach as they are said to be
+AT_ONCE = 10  # copies of a trial's forward, if max_rows allows so many
 
 
-def _refuse_reach(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> None:
-    """Raise if noise on all rows that do not reach some loss changes it: the gradient would lack what it does there."""
-    reach = batch.reach
-    if reach is None:
-        return
-    nothing = torch.zeros(2 * batch.samples, dtype=torch.bool, device=estimator.device)
-    silent = _losses(estimator, item, keys, batch, loss_fn, lambda *_: nothing)
-    limit = 1e-5 * silent[0].norm() / math.sqrt(reach.losses)
-    count = min(TRIED, reach.losses + reach.losses % 2)  # from the first to the last one, two copies at a time
-    tried = [(reach.losses - 1) * which // (count - 1) for which in range(count)]
-    for losses in zip(tried[::2], tried[1::2], strict=True):
-        noisy = functools.partial(reach.beyond, losses=losses, samples=batch.samples, rows=item.noise_rows)
-        change = _losses(estimator, item, keys, batch, loss_fn, noisy) - silent
-        for copy, loss in enumerate(losses):
-            if change[copy, :, loss].norm() > 0.01 * change[copy].norm() / math.sqrt(reach.losses) + limit:
+def influences(batch: Batch, at_once: int) -> list[Influence]:
+    """The trials for a batch, with up to so many copies in a forward: an even number, the same in each."""
+    if batch.reach is None:
+        return [Influence(batch, True, ())]
+    last = batch.reach.losses - 1
+    count = min(TRIED, last + 1)
+    losses = [last * which // max(1, count - 1) for which in range(count)]  # from the first to the last one
+    forwards = -(-(count + 2) // at_once)
+    copies = -(-(count + 2) // forwards)
+    copies += copies % 2
+    losses += [last] * (copies * forwards - 2 - count)
+    first, rest = losses[: copies - 2], losses[copies - 2 :]
+    others = [rest[start : start + copies] for start in range(0, len(rest), copies)]
+    return [Influence(batch, True, first), *(Influence(batch, False, each) for each in others)]
+
+
+def refuse_influence(
+    trials: Sequence[Influence], passes: Sequence[Pass], losses_with: Callable[..., Tensor], clean: Tensor
+) -> None:
+    """Raise if noise on some samples changes the losses of others, or noise on rows a loss that they do not reach: the
+    gradient would lack what it does there.
+
+    Samples mix where they see one another (attention across the batch, its mean, a loss of pairs), and where a layer
+    has its rows in another order than samples first, so that the noise goes to others than those it is counted for.
+
+    A loss that must not feel the noise is computed by the same operations on the same numbers as without, so its change
+    is held to a limit of rounding alone. A forward with noise in all layers then shows what one for each layer would
+    show; these follow where something shows, with a limit that lets thresholds flip, and name the layer.
+
+    Args:
+        trials: of the batch, with the same number of copies each.
+        passes: that have noise on outputs.
+        losses_with: of some passes and a trial, the losses of a forward with the trial's noise in their layers.
+        clean: fp32 `[copies, samples]` or `[copies, samples, losses]`, the losses without noise.
+    """
+    rounding = 1e-5 * float(clean[0].norm())
+    for trial in trials:
+        suspects = trial.felt(losses_with(passes, trial) - clean, 0.0, rounding)
+        for item in passes if suspects else ():
+            felt = suspects & trial.felt(losses_with([item], trial) - clean, 0.01, rounding)
+            if None in felt:
+                fail(
+                    "model",
+                    "compute each sample from its own alone, and give each layer its samples first: [samples, ...], or "
+                    "rows of a sample one behind the other, [samples * rows, ...]",
+                    f"losses that change with the noise of other samples ({', '.join(item.layers)})",
+                )
+            if felt:
                 fail(
                     "reach",
                     "not be 0 where a row's noise changes a loss",
-                    f"0 for rows whose noise changes loss {loss} ({', '.join(item.layers)})",
+                    f"0 for rows whose noise changes loss {felt.pop()} ({', '.join(item.layers)})",
                 )
 
 
-def _losses(
-    estimator: ULR,
-    item: Pass,
-    keys: Mapping[str, Tensor],
-    batch: Batch,
-    loss_fn: LossFunction,
-    noisy: Callable[[str, int], Tensor],
-) -> Tensor:
-    """The losses of two copies, of whose layers some rows have noise."""
-    outputs = estimator.noised(item._replace(weights=()), keys, batch, 2, keep=False, noisy=noisy)[1]
-    return torch.nan_to_num(batch.losses(outputs, loss_fn, 2))
+def refuse_unused(estimator: ULR, passes: Sequence[Pass], keys: Mapping[str, Tensor], batch: Batch) -> None:
+    """Raise if a parameter with noise is used by no torch function of the forward."""
+    names = tuple(name for item in passes for name in item.weights)
+    if not names:
+        return
+    item = passes[-1]._replace(layers=(), weights=names, apart=True)
+    noised, _ = estimator.noised(item, keys, batch, 1, keep=False)
+    assert noised.probing is not None
+    unmet = [name for name in names if name not in noised.probing.met]
+    if unmet:
+        fail(
+            "model", "use each trained parameter in its forward, through torch functions", f"none of {', '.join(unmet)}"
+        )
 
 
 def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
@@ -223,34 +343,33 @@ def _tried(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch)
     if item.weights:
         return _tried_weights(estimator, item, keys, batch)
     noised, outputs = estimator.noised(item, keys, batch, 2)
+    item = item._replace(shared=all(kept.call.shared for kept in noised.calls))
     # Rows made of a parameter cannot be told from the parameter in a forward of one row, as a cut makes of one sample.
-    rowed = any(isinstance(kept.call, RowsCall) for kept in noised.calls)
-    cut = not rowed and can_cut(estimator, item, keys, batch, tensors(outputs))
-    item = item._replace(cut=cut, shared=all(kept.call.shared for kept in noised.calls))
-    return item._replace(resumes=cut and can_resume(estimator, item, keys, batch))
+    if any(isinstance(kept.call, RowsCall) for kept in noised.calls):
+        return item
+    cut, resumes = can_cut(estimator, item._replace(cut=True), keys, batch, tensors(outputs))
+    return item._replace(cut=cut, resumes=resumes)
 
 
-def can_resume(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> bool:
-    """Whether a forward that is handed the results in front of the noise gives what the forward gave that made them.
+def can_cut(
+    estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, expected: list[Tensor]
+) -> tuple[bool, bool]:
+    """Whether two copies made at the first noised layer give the outputs of two copies made at the input; and whether
+    a forward that is given the results before the noise, instead of making them, does so too.
 
-    Not where some of these were written into tensors that are made anew each time, or were changed behind the noise.
+    The first is so where the layer's output is all that is used afterwards. Anything else that is alive there (a batch
+    size read before) has the rows of one copy, and either fails or shows in the outputs. The second is not so where
+    some results were written into tensors that are made anew each time, or were changed after the noise.
     """
     prefix = Prefix()
-    _, outputs = estimator.noised(item, keys, batch, 2, prefix=prefix)
-    expected = [output.clone() for output in tensors(outputs)]
-    return _equal(estimator, item, keys, batch, expected, prefix)
+    cut = _equal(estimator, item, keys, batch, expected, prefix)
+    return cut, cut and _equal(estimator, item, keys, batch, expected, prefix)
 
 
 def _tried_weights(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch) -> Pass:
     """A pass with noise on weights: its forwards have several copies if that gives what one for each copy gives."""
     apart = item._replace(layers=(), apart=True)
-    noised, outputs = estimator.noised(apart, keys, batch, 2)
-    assert noised.probing is not None
-    unmet = [name for name in item.weights if name not in noised.probing.met]
-    if unmet:
-        fail(
-            "model", "use each trained parameter in its forward, through torch functions", f"none of {', '.join(unmet)}"
-        )
+    _, outputs = estimator.noised(apart, keys, batch, 2)
     if not _equal(estimator, item._replace(layers=()), keys, batch, tensors(outputs)):
         if item.layers:
             rule = "be the same for all layers, or injection 'layerwise': some weights are used where no samples are"
@@ -263,7 +382,7 @@ def _tried_weights(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch
     return item._replace(shared=all(kept.call.shared for kept in noised.calls))
 
 
-def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch.device) -> Pass:
+def _bounded(item: Pass, trace: Trace, settings: Settings, device: torch.device) -> Pass:
     """A pass whose memory is bounded: by `max_rows`, or on a CPU so that a tensor has about `ACTIVATION` bytes."""
     together = min(settings.by_draw, item.copies)  # copies of a part that must share a forward
     if settings.max_rows is not None:
@@ -271,22 +390,13 @@ def _bounded(item: Pass, recording: Recording, settings: Settings, device: torch
     elif device.type != "cpu":
         return item
     else:
-        begin = min(recording.begins[layer] for layer in item.layers) if item.cut else 0
-        rows = max(2, together, ACTIVATION // max(1, *recording.sizes[begin:]))
-        samples = max(1, ACTIVATION // max(1, *recording.sizes))
+        begin = min(trace.begins[layer] for layer in item.layers) if item.cut else 0
+        rows = max(2, together, ACTIVATION // max(1, *trace.sizes[begin:]))
+        samples = max(1, ACTIVATION // max(1, *trace.sizes))
     if not item.shared and settings.memory == "keep":  # copies in several forwards would all be run once more
         rows = max(rows, item.copies) if settings.max_rows is None else rows
         together = item.copies if item.copies <= rows else together
     return item._replace(rows=rows, part=min(samples, rows // together))
-
-
-def can_cut(estimator: ULR, item: Pass, keys: Mapping[str, Tensor], batch: Batch, expected: list[Tensor]) -> bool:
-    """Whether two copies made at the first noised layer give the outputs of two copies made at the input.
-
-    They do where the layer's output is all that is used afterwards. Anything else that is alive there (a residual
-    branch, a batch size read before) has the rows of one copy, and either fails or shows in the outputs.
-    """
-    return _equal(estimator, item._replace(cut=True), keys, batch, expected)
 
 
 def _equal(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,20 @@ from ulr_kernels.estimators.settings import fail
 from ulr_kernels.estimators.sums import Sums
 from ulr_kernels.nn.call import Call
 from ulr_kernels.nn.local import SUMS, LocalCall
+
+
+class Trace(NamedTuple):
+    """What a forward has shown that a plan needs later.
+
+    Attributes:
+        outline: what it has in common with forwards that differ in the sizes of their tensors alone.
+        sizes: bytes that each function's result has for one sample, in their order.
+        begins: layer -> the place of its first call among them.
+    """
+
+    outline: tuple
+    sizes: list[int]
+    begins: dict[str, int]
 
 
 class Recording(Meeting):
@@ -29,6 +43,7 @@ class Recording(Meeting):
         begins: layer -> the place of its first call among them.
         columns: layer -> how many features the outputs of its calls have.
         rows: layer -> the rows of noise that a sample has in each of its calls.
+        functions: those of samples that the forward called.
     """
 
     def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any, samples: int) -> None:
@@ -42,6 +57,7 @@ class Recording(Meeting):
         self.begins: dict[str, int] = {}
         self.columns: dict[str, set[int]] = {}
         self.rows: dict[str, list[int]] = {}
+        self.functions: set[Callable] = set()
         self._sums = Sums()
 
     def met(self, call: Call) -> tuple[Any, int]:
@@ -94,12 +110,18 @@ class Recording(Meeting):
         given = [tensor for tensor, _ in marks]
         if given:
             self._note_size(result)
+            self.functions.add(func)
         if not tensors(result) or self._sums.passed_on(result, given):
             return
         terms = self._sums.read(given)
         if len(terms) == 2 == len(args) and func in SUMS and not kwargs:
             first, second = terms
             self._sums.add(first, second, result)
+
+    def trace(self) -> Trace:
+        """What a plan keeps."""
+        layers = tuple((layer, count > 1) for layer, count in self.calls.items())
+        return Trace((layers, self.riders(), self.functions), self.sizes, self.begins)
 
     def riders(self) -> dict[str, str]:
         """layer -> the layer whose noise serves it too."""

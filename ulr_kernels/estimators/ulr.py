@@ -16,7 +16,7 @@ from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_o
 from ulr_kernels.estimators.evaluation import evaluation
 from ulr_kernels.estimators.mlp import losses_of_step
 from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
-from ulr_kernels.estimators.plan import Pass, Plan, make_plan
+from ulr_kernels.estimators.plan import Pass, Plan, make_plan, settle
 from ulr_kernels.estimators.prefix import Prefix
 from ulr_kernels.estimators.reach import Given, Weights, read_reach
 from ulr_kernels.estimators.replicas import Replicas
@@ -39,7 +39,7 @@ class ULR:
     smooth; `rademacher` noise (SPSA) only as sigma goes to 0.
 
     The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each from its
-    own inputs: on the first batch of a shape, noise on some samples is tried to leave the losses of all others alone.
+    own inputs: on the first batch, noise on some samples is tried to leave the losses of all others alone.
     Any torch function that brings a trained parameter and samples together is a layer, whose output gets
     the noise; tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A
     layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its
@@ -136,7 +136,8 @@ class ULR:
         self.layers, self.names = layer_names(self.model), parameter_names(self.model)
         self.settings.check_names(set(self.layers.values()))
         self.log_sigma = self._make_log_sigma() if learn_sigma else {}
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[tuple, Plan] = {}  # by the shapes of a batch
+        self._kinds: dict[tuple, Plan] = {}  # the first of those that differ in sizes alone
         self.weights: dict[str, nn.Parameter] = {}  # those that have noise themselves, by name
         self.followed: list[nn.Parameter] = []  # the others: calls of layers are known by them
         self.riders: dict[str, str] = {}  # layer -> the layer whose noise serves it too, in the latest new batch
@@ -199,8 +200,10 @@ class ULR:
 
         Returns:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
-            Reading it is what synchronises, not this; but the first batch of each shape is looked at more closely,
-            which takes a few forwards and synchronises.
+            Reading it is what synchronises, not this. Before the first gradient of a shape a few forwards of two copies
+            are run and synchronise: at most eight, in which noise on some samples in all layers at once must leave the
+            losses of all others alone; for another shape of a batch of the same kind (another length, fewer samples)
+            one, and one more where there is a reach.
 
         Raises:
             ValueError: a batch, a loss or a model that breaks the rules. What the first batch of a shape shows is
@@ -239,9 +242,11 @@ class ULR:
         s = self.settings
         clean = self._clean(plan.clean, batch, loss_fn) if s.baseline == "clean" else None
         if s.allocation == "even":
-            return torch.stack([self._pass(item, keys, batch, clean, loss_fn).mean() for item in plan.passes]).mean()
+            settled = (settle(self, plan, which, keys, batch) for which in range(len(plan.passes)))
+            return torch.stack([self._pass(item, keys, batch, clean, loss_fn).mean() for item in settled]).mean()
         means, spreads = [], None
-        for item in reversed(plan.passes):
+        for which in reversed(range(len(plan.passes))):
+            item = settle(self, plan, which, keys, batch)
             if spreads is None or item.weights:  # noise on weights is all samples'
                 losses = self._pass(item, keys, batch, clean, loss_fn)
                 means.append(losses.mean())
@@ -410,12 +415,16 @@ class ULR:
         self.followed = [p for p in self.model_parameters if id(p) not in on_weights]
         if [*map(id, self.model.parameters())] != [*map(id, self.model_parameters)]:
             fail("model", "have the parameters that it had (make a new estimator after replacing any)", "other ones")
-        signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self.model_parameters))
+        trained = tuple(p.requires_grad for p in self.model_parameters)
+        signature, kind = (batch.signature, trained), (batch.kind, trained)
         plan = self._plans.get(signature)
         if plan is None:
-            if len(self._plans) == MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[signature] = make_plan(self, batch, loss_fn)
+            for plans in (self._plans, self._kinds):
+                if len(plans) == MOST_PLANS:
+                    plans.clear()
+            plan = self._plans[signature] = make_plan(self, batch, loss_fn, self._kinds.get(kind))
+            if batch.samples > 1:  # with one sample a model may do without the samples' axis, as `squeeze` does
+                self._kinds.setdefault(kind, plan)
         return plan
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -458,6 +467,7 @@ class ULR:
         for name, value in log_sigma.items():
             self.log_sigma[name].copy_(value)
         self._plans.clear()
+        self._kinds.clear()
 
 
 def _check_seed(seed: int) -> None:

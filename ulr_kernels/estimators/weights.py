@@ -33,7 +33,7 @@ class WeightNoise(NamedTuple):
 
     def by_copy(self, model: nn.Module, copies: int, draw: int) -> Iterator[Probing]:
         """For a forward of each copy, in which all rows see its weights."""
-        draws = copies // 2 if self.antithetic else copies
+        draws = copies // 2 if self.antithetic and copies > 1 else copies
         for copy in range(copies):
             sites = self.sites if copy < draws else [site._replace(sigma=-site.sigma) for site in self.sites]
             yield Probing(model, sites, Draws(draw + copy % draws, dist=self.dist))
