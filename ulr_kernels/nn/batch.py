@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ulr_kernels.estimators.reach import Reach
-from ulr_kernels.estimators.settings import fail
+from ulr_kernels.errors import fail
+from ulr_kernels.nn.affects import AffectedLosses
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -18,19 +19,25 @@ LossFunction = Callable[[Any, Any], Tensor]
 class Batch:
     """Inputs and targets: tensors, tuples or dicts of tensors whose first axis is the sample.
 
+    Args:
+        x, y: inputs and targets; `y` may be None.
+        owner: the name that errors begin with.
+        affects: the losses that each row's noise can change, if samples have many losses; None: a sample has one.
+
     Attributes:
-        samples: how many it has.
-        first: the place of its first sample in the whole batch, of which other ranks may have the rest.
-        share: its part of the samples, times the number of ranks: what its mean counts in the mean over the ranks.
-        reach: which losses of a sample its rows' noise reaches, if it has many; None: a sample has one loss.
-        owner: who speaks in its errors.
+        samples: their number.
+        first: the place of the first sample in the whole batch; other ranks may have the rest.
+        share: samples of this batch over those of the whole batch, times the number of ranks. The mean of this batch
+            counts so much in the mean over the ranks.
+
+    Raises:
+        RuleError: a tensor is a scalar, is empty, or has another number of samples than the first one.
     """
 
-    def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR") -> None:
-        self.x, self.y, self.owner = x, y, owner
-        self.reach: Reach | None = None
-        self.samples = self.first = 0
-        self.share = 1.0
+    def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR", affects: AffectedLosses | None = None) -> None:
+        self.x, self.y, self.owner, self.affects = x, y, owner, affects
+        self.first, self.share = 0, 1.0
+        self.samples = 0
         for argument, value in (("x", x), ("y", y)):
             for leaf in tensors(value):
                 if leaf.dim() == 0:
@@ -45,44 +52,50 @@ class Batch:
 
     @property
     def signature(self) -> tuple:
-        """What a model may decide by before it looks at values of tensors."""
-        return _signature(self.x), _signature(self.y), self.reach and self.reach.signature
+        """Everything that a model can decide by before it reads values of tensors: shapes, dtypes, devices, numbers."""
+        return _signature(self.x), _signature(self.y), self.affects and self.affects.signature
 
     @property
     def kind(self) -> tuple:
         """The signature without the sizes of tensors."""
         return _kind(self.signature)
 
-    def part(self, rows: slice) -> Batch:
-        """Some of the samples, in their place."""
-        if (rows.start, rows.stop) == (0, self.samples):
+    def located(self, first: int, share: float) -> Batch:
+        """The same samples, at another place in the whole batch."""
+        batch = copy.copy(self)
+        batch.first, batch.share = first, share
+        return batch
+
+    def part(self, rows: slice | Tensor, first: int) -> Batch:
+        """Some of the samples, `first` being the place of the first of them in this batch.
+
+        `rows`: a range, or int64 `[samples]`, whose noise is that of a range from `first` on.
+        """
+        if isinstance(rows, slice) and (rows.start, rows.stop) == (0, self.samples):
             return self
-        x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows], value) for value in (self.x, self.y))
-        return self._of(x, y, self.reach and self.reach.part(rows), rows.start)
 
-    def select(self, rows: Tensor, place: int) -> Batch:
-        """Some of the samples, as if they were in the batch from a place on."""
-        x, y = (_pytree.tree_map_only(Tensor, lambda leaf: leaf[rows.to(leaf.device)], v) for v in (self.x, self.y))
-        return self._of(x, y, self.reach and self.reach.part(rows), place)
+        def of(leaf: Tensor) -> Tensor:
+            return leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)]
 
-    def _of(self, x: Any, y: Any, reach: Reach | None, place: int) -> Batch:
-        part = Batch(x, y, self.owner)
-        part.reach = reach
-        part.first = self.first + place
-        part.share = self.share * part.samples / self.samples
-        return part
+        x, y = (_pytree.tree_map_only(Tensor, of, value) for value in (self.x, self.y))
+        part = Batch(x, y, self.owner, self.affects and self.affects.part(rows))
+        return part.located(self.first + first, self.share * part.samples / self.samples)
 
     def losses(self, outputs: Any, loss_fn: LossFunction, copies: int) -> Tensor:
-        """The loss of each row: fp32 `[copies, samples]`; with a reach `[copies, samples, losses]`."""
+        """The loss of each row: fp32 `[copies, samples]`, or with `affects` `[copies, samples, losses]`.
+
+        Raises:
+            RuleError: `loss_fn` returns something else than a tensor of that shape.
+        """
         losses = loss_fn(outputs, repeat(self.y, copies))
         rows = copies * self.samples
         shape, rule = [rows], "one loss per row"
-        if self.reach is not None:
-            shape, rule = [rows, self.reach.losses], "[copies * samples, columns of reach]"
+        if self.affects is not None:
+            shape, rule = [rows, self.affects.losses], "[copies * samples, columns of affects]"
         if not isinstance(losses, Tensor) or list(losses.shape) != shape:
             got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            several = isinstance(losses, Tensor) and losses.dim() > 1 and self.reach is None
-            hint = "of several, their mean; or give a reach" if several else "reduction='none'?"
+            several = isinstance(losses, Tensor) and losses.dim() > 1 and self.affects is None
+            hint = "of several, their mean; or give affects" if several else "reduction='none'?"
             self._fail("loss_fn", f"return {rule}, {shape} here ({hint})", got)
         return losses.detach().to(torch.float32).unflatten(0, (copies, self.samples))
 
@@ -91,6 +104,7 @@ class Batch:
 
 
 def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a tree of tuples, lists and dicts."""
     return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -99,17 +113,17 @@ def _signature(value: Any) -> tuple:
     return structure, tuple(map(_leaf_signature, leaves))
 
 
-def _kind(signature: Any) -> Any:
-    """A signature with the number of axes for each shape."""
-    if isinstance(signature, torch.Size):
-        return len(signature)
-    return tuple(map(_kind, signature)) if isinstance(signature, tuple) else signature
-
-
 def _leaf_signature(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return leaf if isinstance(leaf, bool | int | float | str) else type(leaf)
+
+
+def _kind(signature: Any) -> Any:
+    """A signature with the number of axes in the place of each shape."""
+    if isinstance(signature, torch.Size):
+        return len(signature)
+    return tuple(map(_kind, signature)) if isinstance(signature, tuple) else signature
 
 
 def repeat(value: Any, copies: int) -> Any:
@@ -120,11 +134,13 @@ def repeat(value: Any, copies: int) -> Any:
             return leaf
         return leaf.expand(copies, *leaf.shape).clone(memory_format=torch.contiguous_format).flatten(0, 1)
 
-    return one(value) if isinstance(value, Tensor) else _pytree.tree_map(one, value)  # which takes longer than a copy
+    return (
+        one(value) if isinstance(value, Tensor) else _pytree.tree_map(one, value)
+    )  # the tree takes longer than a copy
 
 
 def joined(outputs: Sequence[Any]) -> Any:
-    """The outputs of forwards as those of one, one behind the other."""
+    """The outputs of several forwards as those of one: their rows one after the other."""
     return _pytree.tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
 
 
