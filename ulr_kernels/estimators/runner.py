@@ -146,11 +146,11 @@ class PassRunner:
             clean = clean[part.rows if isinstance(part.rows, slice) else part.rows.to(clean.device)]
         weights = loss_weights(losses, clean, s.baseline, s.antithetic)
         weights *= batch.share
+        row_weights = self._row_weights(pass_, batch, weights)
         if pass_.weights:
-            of_samples = weights if batch.affects is None else weights.sum(-1)
-            self._weight_noise(pass_, keys).add_gradients(of_samples)
+            self._weight_noise(pass_, keys).add_gradients(row_weights.of_samples)
         if kept is not None:
-            self._add_gradients(kept, pass_, self._row_weights(pass_, batch, weights))
+            self._add_gradients(kept, pass_, row_weights)
         elif len(forward.order) == 1:  # its inputs have no noise: one forward serves all copies
             spec = spec._replace(pass_=pass_._replace(expand_late=True), prefix=None)
             self._recompute(spec, weights, forward.order)

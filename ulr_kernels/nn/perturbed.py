@@ -171,8 +171,8 @@ class PerturbedWeights(TorchFunctionMode):
             return x
         if x.dim() == 0 or x.shape[0] % self._rows:
             raise ValueError(
-                f"ulr.optim: the input of a {what} call must have the {self._rows} samples of {copies} members on its "
-                f"first axis (step(closure) evaluates one member at a time), got {list(x.shape)}"
+                f"ulr.optim: the input of a {what} call must have the {self._rows} samples of {copies} copies on its "
+                f"first axis (step(closure) evaluates one copy at a time), got {list(x.shape)}"
             )
         return x.unflatten(0, (copies, -1))
 
@@ -210,7 +210,7 @@ class PerturbedWeights(TorchFunctionMode):
     def _sharded_copy(self, noised: NoisedParameter, parameter: DTensor) -> Tensor:
         """A DTensor like the parameter, whose local part has its part of the noise."""
         if self._draws.copies > 1:
-            raise ValueError("ulr.optim: sharded parameters must be probed by one member at a time: step(closure)")
+            raise ValueError("ulr.optim: sharded parameters must be probed one copy at a time: step(closure)")
         part = shard(parameter)
         local = part.tensor.clone()
         ops.perturb_(
@@ -252,7 +252,7 @@ class PerturbedWeights(TorchFunctionMode):
         if all(axis_of(leaf) is None for leaf in _leaves(args, kwargs)):
             raise ValueError(
                 f"ulr.optim: {getattr(func, '__name__', func)} with a trained parameter must have an input with the "
-                f"{self._rows} samples of {copies} members on its first axis (step(closure) evaluates one member at "
+                f"{self._rows} samples of {copies} copies on its first axis (step(closure) evaluates one copy at "
                 "a time), got none"
             )
 
@@ -286,8 +286,8 @@ class PerturbedWeights(TorchFunctionMode):
         packed = not isinstance(rest[1], bool)  # then the sizes of batches come second, and all else one place later
         if packed or input.dim() != 3:
             raise ValueError(
-                f"ulr.optim: {func.__name__} with a trained parameter and several members must have an input [samples, "
-                "time, features] or time first, not packed (step(closure) evaluates one member at a time), got "
+                f"ulr.optim: {func.__name__} with a trained parameter and several copies must have an input [samples, "
+                "time, features] or time first, not packed (step(closure) evaluates one copy at a time), got "
                 f"{'packed ' if packed else ''}{list(input.shape)}"
             )
         axis = 0 if rest[-1] else 1

@@ -283,8 +283,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             self._fail(
                 "model",
                 "compute each row from its own inputs and keep samples on the first axis (step(closure) evaluates one "
-                "member at a time)",
-                "other losses of a member by itself than among others",
+                "probe at a time)",
+                "other losses of a probe by itself than among others",
             )
         self._checked_batches.add(batch.signature)
 
