@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import ulr_kernels as ulr
 
-METHODS = ("reach", "whole graph", "backpropagation")
+METHODS = ("affects", "whole graph", "backpropagation")
 
 
 class Data(NamedTuple):
@@ -110,8 +110,8 @@ def stepper(data: Data, model: Graph, method: str, args: argparse.Namespace, see
     if method == "whole graph":
         return lambda: estimator.backward(x, y, lambda outputs, labels: losses(outputs, labels).mean(1))
     own = torch.eye(len(data.edges))[:, data.train]
-    reach = {"first": data.edges[:, data.train].to_sparse_csr(), "second": own.to_sparse_csr()}
-    return lambda: estimator.backward(x, y, losses, reach)
+    affects = {"first": data.edges[:, data.train].to_sparse_csr(), "second": own.to_sparse_csr()}
+    return lambda: estimator.backward(x, y, losses, affects)
 
 
 def main() -> None:

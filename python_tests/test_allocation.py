@@ -148,9 +148,9 @@ def test_where_samples_are_alike_nothing_changes(monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"memory": "replay"},
+        {"memory": "recompute"},
         {"max_rows": 10},
-        {"memory": "replay", "baseline": "clean", "max_rows": 10},
+        {"memory": "recompute", "baseline": "clean", "max_rows": 10},
         {"noise": {"2": "weights"}},
     ],
     ids=str,
@@ -164,22 +164,22 @@ def test_memory_changes_nothing(settings):
     assert_same(expected, found, 1e-4)
 
 
-def test_samples_take_their_reach_along():
+def test_samples_keep_their_affected_losses():
     net, x = filled(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))), v(1, SAMPLES, 4, 5)
     scale = v(2, SAMPLES, 4) ** 2
     scale[1::2, 1:] = 0  # every other sample has one loss that is not 0, so that its matrix needs no more
-    reach = torch.eye(4).repeat(SAMPLES, 1, 1)
-    reach[1::2, 1:] = 0
+    affects = torch.eye(4).repeat(SAMPLES, 1, 1)
+    affects[1::2, 1:] = 0
 
     def of_rows(outputs, scale):
         return outputs.squeeze(-1) * scale
 
-    def step(reach):
+    def step(affects):
         net.zero_grad()
-        ulr.ULR(net, copies=8, allocation="neyman").backward(x, scale, of_rows, reach)
+        ulr.ULR(net, copies=8, allocation="neyman").backward(x, scale, of_rows, affects)
         return [p.grad.clone() for p in net.parameters()]
 
-    for one, other in zip(step(reach), step(torch.eye(4)), strict=True):
+    for one, other in zip(step(affects), step(torch.eye(4)), strict=True):
         torch.testing.assert_close(one, other)
 
 

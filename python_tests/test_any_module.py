@@ -145,7 +145,7 @@ def test_unbiased(layer, injection):
     x = v(1, *shape)
     target = v(2, *model(x[None]).shape[1:])
     exact = flat(torch.autograd.grad(half_squares(model(x[None]), target[None]).sum(), model.parameters()))
-    sigma = dict.fromkeys(ulr.ULR(model).layers.values(), 0.01) | {"0.before": 0.001}
+    sigma = dict.fromkeys(ulr.ULR(model).view.layers.values(), 0.01) | {"0.before": 0.001}
     samples = estimates(model, x, target, half_squares, sigma=sigma, injection=injection, copies=4, noised_rows=2**15)
     assert_unbiased(samples[:, 1:], exact[1:])
 
@@ -158,7 +158,7 @@ def test_the_law_holds(layer):
     report = ulr.check(model, x, v(2, *model(x).shape), half_squares, sigma=0.01, copies=32, steps=24)
     assert report.ok, report
     for each in report.layers:
-        assert each.cosine == pytest.approx(each.law, abs=max(0.04, 4.5 * each.cosine_error))
+        assert each.cosine == pytest.approx(each.predicted_cosine, abs=max(0.04, 4.5 * each.cosine_error))
 
 
 class Gated(nn.Module):

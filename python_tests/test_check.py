@@ -47,8 +47,8 @@ def test_cosines_follow_the_law(settings):
     assert sorted(layer.layer for layer in report.layers) == ["0", "2", "4"]
     for layer in report.layers:
         assert abs(layer.slope - 1) < 4.5 * layer.slope_error < 0.5
-        assert layer.cosine == pytest.approx(layer.law, abs=0.05)
-        assert layer.agreement == pytest.approx(layer.law**2, abs=0.05)
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=0.05)
+        assert layer.agreement == pytest.approx(layer.predicted_cosine**2, abs=0.05)
 
 
 @pytest.mark.parametrize("dist, kappa, c", [("normal", 1, 1), ("rademacher", 1, -1), ("laplace", 2, -0.5)])
@@ -56,14 +56,14 @@ def test_law_of_one_sample(dist, kappa, c):
     """(1 + kappa (d + c) / M)^(-1/2) with d outputs and M = copies / 2 directions."""
     report = ulr.check(mlp(), X[:1], Y[:1], cross_entropy, copies=20, dist=dist, steps=2)
     for layer, d in (("0", 16), ("2", 8), ("4", 5)):
-        assert numbers(report, "law")[layer] == pytest.approx((1 + kappa * (d + c) / 10) ** -0.5, rel=1e-5)
+        assert numbers(report, "predicted_cosine")[layer] == pytest.approx((1 + kappa * (d + c) / 10) ** -0.5, rel=1e-5)
 
 
 def test_law_with_positions_and_repeated_calls():
     report = ulr.check(filled(Pooled()), v(1, 4, 3, 4), Y[:4] % 3, cross_entropy, sigma=0.01, copies=24, steps=48)
     assert report.ok and len(report.layers) == 2
     for layer in report.layers:
-        assert layer.cosine == pytest.approx(layer.law, abs=0.04)
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=0.04)
 
 
 def test_law_of_convolutions_and_normalisation():
@@ -76,20 +76,20 @@ def test_law_of_convolutions_and_normalisation():
     assert report.ok, report
     assert len(report.layers) == 3
     for layer in report.layers:
-        assert layer.cosine == pytest.approx(layer.law, abs=0.04)
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=0.04)
 
 
 def test_no_baseline_is_seen_in_the_law():
     settings = {"antithetic": False, "baseline": "none", "sigma": 0.05, "copies": 8, "steps": 64}
     for layer in ulr.check(mlp(), X, Y, cross_entropy, **settings).layers:
-        assert layer.law < 0.05
-        assert abs(layer.cosine - layer.law) < 0.06
+        assert layer.predicted_cosine < 0.05
+        assert abs(layer.cosine - layer.predicted_cosine) < 0.06
 
 
 def test_report_reads_well():
     text = str(ulr.check(mlp(), X, Y, cross_entropy, sigma=0.01, steps=4))
     header, *rows, streams, verdict = text.splitlines()
-    assert header.split() == ["layer", "slope", "cosine", "law", "agreement"]
+    assert header.split() == ["layer", "slope", "cosine", "predicted", "agreement"]
     assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
     assert streams.startswith("greatest correlation of noise streams, in standard deviations: layers ")
     assert verdict.startswith("The estimates agree with autograd.")
@@ -156,7 +156,7 @@ def test_functions_with_several_outputs_take_noise_on_their_weights():
     report = ulr.check(model, x, Y, cross_entropy, sigma=0.02, copies=64, steps=32, noise={"cell": "weights"})
     assert report.ok, report
     for layer in report.layers:
-        assert layer.cosine == pytest.approx(layer.law, abs=0.05)
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=0.05)
 
 
 def test_loss_without_a_gradient():
@@ -205,7 +205,7 @@ def test_estimator_that_adds_the_same_each_time(monkeypatch):
     assert not report.ok
     assert "The estimate is biased or too noisy for" in report.verdict
     for layer in report.layers:
-        assert abs(layer.slope - 1) < 0.35 and layer.law - layer.cosine < 0.3 * layer.law
+        assert abs(layer.slope - 1) < 0.35 and layer.predicted_cosine - layer.cosine < 0.3 * layer.predicted_cosine
         assert layer.agreement > layer.cosine**2 + 0.2
 
 

@@ -45,15 +45,15 @@ def test_networks():
     with torch.no_grad():
         assert cross_entropy(model(x), y).mean() < before - 0.2
 
-    graph, reach = names["graph"], names["reach"]
+    graph, affects = names["graph"], names["affects"]
     graph_step = (names["nodes"], names["labels"], names["losses"])
     clean = graph_step[2](graph(graph_step[0]), graph_step[1]).mean().item()
     assert clean == pytest.approx(float(names["loss"]), abs=0.1)
-    assert reach["head"].shape == (12, 12)
-    reach = {"first": names["ring"][:, names["labelled"]], "second": torch.eye(30)[:, names["labelled"]]}
+    assert affects["head"].shape == (12, 12)
+    affects = {"first": names["ring"][:, names["labelled"]], "second": torch.eye(30)[:, names["labelled"]]}
     optimizer = torch.optim.Adam(graph.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = names["estimator"].backward(*graph_step, reach)
+        loss = names["estimator"].backward(*graph_step, affects)
         optimizer.step()
     assert loss < names["loss"] - 0.5

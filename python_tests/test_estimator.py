@@ -177,11 +177,11 @@ def test_prefix_on_one_copy(make, cuts, injection, monkeypatch):
     estimator.backward(x, y, cross_entropy)
     (plan,) = estimator._plans.values()
     if injection == "layerwise":
-        assert {item.layers[0]: item.cut for item in plan.passes} == cuts
+        assert {item.layers[0]: item.expand_late for item in plan.passes} == cuts
     else:
-        assert [item.cut for item in plan.passes] == [next(iter(cuts.values()))]
+        assert [item.expand_late for item in plan.passes] == [next(iter(cuts.values()))]
     by_cutting = {name: p.grad for name, p in model.named_parameters()}
-    monkeypatch.setattr(plans, "can_cut", lambda *_: False)
+    monkeypatch.setattr(plans, "can_expand_late", lambda *_: (False, False))
     _, at_the_input = gradients(model, injection=injection)
     assert_same(by_cutting, at_the_input)
 
@@ -316,7 +316,7 @@ def test_a_sum_of_layers_has_one_noise(injection):
     estimator = ulr.ULR(model, copies=2, antithetic=False, baseline="none", injection=injection, sigma=0.3)
     estimator.backward(x, y, cross_entropy)
     (plan,) = estimator._plans.values()
-    assert estimator.riders == {"shortcut": "branch"}
+    assert plan.outline.shared_noise == {"shortcut": "branch"}
     assert len(plan.passes) == (3 if injection == "layerwise" else 1)
     eps = {n: noise(n, (3, k), 2, False, 0, 0) for n, k in (("stem", 4), ("branch", 4), ("head", 3))}
     if injection == "layerwise":
@@ -334,7 +334,8 @@ def test_a_sum_of_layers_has_one_noise(injection):
 def test_an_output_that_is_used_elsewhere_has_its_own_noise():
     estimator = ulr.ULR(filled(Junction(seen=True)), copies=2)
     estimator.backward(*batch(), cross_entropy)
-    assert estimator.riders == {}
+    (plan,) = estimator._plans.values()
+    assert plan.outline.shared_noise == {}
 
 
 @pytest.mark.parametrize("antithetic", [True, False])

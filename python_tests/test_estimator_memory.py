@@ -1,4 +1,4 @@
-"""What ulr.ULR holds in memory: replayed passes, which keep no activation, and the chunks that it chooses itself."""
+"""The memory of ulr.ULR: recomputed passes, which keep no activation, and the chunks that it chooses itself."""
 
 import pytest
 import small_models
@@ -44,30 +44,30 @@ MODELS = {
 @pytest.mark.parametrize("max_rows", [None, 12])
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_replay_gives_the_same_gradients(make, injection, max_rows):
+def test_recomputing_gives_the_same_gradients(make, injection, max_rows):
     model, data = make()
     model = filled(model).eval()
     settings = {"injection": injection, "batch": data, "copies": 6, "dist": "laplace"}
     loss, kept = gradients(model, **settings)
-    again, replayed = gradients(model, memory="replay", max_rows=max_rows, **settings)
+    again, recomputed = gradients(model, memory="recompute", max_rows=max_rows, **settings)
     torch.testing.assert_close(again, loss)
-    assert_same(kept, replayed, 2e-5)
+    assert_same(kept, recomputed, 2e-5)
 
 
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
-def test_replay_of_a_learnt_sigma(injection):
+def test_recomputing_of_a_learnt_sigma(injection):
     model, (x, y) = filled(Junction()), batch()
     learnt = []
-    for memory in ("keep", "replay"):
+    for memory in ("keep", "recompute"):
         estimator = ulr.ULR(model, copies=4, injection=injection, learn_sigma=True, memory=memory)
         estimator.backward(x, y, cross_entropy)
         learnt.append({str(i): p.grad for i, p in enumerate(estimator.parameters()) if p.grad is not None})
     assert_same(*learnt, 1e-5)
 
 
-@pytest.mark.parametrize("injection, replays", [("layerwise", 0), ("joint", 1)])
-def test_a_replay_makes_output_and_gradient_in_one(injection, replays, monkeypatch):
-    """But for the last layer, whose output nobody needs: all that a layer-wise pass replays is a gradient."""
+@pytest.mark.parametrize("injection, recomputed", [("layerwise", 0), ("joint", 1)])
+def test_a_second_forward_makes_output_and_gradient_in_one(injection, recomputed, monkeypatch):
+    """But for the last layer, whose output nobody needs: all that a layer-wise pass recomputes is a gradient."""
     counts = dict.fromkeys(("noisy_linear", "noisy_linear_recompute_", "noisy_linear_grad_"), 0)
 
     def counted(name, call):
@@ -79,13 +79,13 @@ def test_a_replay_makes_output_and_gradient_in_one(injection, replays, monkeypat
 
     for name in counts:
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
-    estimator = ulr.ULR(mlp(), copies=4, injection=injection, memory="replay")
+    estimator = ulr.ULR(mlp(), copies=4, injection=injection, memory="recompute")
     estimator.backward(*batch(), cross_entropy)
     counts.update(dict.fromkeys(counts, 0))
     ran = []
     estimator.model.register_forward_hook(lambda *_: ran.append(1))
     estimator.backward(*batch(), cross_entropy)
-    assert counts == {"noisy_linear": 2, "noisy_linear_recompute_": replays, "noisy_linear_grad_": 2 - replays}
+    assert counts == {"noisy_linear": 2, "noisy_linear_recompute_": recomputed, "noisy_linear_grad_": 2 - recomputed}
     assert len(ran) == (2 if injection == "layerwise" else 1)  # the second forwards end at their last layer
 
 
@@ -101,8 +101,8 @@ def deep(kind):
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
-def test_a_replay_keeps_no_activation(kind):
-    """Jointly, all copies at once: the default holds each layer's input, a replay what one layer reads and writes."""
+def test_recomputing_keeps_no_activation(kind):
+    """Jointly, all copies at once: the default holds each layer's input, the other way those of one layer."""
     model, x = deep(kind)
     model = filled(model, 0.1)
 
@@ -111,9 +111,9 @@ def test_a_replay_keeps_no_activation(kind):
         estimator = ulr.ULR(model, **settings)
         return peak_bytes(lambda: estimator.backward(x, None, lambda y, _: y.square().flatten(1).sum(1)))
 
-    kept, replayed = peak("keep"), peak("replay")
+    kept, recomputed = peak("keep"), peak("recompute")
     assert kept > LAYERS * ACTIVATION
-    assert replayed < kept - (LAYERS - 4) * ACTIVATION
+    assert recomputed < kept - (LAYERS - 4) * ACTIVATION
 
 
 def big_images():
@@ -122,7 +122,7 @@ def big_images():
     return filled(nn.Sequential(*layers), 0.1), (v(1, 100, 1, 32, 32), torch.arange(100) % 3)
 
 
-@pytest.mark.parametrize("memory", ["keep", "replay"])
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 def test_a_cpu_is_given_as_many_rows_as_its_caches_hold(injection, memory):
     """By default no tensor behind the noise has much more than 4 MiB, 128 images here; the gradients are the same."""
@@ -185,7 +185,7 @@ def test_chunks_share_what_is_in_front_of_the_noise(writes, resumes, fronts, mon
     estimator = ulr.ULR(model, copies=8, max_rows=6)
     estimator.backward(*batch(), cross_entropy)
     (plan,) = estimator._plans.values()
-    assert plan.passes[0].cut and plan.passes[0].resumes is resumes
+    assert plan.passes[0].expand_late and plan.passes[0].reuses_prefix is resumes
     forwards.clear()
     estimator.backward(*batch(), cross_entropy)
     of_front = [call for call in forwards if call._w is model.front.weight]
@@ -216,7 +216,7 @@ def test_a_forward_that_changes_is_refused():
         gradients(model)
     assert all(p.grad is None for p in model.parameters())
     steady = filled(Counter(until=100))
-    gradients(steady, injection="joint", memory="replay")
-    model = filled(Counter(until=steady.calls))  # the last forward of a step is the replay
+    gradients(steady, injection="joint", memory="recompute")
+    model = filled(Counter(until=steady.calls))  # the last forward of a step is the second one
     with pytest.raises(RuntimeError, match="must call the layers fc, other in a second forward as in the first, got"):
-        gradients(model, injection="joint", memory="replay")
+        gradients(model, injection="joint", memory="recompute")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from ulr_kernels import dispatch
-from ulr_kernels.estimators import mlp
+from ulr_kernels.estimators import mlp_step
 
 CROSS_ENTROPY = functools.partial(F.cross_entropy, reduction="none")
 
@@ -28,7 +28,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
         calls.append(None)
         return ulr.ops.noisy_mlp_step(*args, **how)
 
-    monkeypatch.setattr(mlp, "noisy_mlp_step", counted)
+    monkeypatch.setattr(mlp_step, "noisy_mlp_step", counted)
     yield calls
 
 
@@ -56,7 +56,7 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable, **setti
 
 
 def needs_kernel(device: str) -> None:
-    if not mlp._has_kernel(torch.device(device)):
+    if not mlp_step._has_kernel(torch.device(device)):
         pytest.skip(f"no kernel of noisy_mlp_step runs on {device}")
 
 

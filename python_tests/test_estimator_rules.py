@@ -132,7 +132,7 @@ def test_learnt_sigma_has_a_parameter_per_feature():
     with pytest.raises(ValueError, match="'state' must hold ln sigma"):
         other.load_state_dict({**estimator.state_dict(), "log_sigma": {}})
     with pytest.raises(ValueError, match="'state' must be that of an estimator, got none with seed, step"):
-        other.load_state_dict(torch.optim.SGD(other.model_parameters).state_dict())
+        other.load_state_dict(torch.optim.SGD(other.view.parameters).state_dict())
     assert ulr.ULR(model).parameters() == []
 
 
@@ -203,10 +203,10 @@ def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
         ({"antithetic": 1}, "'antithetic' must be True or False"),
         ({"max_rows": 0}, "'max_rows' must be None or an integer above 0, got 0"),
         ({"max_rows": 1}, "'max_rows' must have room for a pair of copies of a sample .*, got 1"),
-        ({"memory": "disk"}, "'memory' must be 'keep' or 'replay', got 'disk'"),
+        ({"memory": "disk"}, "'memory' must be 'keep' or 'recompute', got 'disk'"),
         ({"injection": "both"}, "'injection' must be 'layerwise' or 'joint', got 'both'"),
-        ({"noise": "inputs"}, "'noise' must be 'logits' or 'weights', or a mapping .*got 'inputs'"),
-        ({"noise": {"0": "both"}}, "'noise' must be 'logits' or 'weights', or a mapping .*got 'both'"),
+        ({"noise": "inputs"}, "'noise' must be 'outputs' or 'weights', or a mapping .*got 'inputs'"),
+        ({"noise": {"0": "both"}}, "'noise' must be 'outputs' or 'weights', or a mapping .*got 'both'"),
         ({"noise": {"0.bias": "weights"}}, r"'noise' must name layers of the model \(0, 2\), got 0.bias"),
         ({"noise": "weights", "learn_sigma": True}, "'learn_sigma' must be False where noise is 'weights'"),
         ({"noise": {"0": "weights"}, "sampler": "sobol"}, "'sampler' must be 'iid' where noise is 'weights'"),

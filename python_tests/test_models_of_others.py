@@ -88,7 +88,7 @@ def test_cosines_follow_the_law(make):
     report = ulr.check(lively(model), x, y, loss_fn, sigma=1e-2, copies=64, steps=8)
     assert report.ok, report
     for layer in report.layers:
-        assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=max(0.05, 5 * layer.cosine_error)), report
 
 
 def test_a_residual_network_follows_the_law():
@@ -97,23 +97,23 @@ def test_a_residual_network_follows_the_law():
     report = ulr.check(lively(model), x[:2], y[:2], loss_fn, sigma=1e-2, copies=4, steps=4)
     assert len(report.layers) == 41
     for layer in report.layers:
-        assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=max(0.05, 5 * layer.cosine_error)), report
 
 
-def test_tokens_of_a_causal_model_reach_what_follows():
+def test_tokens_of_a_causal_model_affect_later_losses():
     """GPT-2's head is its embedding: rows of the tokens that it embeds, then of those that it predicts."""
     model, x, y, _ = gpt2()
     tokens = IDS.shape[1]
     causal, own = torch.ones(tokens, tokens).triu()[:, :-1], torch.eye(tokens)[:, :-1]  # the last predicts nothing
-    reach = {"": causal, "transformer.wte": torch.cat([causal, own]), "transformer.ln_f": own}
-    reach |= {f"transformer.h.0.{behind}": own for behind in ("attn.c_proj", "ln_2", "mlp")}
+    affects = {"": causal, "transformer.wte": torch.cat([causal, own]), "transformer.ln_f": own}
+    affects |= {f"transformer.h.0.{behind}": own for behind in ("attn.c_proj", "ln_2", "mlp")}
 
     def next_tokens(outputs, ids):
         losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return losses.view(len(ids), -1)
 
     settings = {"sigma": 1e-2, "copies": 64, "steps": 24}
-    near = ulr.check(lively(model), x, y, next_tokens, reach=reach, **settings)
+    near = ulr.check(lively(model), x, y, next_tokens, affects=affects, **settings)
     far = ulr.check(model, x, y, lambda outputs, ids: next_tokens(outputs, ids).mean(1), **settings)
     assert near.ok and far.ok, (near, far)
     for one, other in zip(near.layers, far.layers, strict=True):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from ulr_kernels import noise_contract
+from ulr_kernels.nn.perturbed import WeightDraws
 from ulr_kernels.optim import EGGROLL, ES, FZOO, MeZO
-from ulr_kernels.optim.probing import Draws
 
 # --- the estimates ---------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ NAMES = "linear.bias linear.weight other.bias other.weight table.weight image.we
 
 def seen(model: Seen, optimizer, draw: int) -> dict[str, Tensor]:
     """The noise that a forward sees: the weights are 0 and its scale is 1."""
-    with torch.no_grad(), optimizer._probing(Draws(draw), 1):
+    with torch.no_grad(), optimizer._perturbed(WeightDraws(draw), 1):
         return {name: values.clone() for name, (values,) in zip(NAMES, model(), strict=True)}
 
 
@@ -320,7 +320,7 @@ def test_eggroll_noise_has_its_rank_and_variance():
     optimizer = EGGROLL(layer, sigma=sigma, rank=rank)
     squares = []
     for draw in range(200):
-        with torch.no_grad(), optimizer._probing(Draws(draw), 1):
+        with torch.no_grad(), optimizer._perturbed(WeightDraws(draw), 1):
             noise = layer(torch.eye(96)).T.clone()
         if draw < 4:
             assert torch.linalg.matrix_rank(noise, rtol=1e-4) == rank

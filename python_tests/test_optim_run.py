@@ -18,8 +18,8 @@ from torch import nn
 
 import ulr_kernels as ulr
 from ulr_kernels.nn.names import parameter_names
+from ulr_kernels.nn.perturbed import WeightDraws
 from ulr_kernels.optim import EGGROLL, ES, FZOO, MeZO, Rule
-from ulr_kernels.optim.probing import Draws
 
 # --- what stays as it was --------------------------------------------------------------------------------------------
 
@@ -424,6 +424,6 @@ def test_names_are_those_of_the_contract():
 
 def test_mode_lets_questions_through():
     layer = nn.Linear(3, 2)
-    with MeZO(layer)._probing(Draws(), 1) as probing:
+    with MeZO(layer)._perturbed(WeightDraws(), 1) as perturbed:
         assert layer.weight.shape == (2, 3) and layer.weight.dtype == torch.float32 and layer.weight.dim() == 2
-        assert not probing.met
+        assert not perturbed.used

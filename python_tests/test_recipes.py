@@ -115,7 +115,7 @@ def weights_of(folder: Path) -> bytes:
     [
         {},
         {"method": "bp", "optimizer": "sgd", "schedule": "constant"},
-        {"optimizer": "adamw", "weight_decay": 0.1, "injection": "joint", "dist": "laplace", "memory": "replay"},
+        {"optimizer": "adamw", "weight_decay": 0.1, "injection": "joint", "dist": "laplace", "memory": "recompute"},
         {"copies": {"1": 4, "3": 2, "5": 6}, "baseline": "clean", "max_rows": 40},
     ],
     ids=["ulr", "bp-sgd", "adamw-joint", "per-layer"],

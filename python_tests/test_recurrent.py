@@ -162,17 +162,17 @@ BATCH = torch.arange(15).view(3, 5) * 7 % 9, torch.arange(3)
 
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 @pytest.mark.parametrize("kind, more", [("LSTM", {"num_layers": 2}), ("GRU", {"batch_first": True}), ("RNN", {})])
-def test_chunks_and_replay_give_the_same_gradients(kind, more, injection):
+def test_chunks_and_recomputing_give_the_same_gradients(kind, more, injection):
     """And copies are made at the noise: the states that a layer begins with are the samples' own."""
     model = filled(Reader(kind, **more))
     settings = {"batch": BATCH, "copies": 6, "injection": injection, "learn_sigma": True}
     estimator = ulr.ULR(model, copies=6, injection=injection)
     estimator.backward(*BATCH, cross_entropy)
     (plan,) = estimator._plans.values()
-    assert all(item.cut and item.resumes for item in plan.passes)
+    assert all(item.expand_late and item.reuses_prefix for item in plan.passes)
     _, expected = gradients(model, **settings)
     assert len(expected) == len(list(model.parameters()))
-    for more in ({"max_rows": 6}, {"max_rows": 2}, {"memory": "replay"}, {"memory": "replay", "max_rows": 6}):
+    for more in ({"max_rows": 6}, {"max_rows": 2}, {"memory": "recompute"}, {"memory": "recompute", "max_rows": 6}):
         _, found = gradients(model, **settings, **more)
         assert_same(expected, found)
 
@@ -183,7 +183,7 @@ def test_cosines_follow_the_law(kind, more):
     report = ulr.check(model, *BATCH, cross_entropy, sigma=0.01, copies=128, steps=16)
     assert report.ok, report
     for layer in report.layers:
-        assert layer.cosine == pytest.approx(layer.law, abs=max(0.05, 5 * layer.cosine_error)), report
+        assert layer.cosine == pytest.approx(layer.predicted_cosine, abs=max(0.05, 5 * layer.cosine_error)), report
 
 
 def test_steps_are_shown_only_for_noise_inside(monkeypatch):

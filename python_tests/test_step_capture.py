@@ -23,6 +23,7 @@ import ulr_kernels as ulr
 from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import device_tables
+from ulr_kernels.estimators.step_keys import StepKeys
 from ulr_kernels.ops._linear import LinearGradient
 from ulr_kernels.ops._op import NoiseSpec
 from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
@@ -84,13 +85,13 @@ def training(
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = ulr.noise((5, 8), 3, device=device), torch.arange(5, device=device) % 3
     by_row = nn.CrossEntropyLoss(reduction="none")
-    loss_fn, reach = by_row if whole else lambda *rows: by_row(*rows), None
+    loss_fn, affects = by_row if whole else lambda *rows: by_row(*rows), None
     if rows:
-        x, y, reach = x.unflatten(0, (1, 5)), y.unsqueeze(0), torch.ones(5, 5, device=device).triu()
+        x, y, affects = x.unflatten(0, (1, 5)), y.unsqueeze(0), torch.ones(5, 5, device=device).triu()
         loss_fn = lambda outputs, labels: by_row(outputs.flatten(0, 1), labels.flatten()).view_as(labels)  # noqa: E731
 
     def step() -> None:
-        estimator.backward(x, y, loss_fn, reach)
+        estimator.backward(x, y, loss_fn, affects)
         optimiser.step()
         optimiser.zero_grad(set_to_none=False)
 
@@ -138,7 +139,7 @@ def test_a_key_from_the_host_is_seen(monkeypatch) -> None:
     expected, _, run = training()
     for _ in range(3):
         run()
-    monkeypatch.setattr(ulr.ULR, "keys", from_host)
+    monkeypatch.setattr(StepKeys, "of_sites", from_host)
     model, _, step = training()
     step()
     with Recording() as recording:

@@ -113,17 +113,17 @@ def test_copies_share_a_forward(make, noise, monkeypatch):
     """And give what forwards of one copy each give, where these are possible: where all noise is on weights."""
     model, data = make()
     model = filled(model).eval()
-    names = [name for name in dict.fromkeys(ulr.ULR(model).layers.values()) if "in_proj" not in name]
+    names = [name for name in dict.fromkeys(ulr.ULR(model).view.layers.values()) if "in_proj" not in name]
     mapping = dict.fromkeys(names[::2], "weights") if noise == "mixed" else "weights"
     settings = {"batch": data, "copies": 6, "noise": mapping, "dist": "laplace"}
     _, layerwise = gradients(model, **settings)
     _, split = gradients(model, max_rows=7, **settings)
     assert_same(layerwise, split, 1e-4)
     _, joint = gradients(model, injection="joint", **settings)
-    _, split = gradients(model, injection="joint", max_rows=7, memory="replay", **settings)
+    _, split = gradients(model, injection="joint", max_rows=7, memory="recompute", **settings)
     assert_same(joint, split, 1e-4)
     if noise == "weights":
-        monkeypatch.setattr(plans, "_equal", lambda *_: False)
+        monkeypatch.setattr(plans, "_gives", lambda *_: False)
         _, apart = gradients(model, injection="joint", **settings)
         assert_same(joint, apart, 1e-4)
 
@@ -167,7 +167,7 @@ def test_a_recurrent_layer(noise, injection, steps):
         estimator.backward(x, y, half_squares)
     found = flat([p.grad for p in model.parameters()]) / steps
     (plan,) = estimator._plans.values()
-    apart = {name for item in plan.passes if item.apart for name in item.weights}
+    apart = {name for item in plan.passes if item.one_copy_per_forward for name in item.weights}
     assert apart == ({"start"} if noise == "weights" else set())
     assert F.cosine_similarity(found, exact, 0) > 0.9
     assert found @ exact / exact.square().sum() == pytest.approx(1, abs=0.1)

@@ -1,4 +1,4 @@
-"""ulr.check: how good is the estimator on this model and batch, and if it is not, why."""
+"""ulr.check: the quality of the estimator on a model and batch, and the causes where it is poor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import noise_contract, ops
-from ulr_kernels.estimators.batch import LossFunction
-from ulr_kernels.estimators.law import Truth, law
-from ulr_kernels.estimators.reach import Given
+from ulr_kernels.estimators.plan import Plan
+from ulr_kernels.estimators.predicted_cosine import AutogradReference, predicted_cosine
 from ulr_kernels.estimators.ulr import ULR
+from ulr_kernels.nn.affects import Affects
+from ulr_kernels.nn.batch import LossFunction
 
 STREAMS, STREAM_SHAPE = 8, (64, 64)
 SMALLER, LARGER = 0.1, 100.0  # other sigmas to try where something is wrong
@@ -31,8 +32,8 @@ class LayerCheck:
         slope_error: the standard error of that mean.
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
-        law: the cosine that the number of copies and noise coordinates predict for small sigma; NaN with a reach, and
-            where the allocation is not even.
+        predicted_cosine: the cosine that the numbers of copies and noise coordinates predict for small sigma; NaN with
+            `affects`, and where the allocation is not even.
         agreement: mean cosine of the estimates of two steps, the cosine's square if unbiased; needs no gradient.
         agreement_error: the standard error of that mean.
 
@@ -44,18 +45,18 @@ class LayerCheck:
     slope_error: float
     cosine: float
     cosine_error: float
-    law: float
+    predicted_cosine: float
     agreement: float
     agreement_error: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `ulr.check` found.
+    """The result of `ulr.check`.
 
     Attributes:
         ok: nothing wrong was found.
-        verdict: what is wrong, or that nothing is, in words.
+        verdict: the problems, or that there are none, in words.
         layers: the trained layers in the order of their first call.
         correlations: between the noise of "layers", "steps", "copies": the greatest |correlation| of two streams, in
             its standard deviations under independence.
@@ -71,12 +72,12 @@ class Report:
         if self.layers:
             width = max(len(layer.layer) for layer in self.layers) + 2
             width = max(width, len("layer") + 2)
-            lines.append(f"{'layer':<{width}}{'slope':>17}{'cosine':>17}{'law':>8}{'agreement':>12}")
+            lines.append(f"{'layer':<{width}}{'slope':>17}{'cosine':>17}{'predicted':>11}{'agreement':>12}")
             for it in self.layers:
                 slope = f"{it.slope:.3f} +- {it.slope_error:.3f}"
                 cosine = f"{it.cosine:.3f} +- {it.cosine_error:.3f}"
-                law = "-" if math.isnan(it.law) else f"{it.law:.3f}"
-                lines.append(f"{it.layer:<{width}}{slope:>17}{cosine:>17}{law:>8}{it.agreement:>12.3f}")
+                predicted = "-" if math.isnan(it.predicted_cosine) else f"{it.predicted_cosine:.3f}"
+                lines.append(f"{it.layer:<{width}}{slope:>17}{cosine:>17}{predicted:>11}{it.agreement:>12.3f}")
         if self.correlations:
             streams = ", ".join(f"{kind} {value:.1f}" for kind, value in self.correlations.items())
             lines.append(f"greatest correlation of noise streams, in standard deviations: {streams}")
@@ -89,21 +90,22 @@ def check(
     y: Any,
     loss_fn: LossFunction,
     *,
-    reach: Given = None,
+    affects: Affects = None,
     steps: int = 16,
     **settings: Any,
 ) -> Report:
-    """Compare the estimator with autograd of the clean loss, on one batch, and say what is wrong.
+    """Compare the estimator with autograd of the loss without noise, on one batch, and name the problems.
 
-    The law is cos = (1 + V / (M |g|^2))^(-1/2), with g the gradient, M the independent directions per sample (copies,
-    or half of them where antithetic) and V the summed variance of one direction; for one sample and d noise coordinates
-    it is (1 + (d + 1) / M)^(-1/2). It assumes a loss that is linear over the noise, and independent copies.
+    The predicted cosine is (1 + V / (M |g|^2))^(-1/2), with g the gradient, M the independent directions per sample
+    (copies, or half of them where antithetic) and V the summed variance of one direction; for one sample and d noise
+    coordinates it is (1 + (d + 1) / M)^(-1/2). It assumes a loss that is linear over the noise, and independent copies.
 
     Args:
-        model, x, y, loss_fn, reach: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as they
-            were.
+        model, x, y, loss_fn, affects: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as
+            they were.
         steps: estimates to make, at least 2; each has its own noise.
-        settings: of `ulr.ULR`; noise on weights of some layers only layer-wise, as one pass of both kinds has no law.
+        settings: of `ulr.ULR`; noise on weights of some layers only layer-wise, as one pass of both kinds has no
+            prediction.
 
     Returns:
         A report whose `str()` is a table and a verdict. Where the estimator refuses the model, the batch or the loss,
@@ -115,7 +117,7 @@ def check(
     if steps < 2:
         raise ValueError(f"ulr.check: 'steps' must be at least 2, got {steps}")
     estimator = ULR(model, **settings)
-    kinds = {estimator.settings.noise_of(layer) for layer in estimator.layers.values()}
+    kinds = {estimator.settings.noise_of(layer) for layer in estimator.view.layers.values()}
     if len(kinds) > 1 and estimator.settings.injection == "joint":
         raise ValueError(
             "ulr.check: 'noise' must be the same for all layers, or injection 'layerwise', "
@@ -123,19 +125,19 @@ def check(
         )
     saved = [(p, p.grad) for p in estimator.model.parameters()]
     try:
-        plan = estimator.look(x, y, loss_fn, reach)
-        truth = Truth(estimator, x, y, loss_fn)
-        laws = _laws(estimator, truth, reach)
-        estimates = _estimates(estimator, truth.parameters, x, y, loss_fn, reach, steps)
-        layers = tuple(_compare(name, estimates[name], truth, laws) for name in estimates)
+        plan = estimator.plan(x, y, loss_fn, affects)
+        reference = AutogradReference(estimator.view, x, y, loss_fn)
+        predicted = _predicted(estimator, plan, reference, affects)
+        estimates = _estimates(estimator, reference.parameters, x, y, loss_fn, affects, steps)
+        layers = tuple(_compare(name, estimates[name], reference, predicted) for name in estimates)
         correlations = _correlations(estimator, plan.names)
         others = {}
         if any(_is_off(layer) or _is_noisy(layer) for layer in layers):
             for factor in (SMALLER, LARGER):
                 other = ULR(model, **{**settings, "sigma": _scaled(estimator.settings.sigma, factor)})
-                laws = _laws(other, truth, reach)
-                again = _estimates(other, truth.parameters, x, y, loss_fn, reach, steps)
-                others[factor] = {name: _compare(name, again[name], truth, laws) for name in again}
+                predicted = _predicted(other, plan, reference, affects)
+                again = _estimates(other, reference.parameters, x, y, loss_fn, affects, steps)
+                others[factor] = {name: _compare(name, again[name], reference, predicted) for name in again}
     except ValueError as error:
         return Report(False, str(error))
     finally:
@@ -145,11 +147,12 @@ def check(
     return Report(not problems, "\n".join(problems) or _praise(layers), layers, correlations)
 
 
-def _laws(estimator: ULR, truth: Truth, reach: Given) -> dict[str, float]:
-    """The law of each layer of which autograd has a gradient, where there is one: rows and samples count alike."""
-    if reach is not None or estimator.settings.allocation != "even":
+def _predicted(estimator: ULR, plan: Plan, reference: AutogradReference, affects: Affects) -> dict[str, float]:
+    """The predicted cosine of each layer that autograd has a gradient of; none if rows or samples count differently."""
+    if affects is not None or estimator.settings.allocation != "even":
         return {}
-    return {name: law(estimator, name, truth) for name in truth.gradients}
+    shared = plan.outline.shared_noise
+    return {name: predicted_cosine(estimator, shared, name, reference) for name in reference.gradients}
 
 
 def _estimates(
@@ -158,7 +161,7 @@ def _estimates(
     x: Any,
     y: Any,
     loss_fn: LossFunction,
-    reach: Given,
+    affects: Affects,
     steps: int,
 ) -> dict[str, Tensor]:
     """Each layer's estimates, fp64 `[steps, parameters]`."""
@@ -166,7 +169,7 @@ def _estimates(
     for _ in range(steps):
         for parameter in estimator.model.parameters():
             parameter.grad = None
-        estimator.backward(x, y, loss_fn, reach)
+        estimator.backward(x, y, loss_fn, affects)
         for name in parameters:
             rows[name].append(torch.cat([p.grad.flatten().double() for p in parameters[name] if p.grad is not None]))
     return {name: torch.stack(row) for name, row in rows.items()}
@@ -176,19 +179,19 @@ def _scaled(sigma: float | Mapping[str, float], factor: float) -> float | dict[s
     return {name: value * factor for name, value in sigma.items()} if isinstance(sigma, Mapping) else sigma * factor
 
 
-def _compare(name: str, estimates: Tensor, truth: Truth, laws: Mapping[str, float]) -> LayerCheck:
+def _compare(name: str, estimates: Tensor, reference: AutogradReference, predicted: Mapping[str, float]) -> LayerCheck:
     units = F.normalize(estimates, dim=1)
     steps = len(units)
     agreement, error = _mean((units @ units.sum(0) - 1) / (steps - 1))  # of each with all others
     agreement_error = 2 * error  # as each is in the others' means too
-    gradient = truth.gradients.get(name)
+    gradient = reference.gradients.get(name)
     if gradient is None:
         unknown = math.nan
         return LayerCheck(name, unknown, unknown, unknown, unknown, unknown, agreement, agreement_error)
     slope, slope_error = _mean(estimates @ gradient / gradient.square().sum())
     cosine, cosine_error = _mean(units @ F.normalize(gradient, dim=0))
-    predicted = laws.get(name, math.nan)
-    return LayerCheck(name, slope, slope_error, cosine, cosine_error, predicted, agreement, agreement_error)
+    expected = predicted.get(name, math.nan)
+    return LayerCheck(name, slope, slope_error, cosine, cosine_error, expected, agreement, agreement_error)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
@@ -225,15 +228,19 @@ def _is_off(layer: LayerCheck) -> bool:
 
 
 def _is_noisy(layer: LayerCheck) -> bool:
-    """Estimates have less of the gradient than the law says, or more in common with one another than that."""
+    """Whether estimates have less of the gradient than predicted, or more in common with one another than that."""
     common = layer.agreement - layer.cosine**2
     error = layer.agreement_error + 2 * abs(layer.cosine) * layer.cosine_error
-    return layer.law - layer.cosine > max(4 * layer.cosine_error, 0.3 * layer.law) or common > max(4 * error, 0.15)
+    return layer.predicted_cosine - layer.cosine > max(
+        4 * layer.cosine_error, 0.3 * layer.predicted_cosine
+    ) or common > max(4 * error, 0.15)
 
 
 def _distance(layer: LayerCheck) -> float:
-    """From what an unbiased estimator without rounding would show."""
-    return abs(layer.slope - 1) + (0 if math.isnan(layer.law) else max(layer.law - layer.cosine, 0))
+    """The distance from the slope and cosine of an unbiased estimator without rounding."""
+    return abs(layer.slope - 1) + (
+        0 if math.isnan(layer.predicted_cosine) else max(layer.predicted_cosine - layer.cosine, 0)
+    )
 
 
 def _names(layers: list[LayerCheck]) -> str:

@@ -89,7 +89,7 @@ def step_row(batch: int, copies: int, device: str = "cpu", names=(None,), plain:
 
     @functools.cache
     def estimator() -> ulr.ULR:
-        settings = {"injection": "layerwise", "noise": "logits", "baseline": "clean"}
+        settings = {"injection": "layerwise", "noise": "outputs", "baseline": "clean"}
         return ulr.ULR(model, sigma=SIGMA, copies=copies, antithetic=True, seed=0, **settings)
 
     def make(i: int) -> tuple:

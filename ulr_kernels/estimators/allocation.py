@@ -1,4 +1,4 @@
-"""How many copies each sample of a pass gets: the more, the further noise moves its loss.
+"""The copies of each sample in a pass: in proportion to how far noise moves its loss.
 
 The variance of a batch's gradient is the sum over samples of s_i^2 / n_i, with n_i copies of sample i and s_i the
 standard deviation of what one copy gives, which grows as the loss's own. For a given sum of the n_i it is least where
@@ -24,10 +24,10 @@ class Group(NamedTuple):
 
 
 def spread(losses: Tensor, antithetic: bool) -> Tensor:
-    """How far noise moves the loss of each sample, `[samples]`: a standard deviation, of a pair half its difference.
+    """The standard deviation of each sample's loss under noise, fp64 `[samples]`; of a pair half its difference counts.
 
     Args:
-        losses: fp32 `[copies, samples]`, or `[copies, samples, losses]`, of which a sample has the sum.
+        losses: fp32 `[copies, samples]`, or `[copies, samples, losses]`, whose sum is the loss of a sample.
         antithetic: copies are pairs.
     """
     losses = losses.flatten(2).sum(2) if losses.dim() > 2 else losses
@@ -38,8 +38,10 @@ def spread(losses: Tensor, antithetic: bool) -> Tensor:
 
 
 def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group]:
-    """Copies in proportion to spreads, rounded to halves and doubles of `copies`, so that there are few groups; in all
-    not more than `copies` of each sample.
+    """Groups of samples with the same number of copies, in proportion to their spreads.
+
+    Numbers are rounded to halves and doubles of `copies`, so that there are few groups. Their mean over the samples is
+    at most `copies`.
 
     Args:
         spreads: `[samples]`, on the CPU, independent of the noise of the copies that are given here: else there would
@@ -75,7 +77,7 @@ def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group
 
 
 def _sizes(copies: int, least: int, by_draw: int, samples: int) -> list[int]:
-    """What a sample can have: `copies`, its halves down to `least`, and its doubles up to what all have together."""
+    """Possible numbers: `copies`, its halves down to `least`, its doubles up to the number of all samples together."""
     sizes = [copies]
     while (half := sizes[0] // 2 // by_draw * by_draw) > least:
         sizes.insert(0, half)

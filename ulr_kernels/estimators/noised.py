@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,121 +12,117 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from ulr_kernels import ops
-from ulr_kernels.estimators.meeting import NOISED, SAMPLE, Meeting, flat
-from ulr_kernels.estimators.prefix import Prefix
-from ulr_kernels.estimators.reach import Weights
-from ulr_kernels.nn.call import Call, Known, Noise
-from ulr_kernels.nn.local import RowsCall
-from ulr_kernels.optim.probing import Probing
+from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
+from ulr_kernels.estimators.view import ModelView
+from ulr_kernels.nn.affects import RowWeights
+from ulr_kernels.nn.call import Call, KnownLosses, Noise
+from ulr_kernels.nn.interceptor import NOISED, SAMPLE, LayerInterceptor, flat
+from ulr_kernels.nn.perturbed import PerturbedWeights
 
 
-class Replay(NamedTuple):
-    """What a second pass knows: it adds each layer's gradients when it comes to it, so that nothing is kept.
+class FirstPass(NamedTuple):
+    """The result of a first forward, with which a second one adds each layer's gradients as it runs, keeping nothing.
 
     Attributes:
-        weights: what each row counts.
+        weights: of the rows of noise in the gradient.
         log_sigma: layer -> its learnt ln sigma.
-        order: the layers of the first pass's noised calls. The last one's output is of no more use.
+        order: the layers of the first forward's noised calls. The last call's output is not needed again.
     """
 
-    weights: Weights
+    weights: RowWeights
     log_sigma: Mapping[str, Tensor]
     order: Sequence[str]
 
 
-class Kept(NamedTuple):
-    """A noised call that is kept for its gradient: its layer, its number among that layer's, from 0, and it."""
+class KeptCall(NamedTuple):
+    """A noised call that is kept for its gradient, with its layer and its number among that layer's, from 0."""
 
     layer: str
     number: int
     call: Call
 
 
-class Finished(BaseException):
-    """All gradients of a replay have been added: the rest of the forward need not run. No model shall catch it."""
+class RecomputeDone(BaseException):
+    """All gradients of a second forward have been added: the rest of it need not run. No model shall catch this."""
 
 
-class NoisedPass(Meeting):
+class NoisedForward(LayerInterceptor):
     """A forward in which some layers are noised.
 
     Args:
-        layers: id(parameter) -> the name of its layer.
-        parameters: the model's.
+        view: of the model.
         inputs: the model's input.
         noises: the noise of each noised layer; all with the same number of copies.
-        riders: layer -> the noised layer whose noise is the score of its gradient too.
+        shared_noise: layer -> the noised layer whose noise is the score of its gradient too.
         samples: of one copy.
-        cut: the model is given one copy, and the first noised call makes the others.
-        keep: remember the calls, and what they read, for their gradients.
-        replay: add the gradients now.
-        probing: makes the noise of weights, if any have some.
-        prefix: what earlier forwards of this pass have found in front of the noise, or is to be found for later ones.
-        noisy: of a layer and the number of its call, bool `[copies * samples]` or `[copies * samples * rows]`, on the
-            model's device: those rows that get the noise, the others going on as they are; None for all. Only where the
-            model is given all copies, and nothing is replayed.
+        expand_late: the model gets one copy, and the first noised call makes the others.
+        keep: keep the calls, and the tensors that they read, for their gradients.
+        first_pass: add the gradients now.
+        perturbed: the mode that makes the noise of weights, if any have noise.
+        prefix: a cache of the results before the noise, to fill or to use.
+        noisy_rows: of a layer and the number of its call, bool `[copies * samples]` or `[copies * samples * rows]` on
+            the model's device: the rows that get the noise; the others go on without. None: all. Not with
+            `expand_late` or `first_pass`.
 
     Attributes:
         order: the layers of the noised calls, in their order.
-        calls: these calls, where they are kept.
+        calls: these calls, if they are kept.
     """
 
     def __init__(
         self,
-        layers: Mapping[int, str],
-        parameters: Iterable[Tensor],
+        view: ModelView,
         inputs: Any,
         noises: Mapping[str, Noise],
-        riders: Mapping[str, str],
+        shared_noise: Mapping[str, str],
         samples: int,
         *,
-        cut: bool,
+        expand_late: bool,
         keep: bool,
-        replay: Replay | None,
-        probing: Probing | None,
-        prefix: Prefix | None,
-        noisy: Callable[[str, int], Tensor] | None,
+        first_pass: FirstPass | None,
+        perturbed: PerturbedWeights | None,
+        prefix: CleanPrefixCache | None,
+        noisy_rows: Callable[[str, int], Tensor] | None,
     ) -> None:
-        super().__init__(layers, parameters, inputs)
-        self._noises = noises
-        self._riders = riders
-        self._samples = samples
-        self._cut, self._keep, self._replay = cut, keep, replay
-        self.probing = probing
+        super().__init__(view.layers, view.followed, inputs)
+        self._noises, self._shared_noise, self._samples = noises, shared_noise, samples
+        self._expand_late, self._keep, self._first_pass = expand_late, keep, first_pass
+        self.perturbed = perturbed
         self._prefix = prefix  # until the noise is reached
-        self._noisy = noisy
-        self._counts: dict[str, int] = {}  # by which the keys of a layer's calls differ
+        self._noisy_rows = noisy_rows
+        self._counts: dict[str, int] = {}  # the keys of a layer's calls differ by them
         self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []
-        self.calls: list[Kept] = []
+        self.calls: list[KeptCall] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = flat(args) + flat(kwargs.values())
-        if self.probing is None or not any(id(tensor) in self.probing.sites for tensor in given):
+        if self.perturbed is None or not any(id(tensor) in self.perturbed.noised for tensor in given):
             return super().__torch_function__(func, types, args, kwargs)
-        if (result := self._shown(func, args, kwargs)) is not NotImplemented:
+        if (result := self._call_composite(func, args, kwargs)) is not NotImplemented:
             return result
         bits = NOISED
         for tensor in given:
             bits |= self.marks(tensor)
-        result = self.probing.__torch_function__(func, types, args, kwargs)
+        result = self.perturbed.__torch_function__(func, types, args, kwargs)
         self._mark(result, bits)
         return result
 
     def noises_outputs(self, given: list[Tensor]) -> bool:
-        if self.probing is not None and any(id(t) in self.probing.sites for t in given):
+        if self.perturbed is not None and any(id(t) in self.perturbed.noised for t in given):
             return False  # some have noise themselves
-        layers = {self._layers[id(p)] for t in given if (owned := self.origin(t)) for p in owned.parameters}
-        return any(self._riders.get(layer, layer) in self._noises for layer in layers)
+        layers = {self._layers[id(p)] for t in given if (each := self.parameters_of(t)) for p in each.parameters}
+        return any(self._shared_noise.get(layer, layer) in self._noises for layer in layers)
 
-    def met(self, call: Call) -> tuple[Tensor, int]:
+    def on_layer_call(self, call: Call) -> tuple[Tensor, int]:
         layer = self.trained_layer(call)
-        lead = self._riders.get(layer, layer) if layer is not None else None
-        noise = self._noises.get(lead) if lead is not None else None
+        source = self._shared_noise.get(layer, layer) if layer is not None else None
+        noise = self._noises.get(source) if source is not None else None
         if layer is None or noise is None:
             return call.clean(), 0
         if self._prefix is not None:
-            self._prefix.reached()
+            self._prefix.finish()
             self._prefix = None
         count = self._counts.get(layer, -1) + (not call.time)  # the first time step begins a call
         self._counts[layer] = count
@@ -134,63 +130,64 @@ class NoisedPass(Meeting):
         if call.time is not None:
             key = ops.fold_in(key, call.time)
         shared = not any(self.marks(x) & NOISED for x in call.given)
-        if isinstance(call, RowsCall):
+        if call.expands_rows:
             x_copies = call.inputs[0].shape[0] // self._samples
         else:
-            x_copies = 1 if shared and self._cut else noise.copies
+            x_copies = 1 if shared and self._expand_late else noise.copies
         number = self._numbers[layer]
         self._numbers[layer] += 1
         self.order.append(layer)
         if self._keep:
-            self.calls.append(Kept(layer, number, call))
+            self.calls.append(KeptCall(layer, number, call))
         noise = noise._replace(key=key.to(call.inputs[0].device))
-        rides, known = lead != layer, self._known(layer, number)
-        last = self._replay is not None and len(self.order) == len(self._replay.order)
-        silent = rides or last  # nobody reads the last one's noise
-        result = call.noised(noise, self._samples, x_copies, shared=shared, rides=silent, known=known)
+        from_branch, known = source != layer, self._known_losses(layer, number)
+        last = self._first_pass is not None and len(self.order) == len(self._first_pass.order)
+        silent = from_branch or last  # nothing reads the last one's noise
+        result = call.noised(noise, self._samples, x_copies, shared=shared, silent=silent, known=known)
         if last:
-            raise Finished
-        if self._noisy is not None and not rides:
-            noisy, rows = self._noisy(layer, number), list(result.shape)
+            raise RecomputeDone
+        if self._noisy_rows is not None and not from_branch:
+            noisy, rows = self._noisy_rows(layer, number), list(result.shape)
             if len(rows) > 1:
                 rows[call.feature_dim] = 1
             noisy = noisy.repeat_interleave(math.prod(rows) // len(noisy)).view(rows)
-            result.copy_(torch.where(noisy, result, call.forward(*call.inputs)))  # it may be what the model writes into
-        return result, 0 if rides else NOISED
+            # In place: the model may write into this tensor.
+            result.copy_(torch.where(noisy, result, call.forward(*call.inputs)))
+        return result, 0 if from_branch else NOISED
 
-    def recalled(self, bits: int) -> tuple[Any, int] | None:
-        return self._prefix.recall() if self._prefix is not None and bits & SAMPLE else None
+    def cached_result(self, bits: int) -> tuple[Any, int] | None:
+        return self._prefix.next_result() if self._prefix is not None and bits & SAMPLE else None
 
-    def returned(self, result: Any, bits: int) -> None:
+    def cache_result(self, result: Any, bits: int) -> None:
         if self._prefix is not None and bits & SAMPLE:
-            self._prefix.remember(result, bits)
+            self._prefix.add(result, bits)
 
-    def _known(self, layer: str, number: int) -> Known | None:
-        if self._replay is None:
+    def _known_losses(self, layer: str, number: int) -> KnownLosses | None:
+        if self._first_pass is None:
             return None
-        self.check_order(self._replay.order[: len(self.order)])
-        return Known(self._replay.weights.of(layer, number), self._replay.log_sigma.get(layer))
+        self.check_order(self._first_pass.order[: len(self.order)])
+        return KnownLosses(self._first_pass.weights.of(layer, number), self._first_pass.log_sigma.get(layer))
 
     def check_order(self, expected: Sequence[str]) -> None:
         """Raise if the noised layers are others than in the first pass, before anything is added for them."""
         if self.order != list(expected):
             raise RuntimeError(
                 f"ulr.ULR: the model must call the layers {', '.join(expected)} in a second forward as in the first, "
-                f"got {', '.join(self.order)} (max_rows or memory='replay' asks for a second forward)"
+                f"got {', '.join(self.order)} (max_rows or memory='recompute' asks for a second forward)"
             )
 
-    def prepare(
+    def expand_copies(
         self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Behind the cut: copies of what was made before it, where it meets noise; and sizes read before it.
+        """After the first noise of a late expansion: copies of tensors from before it, and sizes read before it.
 
-        Whether this is what the model means shows in its outputs, which are compared before a cut is made.
+        Whether the model means this shows in its outputs, which are compared before a pass expands late.
         """
-        if not self._cut:
+        if not self._expand_late:
             return args, kwargs
         copies = next(iter(self._noises.values())).copies
         if func in RESHAPES:
-            return _of_all_copies(args, copies), kwargs
+            return _for_all_copies(args, copies), kwargs
         clean = [t for t, bits in marks if bits == SAMPLE and t.dim()]  # a residual branch, a mask
         if not clean:
             return args, kwargs
@@ -202,8 +199,8 @@ class NoisedPass(Meeting):
 RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
 
 
-def _of_all_copies(args: tuple, copies: int) -> tuple:
-    """The arguments of a reshape, with as many rows as all copies have, where they say how many one has."""
+def _for_all_copies(args: tuple, copies: int) -> tuple:
+    """The arguments of a reshape, with the rows of all copies where they have the rows of one."""
     x, *sizes = args
     nested = len(sizes) == 1 and isinstance(sizes[0], tuple | list)
     shape = list(sizes[0] if nested else sizes)

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 from ulr_kernels import noise_contract
 from ulr_kernels.baselines import BASELINES
+from ulr_kernels.errors import fail
 from ulr_kernels.estimators.allocation import ALLOCATIONS
+from ulr_kernels.nn.names import unknown_names, value_of_layer
 from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 
-MEMORIES = ("keep", "replay")
-NOISES = ("logits", "weights")
+MEMORIES = ("keep", "recompute")
+NOISES = ("outputs", "weights")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What `ulr.ULR` takes beside the model and the seed; described there."""
+    """The arguments of `ulr.ULR` except model and seed, which describes them.
+
+    Raises:
+        RuleError: a value breaks its rule.
+    """
 
     sigma: float | Mapping[str, float] = 0.1
     copies: int | Mapping[str, int] = 32
     antithetic: bool = True
     injection: str = "layerwise"
-    noise: str | Mapping[str, str] = "logits"
+    noise: str | Mapping[str, str] = "outputs"
     dist: str = "normal"
     sampler: str = "iid"
     baseline: str = "mean"
@@ -49,7 +55,7 @@ class Settings:
                 fail(argument, "be True or False", repr(getattr(self, argument)))
         for noise in _values(self.noise):
             if noise not in NOISES:
-                fail("noise", "be 'logits' or 'weights', or a mapping from layer names to such", repr(noise))
+                fail("noise", "be 'outputs' or 'weights', or a mapping from layer names to such", repr(noise))
         for sigma in _values(self.sigma):
             if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
                 fail("sigma", "be a finite number above 0, or a mapping from layer names to such", repr(sigma))
@@ -88,7 +94,7 @@ class Settings:
                 fail("sampler", "be 'iid' where noise is 'weights'", repr(self.sampler))
 
     def _check_sobol_baseline(self) -> None:
-        """Sobol's copies are stratified, so the other copies know about this one's noise.
+        """Raise where a mean over Sobol's copies is biased: they are stratified, so one depends on the others.
 
         In the limit the scores of all copies sum to 0, and with them the sum over c of b_c * score_c is no longer 0 on
         average: the mean of the others scales the estimate by about C / (C - 1). In an antithetic pair that shares the
@@ -105,23 +111,25 @@ class Settings:
 
     @property
     def by_draw(self) -> int:
-        """Copies that one draw makes."""
+        """The number of copies that one draw makes."""
         return 2 if self.antithetic else 1
 
     def sigma_of(self, layer: str) -> float:
+        """The noise scale of a layer. Raises `RuleError` if a mapping has none."""
         return self._required("sigma", layer)
 
     def copies_of(self, layer: str) -> int:
+        """The copies of a layer's pass. Raises `RuleError` if a mapping has none."""
         return self._required("copies", layer)
 
     def noise_of(self, layer: str) -> str:
-        """Layers that a mapping does not name have noise on their outputs."""
-        return self._of("noise", layer) or "logits"
+        """Where a layer has noise, "outputs" or "weights"; on outputs if a mapping does not name it."""
+        return self._of("noise", layer) or "outputs"
 
     def _of(self, argument: str, layer: str) -> Any:
-        """The setting of a layer, None without any."""
+        """The setting of a layer, or None."""
         value = getattr(self, argument)
-        return of_layer(value, layer) if isinstance(value, Mapping) else value
+        return value_of_layer(value, layer) if isinstance(value, Mapping) else value
 
     def _required(self, argument: str, layer: str) -> Any:
         value = self._of(argument, layer)
@@ -131,38 +139,17 @@ class Settings:
         return value
 
     def check_names(self, layers: set[str]) -> None:
-        """Raise if a mapping names neither a layer of the model nor a module that has some."""
+        """Raise `RuleError` if a mapping has a name that is neither a layer's nor that of a module with layers."""
         for argument in ("sigma", "copies", "noise"):
             value = getattr(self, argument)
             if isinstance(value, Mapping) and (unknown := unknown_names(value, layers)):
                 fail(argument, f"name layers of the model ({', '.join(sorted(layers))})", ", ".join(unknown))
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings by name, mappings as dicts."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
 
 
-def of_layer(values: Mapping[str, Any], layer: str) -> Any:
-    """The value of a layer: that of its own name, or of the smallest module that has one; None without any."""
-    return next((values[name] for name in _and_modules(layer) if name in values), None)
-
-
-def unknown_names(values: Mapping[str, Any], layers: set[str]) -> list[str]:
-    """Those that are neither a layer's nor a module's that has some."""
-    return sorted(set(values) - {name for layer in layers for name in _and_modules(layer)})
-
-
-def _and_modules(layer: str) -> Iterator[str]:
-    """A layer's name, and those of the modules that it is in, up to '', the model."""
-    yield layer
-    while layer:
-        layer = layer.rpartition(".")[0]
-        yield layer
-
-
 def _values(setting: Any) -> list:
     return list(setting.values()) if isinstance(setting, Mapping) else [setting]
-
-
-def fail(argument: str, rule: str, value: object, owner: str = "ulr.ULR") -> NoReturn:
-    raise ValueError(f"{owner}: '{argument}' must {rule}, got {value}")

@@ -2,91 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ulr_kernels import noise_contract, ops
-from ulr_kernels.baselines import loss_weights
-from ulr_kernels.estimators.allocation import groups, spread
-from ulr_kernels.estimators.batch import Batch, LossFunction, apply, joined, repeat
-from ulr_kernels.estimators.chunks import chunks_of, in_order, of_chunk, parts_of
-from ulr_kernels.estimators.evaluation import evaluation
-from ulr_kernels.estimators.mlp import losses_of_step
-from ulr_kernels.estimators.noised import Finished, NoisedPass, Replay
-from ulr_kernels.estimators.plan import Pass, Plan, make_plan
-from ulr_kernels.estimators.prefix import Prefix
-from ulr_kernels.estimators.reach import Given, Weights, read_reach
-from ulr_kernels.estimators.replicas import Replicas
-from ulr_kernels.estimators.settings import Settings, fail
-from ulr_kernels.estimators.weights import WeightNoise
-from ulr_kernels.nn.call import Noise
-from ulr_kernels.nn.linear import LinearCall, add_gradients
-from ulr_kernels.nn.names import features, layer_names, parameter_names, unwrapping
-from ulr_kernels.optim.probing import Probing, Site
+from ulr_kernels.errors import fail
+from ulr_kernels.estimators.allocation import spread
+from ulr_kernels.estimators.data_parallel import DataParallelBatch
+from ulr_kernels.estimators.mlp_step import run_mlp_step
+from ulr_kernels.estimators.plan import Plan, make_plan, settle
+from ulr_kernels.estimators.runner import Keys, PassRunner
+from ulr_kernels.estimators.schedule import Pass, schedule
+from ulr_kernels.estimators.settings import Settings
+from ulr_kernels.estimators.step_keys import StepKeys, check_seed, check_step
+from ulr_kernels.estimators.view import ModelView
+from ulr_kernels.nn.affects import Affects, read_affects
+from ulr_kernels.nn.batch import Batch, LossFunction
+from ulr_kernels.nn.eval_mode import eval_mode
+from ulr_kernels.nn.names import features, unwrapping
 
-MOST_PLANS = 64  # a job whose batches have ever new shapes must not fill the memory
+MOST_PLANS = 64  # bounds the memory of a job whose batches have ever new shapes
 
 
 class ULR:
     """The unified likelihood ratio estimator (arXiv 2305.08960, Theorem 1) for the layers of a model.
 
     For a layer v = phi(x; theta) + sigma * eps the gradient of E[L] is E[(L - b) * J^T score(eps)] / sigma, with J the
-    Jacobian of phi in its own parameters: nothing after the layer is differentiated, so that activations and losses may
-    be steps, spikes, arg-max or accuracy. It is unbiased for the loss of the noised model, whose mean over the noise is
-    smooth; `rademacher` noise (SPSA) only as sigma goes to 0.
+    Jacobian of phi in its own parameters. Nothing after the layer is differentiated, so activations and losses may be
+    steps, spikes, arg-max or accuracy. The estimate is unbiased for the loss of the noised model, whose mean over the
+    noise is smooth; with `rademacher` noise (SPSA) only as sigma goes to 0.
 
-    The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each from its
-    own inputs: on the first batch of a shape, noise on some samples is tried to leave the losses of all others alone.
-    Any torch function that brings a trained parameter and samples together is a layer, whose output gets
-    the noise; tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A
-    layer with no trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its
-    running statistics.
+    The model is not changed in any way. Its forward must keep the samples on the first axis, and compute each sample
+    from its own inputs: in a trial on the first batch, noise on some samples must leave the losses of all others alone.
+    Any torch function that brings a trained parameter and samples together is a layer, whose output gets the noise;
+    tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A layer with no
+    trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its running
+    statistics.
 
     An `nn.Sequential` of `nn.Linear` and one of ReLU, Tanh and Sigmoid, with `functools.partial(F.cross_entropy,
     reduction="none")` or `nn.CrossEntropyLoss(reduction="none")` as loss and the same copies for all layers and
-    samples, is not run layer by layer: `ulr.ops.noisy_mlp_step` does the step, which is one launch on a CUDA device.
+    samples, does not run layer by layer: `ulr.ops.noisy_mlp_step` does the step, in one launch on a CUDA device.
 
     In a `DistributedDataParallel` each rank passes its own micro-batch: noise and `.grad` are those of one process with
     the whole batch, to rounding (where the allocation is even), `no_sync()` is honoured, and micro-batches may differ
-    in size (which is exchanged, so that each call synchronises). All ranks need the same seed.
+    in size (the ranks exchange them, so each call synchronises). All ranks need the same seed.
 
     Args:
         model: any module; make a new estimator after replacing parts of it.
-        sigma: noise scale in units of the layer's output, > 0; a number or a mapping from layer names (the qualified
-            name of the module whose own parameters are called weight and bias; else of the parameter) to numbers. The
-            name of a module stands for all layers in it that are not named more closely, "" for all others.
+        sigma: noise scale in units of the layer's output, > 0; a number, or a mapping from layer names to numbers. A
+            layer has the qualified name of the module whose own parameters are called weight and bias, else that of the
+            parameter. The name of a module stands for all layers in it that have no closer name, "" for all others.
         copies: noised copies of each sample per pass; a number or (layer-wise) such a mapping.
         antithetic: copies come as pairs eps, -eps; the number of copies must be even.
         injection: "layerwise": one pass per layer, in which only that layer is noised; "joint": one pass for all.
-        noise: "logits": noise on the layer's outputs; "weights": on its parameters, W + sigma * eps, which all samples
+        noise: "outputs": noise on the layer's outputs; "weights": on its parameters, W + sigma * eps, which all samples
             of a copy share (evolution strategies: the gradient is E[L * score(eps)] / sigma), for functions that cannot
             have it on their outputs, and layers with fewer weights than outputs; or a mapping from layer names to
-            either, in which the others have "logits". sigma is then in units of the weights.
+            either, in which the others have "outputs". sigma is then in units of the weights.
         dist: "normal", "laplace" or "rademacher".
         sampler: "iid", or "sobol": the copies of a sample are a scrambled Sobol sequence.
-        baseline: "mean": of the other copies or pairs of the sample, nothing where there are none (one copy then needs
-            "clean", or its estimates vary with all of the loss); "clean": the loss without noise; "none".
-        seed: integer in [-2^63, 2^64). Seed, step and layer name are all that enters the noise.
+        baseline: "mean": of the other copies or pairs of the sample; 0 if there are none, so that a single copy needs
+            "clean", or its estimates vary with all of the loss; "clean": the loss without noise; "none".
+        seed: integer in [-2^63, 2^64). The noise depends on seed, step and layer name alone.
         learn_sigma: ln sigma of each layer that is trained now becomes a parameter (see `parameters`), per feature for
             nn.Linear, nn.Conv1d, nn.Conv2d and normalisation layers, else one; its gradient is
             E[(L - b) * (eps * score - 1)].
-        max_rows: the most rows (copies times samples) that the model is given at once, so that memory is bounded; None:
-            all on a GPU, on a CPU so many that no tensor behind the first noise has much more than 4 MiB. Samples are
-            split up where all copies or a pair of copies of all of them are too many. The gradients are the same. Where
-            noised layers read what noise has changed (joint injection, a layer called twice) and there is no room for
-            all copies of a sample, forwards run once more, for the gradients.
-        memory: "keep": what the noised layers read is kept until the losses are known; "replay": nothing is, and each
-            forward runs once more with known losses, in which a layer adds its gradients as it makes its noise again:
-            training in the memory of inference. The gradients are the same, to rounding. Layer-wise the second forward
-            ends at its layer, and costs little; jointly it is a whole one, and no activation outlives what reads it.
-        allocation: "even": each sample has `copies`; "neyman" (layer-wise): at most so many on average, the more the
-            further noise moves its loss, as the pass of the last layer shows, which comes first and is even. It is
-            unbiased, as layers' noises are independent; a network that is right about most samples needs several times
-            fewer copies. A sample's noise is then named by its place among those ordered by copies (in each rank), and
-            a backward waits once for the device. Noise on weights, which all samples share, is left alone.
+        max_rows: the most rows (copies times samples) of one forward, which bounds the memory. None: all on a GPU; on a
+            CPU as many that no tensor after the first noise has much more than 4 MiB. Samples are split up where a pair
+            of copies of all of them is too much. The gradients are the same. Where noised layers read noised tensors
+            (joint injection, a layer called twice) and all copies of a sample do not fit, forwards run once more, for
+            the gradients.
+        memory: "keep": the tensors that noised layers read are kept until the losses are known; "recompute": nothing is
+            kept, and each forward runs once more with known losses, in which a layer adds its gradients as it makes its
+            noise again: training in the memory of inference. The gradients are the same, to rounding. Layer-wise the
+            second forward ends at its layer, and costs little; jointly it is a whole one, in which no activation
+            outlives the function that reads it.
+        allocation: "even": each sample has `copies`; "neyman" (layer-wise): so many on average at most, in proportion
+            to how far noise moves its loss in the pass of the last layer, which comes first and is even. It is
+            unbiased, as the noises of layers are independent. A network that is right about most samples needs several
+            times fewer copies. A sample's noise is then named by its place after sorting the samples by their number of
+            copies (in each rank), and a backward waits once for the device. Noise on weights is left even, as all
+            samples share it.
+
+    Attributes:
+        model: without wrappers.
+        settings: these arguments.
+        view: the model's parameters and their names.
+        log_sigma: layer -> its learnt ln sigma.
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -97,9 +101,10 @@ class ULR:
         model: nn.Module,
         sigma: float | Mapping[str, float] = 0.1,
         copies: int | Mapping[str, int] = 32,
+        *,
         antithetic: bool = True,
         injection: str = "layerwise",
-        noise: str | Mapping[str, str] = "logits",
+        noise: str | Mapping[str, str] = "outputs",
         dist: str = "normal",
         sampler: str = "iid",
         baseline: str = "mean",
@@ -110,318 +115,176 @@ class ULR:
         allocation: str = "even",
     ) -> None:
         self.settings = Settings(
-            sigma,
-            copies,
-            antithetic,
-            injection,
-            noise,
-            dist,
-            sampler,
-            baseline,
-            learn_sigma,
-            max_rows,
-            memory,
-            allocation,
+            sigma=sigma,
+            copies=copies,
+            antithetic=antithetic,
+            injection=injection,
+            noise=noise,
+            dist=dist,
+            sampler=sampler,
+            baseline=baseline,
+            learn_sigma=learn_sigma,
+            max_rows=max_rows,
+            memory=memory,
+            allocation=allocation,
         )
         if not isinstance(model, nn.Module):
             fail("model", "be a torch.nn.Module", type(model).__name__)
         *wrappers, self.model = unwrapping(model)
         parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
-        self._replicas = Replicas(parallel[0]) if parallel else None
-        _check_seed(seed)
-        self.seed = seed
-        with torch.inference_mode(False):  # a tensor that may be written to later
-            self._step = torch.zeros((), dtype=torch.int64)  # on the model's device: a CUDA graph can advance it
-        self.model_parameters = list(self.model.parameters())  # keeps them alive: they are matched by identity
-        self.layers, self.names = layer_names(self.model), parameter_names(self.model)
-        self.settings.check_names(set(self.layers.values()))
-        self.log_sigma = self._make_log_sigma() if learn_sigma else {}
-        self._plans: dict[tuple, Plan] = {}
-        self.weights: dict[str, nn.Parameter] = {}  # those that have noise themselves, by name
-        self.followed: list[nn.Parameter] = []  # the others: calls of layers are known by them
-        self.riders: dict[str, str] = {}  # layer -> the layer whose noise serves it too, in the latest new batch
+        self._parallel = DataParallelBatch(parallel[0]) if parallel else None
+        self._keys = StepKeys(seed)
+        self.log_sigma: dict[str, nn.Parameter] = {}
+        self._view_model()
+        self.settings.check_names(set(self.view.layers.values()))
+        if self.settings.learn_sigma:
+            self._make_log_sigma()
 
-    def _make_log_sigma(self) -> dict[str, nn.Parameter]:
-        log_sigma: dict[str, nn.Parameter] = {}
+    def _view_model(self) -> None:
+        """Look at the model by the present settings, with no plan yet."""
+        self.view = ModelView.of(self.model, lambda layer: self.settings.noise_of(layer) == "weights")
+        self._runner = PassRunner(self.view, self.settings, self.log_sigma)
+        self._plans: dict[tuple, Plan] = {}  # by the shapes of a batch
+        self._kinds: dict[tuple, Plan] = {}  # the first of those that differ in sizes alone
+
+    def _make_log_sigma(self) -> None:
         shapes = features(self.model)
-        for parameter in self.model_parameters:
-            name = self.layers[id(parameter)]
-            if parameter.requires_grad and name not in log_sigma:
+        for parameter in self.view.parameters:
+            name = self.view.layers[id(parameter)]
+            if parameter.requires_grad and name not in self.log_sigma:
                 start = torch.full(shapes[id(parameter)], self.settings.sigma_of(name), dtype=torch.float32)
-                log_sigma[name] = nn.Parameter(start.log().to(parameter.device))
-        return log_sigma
+                self.log_sigma[name] = nn.Parameter(start.log().to(parameter.device))
 
     @property
     def device(self) -> torch.device:
-        """The model's, of its first parameter."""
-        return self.model_parameters[0].device
+        """The device of the model's first parameter."""
+        return self.view.device
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise."""
+        return self._keys.seed
 
     @property
     def step(self) -> int:
         """The number of the next step, from 0. It is counted on the model's device: reading it synchronises."""
-        return int(self._step)
+        return self._keys.step
 
     @step.setter
     def step(self, value: int) -> None:
-        _check_step(value)
-        self._step.fill_(value)
+        self._keys.step = value
 
     def parameters(self) -> list[nn.Parameter]:
         """The learnt ln sigma, for an optimiser; empty unless learn_sigma."""
         return list(self.log_sigma.values())
 
     def sigma(self, layer: str) -> Tensor | float:
-        """The noise scale of a layer: the setting, or what has been learnt, fp32 `[features]` or `[]`."""
-        if layer in self.log_sigma:
-            return self.log_sigma[layer].detach().exp()
-        return self.settings.sigma_of(layer)
+        """The noise scale of a layer: the setting, or the learnt one, fp32 `[features]` or `[]`."""
+        return self._runner.sigma(layer)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def backward(self, x: Any, y: Any, loss_fn: LossFunction, reach: Given = None) -> Tensor:
+    def backward(self, x: Any, y: Any, loss_fn: LossFunction, affects: Affects = None) -> Tensor:
         """Add the gradient of the batch's mean noised loss to `.grad` of the trained parameters, and go on by a step.
 
         Args:
             x: the model's input: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of tensors with
                 samples first.
             y: targets: a tensor, tuple or dict of tensors with samples first, or None.
-            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `reach` `[rows, losses]`;
+            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
                 need not be differentiable. It gets all copies of the targets.
-            reach: for samples that are a graph, a text, a series: which of a sample's losses (of its nodes, tokens,
-                steps) the noise of each of its rows in a layer can change. A matrix `[rows, losses]` on the model's
-                device, dense or sparse, of which any number but 0 says that it can; a dense `[samples, rows, losses]`
-                where samples differ; or a mapping from names of layers or modules to such, where the others reach all
-                losses, as noise on weights does. A row's noise is then weighed by the losses that it reaches alone, of
-                which fewer are less noise. A matrix with too many 1s is right, too; one with a 0 too many is not, for
-                which some losses of the first batch of a shape are tried. Rows are the output's, without its features,
-                in all calls of the layer one behind the other. A causal text of T tokens: `torch.ones(T, T).triu()`,
-                and behind its last attention `torch.eye(T)`.
+            affects: for samples with many losses (a graph's nodes, a text's tokens, a series' steps): the losses of a
+                sample that the noise of each of its rows in a layer can change. A matrix `[rows, losses]` on the
+                model's device, dense or sparse, in which any number but 0 means yes; a dense `[samples, rows, losses]`
+                where samples differ; or a mapping from names of layers or modules to such, where the others affect all
+                losses, as noise on weights does. Only the losses that a row affects enter its gradient: fewer of them
+                are less noise. Extra 1s only add variance; a missing 1 biases the gradient, and is looked for with some
+                losses of the first batch of a shape. Rows are those of the layer's output, without its features, in all
+                calls of the layer one after the other. A causal text of T tokens has `torch.ones(T, T).triu()`, and
+                after its last attention `torch.eye(T)`.
 
         Returns:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
-            Reading it is what synchronises, not this; but the first batch of each shape is looked at more closely,
-            which takes a few forwards and synchronises.
+            Reading it is what synchronises, not this call. But before the first gradient of a shape the model runs up
+            to eight forwards, most of two copies, and synchronises; for another shape of the same kind of batch
+            (another length, fewer samples) two, and one more with `affects`.
 
         Raises:
-            ValueError: a batch, a loss or a model that breaks the rules. What the first batch of a shape shows is
-                raised before any gradient is written; a loss that fails later may leave those of passes before.
+            ValueError: a batch, a loss or a model breaks the rules. If this shows on the first batch of a shape, no
+                gradient has been written; a loss that fails later may leave the gradients of earlier passes.
         """
-        batch = self._batch(x, y, reach)
-        if self._replicas is not None:
-            self._replicas.place(batch, self.device)
-        with evaluation(self.model):
+        batch = self._batch(x, y, affects)
+        if self._parallel is not None:
+            batch = self._parallel.locate(batch, self.device)
+        with eval_mode(self.model):
             plan = self._plan(batch, loss_fn)
-            keys = self.keys(plan.names, plan.sites)
-            losses = losses_of_step(self, keys, batch, loss_fn)
-            mean = self._passes(plan, keys, batch, loss_fn) if losses is None else losses.mean()
-        if self._replicas is not None:
-            self._replicas.average([*self.model_parameters, *self.parameters()])
-        self._step.add_(1)
+            keys = self._keys.of_sites(plan.names, plan.sites)
+            losses = run_mlp_step(self._runner, keys, batch, loss_fn)
+            mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
+        if self._parallel is not None:
+            self._parallel.average([*self.view.parameters, *self.parameters()])
+        self._keys.advance()
         return mean
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def look(self, x: Any, y: Any, loss_fn: LossFunction, reach: Given = None) -> Plan:
-        """The passes that a batch like this asks for. Raises what `backward` raises about the first of a shape."""
-        batch = self._batch(x, y, reach)
-        with evaluation(self.model):
+    def plan(self, x: Any, y: Any, loss_fn: LossFunction, affects: Affects = None) -> Plan:
+        """The plan for batches of this shape. Raises the errors that `backward` raises before its first gradient."""
+        batch = self._batch(x, y, affects)
+        with eval_mode(self.model):
             return self._plan(batch, loss_fn)
 
-    def _batch(self, x: Any, y: Any, reach: Given) -> Batch:
+    def _batch(self, x: Any, y: Any, affects: Affects) -> Batch:
         batch = Batch(x, y)
-        batch.reach = read_reach(reach, batch.samples, self.device)
-        if reach is not None and self.settings.sampler == "sobol":
-            fail("reach", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
-        return batch
-
-    def _passes(self, plan: Plan, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor:
-        """All passes and their gradients, layer by layer; the mean loss."""
-        s = self.settings
-        clean = self._clean(plan.clean, batch, loss_fn) if s.baseline == "clean" else None
-        if s.allocation == "even":
-            return torch.stack([self._pass(item, keys, batch, clean, loss_fn).mean() for item in plan.passes]).mean()
-        means, spreads = [], None
-        for item in reversed(plan.passes):
-            if spreads is None or item.weights:  # noise on weights is all samples'
-                losses = self._pass(item, keys, batch, clean, loss_fn)
-                means.append(losses.mean())
-                spreads = spreads if item.weights else spread(losses, s.antithetic).cpu()
-            else:
-                means.append(self._pass_of_groups(item, keys, batch, clean, loss_fn, spreads))
-        return torch.stack(means).mean()
-
-    def _pass_of_groups(
-        self,
-        item: Pass,
-        keys: Mapping[str, Tensor],
-        batch: Batch,
-        clean: Tensor | None,
-        loss_fn: LossFunction,
-        spreads: Tensor,
-    ) -> Tensor:
-        """One pass in which samples differ in their number of copies; the mean loss."""
-        s = self.settings
-        # A single draw has no baseline; it needs none where a pair of equal inputs cancels it, as for weights.
-        least = s.by_draw * (1 if s.antithetic and item.shared and not s.learn_sigma else 2)
-        place, means = 0, []
-        for group in groups(spreads, item.copies, least, s.by_draw):
-            part = batch.select(group.samples, place)
-            place += part.samples
-            of_part = None if clean is None else clean[group.samples.to(clean.device)]
-            many = part.samples > 1  # a model may treat a single row differently, as `squeeze` does
-            of_group = item._replace(copies=group.copies, cut=item.cut and many, resumes=item.resumes and many)
-            losses = self._pass(of_group, keys, part, of_part, loss_fn)
-            means.append(losses.mean() * (part.samples / batch.samples))
-        return torch.stack(means).sum()
-
-    def _clean(self, item: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
-        """The losses without noise, `[samples]` or `[samples, losses]`."""
-        parts = [batch.part(rows) for rows in parts_of(batch.samples, item.part)]
-        return torch.cat([part.losses(self.noised(item, {}, part, 1, keep=False)[1], loss_fn, 1)[0] for part in parts])
-
-    def _pass(
-        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
-    ) -> Tensor:
-        """One pass and its gradients; the losses, `[copies, samples]` or `[copies, samples, losses]`."""
-        found = []
-        for rows in parts_of(batch.samples, item.part):
-            of_part = None if clean is None else clean[rows]
-            found.append(self._accumulate(item, keys, batch.part(rows), of_part, loss_fn))
-        return found[0] if len(found) == 1 else torch.cat(found, 1)
-
-    def _accumulate(
-        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, clean: Tensor | None, loss_fn: LossFunction
-    ) -> Tensor:
-        """One pass over some samples, and its gradients; their losses."""
-        s = self.settings
-        chunks = chunks_of(item.copies, batch.samples, item.rows, s.by_draw)
-        replays = bool(item.layers) and (s.memory == "replay" or (len(chunks) > 1 and not item.shared))
-        parts, kept, prefix = [], None, Prefix() if item.resumes and len(chunks) > 1 else None
-        for draw, size in chunks:
-            keep = not replays and kept is None  # what one chunk reads is what all read
-            noised, outputs = self.noised(item, keys, batch, size, draw, keep=keep, prefix=prefix)
-            parts.append(batch.losses(outputs, loss_fn, size))
-            del outputs  # before the next chunk makes its own
-            kept = noised if keep else kept
-        losses = in_order(parts, s.antithetic)
-        weights = loss_weights(losses, clean, s.baseline, s.antithetic)
-        weights *= batch.share
-        of_all = self._weights(item, batch, weights)
-        if item.weights:
-            self._weight_noise(item, keys).add_gradients(of_all.of_samples)
-        if kept is not None:
-            self._add_gradients(kept, item, of_all)
-        elif len(noised.order) == 1:  # it reads what no noise has changed
-            self._replay(item._replace(cut=True), keys, batch, weights, 0, noised.order)
-        else:
-            for draw, size in chunks:
-                part = of_chunk(weights, draw, size, s.antithetic)
-                self._replay(item, keys, batch, part, draw, noised.order)
-        return losses
-
-    @staticmethod
-    def _weights(item: Pass, batch: Batch, loss_weight: Tensor) -> Weights:
-        return Weights(loss_weight, batch.reach, item.noise_rows, item.riders)
-
-    def _add_gradients(self, noised: NoisedPass, item: Pass, weights: Weights) -> None:
-        for kept in noised.calls:
-            kept.call.check_unchanged()
-        log_sigma = self._learnt(item)
-        together = []
-        for layer, number, call in noised.calls:
-            if isinstance(call, LinearCall) and layer not in log_sigma:
-                together.append((call, weights.of(layer, number)))
-            else:
-                call.add_gradient(weights.of(layer, number), 0, log_sigma.get(layer))
-        add_gradients(together, 0)
-
-    def _replay(
-        self, item: Pass, keys: Mapping[str, Tensor], batch: Batch, weights: Tensor, draw: int, order: list[str]
-    ) -> None:
-        """The forward once more, with known losses; each layer adds its gradients as it goes."""
-        replay = Replay(self._weights(item, batch, weights), self._learnt(item), order)
-        try:
-            noised, _ = self.noised(item, keys, batch, weights.shape[0], draw, keep=False, replay=replay)
-        except Finished:
-            return
-        noised.check_order(order)
-
-    def _learnt(self, item: Pass) -> dict[str, nn.Parameter]:
-        """The ln sigma that a pass gives gradients; a rider's noise has its lead's."""
-        return {layer: value for layer, value in self.log_sigma.items() if layer not in item.riders}
-
-    def noised(
-        self,
-        item: Pass,
-        keys: Mapping[str, Tensor],
-        batch: Batch,
-        copies: int,
-        draw: int = 0,
-        *,
-        keep: bool = True,
-        replay: Replay | None = None,
-        prefix: Prefix | None = None,
-        noisy: Callable[[str, int], Tensor] | None = None,
-    ) -> tuple[NoisedPass, Any]:
-        """One forward of a pass, for `copies` copies from a draw on; and the model's output."""
-        s = self.settings
-        noises = {
-            layer: Noise(self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler, draw, batch.first)
-            for layer in item.layers
-            if layer not in item.riders
-        }
-
-        def forward(probing: Probing | None, inputs: Any) -> tuple[NoisedPass, Any]:
-            arguments = (self.layers, self.followed, inputs, noises, item.riders, batch.samples)
-            noised = NoisedPass(
-                *arguments, cut=item.cut, keep=keep, replay=replay, probing=probing, prefix=prefix, noisy=noisy
-            )
-            with noised:
-                return noised, apply(self.model, inputs)
-
-        if not item.weights:
-            return forward(None, repeat(batch.x, 1 if item.cut else copies))
-        on_weights = self._weight_noise(item, keys)
-        if not item.apart:
-            return forward(on_weights.together(self.model, copies, draw, batch.samples), repeat(batch.x, copies))
-        done = [forward(mode, repeat(batch.x, 1)) for mode in on_weights.by_copy(self.model, copies, draw)]
-        return done[0][0], joined([outputs for _, outputs in done])
-
-    def _weight_noise(self, item: Pass, keys: Mapping[str, Tensor]) -> WeightNoise:
-        def site(name: str, parameter: nn.Parameter) -> Site:
-            sigma = self.settings.sigma_of(self.layers[id(parameter)])
-            scale = torch.full((), sigma, dtype=torch.float32, device=parameter.device)
-            return Site(name, parameter, keys[name].to(parameter.device), scale, None)
-
-        sites = [site(name, self.weights[name]) for name in item.weights]
-        return WeightNoise(sites, self.settings.antithetic, self.settings.dist)
-
-    def keys(self, layers: tuple[str, ...], sites: Tensor) -> dict[str, Tensor]:
-        """The site keys of this step, made on the device from the step that is counted there."""
-        if self._step.device != sites.device:  # the model has been moved
-            self._step = self._step.to(sites.device)
-        seed = torch.full((), noise_contract.signed64(self.seed), dtype=torch.int64, device=sites.device)
-        return dict(zip(layers, ops.fold_in(ops.fold_in(seed, self._step), sites).unbind(), strict=True))
+        if affects is None:
+            return batch
+        if self.settings.sampler == "sobol":
+            fail("affects", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
+        return Batch(x, y, affects=read_affects(affects, batch.samples, self.device))
 
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
-        """What a batch of these shapes does in this model; and which parameters have noise themselves."""
-        on_weights = {id(p) for p in self.model_parameters if self.settings.noise_of(self.layers[id(p)]) == "weights"}
-        self.weights = {self.names[id(p)]: p for p in self.model_parameters if p.requires_grad and id(p) in on_weights}
-        self.followed = [p for p in self.model_parameters if id(p) not in on_weights]
-        if [*map(id, self.model.parameters())] != [*map(id, self.model_parameters)]:
-            fail("model", "have the parameters that it had (make a new estimator after replacing any)", "other ones")
-        signature = (batch.signature, self.settings.injection, tuple(p.requires_grad for p in self.model_parameters))
+        self.view.check_parameters()
+        trained = self.view.trained
+        signature, kind = (batch.signature, trained), (batch.kind, trained)
         plan = self._plans.get(signature)
         if plan is None:
-            if len(self._plans) == MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[signature] = make_plan(self, batch, loss_fn)
+            for plans in (self._plans, self._kinds):
+                if len(plans) == MOST_PLANS:
+                    plans.clear()
+            plan = make_plan(self._runner, self._keys, batch, loss_fn, self._kinds.get(kind))
+            self._plans[signature] = plan
+            if batch.samples > 1:  # with one sample a model may do without the samples' axis, as `squeeze` does
+                self._kinds.setdefault(kind, plan)
         return plan
+
+    def _run(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """Run all passes and add their gradients; returns the mean loss."""
+        s, runner = self.settings, self._runner
+        clean = runner.clean_losses(plan.clean, batch, loss_fn) if s.baseline == "clean" else None
+        order = range(len(plan.passes)) if s.allocation == "even" else reversed(range(len(plan.passes)))
+        passes = (settle(runner, plan, which, keys, batch) for which in order)
+        means: list[Tensor] = []
+        shown: list[Tensor] = []
+        known: list[Tensor] = []
+        first: Pass | None = None  # the first pass with noise on outputs: its losses show the spreads
+
+        def spreads() -> Tensor | None:
+            if shown and not known:
+                known.append(spread(torch.cat(shown, 1), s.antithetic).cpu())
+            return known[0] if known else None
+
+        for part in schedule(passes, batch, s, spreads):
+            losses = runner.run_part(part, keys, clean, loss_fn)
+            means.append(losses.mean() * (part.batch.samples / batch.samples))
+            if s.allocation != "even" and not part.pass_.weights and (first is None or first is part.pass_):
+                first = part.pass_
+                shown.append(losses)
+        return torch.stack(means).sum() / len(plan.passes)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on: seed, step, settings, and the learnt ln sigma by layer."""
+        """The state that a run goes on from: seed, step, settings, and the learnt ln sigma by layer."""
         return {
             "seed": self.seed,
             "step": self.step,
@@ -439,8 +302,8 @@ class ULR:
         """
         if missing := [name for name in ("seed", "step", "settings", "log_sigma") if name not in state]:
             fail("state", "be that of an estimator", f"none with {', '.join(missing)}")
-        _check_seed(state["seed"])
-        _check_step(state["step"])
+        check_seed(state["seed"])
+        check_step(state["step"])
         for name in ("settings", "log_sigma"):
             if not isinstance(state[name], Mapping):
                 fail("state", f"hold a dict as {name!r}", type(state[name]).__name__)
@@ -448,23 +311,13 @@ class ULR:
             settings = Settings(**state["settings"])
         except TypeError as error:
             fail("state", "hold an estimator's settings", f"some that cannot be read: {error}")
-        settings.check_names(set(self.layers.values()))
+        settings.check_names(set(self.view.layers.values()))
         log_sigma = state["log_sigma"]
         shapes = {name: list(value.shape) for name, value in self.log_sigma.items()}
         got = {name: list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for name, v in log_sigma.items()}
         if got != shapes:
             fail("state", f"hold ln sigma of the shapes {shapes}", got)
-        self.settings, self.seed, self.step = settings, state["seed"], state["step"]
+        self.settings, self._keys.seed, self.step = settings, state["seed"], state["step"]
         for name, value in log_sigma.items():
             self.log_sigma[name].copy_(value)
-        self._plans.clear()
-
-
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
-
-
-def _check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
-        fail("step", "be an integer in [0, 2^63)", repr(step))
+        self._view_model()

@@ -1,10 +1,11 @@
-"""How a model is met: one file per layer type, each with a table of the torch functions that its layers call.
+"""Layer types: one file for each, with a table of the torch functions that its layers call.
 
-A table maps a torch function to a reader, `read(args, kwargs, origin) -> Call or None` (base class: `nn/call.py`).
-`origin` tells what a tensor owes to parameters alone: it is one, or is computed from some (a transpose, a slice, a
-reparametrised weight), or neither. Functions that no table has are met by `LocalCall`.
+A table maps a torch function to a reader, `read(args, kwargs, parameters_of) -> Call or None` (base class:
+`nn/call.py`). `parameters_of` gives the parameters that a tensor was computed from, if no sample was involved (a
+transpose, a slice, a reparametrised weight). Functions that no table has become an `AutogradCall` (`nn/generic.py`).
 
-Nothing in the model is rewritten: `torch.overrides.TorchFunctionMode` shows these calls as they happen.
+Nothing in the model is rewritten: `torch.overrides.TorchFunctionMode` shows these calls as they happen
+(`nn/interceptor.py`).
 """
 
 from collections.abc import Callable
@@ -20,4 +21,4 @@ READERS: dict[Any, Callable] = {
     **recurrent.READERS,
 }
 COMPOSITES: dict[Any, Callable] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
-LOOPS = recurrent.COMPOSITES.keys()  # shown only for noise inside: torch's own functions are faster
+LOOPS = recurrent.COMPOSITES.keys()  # run by their form only for noise inside: torch's functions are faster

@@ -44,8 +44,8 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """`F.multi_head_attention_forward`, whose arguments these are; query `[L, N, E]`, key and value `[S, N, E]`.
 
-    `is_causal` is only a hint about attn_mask, which is used. Returns `NotImplemented` for what it does not know: an
-    input without a batch, or static keys or values.
+    `is_causal` is only a hint about attn_mask, which is used. Returns `NotImplemented` for an input
+    without a batch, and for static keys or values.
     """
     if query.dim() != 3 or static_k is not None or static_v is not None:
         return NotImplemented
@@ -80,9 +80,9 @@ def multi_head_attention(
 
 
 def _mask(attn_mask: Tensor | None, padding: Tensor | None, batch: int, keys: int, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores `[N, heads, L, S]`: both masks, each boolean (True is left out) or additive.
+    """The sum of both masks, to add to the scores `[N, heads, L, S]`; each is boolean (True is left out) or additive.
 
-    Keys that were appended behind those that a mask knows are never left out.
+    Keys that were appended after those of a mask are never left out.
     """
     masks = []
     if attn_mask is not None:

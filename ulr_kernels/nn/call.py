@@ -1,4 +1,4 @@
-"""What calls of all layer types share: the tensors they read, the noise on their output, the buffers of gradients."""
+"""The base of all layer types' calls: the tensors that they read, the noise on their output, the gradient buffers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from ulr_kernels import ops
 
 
 class Noise(NamedTuple):
-    """What makes a call's noise: its scale, its key, and the settings that all layers share.
+    """The noise of one call. Copy c uses draw + c; sample i has the rows of sample first + i.
 
-    Copy c uses draw + c; sample i has the rows of sample first + i.
+    Attributes:
+        sigma: the scale, a number or fp32 `[features]` or `[]`.
+        key: int64 `[]`.
+        copies: their number; antithetic ones come as two halves.
+        dist, sampler: of the noise.
     """
 
     sigma: float | Tensor
@@ -28,13 +32,13 @@ class Noise(NamedTuple):
     first: int = 0
 
 
-class Owned(NamedTuple):
+class DerivedParameter(NamedTuple):
     """A parameter, or a tensor that is computed from parameters and constants alone: a transpose, a slice, a lookup
-    of positions, a normalised weight. Autograd knows how it depends on them.
+    of positions, a normalised weight. Autograd's graph leads from it to the parameters.
 
     Attributes:
-        tensor: it.
-        parameters: the model's parameters in it.
+        tensor: the parameter, or the tensor computed from parameters.
+        parameters: the model's parameters that it was computed from.
         rows: it was expanded to one row for each sample.
     """
 
@@ -43,48 +47,53 @@ class Owned(NamedTuple):
     rows: bool = False
 
 
-class Known(NamedTuple):
-    """What a second pass knows when it comes to a call: what `add_gradient` takes, and the learnt ln sigma or None."""
+class KnownLosses(NamedTuple):
+    """The result of a first pass for a call: loss weights as in `add_gradient`, and the learnt ln sigma or None."""
 
     loss_weight: Tensor
     log_sigma: Tensor | None
 
 
-Origin = Callable[[Any], Owned | None]  # what a tensor owes to parameters alone
+ParametersOf = Callable[[Any], DerivedParameter | None]  # the parameters that a tensor was computed from
 
 
 class Call:
     """One call of a layer v = phi(x; theta), as a reader found it in the model's forward.
 
-    A layer type says what phi is (`forward`) and how a score becomes gradients (`add_gradient`); it may also make the
-    noised output in a way of its own (`_noised`), and output and gradients in one pass (`_replayed`). Inputs and
+    A layer type defines phi (`forward`) and how a score becomes gradients (`add_gradient`). It may also make the noised
+    output by an op of its own (`_noised`), and output and gradients in one (`_noised_with_gradient`). Inputs and
     outputs have their samples on the first axis.
 
     Attributes:
         inputs: the tensors that depend on the samples, which the gradient needs.
-        given: the same, as the model gave them.
+        given: the same, before copies of them were made for a function in place.
         parameters: the model's own parameters in the call, the one that names it first; empty if it has none.
         feature_dim: the axis of the output that counts the noise's columns; all others, in order, are its rows.
-        additive: the first input goes into the output as it is: v = x + phi(theta).
-        time: the time step of a recurrent layer, from 0 in the order in which it takes them; None in any other layer.
+        additive: the output is a sum with the first input: v = x + phi(theta).
+        time: the time step of a recurrent layer, from 0 in the order of its steps; None in any other layer.
+        expands_rows: the output is a parameter with a row for each sample, so the number of inputs is that of the rows.
+        generic: no layer type reads this function; its output and derivative have to be checked.
+        add_together: adds the gradients of many calls, `add_together([(call, loss_weight), ...], draw)`; None: each
+            call adds its own.
     """
 
     feature_dim = -1
-    additive = False
+    additive = expands_rows = generic = False
     time: int | None = None
+    add_together: Callable[[list[tuple[Any, Tensor]], int], None] | None = None
 
-    def __init__(self, inputs: tuple[Tensor, ...], owned: tuple[Owned | None, ...]) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], derived: tuple[DerivedParameter | None, ...]) -> None:
         self.inputs = self.given = inputs
         self._versions = tuple(x._version for x in inputs)
-        known = {id(p): p for each in owned if each is not None for p in each.parameters}
+        known = {id(p): p for each in derived if each is not None for p in each.parameters}
         self.parameters = tuple(known.values())
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The layer's output for inputs of the same kind, of any number of samples."""
         raise NotImplementedError
 
-    def local(self, sample: int, samples: int) -> Tensor:
-        """One sample's output, of which autograd knows how it depends on the parameters, and nothing else."""
+    def of_sample(self, sample: int, samples: int) -> Tensor:
+        """One sample's output, with autograd's graph to the parameters and to nothing else."""
         with torch.enable_grad():
             return self.forward(*(x.detach().unflatten(0, (samples, -1))[sample] for x in self.inputs))
 
@@ -99,8 +108,8 @@ class Call:
         x_copies: int,
         *,
         shared: bool,
-        rides: bool = False,
-        known: Known | None = None,
+        silent: bool = False,
+        known: KnownLosses | None = None,
     ) -> Tensor:
         """The layer's output with noise, copy-major: `[copies * samples, ...]`.
 
@@ -109,21 +118,22 @@ class Call:
             samples: how many one copy has.
             x_copies: how many copies the inputs hold: 1, or all of them.
             shared: the inputs are the same in all copies.
-            rides: another term of the sum that the output goes into has this very noise: add none, but remember it.
-            known: the losses, where a first pass has found them: the gradients are added now.
+            silent: add no noise, as another branch of the residual sum adds it or nothing reads the output; the
+                gradient uses it.
+            known: the losses, if a first pass has found them: the gradients are added now.
 
         Returns:
-            All copies; of a call that rides, as many as the inputs hold.
+            All copies; if `silent`, as many as the inputs hold.
         """
         self.noise, self._samples, self._shared = noise, samples, shared
         self._operands = tuple(x[: x.shape[0] // x_copies] for x in self.inputs) if shared else self.inputs
-        if rides:
+        if silent:
             y = self.clean()
             self._shape = torch.Size((y.shape[0] // x_copies, *y.shape[1:]))
             if known is not None:
                 self.add_gradient(known.loss_weight, noise.draw, known.log_sigma)
             return y
-        y = self._noised() if known is None else self._replayed(known)
+        y = self._noised() if known is None else self._noised_with_gradient(known)
         self._shape = y.shape[1:]
         return y.flatten(0, 1)
 
@@ -144,7 +154,7 @@ class Call:
             **self._spec(self._positions),
         ).view(noise.copies, *self._shape)
 
-    def _replayed(self, known: Known) -> Tensor:
+    def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
         """`_noised()`, and the gradients from the same noise."""
         y = self._noised()
         self._shape = y.shape[1:]
@@ -152,9 +162,9 @@ class Call:
         return y
 
     def _spec(self, positions: int, loss_weight: Tensor | None = None) -> dict[str, Any]:
-        """The arguments that say which noise, in a forward as in its gradient.
+        """The noise arguments of an op, the same in a forward and in its gradient.
 
-        Rows that differ in what they count are samples to an op (which is the same but for Sobol's dimensions).
+        Where rows have weights of their own, an op takes each row for a sample (the noise is the same, except Sobol's).
         """
         noise = self.noise
         by_row = loss_weight is not None and loss_weight.shape[1] > self._samples
@@ -201,9 +211,9 @@ class Call:
         raise NotImplementedError
 
     def _scores(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-        """What takes the place of the output's gradient, fp32, followed by the inputs that it belongs to.
+        """Yield loss_weight * score / sigma, fp32, which takes the place of the output's gradient, and its inputs.
 
-        One for all copies, summed, where they share the inputs; else one for each copy.
+        One sum over all copies where they share the inputs; else one for each copy.
         """
         self._add_log_sigma(loss_weight, draw, log_sigma)
         noise, spec = self.noise, self._spec(self._positions, loss_weight) | {"feature_dim": self.feature_dim}
@@ -234,21 +244,21 @@ class Call:
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:
-    """`.grad`, made if there is none."""
+    """`.grad`, zeros if there is none yet."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
 @contextlib.contextmanager
-def gradient_buffers(*owned: Owned | None) -> Iterator[list[Tensor | None]]:
+def gradient_buffers(*derived: DerivedParameter | None) -> Iterator[list[Tensor | None]]:
     """Buffers to add gradients to; None where nothing is trained.
 
-    A parameter's buffer is its `.grad`. What is added to that of a tensor computed from parameters goes on to them at
-    the end, by autograd through that computation, which no sample has part in.
+    A parameter's buffer is its `.grad`. The buffer of a tensor computed from parameters is passed on to them at the
+    end, by autograd through that computation, which involves no sample.
     """
     buffers: list[Tensor | None] = []
-    for each in owned:
+    for each in derived:
         if each is None or not each.tensor.requires_grad:
             buffers.append(None)
         elif each.tensor.is_leaf:
@@ -256,13 +266,13 @@ def gradient_buffers(*owned: Owned | None) -> Iterator[list[Tensor | None]]:
         else:
             buffers.append(torch.zeros_like(each.tensor))
     yield buffers
-    for each, buffer in zip(owned, buffers, strict=True):
+    for each, buffer in zip(derived, buffers, strict=True):
         if each is not None and buffer is not None and not each.tensor.is_leaf:
             pass_on(each.tensor, each.parameters, buffer)
 
 
 def pass_on(tensor: Tensor, parameters: tuple[Tensor, ...], gradient: Tensor) -> None:
-    """Add to `.grad` of the parameters what a gradient of a tensor computed from them gives."""
+    """Pass a gradient of a tensor on to `.grad` of the parameters that it was computed from."""
     trained = [p for p in parameters if p.requires_grad]
     found = torch.autograd.grad(tensor, trained, gradient.to(tensor.dtype), retain_graph=True, allow_unused=True)
     for parameter, part in zip(trained, found, strict=True):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
-from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffer, gradient_buffers
 
 
 class ConvCall(Call):
@@ -25,18 +25,18 @@ class ConvCall(Call):
         weight: Tensor,
         bias: Tensor | None,
         window: dict[str, Any],
-        origin: Origin,
+        parameters_of: ParametersOf,
     ) -> None:
         """`window`: stride, padding, dilation, groups and, of a transposed convolution, output_padding."""
         self._func, self._w, self._b, self._window = func, weight, bias, window
-        self._weight, self._bias = origin(weight), origin(bias)
+        self._weight, self._bias = parameters_of(weight), parameters_of(bias)
         super().__init__((x,), (self._weight, self._bias))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self._func(*inputs, self._w, self._b, **self._window)
 
     def _arguments(self) -> tuple[Tensor, dict[str, Any]]:
-        """The images and the window as the ops take them: one dimension is a height of 1."""
+        """The images and the window in the form of the ops: an image of one dimension has a height of 1."""
         (x,), window = self._operands, dict(self._window)
         if not self._shared:
             x = x.unflatten(0, (self.noise.copies, -1))
@@ -57,13 +57,13 @@ class ConvCall(Call):
         return y if two else y.squeeze(-2)
 
     def _forward_spec(self, x: Tensor, loss_weight: Tensor | None = None) -> dict[str, Any]:
-        """`_spec` before there is an output whose rows can be counted."""
+        """`_spec` before the output, whose rows it needs, exists."""
         if (images := x.shape[-4] // self._samples) > 1 or self.noise.first:
             return self._spec(images * self.forward(self._operands[0][:1])[0, 0].numel(), loss_weight)
         spec = self._spec(0, loss_weight)
         return spec if spec["positions"] else spec | {"positions": None}  # those of one image
 
-    def _replayed(self, known: Known) -> Tensor:
+    def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
         noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
         with self._buffers() as (weight, bias):
             y = ops.noisy_conv2d_recompute_(
@@ -84,7 +84,7 @@ class ConvCall(Call):
 
     @contextlib.contextmanager
     def _buffers(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Of the weight, as the ops take it, and of the bias."""
+        """Gradient buffers: of the weight, in the shape of the ops, and of the bias."""
         with gradient_buffers(self._weight, self._bias) as (weight, bias):
             yield weight if weight is None or self._w.dim() == 4 else weight.unsqueeze(2), bias
 
@@ -110,14 +110,14 @@ TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d}
 
 
 def _reader(func: Callable[..., Tensor], names: tuple[str, ...]) -> Callable:
-    """`names`: the function's arguments behind the bias."""
+    """`names`: the function's arguments after the bias."""
 
-    def read(args: tuple, kwargs: dict[str, Any], origin: Origin) -> ConvCall | None:
+    def read(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> ConvCall | None:
         given = dict(zip(("input", "weight", "bias", *names), args, strict=False)) | kwargs
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
-        if x.dim() != weight.dim() or origin(x):  # without a batch: torch would take it too
+        if x.dim() != weight.dim() or parameters_of(x):  # without a batch: torch would take it too
             return None
-        return ConvCall(func, x, weight, bias, given, origin)
+        return ConvCall(func, x, weight, bias, given, parameters_of)
 
     return read
 

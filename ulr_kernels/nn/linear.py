@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,32 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import onednn, ops
-from ulr_kernels.nn.call import Call, Known, Origin, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffer, gradient_buffers
 
 
 class LinearCall(Call):
     """y = x W^T + b, with x `[samples (x positions), ..., K]`."""
 
     def __init__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, origin: Origin, *, columns: bool = False
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, parameters_of: ParametersOf, *, columns: bool = False
     ) -> None:
         """`columns`: the weight comes as `[K, N]`, as in `x @ W`, instead of `[N, K]`."""
         self._w = weight.T if columns else weight
         self._b = bias
         self._columns = columns
-        self._weight, self._bias = origin(weight), origin(bias)
+        self._weight, self._bias = parameters_of(weight), parameters_of(bias)
         super().__init__((x,), (self._weight, self._bias))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (x,), weight, bias = inputs, self._w, self._b
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-        fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
+        fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else F.linear raises its own error
         if plain and fits and x.device.type == "cpu" and onednn.dense(weight):
             return onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
     def _rows(self) -> Tensor:
-        """The input as the ops take it: `[R, K]`, shared by the copies, or `[C, R, K]`."""
+        """The input in the shape of the ops: `[R, K]`, shared by the copies, or `[C, R, K]`."""
         (x,) = self._operands
         return x.flatten(0, -2) if self._shared else x.unflatten(0, (self.noise.copies, -1)).flatten(1, -2)
 
@@ -51,7 +51,7 @@ class LinearCall(Call):
     def _like_input(self, y: Tensor) -> Tensor:
         return y.view(self.noise.copies, -1, *self._operands[0].shape[1:-1], y.shape[-1])
 
-    def _replayed(self, known: Known) -> Tensor:
+    def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
         rows, noise = self._rows(), self.noise
         with self._buffers() as (weight, bias):
             y = ops.noisy_linear_recompute_(
@@ -71,12 +71,28 @@ class LinearCall(Call):
 
     @contextlib.contextmanager
     def _buffers(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Of the weight, as `[N, K]`, and of the bias."""
+        """Gradient buffers: of the weight, as `[N, K]`, and of the bias."""
         with gradient_buffers(self._weight, self._bias) as (weight, bias):
             yield weight.T if weight is not None and self._columns else weight, bias
 
+    @staticmethod
+    def add_together(calls: list[tuple[LinearCall, Tensor]], draw: int) -> None:
+        """Add the gradients of many calls, in one launch where possible: small layers fill a device only together."""
+        groups: list[list[tuple[LinearCall, Tensor]]] = []
+        for call, loss_weight in calls:
+            group = next((group for group in groups if call.joins([other for other, _ in group])), None)
+            if group is None:
+                groups.append([(call, loss_weight)])
+            else:
+                group.append((call, loss_weight))
+        for group in groups:
+            if len(group) == 1:
+                group[0][0].add_gradient(group[0][1], draw, None)
+            else:
+                _launch_together(group, draw)
+
     def joins(self, others: Sequence[LinearCall]) -> bool:
-        """Whether one launch can add the gradients of this and others: each trained weight is one's only."""
+        """Whether one launch can add the gradients of this and others: no trained weight belongs to two of them."""
         weights = [call._weight for call in (self, *others)]
         if any(weight is None or not weight.tensor.requires_grad for weight in weights):
             return False
@@ -100,24 +116,7 @@ class LinearCall(Call):
             )
 
 
-def add_gradients(calls: Iterable[tuple[LinearCall, Tensor]], draw: int) -> None:
-    """`add_gradient` of each call with its loss weights, of many in one launch: the gradients of small layers fill a
-    device only together."""
-    groups: list[list[tuple[LinearCall, Tensor]]] = []
-    for call, loss_weight in calls:
-        group = next((group for group in groups if call.joins([other for other, _ in group])), None)
-        if group is None:
-            groups.append([(call, loss_weight)])
-        else:
-            group.append((call, loss_weight))
-    for group in groups:
-        if len(group) == 1:
-            group[0][0].add_gradient(group[0][1], draw, None)
-        else:
-            _add_together(group, draw)
-
-
-def _add_together(group: list[tuple[LinearCall, Tensor]], draw: int) -> None:
+def _launch_together(group: list[tuple[LinearCall, Tensor]], draw: int) -> None:
     calls, loss_weights = zip(*group, strict=True)
     rows = [call._rows() for call in calls]
     specs = [call._spec(x.shape[-2] // call._samples, w) for call, x, w in zip(calls, rows, loss_weights, strict=True)]
@@ -140,29 +139,29 @@ def _add_together(group: list[tuple[LinearCall, Tensor]], draw: int) -> None:
         )
 
 
-def _linear(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
+def _linear(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> LinearCall | None:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearCall | None:
-        if origin(input) or input.dim() < 2 or weight.dim() != 2 or not _per_feature(bias, weight.shape[0]):
+        if parameters_of(input) or input.dim() < 2 or weight.dim() != 2 or not _per_feature(bias, weight.shape[0]):
             return None
-        return LinearCall(input, weight, bias, origin)
+        return LinearCall(input, weight, bias, parameters_of)
 
     return call(*args, **kwargs)
 
 
-def _product(args: tuple, kwargs: dict[str, Any], origin: Origin) -> LinearCall | None:
+def _product(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> LinearCall | None:
     if kwargs or len(args) < 2:
         return None
     x, weight = args[-2:]
     bias = args[0] if len(args) == 3 else None  # addmm(bias, x, weight)
-    if origin(x) or origin(weight) is None or weight.dim() != 2 or x.dim() < 2:
+    if parameters_of(x) or parameters_of(weight) is None or weight.dim() != 2 or x.dim() < 2:
         return None
     if not _per_feature(bias, weight.shape[1]):
         return None
-    return LinearCall(x, weight, bias, origin, columns=True)
+    return LinearCall(x, weight, bias, parameters_of, columns=True)
 
 
 def _per_feature(bias: Tensor | None, features: int) -> bool:
-    """Whether a bias is what layers have; torch's functions would broadcast other shapes too."""
+    """Whether a bias has one number for each feature; torch's functions would broadcast other shapes too."""
     return bias is None or bias.shape == (features,)
 
 

@@ -1,8 +1,9 @@
-"""Names of noise sites: qualified names of modules and parameters, without the prefixes that wrappers put."""
+"""Names of layers and parameters: qualified names, without the prefixes that wrappers put before them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,27 +20,27 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
-    """A module, and what is inside each wrapper, from the outermost on."""
+    """A module, and the module inside each wrapper, from the outermost on."""
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
         if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = inner.module
-        else:  # known by its attribute: to name the compiler's class would import it, which takes seconds
+        else:  # recognised by an attribute: naming the compiler's class would import it, which takes seconds
             compiled = getattr(inner, "_orig_mod", None)
             inner = compiled if isinstance(compiled, nn.Module) else None
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """id(parameter) -> its qualified name; a tied parameter has its first one."""
+    """id(parameter) -> its qualified name; a tied parameter has the first of its names."""
     return {id(parameter): _strip(name) for name, parameter in model.named_parameters()}
 
 
 def layer_names(model: nn.Module) -> dict[int, str]:
     """id(parameter) -> the name of its layer.
 
-    A module with no other parameters of its own than `weight` and `bias` is a layer, known by its name, or where its
-    weight is another's by that one's; any other parameter is known by its own.
+    A module whose own parameters are called `weight` and `bias` is a layer, and gives them its name; if its weight is
+    tied to another layer's, it has that layer's name. Any other parameter is a layer of its own name.
     """
     names = parameter_names(model)
     for path, module in model.named_modules():
@@ -55,8 +56,8 @@ def layer_names(model: nn.Module) -> dict[int, str]:
 
 
 def features(model: nn.Module) -> dict[int, torch.Size]:
-    """id(parameter) -> `[features]` of its layer's output, where the noise may have a scale for each; else `[]`, as of
-    a parameter that layers of different features share.
+    """id(parameter) -> the shape of its layer's noise scale: `[features]` of the layer's output where each feature can
+    have its own, else `[]`, also for a parameter that layers of different features share.
     """
     found: dict[int, torch.Size] = {}
     for module in model.modules():
@@ -69,3 +70,21 @@ def features(model: nn.Module) -> dict[int, torch.Size]:
 
 def _strip(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
+
+
+def value_of_layer(values: Mapping[str, Any], layer: str) -> Any:
+    """The value of a layer in a mapping from names: its own, or that of the smallest module around it, or None."""
+    return next((values[name] for name in _with_modules(layer) if name in values), None)
+
+
+def unknown_names(values: Mapping[str, Any], layers: set[str]) -> list[str]:
+    """The names in a mapping that are neither a layer's nor those of a module with layers."""
+    return sorted(set(values) - {name for layer in layers for name in _with_modules(layer)})
+
+
+def _with_modules(layer: str) -> Iterator[str]:
+    """A layer's name, and those of the modules around it, up to "", the model."""
+    yield layer
+    while layer:
+        layer = layer.rpartition(".")[0]
+        yield layer

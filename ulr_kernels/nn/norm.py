@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
-from ulr_kernels.nn.call import Call, Origin, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, ParametersOf, gradient_buffer, gradient_buffers
 
 
 class NormCall(Call):
@@ -22,12 +22,12 @@ class NormCall(Call):
         normalise: Callable[..., Tensor],
         gain: Tensor | None,
         shift: Tensor | None,
-        origin: Origin,
+        parameters_of: ParametersOf,
         feature_dim: int,
     ) -> None:
         """`normalise(x, gain, shift)` -> the output; gain, shift: `[features]`, or None."""
         self._normalise, self._w, self._b = normalise, gain, shift
-        self._gain, self._shift = origin(gain), origin(shift)
+        self._gain, self._shift = parameters_of(gain), parameters_of(shift)
         self.feature_dim = feature_dim
         super().__init__((x,), (self._gain, self._shift))
 
@@ -58,7 +58,7 @@ class NormCall(Call):
 def _reader(func: Callable[..., Tensor], feature_dim: int) -> Callable:
     signature = inspect.signature(func)
 
-    def read(args: tuple, kwargs: dict[str, Any], origin: Origin) -> NormCall | None:
+    def read(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> NormCall | None:
         given = signature.bind(*args, **kwargs).arguments
         x, gain, shift = given.pop("input"), given.pop("weight", None), given.pop("bias", None)
         if any(t is not None and t.dim() != 1 for t in (gain, shift)):  # several axes normalised at once
@@ -67,7 +67,7 @@ def _reader(func: Callable[..., Tensor], feature_dim: int) -> Callable:
         def normalise(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
             return func(x, weight=gain, **({"bias": shift} if "bias" in signature.parameters else {}), **given)
 
-        return NormCall(x, normalise, gain, shift, origin, feature_dim)
+        return NormCall(x, normalise, gain, shift, parameters_of, feature_dim)
 
     return read
 

@@ -1,4 +1,4 @@
-"""Recurrent layers and cells: nn.RNN, GRU, LSTM. torch's function is one call for all time steps; here each is seen.
+"""Recurrent layers and cells: nn.RNN, GRU, LSTM. torch's function is one call for all time steps; here each is a call.
 
 A step of an RNN or a GRU is a function with one output, the new state, which gets the noise; torch's derivative of the
 cell takes the score back to its parameters. A GRU's gates have four times as many numbers (its new gate tanh(a + r * b)
@@ -20,8 +20,8 @@ from torch.overrides import wrap_torch_function
 
 from ulr_kernels import ops
 from ulr_kernels.nn import linear
-from ulr_kernels.nn.call import Call, Origin
-from ulr_kernels.nn.local import LocalCall, RowsCall
+from ulr_kernels.nn.call import Call, ParametersOf
+from ulr_kernels.nn.generic import AutogradCall, RowsCall
 from ulr_kernels.noise_contract import score
 
 States = tuple[Tensor, ...]
@@ -30,20 +30,20 @@ _seen: Callable = wrap_torch_function(lambda x, *_: (x,))  # modes see a functio
 
 @_seen
 def initial(state: Tensor, x: Tensor) -> Tensor:
-    """A first state, which has a row for each sample of x, be it of zeros that no sample made or of a parameter."""
+    """A first state with a row for each sample of x, made of zeros or of a parameter."""
     return state.clone()
 
 
-def _initial(args: tuple, kwargs: dict[str, Any], origin: Origin) -> RowsCall | None:
-    owned = origin(args[0])
-    return None if owned is None else RowsCall(owned)
+def _initial(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> RowsCall | None:
+    derived = parameters_of(args[0])
+    return None if derived is None else RowsCall(derived)
 
 
 # --- RNN and GRU: noise on the new state -----------------------------------------------------------------------------
 
 
-class StateCall(LocalCall):
-    """A new state of a cell. One derivative makes the gradients of all copies: a step is small, and there are many."""
+class StateCall(AutogradCall):
+    """A new state of a cell. One derivative gives the gradients of all copies, as steps are small and many."""
 
     def _scores(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
         if self._shared:
@@ -59,25 +59,27 @@ class StateCall(LocalCall):
 
 @_seen
 def new_state(x: Tensor, h: Tensor, cell: Callable, weights: list[Tensor], time: int) -> Tensor:
-    """The state that a cell makes in a time step."""
+    """The new state of a cell after a time step."""
     return cell(x, h, *weights)
 
 
-def _new_state(args: tuple, kwargs: dict[str, Any], origin: Origin) -> StateCall | None:
+def _new_state(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> StateCall | None:
     x, h, cell, weights, time = args
-    call = _cell_reader(cell)((x, h, *weights), kwargs, origin)
+    call = _cell_reader(cell)((x, h, *weights), kwargs, parameters_of)
     if call is not None:
         call.time = time
     return call
 
 
 def _cell_reader(cell: Callable) -> Callable:
-    def read(args: tuple, kwargs: dict[str, Any], origin: Origin) -> StateCall | None:
+    def read(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> StateCall | None:
         x, state, *weights = args
-        if kwargs or origin(x) or origin(state):
+        if kwargs or parameters_of(x) or parameters_of(state):
             return None
-        owned = [each for each in map(origin, weights) if each is not None]
-        return StateCall(cell, args, kwargs, [x, state], owned)  # a state has rows, be it of zeros that no sample made
+        derived = [each for each in map(parameters_of, weights) if each is not None]
+        return StateCall(
+            cell, args, kwargs, [x, state], derived
+        )  # a state has rows, be it of zeros that no sample made
 
     return read
 
@@ -98,9 +100,9 @@ def projection(x: Tensor, weight: Tensor, bias: Tensor | None, time: int | None)
     return F.linear(x, weight, bias)
 
 
-def _projection(args: tuple, kwargs: dict[str, Any], origin: Origin) -> Call | None:
+def _projection(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> Call | None:
     *given, time = args
-    call = linear.READERS[F.linear](tuple(given), kwargs, origin)
+    call = linear.READERS[F.linear](tuple(given), kwargs, parameters_of)
     if call is not None:
         call.time = time
     return call
@@ -114,7 +116,7 @@ def _lstm_states(gates: Tensor, c: Tensor) -> States:
 
 
 def _lstm_steps(weights: list[Tensor], biases: bool) -> Callable:
-    """A step from (x, (h, c), t); the last of the weights projects h, if there is one more."""
+    """A step (x, (h, c), t) -> (h, c); an odd number of weights ends with the projection of h."""
     weight = torch.cat(weights[:2], 1)
     bias = weights[2] + weights[3] if biases else None
     of_h = weights[-1] if len(weights) % 2 else None
@@ -138,7 +140,7 @@ def lstm_cell(x: Tensor, given: States, *weights: Tensor | None, **others: Any) 
 
 
 def _layers(steps: Callable) -> Callable:
-    """The form of a layer; `steps(weights, biases)` is the step of one of its layers, (x, states, t) -> new states."""
+    """The form of torch's function; `steps(weights, biases)` gives a layer's step, (x, states, t) -> new states."""
 
     def form(*args: Any, **others: Any) -> Any:
         """`torch.lstm` and the like, as nn's modules call them; `NotImplemented` for packed sequences."""

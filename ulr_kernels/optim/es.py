@@ -74,11 +74,11 @@ class ES(ForwardOptimizer):
             return [Probe(draw, 1) for draw in range(self.population)]
         return [Probe(draw, sign) for sign in (1, -1) for draw in range(self.population // 2)]
 
-    def _kept(self, losses: Tensor) -> Tensor:
+    def _reduce_losses(self, losses: Tensor) -> Tensor:
         """fp64, which shaping takes means in; every loss where it compares members on each sample."""
         return losses if self.shaping == "group" else losses.double().mean(1, keepdim=True)
 
-    def _probed(self, losses: Tensor) -> Probed:
+    def _coefficients_from(self, losses: Tensor) -> Probed:
         weights = SHAPINGS[self.shaping](-losses if self.maximize else losses) / self.population
         if self.antithetic:
             plus, minus = weights.unflatten(0, (2, -1))

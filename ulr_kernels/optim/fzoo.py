@@ -58,7 +58,7 @@ class FZOO(ForwardOptimizer):
     def _probes(self) -> Sequence[Probe]:
         return [Probe(0, 0), *(Probe(draw, 1) for draw in range(self.probes))]
 
-    def _probed(self, losses: Tensor) -> Probed:
+    def _coefficients_from(self, losses: Tensor) -> Probed:
         clean, *_ = means = losses.squeeze(1)
         # Equal losses move nothing, whatever their difference, 0 or next to it, is divided by.
         deviation = means[1:].std().clamp_min(torch.finfo(torch.float32).tiny)

@@ -23,7 +23,7 @@ class MeZO(ForwardOptimizer):
     whatever the number of probes.
 
     Args:
-        model: any module. What it trains (`requires_grad`) is tuned; so LoRA is a model that peft has wrapped.
+        model: any module. Its trained parameters (`requires_grad`) are tuned; for LoRA wrap it by peft.
         lr: learning rate, >= 0; torch's schedulers may change it.
         eps: scale of the probes' noise, > 0.
         probes: directions z_p of a step, n.
@@ -31,7 +31,7 @@ class MeZO(ForwardOptimizer):
         seed: integer in [-2^63, 2^64). Seed, step and parameter name are all that enters the noise.
         two_sided: two forwards a direction; or one, and one for all at the unperturbed weights.
         rank: of the noise of matrices, E = A B^T / sqrt(rank); None for full rank, which vectors always have.
-        common: what all optimisers here take, see `Common`.
+        common: the arguments that all optimisers here take, see `Common`.
 
     Raises:
         ValueError: an argument breaks these rules.
@@ -68,7 +68,7 @@ class MeZO(ForwardOptimizer):
             return plus + [Probe(draw, -1) for draw in range(self.probes)]
         return [Probe(0, 0), *plus]
 
-    def _probed(self, losses: Tensor) -> Probed:
+    def _coefficients_from(self, losses: Tensor) -> Probed:
         means = losses.squeeze(1)
         if self.two_sided:
             plus, minus = means.unflatten(0, (2, self.probes))

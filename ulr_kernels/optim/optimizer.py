@@ -1,4 +1,4 @@
-"""What the optimisers share: evaluating a step's probes, collecting their losses, and the update that these make."""
+"""The base of the optimisers: it evaluates a step's probes, collects their losses, and applies the update."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ulr_kernels import noise_contract
-from ulr_kernels.estimators.batch import Batch, LossFunction, apply, repeat
-from ulr_kernels.estimators.evaluation import evaluation
+from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.names import parameter_names, unwrap
-from ulr_kernels.optim.probes import Probe, Probed, Together, together
-from ulr_kernels.optim.probing import Draws, Probing, Site
-from ulr_kernels.optim.shards import drop_gathered
+from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights, WeightDraws
+from ulr_kernels.nn.shards import drop_gathered
+from ulr_kernels.optim.probes import Probe, ProbeBatch, Probed, group_probes
 from ulr_kernels.optim.states import StateCheck
 from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
 from ulr_kernels.optim.workers import Workers
@@ -27,7 +27,7 @@ Closure = Callable[[], Any]  # one forward: the batch's loss, a scalar tensor or
 
 
 class Common(TypedDict, total=False):
-    """What all optimisers here take beside their own arguments.
+    """Arguments that all optimisers here take beside their own.
 
     params: parameters of the model or groups of them, as torch's optimisers take them, each with its own lr,
         weight_decay and noise scale; by default all that the model trains now (`requires_grad`).
@@ -51,8 +51,8 @@ class Common(TypedDict, total=False):
 class ForwardOptimizer(torch.optim.Optimizer):
     """Base of the optimisers that probe weights with forward passes.
 
-    A subclass gives `_probes`, `_probed`, SETTINGS and their rules. Each parameter group has its noise scale, under
-    the name SCALE.
+    A subclass defines `_probes`, `_coefficients_from`, SETTINGS and their rules. Each parameter group has its noise
+    scale, under the name SCALE.
     """
 
     SCALE = "sigma"
@@ -131,7 +131,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._numbers(group)
 
     def _numbers(self, group: dict[str, Any]) -> Group:
-        """Of a parameter group, which schedulers and users may change at any time."""
+        """The numbers of a parameter group, which schedulers and users may change at any time."""
         for argument, rule, good in (
             ("lr", "be finite and at least 0", lambda value: 0 <= value < math.inf),
             (self.SCALE, "be finite and above 0", lambda value: 0 < value < math.inf),
@@ -143,7 +143,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._rule.factor(numbers)
         return numbers
 
-    # --- what a subclass gives ---------------------------------------------------------------------------------------
+    # --- a subclass defines ------------------------------------------------------------------------------------------
 
     @classmethod
     def _check_settings(cls, settings: Mapping[str, Any]) -> None:
@@ -154,24 +154,24 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """The evaluations of a step; where there is one at W itself, it comes first."""
         raise NotImplementedError
 
-    def _kept(self, losses: Tensor) -> Tensor:
-        """What a step needs of fp32 losses `[probes, samples]`, and ranks exchange: one column, their means."""
+    def _reduce_losses(self, losses: Tensor) -> Tensor:
+        """The part of fp32 losses `[probes, samples]` that a step needs and ranks exchange: one column, the means."""
         return losses.mean(1, keepdim=True)
 
-    def _probed(self, losses: Tensor) -> Probed:
-        """Of what was kept of the losses, its mean over the micro-batches."""
+    def _coefficients_from(self, losses: Tensor) -> Probed:
+        """The loss and coefficients from reduced losses `[probes, columns]`, their mean over the micro-batches."""
         raise NotImplementedError
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     @property
     def evaluations(self) -> int:
-        """Losses that a step asks for: how often it runs the model on its batch."""
+        """The number of losses that a step evaluates: how often it runs the model on its batch."""
         return len(self._probes())
 
     @property
     def rule(self) -> Rule:
-        """What the updates of this run share; with them and the base weights it rebuilds the run."""
+        """The part that all updates of this run share; with them and the base weights it rebuilds the run."""
         names = tuple(tuple(self._names[id(p)] for p in group["params"]) for group in self.param_groups)
         return dataclasses.replace(self._rule, names=names)
 
@@ -198,8 +198,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         else:
             collected = self.workers.exchange(self._losses, self._forwards, self.steps)
         losses = collected.mean(0)
-        loss, coefficients = self._probed(losses)
-        # A probe that overflowed says nothing about the others; the weights stay whole, and the caller sees the loss.
+        loss, coefficients = self._coefficients_from(losses)
+        # An overflow in one probe voids the estimate: the weights stay as they are, and the caller gets the loss.
         largest = max(abs(self._rule.factor(group)) for group in groups)
         finite = (coefficients * max(largest, 1.0)).isfinite().all()
         coefficients = torch.where(finite, coefficients, 0)
@@ -217,9 +217,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         forwards = self._forwards_of(1)
         losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
         for forward in self._own(forwards):
-            with evaluation(self.model), self._probing(forward.draws, forward.sign) as probing:
+            with eval_mode(self.model), self._perturbed(forward.draws, forward.sign) as perturbed:
                 loss = closure()
-            self._check_met(probing)
+            self._check_used(perturbed)
             loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
             if loss.numel() != 1:
                 self._fail("closure", "return one loss", list(loss.shape))
@@ -242,7 +242,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The mean over the probes, a scalar.
 
         Raises:
-            ValueError: a batch that breaks these rules, or a model in which rows cannot be told apart (it must keep
+            ValueError: a batch that breaks these rules, or a model whose rows cannot be separated (it must keep
                 samples first wherever it uses a trained parameter); use `step(closure)` for such.
         """
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
@@ -256,22 +256,25 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 self._check_apart(probes[forward.places[-1]], batch, loss_fn, found)
         return self._collect(torch.stack(rows), forwards)
 
-    def _evaluate(self, forward: Together, batch: Batch, loss_fn: LossFunction) -> Tensor:
-        """fp32 `[members, samples]`: the losses of probes that one forward evaluates."""
-        members = len(forward.places)
-        rows = batch.samples * members
-        with evaluation(self.model), self._probing(forward.draws, forward.sign, rows) as probing:
-            outputs = apply(self.model, repeat(batch.x, members))
-        self._check_met(probing)
-        return batch.losses(outputs, loss_fn, members)
+    def _evaluate(self, forward: ProbeBatch, batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """fp32 `[copies, samples]`: the losses of the probes of one forward."""
+        copies = len(forward.places)
+        rows = batch.samples * copies
+        with eval_mode(self.model), self._perturbed(forward.draws, forward.sign, rows) as perturbed:
+            outputs = apply(self.model, repeat(batch.x, copies))
+        self._check_used(perturbed)
+        return batch.losses(outputs, loss_fn, copies)
 
     def _check_apart(self, probe: Probe, batch: Batch, loss_fn: LossFunction, losses: Tensor) -> None:
-        """With the first batch of each shape: whether the last member loses by itself what it loses among others.
+        """Raise if the last probe of a forward has other losses by itself than among others.
 
-        A difference is held against that between members, which may be a thousandth of their losses. In narrow dtypes
-        it must be some per cent of these to count: a product of other rows rounds otherwise there.
+        It runs with the first batch of each shape. The limit is a share of the difference between probes, which may be
+        a thousandth of their losses; in narrow dtypes some per cent of the losses, as a product of other rows rounds
+        otherwise there.
         """
-        alone = self._evaluate(Together(Draws(probe.draw), probe.sign, [0]), batch, loss_fn)[0].to(losses.device)
+        alone = self._evaluate(ProbeBatch(WeightDraws(probe.draw), probe.sign, [0]), batch, loss_fn)[0].to(
+            losses.device
+        )
         first, own, alone = (torch.nan_to_num(each) for each in (losses[0], losses[-1], alone))
         narrow = torch.is_autocast_enabled(self._device().type) or any(
             p.dtype != torch.float32 for p in self.model.parameters()
@@ -280,8 +283,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             self._fail(
                 "model",
                 "compute each row from its own inputs and keep samples on the first axis (step(closure) evaluates one "
-                "member at a time)",
-                "other losses of a member by itself than among others",
+                "probe at a time)",
+                "other losses of a probe by itself than among others",
             )
         self._checked_batches.add(batch.signature)
 
@@ -290,8 +293,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self.accumulate_batch(x, y, loss_fn, chunk)
         return self.step()
 
-    def _collect(self, losses: Tensor, forwards: list[Together]) -> Tensor:
-        kept, places = self._kept(losses), [forward.places for forward in forwards]
+    def _collect(self, losses: Tensor, forwards: list[ProbeBatch]) -> Tensor:
+        kept, places = self._reduce_losses(losses), [forward.places for forward in forwards]
         if self._losses and self._losses[0].shape != kept.shape:
             self._fail("closure", f"give losses {list(self._losses[0].shape)} as before", list(kept.shape))
         if self._losses and self.workers is not None and self._forwards != places:
@@ -306,13 +309,13 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """How often `accumulate_batch` runs the model on a micro-batch, on all ranks that share it together."""
         return len(self._forwards_of(chunk))
 
-    def _forwards_of(self, chunk: int | None) -> list[Together]:
-        """The forwards of a micro-batch, with at most so many probes in each; all of one kind if None."""
+    def _forwards_of(self, chunk: int | None) -> list[ProbeBatch]:
+        """The forwards of a micro-batch, with at most `chunk` probes in each; None: all probes of one kind."""
         probes = self._probes()
-        return list(together(probes, len(probes) if chunk is None else self._count("chunk", chunk, 1)))
+        return list(group_probes(probes, len(probes) if chunk is None else self._count("chunk", chunk, 1)))
 
-    def _own(self, forwards: list[Together]) -> list[Together]:
-        """Those that this process evaluates: whole ones, so that each makes what it would make in one process."""
+    def _own(self, forwards: list[ProbeBatch]) -> list[ProbeBatch]:
+        """The forwards that this process evaluates: whole ones, so that each has the values of a single process."""
         if self.workers is None:
             return forwards
         return [forwards[place] for place in self.workers.own(len(forwards))]
@@ -338,9 +341,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         return next(parameter.device for group in self.param_groups for parameter in group["params"])
 
-    def _probing(self, draws: Draws, sign: int, rows: int = 0) -> Probing:
-        """The mode for a probe of the coming step; without noise (and without cost) where sign is 0."""
-        sites = []
+    def _perturbed(self, draws: WeightDraws, sign: int, rows: int = 0) -> PerturbedWeights:
+        """The mode for a probe of the coming step; without noise, and at no cost, where sign is 0."""
+        noised = []
         step_key = noise_contract.fold_in(self.seed, self.steps)
         for group in self.param_groups if sign else ():
             named = {self._names[id(p)]: p for p in group["params"]}
@@ -348,27 +351,27 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 sigma = torch.full((), sign * group[self.SCALE], dtype=torch.float32, device=device)
                 for name, key in zip(names, site_keys(step_key, names, device).unbind(), strict=True):
                     rank = self._rule.rank if named[name].dim() > 1 else None
-                    sites.append(Site(name, named[name], key, sigma, rank))
-        return Probing(self.model, sites, draws._replace(dist=self._rule.dist), rows)
+                    noised.append(NoisedParameter(name, named[name], key, sigma, rank))
+        return PerturbedWeights(self.model, noised, draws._replace(dist=self._rule.dist), rows)
 
-    def _check_met(self, probing: Probing) -> None:
-        """In the first noised pass: a trained parameter that no call meets would only walk at random."""
-        if self._checked or not probing.sites:
+    def _check_used(self, perturbed: PerturbedWeights) -> None:
+        """Raise in the first noised forward if no function uses a trained parameter: it would only walk at random."""
+        if self._checked or not perturbed.noised:
             return
-        unmet = [site.name for site in probing.sites.values() if site.name not in probing.met]
-        if unmet:
+        unused = [each.name for each in perturbed.noised.values() if each.name not in perturbed.used]
+        if unused:
             self._fail(
                 "model",
                 "use each trained parameter in its forward, through torch functions (freeze others with "
                 "requires_grad_(False))",
-                f"none of {', '.join(unmet[:8])}{', ...' if len(unmet) > 8 else ''}",
+                f"none of {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}",
             )
         self._checked = True
 
     # --- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's `state` and `param_groups`; under `ulr` what else a run goes on with: seed, steps, settings."""
+        """Torch's `state` and `param_groups`, and under `ulr` the rest of a run's state: seed, steps, settings."""
         settings = {name: getattr(self, name) for name in self.SETTINGS}
         own = {"seed": self.seed, "steps": self.steps, "rule": dataclasses.asdict(self.rule), "settings": settings}
         return super().state_dict() | {"ulr": own}
@@ -413,7 +416,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._losses.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        """As torch's optimisers a copy, or one that was pickled, goes on by itself, with the model that came along."""
+        """The state for copies and pickles, which go on with the model that was copied along, as torch's do."""
         return {name: value for name, value in self.__dict__.items() if name != "_names"} | super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The probes of a step, and which of them one forward evaluates together."""
+"""The probes of a step, and their grouping into forwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ulr_kernels.optim.probing import Draws
+from ulr_kernels.nn.perturbed import WeightDraws
 
 
 class Probe(NamedTuple):
@@ -18,22 +18,28 @@ class Probe(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What the losses of a step's probes say: the loss to report, and the coefficients of `Update`."""
+    """The result of a step's probes: the loss to report, and the coefficients of `Update`."""
 
     loss: Tensor
     coefficients: Tensor
 
 
-class Together(NamedTuple):
-    """Probes that one forward evaluates, and their places among those of the step."""
+class ProbeBatch(NamedTuple):
+    """Probes that one forward evaluates.
 
-    draws: Draws
+    Attributes:
+        draws: of their noise.
+        sign: of all of them; 0 without noise.
+        places: of each among the probes of the step.
+    """
+
+    draws: WeightDraws
     sign: int
     places: list[int]
 
 
-def together(probes: Sequence[Probe], most: int) -> Iterator[Together]:
-    """The forwards of a step's probes, with at most so many in each.
+def group_probes(probes: Sequence[Probe], most: int) -> Iterator[ProbeBatch]:
+    """The forwards of a step's probes, with at most `most` in each.
 
     Probes that come as all plus ones, then all minus ones, are taken in pairs: a pair's noise is made once.
     """
@@ -41,13 +47,13 @@ def together(probes: Sequence[Probe], most: int) -> Iterator[Together]:
     if most > 1 and half and list(probes[half:]) == [Probe(probe.draw, -probe.sign) for probe in probes[:half]]:
         for start in range(0, half, most // 2):
             places = [*range(start, min(start + most // 2, half))]
-            draws = Draws(probes[start].draw, 2 * len(places), antithetic=True)
-            yield Together(draws, 1, places + [half + place for place in places])
+            draws = WeightDraws(probes[start].draw, 2 * len(places), antithetic=True)
+            yield ProbeBatch(draws, 1, places + [half + place for place in places])
         return
     start = 0
     while start < len(probes):
         first, count = probes[start], 1
         while count < most and probes[start + count : start + count + 1] == [Probe(first.draw + count, first.sign)]:
             count += 1
-        yield Together(Draws(first.draw, count), first.sign, [*range(start, start + count)])
+        yield ProbeBatch(WeightDraws(first.draw, count), first.sign, [*range(start, start + count)])
         start += count

@@ -16,7 +16,7 @@ TINY = 1e-8  # against division by 0 where all members have one loss
 
 
 def none(losses: Tensor) -> Tensor:
-    """The mean loss of each member, less that of all: a constant drops out of the gradient, but not of its variance."""
+    """The mean loss of each member less the mean of all: a constant leaves the gradient as it is and adds variance."""
     means = losses.double().mean(1)
     return (means - means.mean()).float()
 
@@ -30,7 +30,7 @@ def zscore(losses: Tensor) -> Tensor:
 def rank(losses: Tensor) -> Tensor:
     """Centred ranks in [-0.5, 0.5] (Salimans et al., arXiv 1703.03864, 2.1); equal losses share their mean rank.
 
-    A member whose loss is NaN has failed, and is among the worst: what others lose still counts.
+    A member whose loss is NaN has failed, and is ranked with the worst; the losses of the others still count.
     """
     means = losses.double().mean(1)
     means = means.where(means == means, math.inf)

@@ -1,4 +1,4 @@
-"""What an optimiser holds a state dict to before it takes over any of it."""
+"""Checks of a state dict before an optimiser takes over any of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StateCheck:
         self._fail = fail
 
     def keys(self, part: str, found: Mapping[str, Any], expected: Mapping[str, Any], more: bool = False) -> None:
-        """What a part must hold, and all that it may: torch and its schedulers add `more` to groups."""
+        """Check the names in a part: all that are expected, and `more` only in groups, to which schedulers add."""
         if not isinstance(found, Mapping):
             self._fail(f"hold a dict as {part!r}", type(found).__name__)
         for name in sorted(expected.keys() - found.keys()):
@@ -28,7 +28,7 @@ class StateCheck:
             self._fail(f"hold only {', '.join(expected)} in {part!r}", repr(name))
 
     def names(self, found: tuple[tuple[str, ...], ...], expected: tuple[tuple[str, ...], ...]) -> None:
-        """Whether the state has the optimiser's parameters in its groups; else where it first has not."""
+        """Check that the state has the optimiser's parameters in its groups; the error names the first that differs."""
 
         def places(names: tuple[tuple[str, ...], ...]) -> list[str]:
             return [f"{name!r} in group {group}" for group, here in enumerate(names) for name in here]
@@ -38,7 +38,7 @@ class StateCheck:
                 self._fail(f"be of the parameters that this optimiser has, here {mine}", other)
 
     def tensors(self, found: Any, parameters: Sequence[Tensor], rule: Rule) -> dict[int, Mapping[str, Tensor]]:
-        """What the state holds for each parameter: nothing before its first step, then all that the rule needs."""
+        """The state of each parameter: empty before its first step, then all tensors that the rule needs."""
         self.keys("state", found, {}, more=True)
         numbers = {str(number): number for number in range(len(parameters))}  # JSON makes text of them
         for index, values in found.items():

@@ -1,4 +1,4 @@
-"""One step's change of the weights, made of a few numbers: what a log of a run holds, and all that replay needs."""
+"""One step's change of the weights, made of a few numbers, which a log of a run holds and replay needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract, ops
-from ulr_kernels.optim.shards import shard
+from ulr_kernels.nn.shards import shard
 
 FP32 = torch.finfo(torch.float32)
 
@@ -39,7 +39,7 @@ class Update:
 
     Attributes:
         step: its number, from 0.
-        key: `fold_in(seed, step)`, of which every parameter's key is made.
+        key: `fold_in(seed, step)`; every parameter's key is made of it.
         coefficients: fp32 `[draws]`, on the device of the losses; reading them is what synchronises.
         groups: one for each parameter group of the rule.
     """
@@ -52,7 +52,7 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What the updates of a run share: the parameters that they change, the noise, and how a gradient becomes a step.
+    """The part that all updates of a run share: the parameters, the noise, and how a gradient becomes a step.
 
     Attributes:
         names: of the parameters of each group, as `ulr_kernels.nn.names.parameter_names` has them.
@@ -95,7 +95,7 @@ class Rule:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> Rule:
-        """The rule of `dataclasses.asdict`, also where JSON has made lists of its tuples.
+        """The rule of a dict from `dataclasses.asdict`, in which JSON may have made lists of tuples.
 
         Raises:
             TypeError: a name is unknown, or `names` or `betas` are no lists.
@@ -105,16 +105,16 @@ class Rule:
         return cls(**{**fields, "names": names, "betas": None if betas is None else tuple(betas)})
 
     def state_names(self) -> tuple[str, ...]:
-        """The fp32 tensors that each parameter has beside it."""
+        """The names of the fp32 state tensors of each parameter."""
         if self.betas is not None:
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
 
     def factor(self, group: Group) -> float:
-        """What the coefficients of a group are multiplied by in its step.
+        """The factor of a group's coefficients in its step.
 
         Raises:
-            ValueError: a number of the group, or what a step makes of them, is not finite in fp32.
+            ValueError: a number of the group, or a product of them in a step, is not finite in fp32.
         """
         numbers = {
             "lr": group.lr,
@@ -127,7 +127,7 @@ class Rule:
         for name, value in numbers.items():
             if not abs(value) <= FP32.max:
                 raise ValueError(f"ulr.optim: '{name}' must be finite in fp32, got {group}")
-        # Where there is no state the coefficients hold -lr: the estimate is the change itself.
+        # Without optimiser state -lr is folded into the coefficients, so the sum of the noise is the update.
         return 1 / group.sigma if self.state_names() else -group.lr / group.sigma
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class Rule:
                 self._apply(update, group, coefficients.to(device), here, device, parameters, state)
 
     def _coefficients(self, coefficients: Tensor, group: Group) -> Tensor:
-        """Of a group: those of its noise in the sum that an op makes."""
+        """The coefficients of a group's noise in the sum that an op makes."""
         result = coefficients * torch.full_like(coefficients, self.factor(group))
         if result.device.type == "cpu" and not result.isfinite().all():
             raise ValueError(f"ulr.optim: coefficients / sigma must be finite in fp32, got {coefficients} in {group}")

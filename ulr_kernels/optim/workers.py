@@ -17,19 +17,19 @@ if dist.is_available():
 
 
 class WorkerError(RuntimeError):
-    """A rank did not answer, or is not where the others are. No weight has been changed by the step."""
+    """A rank did not answer, or is at another step than the others. The step has changed no weight."""
 
 
 class Workers:
-    """The ranks of a process group, by what each evaluates.
+    """The ranks of a process group, each with its part of the probes and micro-batches.
 
     `probe_ranks` ranks that follow one another share the probes of the same micro-batches, by whole forwards; each such
     block of ranks has micro-batches of its own. Micro-batch j of block b counts as number `j * blocks + b` (as torch's
     DistributedSampler deals samples), and losses are summed in that order on every rank: the weights stay bitwise the
     same on all of them, and as in one process that accumulates the same micro-batches in that order.
 
-    What a rank sends, `bytes_sent` in all: in a step 16 bytes, and 4 for each loss: of its probes and micro-batches. ES
-    has 8 for each, and with `shaping="group"` 4 for each sample.
+    In a step a rank sends 16 bytes, and 4 for each loss of its probes and micro-batches, `bytes_sent` in all. ES sends
+    8 for each, and with `shaping="group"` 4 for each sample.
 
     Args:
         group: a process group of gloo or NCCL; None for the default one. Its time-out is how long a rank waits for
@@ -50,11 +50,11 @@ class Workers:
         self.bytes_sent = 0
 
     def batches(self, count: int) -> range:
-        """The numbers of the micro-batches that this rank evaluates, of so many in a step."""
+        """The numbers of the micro-batches that this rank evaluates, of `count` in a step."""
         return range(self.rank // self.probe_ranks, count, self.blocks)
 
     def own(self, forwards: int) -> range:
-        """The forwards of a micro-batch that this rank evaluates, of so many."""
+        """The numbers of the forwards of a micro-batch that this rank evaluates, of `forwards`."""
         return self._share(self.rank, forwards)
 
     def _share(self, rank: int, forwards: int) -> range:

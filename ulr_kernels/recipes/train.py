@@ -232,7 +232,7 @@ class Trainer:
             layer.layer: {
                 "cosine": layer.cosine,
                 "cosine_error": layer.cosine_error,
-                "law": None if math.isnan(layer.law) else layer.law,  # JSON has no NaN
+                "law": None if math.isnan(layer.predicted_cosine) else layer.predicted_cosine,  # JSON has no NaN
             }
             for layer in found
         }

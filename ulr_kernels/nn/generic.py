@@ -1,4 +1,4 @@
-"""Any other torch function that brings samples and parameters together: noise on its output, and its own derivative.
+"""Calls that no layer type reads: any torch function of samples and parameters, by its own derivative.
 
 `x + position_embeddings`, `gain * x`, `conv_transpose2d`, `prelu`, `bilinear`, `einsum` and many more need no file of
 their own: the score takes the place of the output's gradient; torch's derivative of this one function does the rest.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
-from ulr_kernels.nn.call import Call, Owned, gradient_buffers, pass_on
+from ulr_kernels.nn.call import Call, DerivedParameter, gradient_buffers, pass_on
 
 CHANNELS_FIRST = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
                   F.batch_norm, F.group_norm, F.instance_norm, F.prelu, torch.prelu}  # fmt: skip
@@ -32,27 +32,36 @@ LIKES = {Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Te
 """Functions that take no more from an argument than its shape, its dtype or its device."""
 
 
-class LocalCall(Call):
-    """v = func(samples, parameters), whatever func is.
+class AutogradCall(Call):
+    """v = func(samples, parameters), for any torch function.
 
     Attributes:
         name: of the function.
     """
 
-    def __init__(self, func: Callable, args: tuple, kwargs: dict[str, Any], samples: list[Tensor], owned: list[Owned]):
-        """`samples`, `owned`: those of the arguments that depend on samples, and on parameters alone."""
+    generic = True
+
+    def __init__(
+        self,
+        func: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        samples: list[Tensor],
+        derived: list[DerivedParameter],
+    ):
+        """`samples`, `derived`: the arguments that depend on samples, and on parameters alone."""
         self.name = getattr(func, "__name__", str(func))
         self._func, self._in_place = _out_of_place(func)
         given = tuple(samples)
-        if self._in_place:  # the gradient needs what was there before
+        if self._in_place:  # the gradient needs the value before the call
             self._target, before = args[0], args[0].clone()
             args, samples = (before, *args[1:]), [before if s is args[0] else s for s in samples]
         self._leaves, self._structure = _pytree.tree_flatten((args, kwargs))
         self._places = [next(i for i, leaf in enumerate(self._leaves) if leaf is s) for s in samples]
-        self._owned = owned
+        self._derived = derived
         self.feature_dim = 1 if func in CHANNELS_FIRST else -1
         self.additive = func in SUMS and not kwargs and len(samples) == 1
-        super().__init__(tuple(samples), tuple(owned))
+        super().__init__(tuple(samples), tuple(derived))
         self.given = given
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -64,7 +73,7 @@ class LocalCall(Call):
 
     def differentiable(self) -> Tensor | None:
         """The output, if it is one tensor with a derivative in the parameters."""
-        if self._func is Tensor.__setitem__:  # its output is what it writes
+        if self._func is Tensor.__setitem__:  # it returns nothing
             return None
         with torch.enable_grad():
             y = self.forward(*self.inputs)
@@ -78,12 +87,12 @@ class LocalCall(Call):
         return self._written(super().noised(*args, **kwargs))
 
     def _written(self, y: Tensor) -> Tensor:
-        """What an operation in place leaves behind; with more copies than its target has, a new tensor."""
+        """The tensor that an operation in place has written; a new one if its target has fewer copies."""
         return self._target.copy_(y) if self._in_place and y.shape == self._target.shape else y
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        trained = [each.tensor for each in self._owned if each.tensor.requires_grad]
-        with gradient_buffers(*self._owned) as given:
+        trained = [each.tensor for each in self._derived if each.tensor.requires_grad]
+        with gradient_buffers(*self._derived) as given:
             buffers = [buffer for buffer in given if buffer is not None]
             for score, *inputs in self._scores(loss_weight, draw, log_sigma):
                 with torch.enable_grad():
@@ -97,31 +106,33 @@ class LocalCall(Call):
 class RowsCall(Call):
     """A parameter that is expanded to a row for each sample, as a class token is: v = theta."""
 
-    def __init__(self, owned: Owned) -> None:
-        self._owned = owned
-        super().__init__((owned.tensor.detach(),), (owned,))
+    expands_rows = True
+
+    def __init__(self, derived: DerivedParameter) -> None:
+        self._derived = derived
+        super().__init__((derived.tensor.detach(),), (derived,))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return inputs[0]
 
     def clean(self) -> Tensor:
-        rows = self._owned.tensor
+        rows = self._derived.tensor
         return rows.view_as(rows) if torch.is_grad_enabled() else self.inputs[0]  # autograd may be watching
 
-    def local(self, sample: int, samples: int) -> Tensor:
+    def of_sample(self, sample: int, samples: int) -> Tensor:
         with torch.enable_grad():
-            return self._owned.tensor.unflatten(0, (samples, -1))[sample]
+            return self._derived.tensor.unflatten(0, (samples, -1))[sample]
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        total = torch.zeros_like(self._owned.tensor)
+        total = torch.zeros_like(self._derived.tensor)
         rows = self._shape[0]
         for score, _ in self._scores(loss_weight, draw, log_sigma):
             total[:rows].add_(score)
-        pass_on(self._owned.tensor, self._owned.parameters, total)
+        pass_on(self._derived.tensor, self._derived.parameters, total)
 
 
 def _out_of_place(func: Callable) -> tuple[Callable, bool]:
-    """The function that returns what a function in place writes, and whether it is one."""
+    """The form of a function that writes nothing in place, and whether the function writes in place."""
     name = getattr(func, "__name__", "")
     if name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}"):
         return getattr(Tensor, f"__{name[3:]}"), True

@@ -8,36 +8,35 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ulr_kernels.estimators.batch import Batch
+from ulr_kernels.nn.batch import Batch
 from ulr_kernels.nn.call import gradient_buffer
 
 
-class Replicas:
-    """The ranks of a `DistributedDataParallel`, each with a micro-batch of its own.
+class DataParallelBatch:
+    """The whole batch of a `DistributedDataParallel`: each rank has a micro-batch of it, in the order of the ranks.
 
-    The micro-batches, in the order of the ranks, are the whole batch. A rank's noise is its slice of the whole batch's,
-    so that ranks have different noise, and all together that of one process with the whole batch. The ranks must have
-    one seed and be at one step. A rank that is gone shows as an error of the process group.
+    A rank's noise is its slice of the whole batch's, so that ranks have different noise, and all together that of one
+    process with the whole batch. The ranks must have one seed and be at one step. A lost rank shows as an error of the
+    process group.
     """
 
     def __init__(self, model: nn.parallel.DistributedDataParallel) -> None:
         self._model = model  # `no_sync()` sets a flag there
 
-    def place(self, batch: Batch, device: torch.device) -> None:
-        """Tell a micro-batch which part of the whole batch it is; sizes may differ, so each rank needs them all."""
+    def locate(self, batch: Batch, device: torch.device) -> Batch:
+        """This rank's micro-batch, with its place in the whole batch. Sizes may differ, so the ranks exchange them."""
         group = self._model.process_group
         own = torch.tensor(batch.samples, device=device)
         gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, own, group=group)
         sizes = torch.stack(gathered).tolist()
-        batch.first = sum(sizes[: dist.get_rank(group)])
-        batch.share = batch.samples * len(sizes) / sum(sizes)
+        return batch.located(sum(sizes[: dist.get_rank(group)]), batch.samples * len(sizes) / sum(sizes))
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make `.grad` the mean over the ranks, unless inside `no_sync()`.
 
-        As in DistributedDataParallel this is all of `.grad`: what earlier calls averaged is the same on all ranks, and
-        stays; what they left under `no_sync()` is averaged now.
+        As in DistributedDataParallel this is all of `.grad`: the part that earlier calls averaged is the same on all
+        ranks and stays; the part that they left under `no_sync()` is averaged now.
         """
         if not self._model.require_backward_grad_sync:
             return

@@ -1,4 +1,4 @@
-"""Sharded parameters: what a rank holds of one, and where that part stands in the noise of the whole."""
+"""Sharded parameters: the part that a rank holds, and its place in the noise of the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums whose terms are outputs of layers: noise on one term is noise on the sum, and so on every other term.
+"""Sums of layers' outputs: noise on one term is noise on the sum, and so on every other term.
 
 Where a residual branch and its shortcut both end in a layer, one noise serves both: it is injected once, and the same
 eps is the score of both layers' gradients (arXiv 2305.08960, residual blocks). That is one pass instead of two
@@ -15,15 +15,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(eq=False)
 class Term:
-    """The output of a layer, or a sum of such.
+    """The output of a layer, or a sum of such outputs.
 
     Attributes:
-        tensor: it.
-        layer: one whose output it is, or is in it.
+        tensor: the output or the sum.
+        layer: a layer whose output is in it.
         feature_dim: of the output.
-        version: of the tensor, so that a change in place is seen.
-        uses: how many functions have read it.
-        whole: the sum that it is takes nothing from outputs that are used elsewhere too.
+        version: of the tensor when it was noted, which shows a change in place.
+        uses: the number of functions that have read it.
+        whole: no term of the sum is used elsewhere too.
     """
 
     tensor: Tensor
@@ -34,7 +34,7 @@ class Term:
     whole: bool = True
 
 
-class Sums:
+class ResidualSums:
     """Terms and their sums, in the order of a forward."""
 
     def __init__(self) -> None:
@@ -42,20 +42,20 @@ class Sums:
         self._sums: list[tuple[Term, Term, Term]] = []
 
     def output(self, tensor: Tensor, layer: str, feature_dim: int) -> None:
-        """A layer has returned a tensor."""
+        """Note that a layer has returned a tensor."""
         self._terms[id(tensor)] = Term(tensor, layer, feature_dim, tensor._version)
 
     def read(self, tensors: list[Tensor]) -> list[Term]:
-        """A function has read tensors: the terms among them."""
+        """Note that a function has read tensors; returns the terms among them."""
         found = [self._terms[id(t)] for t in tensors if id(t) in self._terms]
         for term in found:
             term.uses += 1
             if term.uses > 1:
-                self._terms.pop(id(term.tensor), None)  # of no more interest, and of some size
+                self._terms.pop(id(term.tensor), None)  # no longer needed, and possibly large
         return found
 
     def add(self, first: Term, second: Term, result: Tensor) -> None:
-        """Two terms were added up."""
+        """Note that two terms were added up."""
         if first is second or first.feature_dim != second.feature_dim or first.tensor.shape != second.tensor.shape:
             return
         total = Term(result, first.layer, first.feature_dim, result._version)
@@ -67,19 +67,19 @@ class Sums:
         term = self._terms.get(id(result))
         return term is not None and term.version == term.tensor._version and any(result is t for t in tensors)
 
-    def riders(self, calls: Mapping[str, int]) -> dict[str, str]:
-        """layer -> the first called layer of its sum, which gets the noise of them all.
+    def shared_noise(self, calls: Mapping[str, int]) -> dict[str, str]:
+        """layer -> the first called layer of its sum, which gets the noise of them all, for the other layers.
 
         `calls`: the trained layers in the order of their first call, and how often each is called; a layer that is
         called again has several outputs, and keeps its own noise.
         """
-        leads = {layer: layer for layer in calls}
+        source = {layer: layer for layer in calls}
         order = {layer: index for index, layer in enumerate(calls)}
         for first, second, total in self._sums:
             once = calls[first.layer] == 1 == calls[second.layer]
             if not (first.uses == 1 == second.uses and first.whole and second.whole and once):
                 total.whole = False
                 continue
-            lead, rider = sorted((leads[first.layer], leads[second.layer]), key=order.__getitem__)
-            leads = {layer: lead if its == rider else its for layer, its in leads.items()}
-        return {layer: lead for layer, lead in leads.items() if layer != lead}
+            earlier, later = sorted((source[first.layer], source[second.layer]), key=order.__getitem__)
+            source = {layer: earlier if own == later else own for layer, own in source.items()}
+        return {layer: own for layer, own in source.items() if layer != own}

@@ -1,23 +1,20 @@
-"""A plain MLP's whole step as one op: what `noisy_mlp_step` computes is recognised, and need not run layer by layer."""
+"""A plain MLP's whole step by one op, `noisy_mlp_step`, instead of layer by layer."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import dispatch
-from ulr_kernels.estimators.batch import Batch, LossFunction
+from ulr_kernels.estimators.runner import Keys, PassRunner
+from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import gradient_buffer
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step
-
-if TYPE_CHECKING:
-    from ulr_kernels.estimators.ulr import ULR
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -30,16 +27,20 @@ class _Mlp(NamedTuple):
     flattens: bool
 
 
-def losses_of_step(estimator: ULR, keys: Mapping[str, Tensor], batch: Batch, loss_fn: LossFunction) -> Tensor | None:
-    """Add a step's gradients to `.grad`; the losses of its passes, fp32 `[P, C, R]`. None, with nothing done, where the
-    model, the loss or a setting is none that the op has. Noise and gradients are those of the passes, to rounding.
+def run_mlp_step(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor | None:
+    """Add a whole step's gradients to `.grad` by one op, if it computes this model, loss and settings.
+
+    Noise and gradients are those of the passes, to rounding.
+
+    Returns:
+        The losses of the passes, fp32 `[passes, copies, samples]`; None, with nothing done, if the op does not apply.
     """
-    smoothing, mlp = _label_smoothing(loss_fn), _mlp(estimator.model)
+    smoothing, mlp = _label_smoothing(loss_fn), _mlp(runner.view.model)
     if smoothing is None or mlp is None or not _takes(mlp, batch):
         return None
-    names, s = [estimator.layers[id(layer.weight)] for layer in mlp.layers], estimator.settings
+    names, s = [runner.view.layers[id(layer.weight)] for layer in mlp.layers], runner.settings
     copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
-    if len(copies) > 1 or (s.sampler, s.allocation) != ("iid", "even") or s.learn_sigma or estimator.weights:
+    if len(copies) > 1 or (s.sampler, s.allocation) != ("iid", "even") or s.learn_sigma or runner.view.noised:
         return None
     sigma: float | Tensor = sigmas[0]
     if len(set(sigmas)) > 1:  # filled on the device: nothing is copied from the host
@@ -67,7 +68,7 @@ def losses_of_step(estimator: ULR, keys: Mapping[str, Tensor], batch: Batch, los
 
 
 def _label_smoothing(loss_fn: LossFunction) -> float | None:
-    """Of torch's cross-entropy of each row, as a partial function or a module; None: it is another loss."""
+    """The label smoothing of torch's cross-entropy of each row, a partial function or a module; None: another loss."""
     if isinstance(loss_fn, functools.partial) and loss_fn.func is F.cross_entropy and not loss_fn.args:
         how = loss_fn.keywords
     elif type(loss_fn) is nn.CrossEntropyLoss and not _is_changed(loss_fn):
@@ -80,8 +81,8 @@ def _label_smoothing(loss_fn: LossFunction) -> float | None:
 
 
 def _mlp(model: nn.Module) -> _Mlp | None:
-    """A sequence of linear layers with one kind of activation between them, perhaps behind an nn.Flatten, as they are
-    in torch; all that they have is trained."""
+    """The layers of a sequence of torch's linear layers with one kind of activation between them, possibly after an
+    nn.Flatten, whose parameters are all trained; None: another model."""
     if type(model) is not nn.Sequential or any(map(_is_changed, (model, *model))):
         return None
     modules = list(model)
@@ -103,16 +104,16 @@ def _mlp(model: nn.Module) -> _Mlp | None:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Whether something else than its class's forward is to run."""
+    """Whether something else than its class's forward runs."""
     return "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def _takes(mlp: _Mlp, batch: Batch) -> bool:
-    """Whether the op has a kernel for such tensors, and computes with them what the model does."""
+    """Whether the op has a kernel for these tensors, and computes the same as the model."""
     x, y = batch.x, batch.y
     if type(x) is not Tensor or type(y) is not Tensor or y.dtype != torch.int64 or y.dim() != 1 or batch.share != 1:
         return False
-    if batch.reach is not None:
+    if batch.affects is not None:
         return False
     if x.dim() != 2 and not (mlp.flattens and x.dim() > 2):
         return False
@@ -123,7 +124,7 @@ def _takes(mlp: _Mlp, batch: Batch) -> bool:
     if y.device != x.device or torch.is_autocast_enabled(x.device.type):
         return False
     if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < mlp.layers[-1].out_features:
-        return False  # torch's own loss says what is wrong with them
+        return False  # torch's own loss raises the error
     return _has_kernel(x.device)
 
 
@@ -131,6 +132,6 @@ def _has_kernel(device: torch.device) -> bool:
     """Whether a back end with a kernel runs the op: torch's own way needs the memory of all copies at once."""
     try:
         provider = dispatch.lookup("noisy_mlp_step", device)
-    except dispatch.BackendError:  # one was asked for that has the ops of the layers alone
+    except dispatch.BackendError:  # the one in force has no such op
         return False
     return provider is not dispatch.find("torch", "noisy_mlp_step", device)

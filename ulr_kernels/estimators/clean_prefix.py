@@ -1,0 +1,79 @@
+"""A cache of the part of a forward before its first noise, which chunks of copies share."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+class CachedTensor(NamedTuple):
+    """A tensor that a function has returned, held weakly: once the model drops it, its shape alone is left."""
+
+    tensor: weakref.ref[Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def now(self) -> Tensor:
+        """The tensor; if it is gone, one of its shape that takes no memory, as nothing but its shape can be read."""
+        tensor = self.tensor()
+        if tensor is None:
+            return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+        return tensor
+
+
+class CleanPrefixCache:
+    """The results of the functions of samples before the first noise, in their order, with their marks.
+
+    Later forwards take these results instead of running the functions: tensors that were alive at the noise, which are
+    all that the rest of the model can read, and placeholders.
+
+    Attributes:
+        complete: a forward has come to its first noise.
+    """
+
+    def __init__(self) -> None:
+        self.complete = False
+        self._results: list[tuple[Any, int]] = []
+        self._next = 0
+
+    def add(self, result: Any, marks: int) -> None:
+        """Add a function's result."""
+
+        def weakly(leaf: Any) -> Any:
+            return (
+                CachedTensor(weakref.ref(leaf), leaf.shape, leaf.dtype, leaf.device)
+                if isinstance(leaf, Tensor)
+                else leaf
+            )
+
+        self._results.append((_pytree.tree_map(weakly, result), marks))
+
+    def finish(self) -> None:
+        """Note that a forward has come to its first noise."""
+        if not self.complete:
+            self.complete = True
+            is_made = {"is_leaf": lambda leaf: isinstance(leaf, CachedTensor)}
+            self._results = [
+                (
+                    _pytree.tree_map(
+                        lambda leaf: leaf.now() if isinstance(leaf, CachedTensor) else leaf, result, **is_made
+                    ),
+                    marks,
+                )
+                for result, marks in self._results
+            ]
+        elif self._next != len(self._results):
+            raise RuntimeError("ulr.ULR: the model must call the same functions in each forward, got fewer of them")
+        self._next = 0
+
+    def next_result(self) -> tuple[Any, int] | None:
+        """The next function's result and marks; None after the last, and while the cache is being filled."""
+        if not self.complete or self._next == len(self._results):
+            return None
+        self._next += 1
+        return self._results[self._next - 1]

@@ -1,0 +1,61 @@
+"""A model as the estimator needs it: its parameters, their names, and which of them have noise themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from ulr_kernels.errors import fail
+from ulr_kernels.nn.names import layer_names, parameter_names
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelView:
+    """The parameters of a model. Nothing here changes; whether a parameter is trained is read from it each time.
+
+    Attributes:
+        model: without wrappers.
+        parameters: all of them; holding them keeps them alive, as they are matched by identity.
+        layers: id(parameter) -> the name of its layer.
+        names: id(parameter) -> its own name.
+        noised: name -> parameter, those that have noise themselves if they are trained.
+        followed: the other parameters, by which calls of layers are recognised.
+    """
+
+    model: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    layers: Mapping[int, str]
+    names: Mapping[int, str]
+    noised: Mapping[str, nn.Parameter]
+    followed: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, has_noise: Callable[[str], bool]) -> ModelView:
+        """The view of a model without wrappers; `has_noise(layer)`: its parameters have noise, not its outputs."""
+        parameters, layers, names = tuple(model.parameters()), layer_names(model), parameter_names(model)
+        noised = {names[id(p)]: p for p in parameters if has_noise(layers[id(p)])}
+        followed = tuple(p for p in parameters if names[id(p)] not in noised)
+        return cls(model, parameters, layers, names, noised, followed)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return self.parameters[0].device
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """For each parameter whether it is trained now."""
+        return tuple(p.requires_grad for p in self.parameters)
+
+    @property
+    def noised_layers(self) -> dict[str, str]:
+        """Name of each trained parameter with noise -> its layer."""
+        return {name: self.layers[id(p)] for name, p in self.noised.items() if p.requires_grad}
+
+    def check_parameters(self) -> None:
+        """Raise `RuleError` if the model has other parameters by now."""
+        if [*map(id, self.model.parameters())] != [*map(id, self.parameters)]:
+            fail("model", "have the parameters that it had (make a new estimator after replacing any)", "other ones")

@@ -1,0 +1,153 @@
+"""A batch: inputs and targets with samples first, their copies, and the losses of their rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from ulr_kernels.errors import fail
+from ulr_kernels.nn.affects import AffectedLosses
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class Batch:
+    """Inputs and targets: tensors, tuples or dicts of tensors whose first axis is the sample.
+
+    Args:
+        x, y: inputs and targets; `y` may be None.
+        owner: the name that errors begin with.
+        affects: the losses that each row's noise can change, if samples have many losses; None: a sample has one.
+
+    Attributes:
+        samples: their number.
+        first: the place of the first sample in the whole batch; other ranks may have the rest.
+        share: samples of this batch over those of the whole batch, times the number of ranks. The mean of this batch
+            counts so much in the mean over the ranks.
+
+    Raises:
+        RuleError: a tensor is a scalar, is empty, or has another number of samples than the first one.
+    """
+
+    def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR", affects: AffectedLosses | None = None) -> None:
+        self.x, self.y, self.owner, self.affects = x, y, owner, affects
+        self.first, self.share = 0, 1.0
+        self.samples = 0
+        for argument, value in (("x", x), ("y", y)):
+            for leaf in tensors(value):
+                if leaf.dim() == 0:
+                    self._fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
+                if self.samples and leaf.shape[0] != self.samples:
+                    self._fail(argument, f"have {self.samples} samples on the first axis", list(leaf.shape))
+                self.samples = leaf.shape[0]
+                if not self.samples:
+                    self._fail(argument, "have at least one sample", list(leaf.shape))
+        if not tensors(x):
+            self._fail("x", "be or hold a tensor", type(x).__name__)
+
+    @property
+    def signature(self) -> tuple:
+        """Everything that a model can decide by before it reads values of tensors: shapes, dtypes, devices, numbers."""
+        return _signature(self.x), _signature(self.y), self.affects and self.affects.signature
+
+    @property
+    def kind(self) -> tuple:
+        """The signature without the sizes of tensors."""
+        return _kind(self.signature)
+
+    def located(self, first: int, share: float) -> Batch:
+        """The same samples, at another place in the whole batch."""
+        batch = copy.copy(self)
+        batch.first, batch.share = first, share
+        return batch
+
+    def part(self, rows: slice | Tensor, first: int) -> Batch:
+        """Some of the samples, `first` being the place of the first of them in this batch.
+
+        `rows`: a range, or int64 `[samples]`, whose noise is that of a range from `first` on.
+        """
+        if isinstance(rows, slice) and (rows.start, rows.stop) == (0, self.samples):
+            return self
+
+        def of(leaf: Tensor) -> Tensor:
+            return leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)]
+
+        x, y = (_pytree.tree_map_only(Tensor, of, value) for value in (self.x, self.y))
+        part = Batch(x, y, self.owner, self.affects and self.affects.part(rows))
+        return part.located(self.first + first, self.share * part.samples / self.samples)
+
+    def losses(self, outputs: Any, loss_fn: LossFunction, copies: int) -> Tensor:
+        """The loss of each row: fp32 `[copies, samples]`, or with `affects` `[copies, samples, losses]`.
+
+        Raises:
+            RuleError: `loss_fn` returns something else than a tensor of that shape.
+        """
+        losses = loss_fn(outputs, repeat(self.y, copies))
+        rows = copies * self.samples
+        shape, rule = [rows], "one loss per row"
+        if self.affects is not None:
+            shape, rule = [rows, self.affects.losses], "[copies * samples, columns of affects]"
+        if not isinstance(losses, Tensor) or list(losses.shape) != shape:
+            got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            several = isinstance(losses, Tensor) and losses.dim() > 1 and self.affects is None
+            hint = "of several, their mean; or give affects" if several else "reduction='none'?"
+            self._fail("loss_fn", f"return {rule}, {shape} here ({hint})", got)
+        return losses.detach().to(torch.float32).unflatten(0, (copies, self.samples))
+
+    def _fail(self, argument: str, rule: str, value: object) -> NoReturn:
+        fail(argument, rule, value, self.owner)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a tree of tuples, lists and dicts."""
+    return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _signature(value: Any) -> tuple:
+    leaves, structure = _pytree.tree_flatten(value)
+    return structure, tuple(map(_leaf_signature, leaves))
+
+
+def _leaf_signature(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, bool | int | float | str) else type(leaf)
+
+
+def _kind(signature: Any) -> Any:
+    """A signature with the number of axes in the place of each shape."""
+    if isinstance(signature, torch.Size):
+        return len(signature)
+    return tuple(map(_kind, signature)) if isinstance(signature, tuple) else signature
+
+
+def repeat(value: Any, copies: int) -> Any:
+    """Copies of a batch, copy-major: row c * samples + i is sample i of copy c. Always new memory."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.expand(copies, *leaf.shape).clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+    return (
+        one(value) if isinstance(value, Tensor) else _pytree.tree_map(one, value)
+    )  # the tree takes longer than a copy
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """The outputs of several forwards as those of one: their rows one after the other."""
+    return _pytree.tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+
+
+def apply(model: nn.Module, x: Any) -> Any:
+    """The model's output: a tuple is its positional arguments, a dict its keyword arguments."""
+    if isinstance(x, dict):
+        return model(**x)
+    if isinstance(x, tuple | list):
+        return model(*x)
+    return model(x)

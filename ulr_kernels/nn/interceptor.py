@@ -1,0 +1,218 @@
+"""Interception of a model's layers: a mode that sees each torch function as the model's forward calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from ulr_kernels.nn import COMPOSITES, LOOPS, READERS
+from ulr_kernels.nn.batch import tensors
+from ulr_kernels.nn.call import Call, DerivedParameter
+from ulr_kernels.nn.generic import ELEMENTWISE, EXPANDS, LIKES, AutogradCall, RowsCall
+
+SAMPLE, NOISED = 1, 2  # marks of a tensor: it depends on the batch, on some layer's noise
+
+
+class LayerInterceptor(TorchFunctionMode):
+    """Base of the modes that watch a forward: it sorts tensors by what they depend on, and finds the calls of layers.
+
+    A tensor depends on samples (it comes from the batch), on parameters alone (`DerivedParameter`), or is a constant.
+    A function of parameters and constants runs with autograd's graph, which later takes a gradient back to the
+    parameters. A function that brings samples and parameters together is a call of a layer: `on_layer_call` runs it.
+    A subclass may override this and the other hooks, down to `expand_copies`.
+
+    Args:
+        layers: id(parameter) -> the name of its layer.
+        parameters: the model's.
+        inputs: the model's input.
+    """
+
+    def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any) -> None:
+        super().__init__()
+        self._layers = layers
+        self._derived = {id(p): DerivedParameter(p, (p,)) for p in parameters}  # keeps alive what is computed from them
+        self._marks: dict[int, int] = {}  # by storage, so that views and writes in place are seen
+        self._mark(inputs, SAMPLE)
+
+    def parameters_of(self, value: Any) -> DerivedParameter | None:
+        """The parameters that a tensor was computed from, if no sample was involved."""
+        return self._derived.get(id(value))
+
+    def marks(self, tensor: Tensor) -> int:
+        """The marks of a tensor, SAMPLE | NOISED; 0 for a constant."""
+        return self._marks.get(_storage(tensor), 0)
+
+    def trained_layer(self, call: Call) -> str | None:
+        """The name of a call's layer, if any parameter of the call is trained."""
+        if not any(p.requires_grad for p in call.parameters):
+            return None
+        return self._layers[id(call.parameters[0])]
+
+    # --- hooks -------------------------------------------------------------------------------------------------------
+
+    def on_layer_call(self, call: Call) -> tuple[Any, int]:
+        """Run a call of a layer: returns its result, and the marks that this gets beside those of the arguments."""
+        raise NotImplementedError
+
+    def noises_outputs(self, given: list[Tensor]) -> bool:
+        """Whether a function of these tensors contains a layer that may have noise on its output."""
+        return any(t.requires_grad for t in given if self.parameters_of(t) is not None)
+
+    def before_call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Runs before any function is called."""
+
+    def after_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
+        """Runs after a function that is no layer; `marks` has the tensors that it read, with their marks."""
+
+    def cached_result(self, bits: int) -> tuple[Any, int] | None:
+        """The result and marks of a function with these marks, if it need not run."""
+        return None
+
+    def cache_result(self, result: Any, bits: int) -> None:
+        """Runs after a function has returned a result with these marks."""
+
+    def expand_copies(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list[tuple[Tensor, int]]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments to call a function of noised tensors with."""
+        return args, kwargs
+
+    # --- a call ------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.before_call(func, args, kwargs)
+        derived, marks, bits = self._sort(args, kwargs)
+        if derived and not bits & SAMPLE:
+            return self._call_of_parameters(func, args, kwargs, derived)
+        if derived and (result := self._call_composite(func, args, kwargs)) is not NotImplemented:
+            return result
+        if with_rows := self._with_sample_rows(func, derived, marks):
+            return self._call_with_rows(func, types, args, kwargs, with_rows)
+        if (cached := self.cached_result(bits)) is not None:
+            self._mark(*cached)
+            return cached[0]
+        if bits & NOISED:
+            args, kwargs = self.expand_copies(func, args, kwargs, marks)
+        call = self._read(func, args, kwargs, derived) if derived else None
+        if call is None:
+            result = func(*args, **kwargs)
+            self.after_call(func, args, kwargs, marks, result)
+        else:
+            result, more = self.on_layer_call(call)
+            bits |= more
+        self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
+        self.cache_result(result, bits)
+        return result
+
+    def _call_composite(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of a function that hides layers, by the form that shows them; NotImplemented if it hides none."""
+        if func not in COMPOSITES or (func in LOOPS and not self.noises_outputs(flat(args))):
+            return NotImplemented
+        with self:
+            return COMPOSITES[func](*args, **kwargs)
+
+    def _sort(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[list[DerivedParameter], list[tuple[Tensor, int]], int]:
+        """The tensors among the arguments: those of parameters alone; the others with their marks; all marks."""
+        derived, marks, bits = [], [], 0
+        for tensor in flat(args) + flat(kwargs.values()):
+            each = self._derived.get(id(tensor))
+            if each is not None:
+                derived.append(each)
+            elif of_tensor := self.marks(tensor):
+                marks.append((tensor, of_tensor))
+                bits |= of_tensor
+        return derived, marks, bits
+
+    def _call_of_parameters(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
+    ) -> Any:
+        with torch.enable_grad():
+            result = func(*args, **kwargs)
+        parameters = tuple({id(p): p for each in derived for p in each.parameters}.values())
+        for tensor in flat((result,)):
+            if tensor.requires_grad and id(tensor) not in self._derived:
+                rows = any(_has_rows(func, each, tensor) for each in derived)
+                self._derived[id(tensor)] = DerivedParameter(tensor, parameters, rows)
+        self._mark(result, 0)
+        return result
+
+    def _with_sample_rows(
+        self, func: Callable, derived: list[DerivedParameter], marks: list[tuple[Tensor, int]]
+    ) -> list[DerivedParameter]:
+        """The arguments that are computed from parameters and have a row for each sample."""
+        found = []
+        for each in derived:
+            if each.tensor.is_leaf or not each.tensor.dim():
+                continue
+            like = next((t for t, _ in marks if t.dim() and t.shape[0] == each.tensor.shape[0] > 1), None)
+            aligned = func in ELEMENTWISE and each.tensor.dim() > 1
+            if like is not None and (aligned and like.dim() == each.tensor.dim() or each.rows and not aligned):
+                found.append(each)
+        return found
+
+    def _call_with_rows(
+        self, func: Callable, types: Any, args: tuple, kwargs: dict[str, Any], with_rows: list[DerivedParameter]
+    ) -> Any:
+        """The function, of rows that calls of their own have returned."""
+        found = {}
+        for each in with_rows:
+            rows, more = self.on_layer_call(RowsCall(each))
+            self._mark(rows, SAMPLE | more)
+            found[id(each.tensor)] = rows
+        args, kwargs = _pytree.tree_map(lambda leaf: found.get(id(leaf), leaf), (args, kwargs))
+        return self.__torch_function__(func, types, args, kwargs)
+
+    def _read(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
+    ) -> Call | None:
+        reader = READERS.get(func)
+        call = reader(args, kwargs, self.parameters_of) if reader is not None else None
+        if call is None and func not in LIKES and any(each.tensor.requires_grad for each in derived):
+            samples = {id(t): t for t in flat(args) + flat(kwargs.values()) if self.marks(t) & SAMPLE}
+            call = AutogradCall(func, args, kwargs, list(samples.values()), derived)
+        return call
+
+    def _mark(self, value: Any, bits: int) -> None:
+        """Note what tensors depend on; memory that is used again gets the marks of what it now holds."""
+        for tensor in (value,) if isinstance(value, Tensor) else tensors(value):
+            if bits:
+                self._marks[_storage(tensor)] = bits
+            elif self._marks:
+                self._marks.pop(_storage(tensor), None)
+
+
+def flat(values: Iterable) -> list[Tensor]:
+    """The tensors in arguments; quicker than a tree of any depth."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += flat(value)
+    return found
+
+
+def _storage(tensor: Tensor) -> int:
+    """The address of a tensor's memory; id(tensor) where it has none, as empty tensors all share address 0."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):  # tensors without storage: inside vmap, sparse
+        return id(tensor)
+
+
+def _has_rows(func: Callable, derived: DerivedParameter, result: Tensor) -> bool:
+    """Whether a result has a row for each sample, as far as shapes can tell."""
+    given = derived.tensor
+    if not result.dim():
+        return False
+    if func in EXPANDS and (given.dim() < result.dim() or given.shape[0] == 1 < result.shape[0]):
+        return True
+    return derived.rows and given.shape[0] == result.shape[0]
