@@ -50,7 +50,7 @@ def load(path: str) -> Data:
 
 
 class Graph(nn.Module):
-    """Two graph convolutions. Noise behind the sum over neighbours reaches fewer nodes than in front of it."""
+    """Two graph convolutions. Noise after the sum over neighbours affects fewer nodes than before it."""
 
     def __init__(self, edges: Tensor, inputs: int, hidden: int, classes: int) -> None:
         super().__init__()

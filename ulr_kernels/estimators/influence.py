@@ -117,7 +117,7 @@ def refuse_influence(
                 fail(
                     "model",
                     "compute each sample from its own alone, and give each layer its samples first: [samples, ...], or "
-                    "rows of a sample one behind the other, [samples * rows, ...]",
+                    "rows of a sample one after the other, [samples * rows, ...]",
                     f"losses that change with the noise of other samples ({', '.join(pass_.layers)})",
                 )
             if felt:
