@@ -48,7 +48,7 @@ class Absent(Exception):
 
 @dataclasses.dataclass
 class Tools:
-    """What was found, by its version for the record; the reason why not in `absent`, by part."""
+    """The tools that were found, by version; `absent` has a reason for each part that is left out."""
 
     compiler: str | None = None
     nvcc: str | None = None

@@ -1,4 +1,4 @@
-"""What a result must say about where it was measured, and the ceilings of the machine, measured in the same run."""
+"""The facts that a result states about its machine, and the machine's ceilings, measured in the same run."""
 
 from __future__ import annotations
 

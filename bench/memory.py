@@ -2,8 +2,8 @@
 
     python -m bench.memory ROW CONTESTANT    prints the number of bytes
 
-The call is made twice: the first loads code, compiles and starts threads, the second counts. The allocator is told to
-give every larger block back to the system at once, so that nothing the first call freed hides what the second takes.
+The call is made twice: the first loads code, compiles and starts threads, the second counts. The allocator
+gives every larger block back to the system at once, so nothing that the first call freed hides memory of the second.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LOOPS = Path(__file__).parents[1] / "python_tests" / "budgets" / "cuda" / "loops
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device does at most; rates are per processor (SM) and clock."""
+    """The most that a device does; rates are for each processor (SM) and clock."""
 
     name: str
     processors: int

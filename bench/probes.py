@@ -1,4 +1,4 @@
-"""What the noise asks of a GPU, measured apart: the rate of Philox's wide products, and noise beside tensor cores."""
+"""The parts of the noise, each measured on a GPU: the rate of Philox's wide products, and noise beside tensor cores."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the library is measured against: the same results by other means.
+"""The rivals: the same results by other means.
 
 The layer-wise likelihood ratio method as its authors' public code runs it (arXiv 2305.08960): the batch is repeated at
 the network's input, the noise of the noised layer is drawn at the size of its output, negated for the second half, kept

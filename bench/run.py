@@ -1,4 +1,4 @@
-"""What `ulr bench` does: runs the rows of `bench/` in a process of their own and prints their table."""
+"""`ulr bench`: runs the rows of `bench/` in a process of their own and prints their table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests compile, made once for each content: between tests, processes, runs and clones of one user.
+"""A cache of compiled files, by content: for all tests, processes, runs and clones of one user.
 
 A file is known by its command, its compiler's version, its source and all that the source includes. The files lie in
 `$XDG_CACHE_HOME/ulr_kernels`, by default `~/.cache/ulr_kernels`; those that nobody used for a month are deleted.
@@ -24,7 +24,7 @@ COMMENT = re.compile(rb"[ \t]*//[^\n]*")
 
 
 class CompileError(RuntimeError):
-    """What the compiler printed."""
+    """A compiler failed; the message is its output."""
 
 
 @functools.cache

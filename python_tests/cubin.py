@@ -1,4 +1,4 @@
-"""What a kernel costs, read from the cubin that Triton compiles for sm_90: no GPU needed.
+"""The cost of a kernel, read from the cubin that Triton compiles for sm_90: no GPU needed.
 
 Instructions of a loop are those between the target of a backward branch and the branch, predicated ones included, NOP
 left out. The noise loop is the innermost loop with the most products of Philox. One normal is one conversion of

@@ -24,7 +24,7 @@ def tokens():
 
 
 class Gain(nn.Module):
-    """A product with a parameter, of which torch's derivative is taken."""
+    """A product with a parameter, for torch's derivative of it."""
 
     def __init__(self, features):
         super().__init__()
@@ -202,7 +202,7 @@ class Steps(nn.Module):
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_a_time_step_affects_itself_and_later_ones(kind, memory):
-    """The rows of a recurrent layer are its time steps, one call behind the other."""
+    """The rows of a recurrent layer are its time steps, one call after the other."""
     model, (x, y) = Steps(kind), tokens()
     affects = {"cell": torch.ones(TOKENS, TOKENS).triu(), "head": torch.eye(TOKENS)}
     settings = {"steps": 24, "copies": 256, "sigma": 0.02, "memory": memory}

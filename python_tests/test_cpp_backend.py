@@ -1,4 +1,4 @@
-"""What is special to the cpp back end: instruction sets, threads, and memory. Its results are in test_ops.py."""
+"""Instruction sets, threads and memory of the cpp back end. Its results are tested in test_ops.py."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_tokens_of_a_causal_model_affect_later_losses():
     tokens = IDS.shape[1]
     causal, own = torch.ones(tokens, tokens).triu()[:, :-1], torch.eye(tokens)[:, :-1]  # the last predicts nothing
     affects = {"": causal, "transformer.wte": torch.cat([causal, own]), "transformer.ln_f": own}
-    affects |= {f"transformer.h.0.{behind}": own for behind in ("attn.c_proj", "ln_2", "mlp")}
+    affects |= {f"transformer.h.0.{name}": own for name in ("attn.c_proj", "ln_2", "mlp")}
 
     def next_tokens(outputs, ids):
         losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

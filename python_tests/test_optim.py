@@ -41,7 +41,7 @@ def test_mezo_is_textbook_spsa_over_50_steps(dist):
 
 
 def gradient(optimizer, model, tokens, targets, lr=1.0):
-    """What a step subtracts at lr 1, less what momentum and decay would add."""
+    """The amount that a step subtracts at lr 1, without momentum and decay."""
     start = copies(model)
     optimizer.step(lambda: F.cross_entropy(model(tokens), targets))
     return -moved(model, start) / lr

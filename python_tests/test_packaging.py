@@ -52,7 +52,7 @@ def build_wheel(folder: pathlib.Path, **environment: str) -> pathlib.Path:
 
 
 def run_installed(wheel: pathlib.Path, folder: pathlib.Path) -> str:
-    """Unpacked in front of everything else on the path, with no compiler to be found."""
+    """Unpacked before everything else on the path, with no compiler to be found."""
     site = folder / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)

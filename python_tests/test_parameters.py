@@ -24,7 +24,7 @@ CALLS += [(op, torch.float16, i) for op, dtype, i in CALLS if dtype == torch.bfl
 
 
 def run(op: str, sample: Sample) -> dict[str, list[torch.Tensor]]:
-    """What a sample's call writes, from copies of its tensors."""
+    """The tensors that a sample's call writes, from copies."""
     tensors, *rest = clone(list(sample.args[0])), *sample.args[1:]
     kwargs = {k: clone(v) if k in STATES else v for k, v in sample.kwargs.items()}
     OPS[op].function(tensors, *rest, **kwargs)

@@ -43,7 +43,7 @@ def launch(folder: Path, *jobs: str, ranks: int = 2) -> None:
 
 
 def saved(folder: Path) -> list[dict]:
-    """What each rank saved."""
+    """The results that each rank saved."""
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
 
 

@@ -1,4 +1,4 @@
-"""What each op must give, in fp64 and as plainly as its definition reads: shared with no implementation.
+"""The right result of each op, in fp64 and as plain as its definition: shared with no implementation.
 
 Only the noise is taken from the contract, whose own tests pin it down. Each function returns, per output, the value and
 its magnitude: the sum of the absolute values of the terms that make it, from which rounding errors are bounded.

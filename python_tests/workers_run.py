@@ -1,4 +1,4 @@
-"""What the ranks of test_workers.py do: python workers_run.py FOLDER JOB..., under torchrun's variables."""
+"""The program of the ranks of test_workers.py: python workers_run.py FOLDER JOB..., under torchrun's variables."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def gradients(estimator: ulr.ULR) -> list[torch.Tensor]:
 
 
 def shares(case: str) -> list[slice]:
-    """What two ranks have of a batch."""
+    """The parts of a batch that two ranks have."""
     first = 3 if case == "unequal" else 4
     return [slice(0, first), slice(first, 8)]
 

@@ -1,4 +1,4 @@
-"""What is here: which back end runs each op, and why each other one is absent."""
+"""`ulr.describe`: which back end runs each op, and why the others are absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of the benchmark is, and what the makers of rows share."""
+"""A row of the benchmark, and helpers for the makers of rows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Row:
     in_cache: bool = False
 
     def floor(self) -> dict[str, Any]:
-        """What the floor of the row is made of: counts, and the kinds of product and noise."""
+        """The parts of the row's floor: counts, and the kinds of product and noise."""
         return dataclasses.asdict(self.cost) | {"kind": self.kind, "dist": self.dist}
 
     def sets(self) -> list[tuple]:

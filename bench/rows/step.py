@@ -54,7 +54,7 @@ def layerwise_cost(layers: Sequence[Layer], batch: int, copies: Sequence[int]) -
 
 
 def one_call(model: nn.Sequential, copies: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same step as one op, which is handed the model's layers."""
+    """The same step as one op on the model's layers."""
     layers = [module for module in model if isinstance(module, nn.Linear)]
     weights, biases = [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
     buffers = [torch.zeros_like(w) for w in weights], [torch.zeros_like(b) for b in biases]

@@ -4,7 +4,7 @@
 //     integers   set, load, store, operators + - & | ^, shift_left<n>, shift_right<n>, and_or (a & b | c), and_xor (a ^
 //     b & c),
 //                not_less, subtract_where
-//     products   W: the lanes of a U in 64 bits each, of which the upper 32 are ignored, so that a product is itself
+//     products   W: the lanes of a U in 64 bits each; the upper 32 bits are ignored, so that a product is itself
 //                the vector of its lower halves: widen, narrow, multiply, + (of whole products), ^, high_xor (upper
 //                half ^ a ^ k)
 //     floats     set, load, store, fma, operators + - * /, square_root, larger and smaller (b where either is NaN),

@@ -62,7 +62,7 @@ __host__ __device__ inline int64_t groups_of(int64_t row_offset, int64_t rows, i
 }
 
 // Walks the list: launch(table, blocks) for as many entries at a time as fit in a table. `tensors` has `stride` a
-// parameter, of which the first `views` count; those that are absent have no data. A kernel of full rank takes the
+// parameter; the first `views` count; those that are absent have no data. A kernel of full rank takes the
 // tensors of full rank. A tensor whose rows one stride cannot step through is an entry for each run of columns.
 template <int views, bool low_rank, typename Launch>
 int for_each_table(const ulr_tensor* tensors, int64_t stride, int64_t count, const int64_t* numbers, Launch launch) {

@@ -1,4 +1,4 @@
-"""What options have in common: errors of one line, defaults that only a settings class knows, the folder of a run."""
+"""Options that commands share: errors of one line, fields of a settings class, the folder of a run."""
 
 from __future__ import annotations
 

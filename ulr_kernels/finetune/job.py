@@ -163,7 +163,7 @@ class Job:
 
     @torch.inference_mode()
     def make_features(self, split: Examples, bar: Any) -> Tensor:
-        """The pooled states `[sentences, H]` of a split, of which this rank makes its part: the others' rows are 0."""
+        """The pooled states `[sentences, H]` of a split. This rank makes its part; the rows of the others are 0."""
         head = self.model.head
         features = torch.zeros(len(split.ids), head.in_features, dtype=head.weight.dtype, device=self.device)
         for rows in self._own(split.by_length(_FEATURE_BATCH)):
@@ -227,7 +227,7 @@ class Job:
 
     @property
     def unit(self) -> str:
-        """What is counted for the speed: where the features are made already, a step meets no tokens."""
+        """The unit of throughput: sentences if features are made beforehand, else tokens."""
         return "sentences" if self.settings.tune == "head" else "tokens"
 
     def train_step(self) -> tuple[float, int]:

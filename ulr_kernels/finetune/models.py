@@ -235,7 +235,7 @@ def _tokenizer(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What transformers, tokenizers, safetensors and gguf raise about bad files is of any class at all."""
+    """Errors about bad files: transformers, tokenizers, safetensors and gguf raise any class."""
     try:
         yield
     except JobError:

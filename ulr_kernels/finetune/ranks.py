@@ -1,4 +1,4 @@
-"""The ranks that torchrun starts: how they find one another, and how they are told to stop."""
+"""The ranks that torchrun starts: how they find one another, and how they stop."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def figures(job: Job, commands: list[str], evaluations: list[dict[str, Any]]) ->
             "weights_mib": everything / 2**20,
             "inference_mib": last["inference_memory_mib"],
             "tuning_mib": max(record["memory_mib"] for record in evaluations[1:]),
-            # What Adam needs beside the weights: fp32 gradient and two moments. Activations kept for the backward come
+            # Adam needs an fp32 gradient and two moments beside the weights. Activations kept for the backward come
             # on top.
             "adam_states_mib": 12 * tuned / 2**20,
         },
@@ -109,7 +109,7 @@ def draw_curves(path: Path, report: dict[str, Any], losses: list[float]) -> None
 
 
 def draw_memory(path: Path, report: dict[str, Any]) -> None:
-    """What tuning needed beside inference, and beside the least that backpropagation would keep."""
+    """The memory of tuning beside that of inference, and beside the least that backpropagation would keep."""
     found = report["memory"]
     bars = {
         "weights": found["weights_mib"],

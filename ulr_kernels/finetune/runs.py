@@ -30,7 +30,7 @@ LOG, HISTORY, FEATURES = "trajectory.ulr", "history.json", "features.safetensors
 
 @dataclasses.dataclass
 class History:
-    """What the log does not hold: what was typed, and the figures of each evaluation so far."""
+    """The parts of a run that its log does not hold: the typed commands and the figures of each evaluation."""
 
     commands: list[str]
     evaluations: list[dict[str, Any]]

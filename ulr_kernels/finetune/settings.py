@@ -1,4 +1,4 @@
-"""What a fine-tuning run is: every setting that its result depends on, and values that work for each way of tuning."""
+"""The settings of `ulr finetune`, and values that work for each way of tuning."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Settings:
         return cls(**values)
 
     def for_log(self) -> dict[str, Any]:
-        """What `of_log` reads."""
+        """The settings as a log holds them; `of_log` reads them."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in _ADDED or value != _ADDED[name]}
 

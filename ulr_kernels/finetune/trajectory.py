@@ -56,7 +56,7 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What all steps share.
+    """The parts that all steps share.
 
     Attributes:
         rule: how updates change the weights.

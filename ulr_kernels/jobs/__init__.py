@@ -1,4 +1,4 @@
-"""What `ulr train` and `ulr finetune` share: run folders, checkpoints, rules for settings, memory, plots, schedules."""
+"""Parts shared by `ulr train` and `ulr finetune`: run folders, checkpoints, settings, memory, plots, schedules."""
 
 
 class JobError(Exception):

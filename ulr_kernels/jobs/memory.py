@@ -26,7 +26,7 @@ def keep_freed() -> None:
 def give_back() -> None:
     """Return what is freed to the system: what `keep_freed` keeps in pieces too small for the next work to use.
 
-    torch asks for aligned blocks, beside each of which glibc leaves a small one; once these are in use the large ones
+    torch asks for aligned blocks, and glibc leaves a small one beside each; once these are in use the large ones
     cannot be joined, and work on blocks of ever other sizes takes new memory, step by step.
     """
     with contextlib.suppress(AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""What figures depend on beside the settings."""
+"""The versions that a report names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,1 @@
-"""Whole jobs from one command: data, models, training with checkpoints, and reports. The command line calls these."""
-
-
-class JobError(Exception):
-    """What the user asked for cannot be done, for a reason that one line explains; nothing has been written."""
+"""`ulr train` and `ulr demo`: data sets, models, training with checkpoints, and reports."""

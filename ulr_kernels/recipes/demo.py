@@ -55,7 +55,7 @@ def run(out: Path, seeds: int = 1) -> None:
 
 
 def _run(job: str, folder: Path, options: str) -> dict[str, Any]:
-    """What a run reports."""
+    """Run a job in a process of its own; returns its report."""
     command = [sys.executable, "-m", "ulr_kernels", job, *options.split(), "--out", str(folder), "--overwrite"]
     print(f"ulr {' '.join(command[3:])}", flush=True)
     # OpenMP's threads spin while they wait. Where the cores are shared that takes them from the threads that work

@@ -23,7 +23,7 @@ _LEAST = 96  # pixels: smaller images are enlarged
 
 
 class _Same(nn.Conv2d):
-    """A convolution padded as TensorFlow's "same", in which the weights were trained: more behind than before."""
+    """A convolution padded as TensorFlow's "same", in which the weights were trained: more after than before."""
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.kernel_size[0], self.stride[0]

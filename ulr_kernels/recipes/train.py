@@ -60,7 +60,7 @@ class Trainer:
         pretrained = isinstance(self.model, EfficientNetLite0)
         self.mean, self.deviation = EfficientNetLite0.pixel_scale if pretrained else dataset.scale()
         self.optimizer = _optimizer(settings, self.model)
-        # What is trained: cross-entropy in nats, one per row. In this form the estimator knows it.
+        # Cross-entropy in nats, one for each row. The estimator recognises this form.
         self.loss_per_row = functools.partial(
             F.cross_entropy, reduction="none", label_smoothing=settings.label_smoothing
         )
