@@ -1,4 +1,4 @@
-"""The right result of a noisy convolution, in fp64: torch's own convolution, and autograd through it, with the noise as a
+"""Right results of noisy convolutions, in fp64: torch's own convolution, and autograd through it, with the noise as a
 constant. Each function returns, per output, the value and its magnitude, as in `truth.py`."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The program of the ranks of test_finetune_ranks.py: python finetune_ranks_run.py FILES OUT, under torchrun's variables."""
+"""The ranks of test_finetune_ranks.py: python finetune_ranks_run.py FILES OUT, under torchrun's variables."""
 
 from __future__ import annotations
 

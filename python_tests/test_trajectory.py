@@ -1,4 +1,4 @@
-"""The log of a run: what it holds comes back bitwise, and a cut or a changed byte is an error, never taken for a step."""
+"""The log of a run: what it holds comes back bitwise, and a cut or a changed byte is an error, never a step."""
 
 from __future__ import annotations
 
