@@ -97,8 +97,8 @@ def run(data: Data, method: str, args: argparse.Namespace, seed: int) -> tuple[f
 
 
 def stepper(data: Data, model: Graph, method: str, args: argparse.Namespace, seed: int) -> Callable[[], object]:
-    """The step that fills `.grad`. The graph is one sample, its nodes are the rows of that sample, and the labelled ones have
-    the losses."""
+    """The step that fills `.grad`. The graph is one sample, its nodes are the rows of that sample, and the labelled
+    nodes have the losses."""
     x, y = data.nodes[None], data.labels[None, data.train]
 
     def losses(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -220,8 +220,11 @@ class Rule(NamedTuple):
 def launches(
     tensors: list[Tensor], states: list[list[Tensor]], amounts: Tensor, rule: Rule, noise: ListNoise
 ) -> Iterator[Launch]:
-    """A launch for each form of tensor in the list. `amounts`: the scale, or the coefficients of the probes."""
-    keys = with_streams(noise.keys, noise.rank, noise.stochastic)
+    """A launch for each form of tensor in the list.
+
+    `amounts`: the scale, or the coefficients of the probes; `noise`: with the keys of all its streams.
+    """
+    keys = noise.keys
     scale = 1.0 if noise.rank is None else noise_contract.low_rank_scale(noise.rank)
     groups: dict[Form, list[tuple[int, list[Tensor]]]] = {}
     for i, parts in enumerate(zip(tensors, *states, strict=True)):
@@ -274,22 +277,23 @@ def launches(
         )
 
 
-def with_streams(keys: Tensor, rank: int | None, stochastic: bool) -> Tensor:
-    """The keys, followed, where needed, by the keys of the low-rank factors and of rounding."""
-    if rank is None and not stochastic:
-        return keys.contiguous()
+def with_streams(noise: ListNoise) -> ListNoise:
+    """The noise with its keys followed, where needed, by the keys of the low-rank factors and of rounding."""
+    keys = noise.keys.contiguous()
+    if noise.rank is None and not noise.stochastic:
+        return noise._replace(keys=keys)
     numbers = torch.arange(1, 4, device=keys.device)[:, None]  # LOW_RANK_STREAMS and ROUNDING_STREAM of the contract
     derived = torch.empty(3, keys.shape[0], dtype=torch.int64, device=keys.device)
     fold_in(derived, FoldIn(*torch.broadcast_tensors(keys[None, :], numbers)))
-    return torch.cat([keys, derived.flatten()])
+    return noise._replace(keys=torch.cat([keys, derived.flatten()]))
 
 
 def perturb_(a: Perturb) -> None:
-    for launch in launches(a.tensors, [], a.scale, Rule(), a.noise):
+    for launch in launches(a.tensors, [], a.scale, Rule(), with_streams(a.noise)):
         launch.run()
 
 
 def combine_(a: Combine) -> None:
     rule = Rule(a.lr, a.step, (a.weight_decay, a.momentum, a.beta1, a.beta2, a.epsilon))
-    for launch in launches(a.tensors, a.states, a.coefficients, rule, a.noise):
+    for launch in launches(a.tensors, a.states, a.coefficients, rule, with_streams(a.noise)):
         launch.run()
