@@ -147,15 +147,8 @@ def cost(a: NoiseAdd) -> Cost:
     return Cost(a.x.element_size() * (a.x.numel() + a.copies * size), 0, a.noise.draws(a.copies) * size)
 
 
-register(
-    Op(
-        name="noise_add",
-        schema="(Tensor x, Tensor sigma, Tensor key, int feature_dim=-1, int copies=1, bool shared=True, "
-        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noise_add,
-        arguments=NoiseAdd,
-        check=check,
-        reference=reference,
-        cost=cost,
-    )
+SCHEMA = (
+    "(Tensor x, Tensor sigma, Tensor key, int feature_dim=-1, int copies=1, bool shared=True, "
+    f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noise_add, SCHEMA, NoiseAdd, check, reference, cost))

@@ -100,15 +100,8 @@ def cost(a: NoiseScore) -> Cost:
     return Cost(4 * (size + a.loss_weight.numel()), 0, a.noise.draws(a.loss_weight.shape[0]) * size)
 
 
-register(
-    Op(
-        name="noise_score",
-        schema="(Tensor loss_weight, Tensor sigma, Tensor key, SymInt[] shape, int feature_dim=-1, "
-        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noise_score,
-        arguments=NoiseScore,
-        check=check,
-        reference=reference,
-        cost=cost,
-    )
+SCHEMA = (
+    "(Tensor loss_weight, Tensor sigma, Tensor key, SymInt[] shape, int feature_dim=-1, "
+    f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noise_score, SCHEMA, NoiseScore, check, reference, cost))

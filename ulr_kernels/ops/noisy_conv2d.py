@@ -140,16 +140,8 @@ def cost(a: Conv) -> Cost:
     return Cost(moved, 2 * _conv.products(a.window, sizes), a.noise.draws(a.copies) * out)
 
 
-register(
-    Op(
-        name="noisy_conv2d",
-        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, int copies=1, "
-        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noisy_conv2d,
-        arguments=Conv,
-        check=check,
-        reference=_conv.forward_reference,
-        cost=cost,
-        autocast=(0, 1, 2),
-    )
+SCHEMA = (
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, int copies=1, "
+    f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_conv2d, SCHEMA, Conv, check, _conv.forward_reference, cost, autocast=(0, 1, 2)))

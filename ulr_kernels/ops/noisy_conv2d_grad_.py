@@ -70,24 +70,10 @@ def noisy_conv2d_grad_(
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key = key_tensor(op, key, x.device)
     sigma = sigma_tensor(op, sigma, x.device, zero=False)
-    torch.ops.ulr.noisy_conv2d_grad_.default(
-        grad_weight,
-        grad_bias,
-        grad_log_sigma,
-        x,
-        loss_weight,
-        sigma,
-        key,
-        kernel,
-        *window,
-        antithetic,
-        dist,
-        sampler,
-        _conv.resolve_positions(window, x, kernel, positions),
-        draw,
-        row_offset,
-        col_offset,
-    )
+    positions = _conv.resolve_positions(window, x, kernel, positions)
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    torch.ops.ulr.noisy_conv2d_grad_.default(*buffers, x, loss_weight, sigma, key, kernel, *window, *which)
 
 
 def check(a: ConvGradient) -> None:
@@ -102,18 +88,9 @@ def cost(a: ConvGradient) -> Cost:
     return _linear.gradient_cost(a, sizes, _conv.products(a.window, sizes))
 
 
-register(
-    Op(
-        name="noisy_conv2d_grad_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
-        f"Tensor loss_weight, Tensor sigma, Tensor key, int[] kernel, {WINDOW_SCHEMA}, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> ()",
-        function=noisy_conv2d_grad_,
-        arguments=ConvGradient,
-        check=check,
-        reference=_conv.gradient_reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-        autocast=(3,),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
+    f"Tensor loss_weight, Tensor sigma, Tensor key, int[] kernel, {WINDOW_SCHEMA}, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> ()"
 )
+register(Op(noisy_conv2d_grad_, SCHEMA, ConvGradient, check, _conv.gradient_reference, cost, autocast=(3,)))

@@ -118,16 +118,8 @@ def cost(a: Linear) -> Cost:
     return Cost(moved, 2 * products, a.noise.draws(a.copies) * out)
 
 
-register(
-    Op(
-        name="noisy_linear",
-        schema="(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int copies=1, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> Tensor",
-        function=noisy_linear,
-        arguments=Linear,
-        check=check,
-        reference=_linear.forward_reference,
-        cost=cost,
-        autocast=(0, 1, 2),
-    )
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int copies=1, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_linear, SCHEMA, Linear, check, _linear.forward_reference, cost, autocast=(0, 1, 2)))

@@ -49,24 +49,9 @@ def noisy_linear_recompute_(
     """
     key = key_tensor("noisy_linear_recompute_", key, x.device)
     sigma = sigma_tensor("noisy_linear_recompute_", sigma, x.device, zero=False)
-    return torch.ops.ulr.noisy_linear_recompute_.default(
-        grad_weight,
-        grad_bias,
-        grad_log_sigma,
-        x,
-        weight,
-        bias,
-        loss_weight,
-        sigma,
-        key,
-        antithetic,
-        dist,
-        sampler,
-        positions,
-        draw,
-        row_offset,
-        col_offset,
-    )
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.ops.ulr.noisy_linear_recompute_.default(*buffers, x, weight, bias, loss_weight, sigma, key, *which)
 
 
 def check(a: LinearGradient) -> Output:
@@ -79,17 +64,8 @@ def reference(y: Tensor, a: LinearGradient) -> None:
     _linear.gradient_reference(a)
 
 
-register(
-    Op(
-        name="noisy_linear_recompute_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
-        f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noisy_linear_recompute_,
-        arguments=LinearGradient,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-        autocast=(3, 4, 5),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
+    f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_linear_recompute_, SCHEMA, LinearGradient, check, reference, cost, autocast=(3, 4, 5)))

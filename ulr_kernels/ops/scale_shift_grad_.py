@@ -137,17 +137,9 @@ def cost(a: ScaleShiftGradient) -> Cost:
     return Cost(read + written + 4 * a.loss_weight.numel(), 2 * x.numel(), a.noise.draws(copies) * size)
 
 
-register(
-    Op(
-        name="scale_shift_grad_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
-        f"Tensor loss_weight, Tensor sigma, Tensor key, int feature_dim=-1, bool shared=True, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> ()",
-        function=scale_shift_grad_,
-        arguments=ScaleShiftGradient,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
+    f"Tensor loss_weight, Tensor sigma, Tensor key, int feature_dim=-1, bool shared=True, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> ()"
 )
+register(Op(scale_shift_grad_, SCHEMA, ScaleShiftGradient, check, reference, cost))
