@@ -21,17 +21,11 @@ from ulr_kernels.nn.perturbed import PerturbedWeights
 
 
 class FirstPass(NamedTuple):
-    """The result of a first forward, with which a second one adds each layer's gradients as it runs, keeping nothing.
+    """The result of a first forward. With it a second one adds each layer's gradients as it runs, and keeps nothing."""
 
-    Attributes:
-        weights: of the rows of noise in the gradient.
-        log_sigma: layer -> its learnt ln sigma.
-        order: the layers of the first forward's noised calls. The last call's output is not needed again.
-    """
-
-    weights: RowWeights
-    log_sigma: Mapping[str, Tensor]
-    order: Sequence[str]
+    weights: RowWeights  # of the rows of noise in the gradient
+    log_sigma: Mapping[str, Tensor]  # layer -> its learnt ln sigma
+    order: Sequence[str]  # the layers of the noised calls; the output of the last one is not needed again
 
 
 class KeptCall(NamedTuple):

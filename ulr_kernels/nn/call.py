@@ -13,18 +13,11 @@ from ulr_kernels import ops
 
 
 class Noise(NamedTuple):
-    """The noise of one call. Copy c uses draw + c; sample i has the rows of sample first + i.
+    """The noise of one call. Copy c uses draw + c; sample i has the rows of sample first + i."""
 
-    Attributes:
-        sigma: the scale, a number or fp32 `[features]` or `[]`.
-        key: int64 `[]`.
-        copies: their number; antithetic ones come as two halves.
-        dist, sampler: of the noise.
-    """
-
-    sigma: float | Tensor
-    key: Tensor
-    copies: int
+    sigma: float | Tensor  # the scale, a number or fp32 `[features]` or `[]`
+    key: Tensor  # int64 `[]`
+    copies: int  # antithetic ones come as two halves
     antithetic: bool
     dist: str
     sampler: str
@@ -35,16 +28,11 @@ class Noise(NamedTuple):
 class DerivedParameter(NamedTuple):
     """A parameter, or a tensor that is computed from parameters and constants alone: a transpose, a slice, a lookup
     of positions, a normalised weight. Autograd's graph leads from it to the parameters.
-
-    Attributes:
-        tensor: the parameter, or the tensor computed from parameters.
-        parameters: the model's parameters that it was computed from.
-        rows: it was expanded to one row for each sample.
     """
 
-    tensor: Tensor
-    parameters: tuple[Tensor, ...]
-    rows: bool = False
+    tensor: Tensor  # the parameter, or the tensor computed from parameters
+    parameters: tuple[Tensor, ...]  # the model's parameters that it was computed from
+    rows: bool = False  # it was expanded to one row for each sample
 
 
 class KnownLosses(NamedTuple):
