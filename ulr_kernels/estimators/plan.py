@@ -13,8 +13,8 @@ from ulr_kernels import noise_contract
 from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.influence import Trial, refuse_influence, trials
-from ulr_kernels.estimators.noised import NoisedForward
-from ulr_kernels.estimators.runner import ForwardSpec, Keys, PassRunner
+from ulr_kernels.estimators.noised import ForwardSpec, Keys, NoisedForward
+from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys
