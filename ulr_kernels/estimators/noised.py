@@ -56,7 +56,7 @@ class ForwardSpec(NamedTuple):
     first_pass: FirstPass | None = None  # add the gradients now
     prefix: CleanPrefixCache | None = None  # a cache of the results before the noise, to fill or to use
     # Of a layer and the number of its call, the rows that get the noise: bool `[copies * samples]` or
-    # `[copies * samples * rows]` on the model's device. None: all. Not with `first_pass`, nor where a pass expands late.
+    # `[copies * samples * rows]` on the device; None: all. Not with `first_pass`, nor where a pass expands late.
     noisy_rows: Callable[[str, int], Tensor] | None = None
 
 
