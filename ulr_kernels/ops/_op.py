@@ -278,18 +278,26 @@ class Check:
         return copies // 2 if antithetic else copies
 
 
-def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:
-    """Raise if an input carries a forward-mode tangent, which an op would drop silently."""
+def needs_gradient(op: str, instead: str, *inputs: Tensor | None) -> bool:
+    """Whether autograd records a call; raises if an input carries a forward-mode tangent, which an op would drop."""
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs
     ):
         raise NotImplementedError(
             f"ulr::{op}: forward-mode derivatives are not implemented; use reverse mode, or {instead}"
         )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Host numbers to tensors. A Python number in the schema would make torch.compile build one graph per value.
+
+
+def key_and_sigma(
+    op: str, key: int | Tensor, sigma: float | Tensor, device: torch.device, *, zero: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`key_tensor` and `sigma_tensor`, which most ops need."""
+    return key_tensor(op, key, device), sigma_tensor(op, sigma, device, zero=zero)
 
 
 def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:

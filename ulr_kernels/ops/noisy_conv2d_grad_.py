@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_and_sigma, register
 
 
 def noisy_conv2d_grad_(
@@ -68,8 +68,7 @@ def noisy_conv2d_grad_(
     _conv.check_images(Check(op), x)
     kernel = _conv.kernel_of(op, grad_weight, kernel_size, transposed)
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
-    key = key_tensor(op, key, x.device)
-    sigma = sigma_tensor(op, sigma, x.device, zero=False)
+    key, sigma = key_and_sigma(op, key, sigma, x.device)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
     which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)

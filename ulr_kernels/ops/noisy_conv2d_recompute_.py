@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_and_sigma, register
 from ulr_kernels.ops.noisy_conv2d_grad_ import cost
 
 
@@ -60,8 +60,7 @@ def noisy_conv2d_recompute_(
     _conv.check_kernel(rules, "weight", weight, transposed)
     kernel = weight.shape[2:]
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
-    key = key_tensor(op, key, x.device)
-    sigma = sigma_tensor(op, sigma, x.device, zero=False)
+    key, sigma = key_and_sigma(op, key, sigma, x.device)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
     which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)

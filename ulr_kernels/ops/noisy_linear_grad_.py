@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import LinearGradient
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_and_sigma, register
 
 
 def noisy_linear_grad_(
@@ -52,8 +52,7 @@ def noisy_linear_grad_(
         ValueError: a shape, dtype, device, scale or index breaks the rules above, or a buffer overlaps another
             argument; nothing has been written.
     """
-    key = key_tensor("noisy_linear_grad_", key, x.device)
-    sigma = sigma_tensor("noisy_linear_grad_", sigma, x.device, zero=False)
+    key, sigma = key_and_sigma("noisy_linear_grad_", key, sigma, x.device)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
     which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     torch.ops.ulr.noisy_linear_grad_.default(*buffers, x, loss_weight, sigma, key, *which)

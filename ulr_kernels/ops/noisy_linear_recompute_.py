@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import LinearGradient
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_and_sigma, register
 from ulr_kernels.ops.noisy_linear_grad_ import cost
 
 
@@ -47,8 +47,7 @@ def noisy_linear_recompute_(
     Raises:
         ValueError: as in both ops; nothing has been written.
     """
-    key = key_tensor("noisy_linear_recompute_", key, x.device)
-    sigma = sigma_tensor("noisy_linear_recompute_", sigma, x.device, zero=False)
+    key, sigma = key_and_sigma("noisy_linear_recompute_", key, sigma, x.device)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
     which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     return torch.ops.ulr.noisy_linear_recompute_.default(*buffers, x, weight, bias, loss_weight, sigma, key, *which)
