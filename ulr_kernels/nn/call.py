@@ -164,6 +164,14 @@ class Call:
             "row_offset": noise.first * positions,
         }
 
+    def _gradient_spec(
+        self, spec: dict[str, Any], draw: int, loss_weight: Tensor, log_sigma: Tensor | None
+    ) -> dict[str, Any]:
+        """The arguments of an op that adds gradients, beside the buffers and the operands; `spec`: by `_spec`."""
+        buffer = None if log_sigma is None else gradient_buffer(log_sigma)
+        noise = {"loss_weight": loss_weight, "sigma": self.noise.sigma, "key": self.noise.key, "draw": draw}
+        return spec | noise | {"grad_log_sigma": buffer}
+
     @property
     def _grid(self) -> tuple[int, ...]:
         """The shape of one copy of the output; one number for each sample is one column."""
@@ -223,12 +231,9 @@ class Call:
     def _add_log_sigma(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         if log_sigma is None:
             return
-        noise, spec = self.noise, self._spec(self._positions, loss_weight) | {"feature_dim": self.feature_dim}
+        spec = self._gradient_spec(self._spec(self._positions, loss_weight), draw, loss_weight, log_sigma)
         like = loss_weight.new_empty(()).expand(self._grid)
-        buffer = gradient_buffer(log_sigma)
-        ops.scale_shift_grad_(
-            None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec
-        )
+        ops.scale_shift_grad_(None, None, like, feature_dim=self.feature_dim, **spec)
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:
