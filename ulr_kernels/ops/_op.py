@@ -179,7 +179,7 @@ def register(op: Op) -> None:
         with torch._C._AutoDispatchBelowAutograd():  # a provider's calls are no part of any autograd graph
             if not returns:
                 return provider(bound)
-            if dispatch.allocates(provider):
+            if getattr(provider, "allocates", False):
                 return provider(output, bound)
             out = output.allocate(device)
             made = provider(out, bound)
