@@ -36,10 +36,6 @@ def allocating(provider: Callable) -> Callable:
     return provider
 
 
-def allocates(provider: Callable) -> bool:
-    return getattr(provider, "allocates", False)
-
-
 def add_op(name: str, reference: Callable) -> None:
     """Enter an op, with its torch provider, which runs on every device."""
     _references[name] = reference

@@ -7,6 +7,7 @@ import functools
 import importlib
 import pathlib
 import struct
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ class Arguments(NamedTuple):
     numbers: tuple[int, ...] = ()
 
     def views(self) -> tuple[TensorView | None, ...]:
-        return tuple(None if t is None else view(t) for t in self.tensors)
+        return views(self.tensors)
 
 
 def _optional(module: str) -> ModuleType | None:
@@ -114,6 +115,15 @@ def launcher(part: str, name: str) -> Launcher:
 def view(tensor: Tensor) -> TensorView:
     """Address, dtype, sizes and strides of a tensor of up to five axes, as a launcher reads them."""
     return tensor.data_ptr(), DTYPES[tensor.dtype], tensor.shape, tensor.stride()
+
+
+def views(tensors: Sequence[Tensor | None]) -> tuple[TensorView | None, ...]:
+    return tuple(None if t is None else view(t) for t in tensors)
+
+
+def launch_cpu(name: str, noise: tuple | None, tensors: Sequence[Tensor | None], numbers: tuple[int, ...] = ()) -> None:
+    """Run a launcher of the cpp library, in as many threads as torch has."""
+    launcher("cpp", name)(noise, views(tensors), numbers, threads=torch.get_num_threads())
 
 
 def float_bits(value: float) -> int:

@@ -15,9 +15,7 @@ def arrival_counter(device: torch.device, count: int = 2) -> Tensor:
 
     Each stream has its own, so that launches with the same counters run one after another.
     """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    if capturing(device):  # the graph owns this memory, and must set it to 0 itself
+    if device.type != "cuda" or capturing(device):  # a graph owns this memory, and must set it to 0 itself
         return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
     if (device, stream) not in _counters or _counters[device, stream].numel() < count:

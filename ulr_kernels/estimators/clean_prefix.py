@@ -45,11 +45,8 @@ class CleanPrefixCache:
         """Add a function's result."""
 
         def weakly(leaf: Any) -> Any:
-            return (
-                CachedTensor(weakref.ref(leaf), leaf.shape, leaf.dtype, leaf.device)
-                if isinstance(leaf, Tensor)
-                else leaf
-            )
+            is_tensor = isinstance(leaf, Tensor)
+            return CachedTensor(weakref.ref(leaf), leaf.shape, leaf.dtype, leaf.device) if is_tensor else leaf
 
         self._results.append((_pytree.tree_map(weakly, result), marks))
 
@@ -57,16 +54,14 @@ class CleanPrefixCache:
         """Note that a forward has come to its first noise."""
         if not self.complete:
             self.complete = True
-            is_made = {"is_leaf": lambda leaf: isinstance(leaf, CachedTensor)}
-            self._results = [
-                (
-                    _pytree.tree_map(
-                        lambda leaf: leaf.now() if isinstance(leaf, CachedTensor) else leaf, result, **is_made
-                    ),
-                    marks,
-                )
-                for result, marks in self._results
-            ]
+
+            def is_cached(leaf: Any) -> bool:
+                return isinstance(leaf, CachedTensor)
+
+            def now(leaf: Any) -> Any:
+                return leaf.now() if is_cached(leaf) else leaf
+
+            self._results = [(_pytree.tree_map(now, r, is_leaf=is_cached), marks) for r, marks in self._results]
         elif self._next != len(self._results):
             raise RuntimeError("ulr.ULR: the model must call the same functions in each forward, got fewer of them")
         self._next = 0

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import dispatch
-from ulr_kernels.estimators.runner import Keys, PassRunner
+from ulr_kernels.estimators.noised import Keys
+from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import gradient_buffer
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step

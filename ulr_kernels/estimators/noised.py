@@ -13,25 +13,23 @@ from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
+from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import RowWeights
+from ulr_kernels.nn.batch import Batch
 from ulr_kernels.nn.call import Call, KnownLosses, Noise
 from ulr_kernels.nn.interceptor import NOISED, SAMPLE, LayerInterceptor, flat
 from ulr_kernels.nn.perturbed import PerturbedWeights
 
+Keys = Mapping[str, Tensor]  # name of a layer or parameter -> its key in this step
+
 
 class FirstPass(NamedTuple):
-    """The result of a first forward, with which a second one adds each layer's gradients as it runs, keeping nothing.
+    """The result of a first forward. With it a second one adds each layer's gradients as it runs, and keeps nothing."""
 
-    Attributes:
-        weights: of the rows of noise in the gradient.
-        log_sigma: layer -> its learnt ln sigma.
-        order: the layers of the first forward's noised calls. The last call's output is not needed again.
-    """
-
-    weights: RowWeights
-    log_sigma: Mapping[str, Tensor]
-    order: Sequence[str]
+    weights: RowWeights  # of the rows of noise in the gradient
+    log_sigma: Mapping[str, Tensor]  # layer -> its learnt ln sigma
+    order: Sequence[str]  # the layers of the noised calls; the output of the last one is not needed again
 
 
 class KeptCall(NamedTuple):
@@ -46,23 +44,31 @@ class RecomputeDone(BaseException):
     """All gradients of a second forward have been added: the rest of it need not run. No model shall catch this."""
 
 
+class ForwardSpec(NamedTuple):
+    """One forward of a pass."""
+
+    pass_: Pass
+    keys: Keys  # of this step
+    batch: Batch
+    copies: int  # of each sample in this forward
+    draw: int = 0  # of the first copy
+    keep: bool = False  # keep the calls, and the tensors that they read, for their gradients
+    first_pass: FirstPass | None = None  # add the gradients now
+    prefix: CleanPrefixCache | None = None  # a cache of the results before the noise, to fill or to use
+    # Of a layer and the number of its call, the rows that get the noise: bool `[copies * samples]` or
+    # `[copies * samples * rows]` on the device; None: all. Not with `first_pass`, nor where a pass expands late.
+    noisy_rows: Callable[[str, int], Tensor] | None = None
+
+
 class NoisedForward(LayerInterceptor):
     """A forward in which some layers are noised.
 
     Args:
         view: of the model.
-        inputs: the model's input.
+        spec: what to run.
+        inputs: the model's input; one copy where the pass expands late: the first noised call makes the others.
         noises: the noise of each noised layer; all with the same number of copies.
-        shared_noise: layer -> the noised layer whose noise is the score of its gradient too.
-        samples: of one copy.
-        expand_late: the model gets one copy, and the first noised call makes the others.
-        keep: keep the calls, and the tensors that they read, for their gradients.
-        first_pass: add the gradients now.
         perturbed: the mode that makes the noise of weights, if any have noise.
-        prefix: a cache of the results before the noise, to fill or to use.
-        noisy_rows: of a layer and the number of its call, bool `[copies * samples]` or `[copies * samples * rows]` on
-            the model's device: the rows that get the noise; the others go on without. None: all. Not with
-            `expand_late` or `first_pass`.
 
     Attributes:
         order: the layers of the noised calls, in their order.
@@ -72,24 +78,17 @@ class NoisedForward(LayerInterceptor):
     def __init__(
         self,
         view: ModelView,
+        spec: ForwardSpec,
         inputs: Any,
         noises: Mapping[str, Noise],
-        shared_noise: Mapping[str, str],
-        samples: int,
-        *,
-        expand_late: bool,
-        keep: bool,
-        first_pass: FirstPass | None,
         perturbed: PerturbedWeights | None,
-        prefix: CleanPrefixCache | None,
-        noisy_rows: Callable[[str, int], Tensor] | None,
     ) -> None:
         super().__init__(view.layers, view.followed, inputs)
-        self._noises, self._shared_noise, self._samples = noises, shared_noise, samples
-        self._expand_late, self._keep, self._first_pass = expand_late, keep, first_pass
+        self._noises, self._shared_noise, self._samples = noises, spec.pass_.shared_noise, spec.batch.samples
+        self._expand_late, self._keep, self._first_pass = spec.pass_.expand_late, spec.keep, spec.first_pass
         self.perturbed = perturbed
-        self._prefix = prefix  # until the noise is reached
-        self._noisy_rows = noisy_rows
+        self._prefix = spec.prefix  # until the noise is reached
+        self._noisy_rows = spec.noisy_rows
         self._counts: dict[str, int] = {}  # the keys of a layer's calls differ by them
         self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []

@@ -13,8 +13,8 @@ from ulr_kernels import noise_contract
 from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.influence import Trial, refuse_influence, trials
-from ulr_kernels.estimators.noised import NoisedForward
-from ulr_kernels.estimators.runner import ForwardSpec, Keys, PassRunner
+from ulr_kernels.estimators.noised import ForwardSpec, Keys, NoisedForward
+from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys
@@ -26,21 +26,13 @@ ACTIVATION = 4 * 2**20
 
 
 class Plan(NamedTuple):
-    """The passes for batches of one shape.
+    """The passes for batches of one shape."""
 
-    Attributes:
-        passes: each is settled when it first runs.
-        clean: the forward without noise, for the baseline.
-        names: of the layers and parameters that have noise.
-        sites: int64 `[len(names)]`, their site numbers, on the model's device.
-        outline: of a forward without noise.
-    """
-
-    passes: list[Pass]
-    clean: Pass
-    names: tuple[str, ...]
-    sites: Tensor
-    outline: Outline
+    passes: list[Pass]  # each is settled when it first runs
+    clean: Pass  # the forward without noise, for the baseline
+    names: tuple[str, ...]  # of the layers and parameters that have noise
+    sites: Tensor  # int64 `[len(names)]`, their site numbers, on the model's device
+    outline: Outline  # of a forward without noise
 
 
 def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: LossFunction, known: Plan | None) -> Plan:

@@ -36,19 +36,12 @@ class CallRecorder(LayerInterceptor):
 
 
 class Terms(NamedTuple):
-    """Numbers of one sample in one layer, with g the gradient of its outputs and J their Jacobian in the parameters.
+    """Numbers of one sample in one layer, with g the gradient of its outputs and J their Jacobian in the parameters."""
 
-    Attributes:
-        g: |g|^2.
-        j: |J|^2, Frobenius's norm.
-        projected: |J^T g|^2.
-        diagonal: sum over the outputs of g_j^2 |J_j|^2.
-    """
-
-    g: float
-    j: float
-    projected: float
-    diagonal: float
+    g: float  # |g|^2
+    j: float  # |J|^2, Frobenius's norm
+    projected: float  # |J^T g|^2
+    diagonal: float  # sum over the outputs of g_j^2 |J_j|^2
 
 
 class AutogradReference:

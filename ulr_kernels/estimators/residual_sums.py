@@ -15,23 +15,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(eq=False)
 class Term:
-    """The output of a layer, or a sum of such outputs.
+    """The output of a layer, or a sum of such outputs."""
 
-    Attributes:
-        tensor: the output or the sum.
-        layer: a layer whose output is in it.
-        feature_dim: of the output.
-        version: of the tensor when it was noted, which shows a change in place.
-        uses: the number of functions that have read it.
-        whole: no term of the sum is used elsewhere too.
-    """
-
-    tensor: Tensor
-    layer: str
-    feature_dim: int
-    version: int
-    uses: int = 0
-    whole: bool = True
+    tensor: Tensor  # the output or the sum
+    layer: str  # a layer whose output is in it
+    feature_dim: int  # of the output
+    version: int  # of the tensor when it was noted, which shows a change in place
+    uses: int = 0  # the number of functions that have read it
+    whole: bool = True  # no term of the sum is used elsewhere too
 
 
 class ResidualSums:

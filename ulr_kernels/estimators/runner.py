@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
-from ulr_kernels.estimators.noised import FirstPass, NoisedForward, RecomputeDone
+from ulr_kernels.estimators.noised import FirstPass, ForwardSpec, Keys, NoisedForward, RecomputeDone
 from ulr_kernels.estimators.schedule import Part, Pass, chunks_of, in_order, of_chunk, parts_of
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.view import ModelView
@@ -19,32 +19,6 @@ from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, joined, repeat
 from ulr_kernels.nn.call import Noise
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
-
-Keys = Mapping[str, Tensor]  # name of a layer or parameter -> its key in this step
-
-
-class ForwardSpec(NamedTuple):
-    """One forward of a pass.
-
-    Attributes:
-        pass_: the pass.
-        keys: of this step.
-        batch: the samples.
-        copies: of each sample in this forward.
-        draw: of the first copy.
-        keep: keep what gradients need (see `NoisedForward`, also for the others).
-        first_pass, prefix, noisy_rows: as `NoisedForward` has them.
-    """
-
-    pass_: Pass
-    keys: Keys
-    batch: Batch
-    copies: int
-    draw: int = 0
-    keep: bool = False
-    first_pass: FirstPass | None = None
-    prefix: CleanPrefixCache | None = None
-    noisy_rows: Callable[[str, int], Tensor] | None = None
 
 
 class PassRunner:
@@ -80,19 +54,7 @@ class PassRunner:
         }
 
         def run(perturbed: PerturbedWeights | None, inputs: Any) -> tuple[NoisedForward, Any]:
-            forward = NoisedForward(
-                self.view,
-                inputs,
-                noises,
-                pass_.shared_noise,
-                batch.samples,
-                expand_late=pass_.expand_late,
-                keep=spec.keep,
-                first_pass=spec.first_pass,
-                perturbed=perturbed,
-                prefix=spec.prefix,
-                noisy_rows=spec.noisy_rows,
-            )
+            forward = NoisedForward(self.view, spec, inputs, noises, perturbed)
             with forward:
                 return forward, apply(model, inputs)
 

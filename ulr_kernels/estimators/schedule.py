@@ -19,49 +19,29 @@ from ulr_kernels.nn.batch import Batch
 
 
 class Pass(NamedTuple):
-    """Noise on some layers or weights, for which a step runs the model and adds their gradients.
+    """Noise on some layers or weights, for which a step runs the model and adds their gradients."""
 
-    Attributes:
-        layers: those that get a gradient from noise on their outputs.
-        weights: names of the parameters that have noise themselves.
-        copies: of each sample.
-        shared_noise: layer -> the layer whose noise it has (`residual_sums.py`).
-        noise_rows: layer -> the rows of noise that a sample has in each of its calls.
-        settled: the attributes below are decided, which happens just before the pass first runs (`plan.settle`).
-        expand_late: the layers before the first noise run on one copy only.
-        reuses_prefix: chunks of copies share the results from before the first noise (`clean_prefix.py`).
-        shared_inputs: the noised layers read the same in all copies.
-        one_copy_per_forward: the functions of the noised weights cannot be split by copy.
-        max_rows: the most rows, copies times samples, of one forward; None: all.
-        max_samples: the most samples of one forward; None: all.
-    """
-
-    layers: tuple[str, ...]
-    weights: tuple[str, ...]
-    copies: int
-    shared_noise: Mapping[str, str]
-    noise_rows: NoiseRows
+    layers: tuple[str, ...]  # those that get a gradient from noise on their outputs
+    weights: tuple[str, ...]  # names of the parameters that have noise themselves
+    copies: int  # of each sample
+    shared_noise: Mapping[str, str]  # layer -> the layer whose noise it has (`residual_sums.py`)
+    noise_rows: NoiseRows  # layer -> the rows of noise that a sample has in each of its calls
+    # The attributes below are decided, which happens just before the pass first runs (`plan.settle`).
     settled: bool = False
-    expand_late: bool = False
-    reuses_prefix: bool = False
-    shared_inputs: bool = False
-    one_copy_per_forward: bool = False
-    max_rows: int | None = None
-    max_samples: int | None = None
+    expand_late: bool = False  # the layers before the first noise run on one copy only
+    reuses_prefix: bool = False  # chunks of copies share the results from before the first noise (`clean_prefix.py`)
+    shared_inputs: bool = False  # the noised layers read the same in all copies
+    one_copy_per_forward: bool = False  # the functions of the noised weights cannot be split by copy
+    max_rows: int | None = None  # the most rows, copies times samples, of one forward; None: all
+    max_samples: int | None = None  # the most samples of one forward; None: all
 
 
 class Part(NamedTuple):
-    """Some samples in one pass: all their copies, whose losses are compared with one another.
+    """Some samples in one pass: all their copies, whose losses are compared with one another."""
 
-    Attributes:
-        pass_: the pass; `copies` is the number of copies of these samples.
-        rows: their places in the whole batch.
-        batch: the samples.
-    """
-
-    pass_: Pass
-    rows: slice | Tensor
-    batch: Batch
+    pass_: Pass  # its `copies` is the number of copies of these samples
+    rows: slice | Tensor  # their places in the whole batch
+    batch: Batch  # the samples
 
 
 def schedule(

@@ -76,16 +76,12 @@ class Settings:
             fail("learn_sigma", "be False where dist is 'rademacher', which has no density", True)
         if self.dist == "rademacher" and self.sampler == "sobol":
             fail("sampler", "be 'iid' where dist is 'rademacher'", repr(self.sampler))
-        if self.injection == "joint" and self.allocation != "even":
-            fail(
-                "allocation", "be 'even' where injection is 'joint', as one pass tells the next", repr(self.allocation)
-            )
-        if self.baseline == "none" and self.allocation != "even":
-            fail(
-                "allocation",
-                "be 'even' where baseline is 'none' (the loss itself is then noise)",
-                repr(self.allocation),
-            )
+        if self.allocation != "even":
+            got = repr(self.allocation)
+            if self.injection == "joint":
+                fail("allocation", "be 'even' where injection is 'joint', as one pass tells the next", got)
+            if self.baseline == "none":
+                fail("allocation", "be 'even' where baseline is 'none' (the loss itself is then noise)", got)
         self._check_sobol_baseline()
         if "weights" in _values(self.noise):
             if self.learn_sigma:

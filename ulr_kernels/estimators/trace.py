@@ -19,25 +19,15 @@ from ulr_kernels.nn.interceptor import LayerInterceptor
 
 
 class Outline(NamedTuple):
-    """The result of a trace, without tensors.
+    """The result of a trace, without tensors."""
 
-    Attributes:
-        calls: the trained layers in the order of their first call, and the number of calls of each.
-        shared_noise: layer -> the layer whose noise it has (`residual_sums.py`).
-        functions: the functions of samples that the forward called.
-        noise_rows: layer -> the rows of noise that a sample has in each of its calls.
-        columns: layer -> the numbers of features that outputs of its calls have.
-        sizes: bytes that each function's result has for one sample, in their order.
-        begins: layer -> the place of its first call among them.
-    """
-
-    calls: Mapping[str, int]
-    shared_noise: Mapping[str, str]
-    functions: frozenset[Callable]
-    noise_rows: Mapping[str, list[int]]
-    columns: Mapping[str, set[int]]
-    sizes: list[int]
-    begins: Mapping[str, int]
+    calls: Mapping[str, int]  # the trained layers in the order of their first call, and the number of calls of each
+    shared_noise: Mapping[str, str]  # layer -> the layer whose noise it has (`residual_sums.py`)
+    functions: frozenset[Callable]  # the functions of samples that the forward called
+    noise_rows: Mapping[str, list[int]]  # layer -> the rows of noise that a sample has in each of its calls
+    columns: Mapping[str, set[int]]  # layer -> the numbers of features that outputs of its calls have
+    sizes: list[int]  # bytes that each function's result has for one sample, in their order
+    begins: Mapping[str, int]  # layer -> the place of its first call among them
 
     @property
     def form(self) -> tuple:

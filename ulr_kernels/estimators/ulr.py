@@ -12,8 +12,9 @@ from ulr_kernels.errors import fail
 from ulr_kernels.estimators.allocation import spread
 from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.estimators.mlp_step import run_mlp_step
+from ulr_kernels.estimators.noised import Keys
 from ulr_kernels.estimators.plan import Plan, make_plan, settle
-from ulr_kernels.estimators.runner import Keys, PassRunner
+from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass, schedule
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys, check_seed, check_step

@@ -14,23 +14,14 @@ from ulr_kernels.nn.names import layer_names, parameter_names
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """The parameters of a model. Nothing here changes; whether a parameter is trained is read from it each time.
+    """The parameters of a model. Nothing here changes; whether a parameter is trained is read from it each time."""
 
-    Attributes:
-        model: without wrappers.
-        parameters: all of them; holding them keeps them alive, as they are matched by identity.
-        layers: id(parameter) -> the name of its layer.
-        names: id(parameter) -> its own name.
-        noised: name -> parameter, those that have noise themselves if they are trained.
-        followed: the other parameters, by which calls of layers are recognised.
-    """
-
-    model: nn.Module
-    parameters: tuple[nn.Parameter, ...]
-    layers: Mapping[int, str]
-    names: Mapping[int, str]
-    noised: Mapping[str, nn.Parameter]
-    followed: tuple[nn.Parameter, ...]
+    model: nn.Module  # without wrappers
+    parameters: tuple[nn.Parameter, ...]  # all of them; holding them keeps them alive, as they are matched by identity
+    layers: Mapping[int, str]  # id(parameter) -> the name of its layer
+    names: Mapping[int, str]  # id(parameter) -> its own name
+    noised: Mapping[str, nn.Parameter]  # name -> parameter, those that have noise themselves if they are trained
+    followed: tuple[nn.Parameter, ...]  # the other parameters, by which calls of layers are recognised
 
     @classmethod
     def of(cls, model: nn.Module, has_noise: Callable[[str], bool]) -> ModelView:

@@ -14,16 +14,10 @@ from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights, WeightDr
 
 
 class WeightNoise(NamedTuple):
-    """The noise of some parameters in one pass; it is added on their way into the functions that use them.
+    """The noise of some parameters in one pass; it is added on their way into the functions that use them."""
 
-    Attributes:
-        parameters: with their keys and scales.
-        antithetic: copies come as pairs.
-        dist: of the noise.
-    """
-
-    parameters: list[NoisedParameter]
-    antithetic: bool
+    parameters: list[NoisedParameter]  # with their keys and scales
+    antithetic: bool  # copies come as pairs
     dist: str
 
     def all_copies(self, model: nn.Module, copies: int, draw: int, samples: int) -> PerturbedWeights:

@@ -27,6 +27,8 @@ from ulr_kernels.optim.workers import Workers
 
 _FEATURE_BATCH = 64  # sentences whose features are made together
 _MOMENTUM, _BETAS = 0.9, (0.9, 0.99)
+_loss_of_rows = functools.partial(F.cross_entropy, reduction="none")
+_permutation = functools.lru_cache(maxsize=2)(permutation)
 
 
 @dataclasses.dataclass
@@ -322,12 +324,3 @@ def _optimizer(settings: Settings, model: torch.nn.Module, workers: Workers | No
         return optim.EGGROLL(model, lr, sigma, population=probes, rank=settings.rank, **common)
     kind = {"mezo": optim.MeZO, "fzoo": optim.FZOO}[settings.method]
     return kind(model, lr, eps=sigma, probes=probes, **common)
-
-
-def _loss_of_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> Tensor:
-    return permutation(seed, epoch, count)

@@ -56,23 +56,14 @@ def weights_digest(parameters: Mapping[str, Tensor]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The parts that all steps share.
+    """The parts that all steps share."""
 
-    Attributes:
-        rule: how updates change the weights.
-        draws: coefficients in a step.
-        weights: `weights_digest` of the model that the run began with.
-        settings: of the run, as JSON can hold them; the trajectory itself does not read them.
-        contract: version of the noise contract.
-        noise: `noise_digest` of the program that wrote the log.
-    """
-
-    rule: Rule
-    draws: int
-    weights: str
-    settings: dict[str, Any]
-    contract: int = noise_contract.CONTRACT_VERSION
-    noise: str = dataclasses.field(default_factory=noise_digest)
+    rule: Rule  # how updates change the weights
+    draws: int  # coefficients in a step
+    weights: str  # `weights_digest` of the model that the run began with
+    settings: dict[str, Any]  # of the run, as JSON can hold them; the trajectory itself does not read them
+    contract: int = noise_contract.CONTRACT_VERSION  # version of the noise contract
+    noise: str = dataclasses.field(default_factory=noise_digest)  # `noise_digest` of the program that wrote the log
 
     def encode(self) -> bytes:
         content = json.dumps(dataclasses.asdict(self)).encode()
@@ -86,23 +77,14 @@ class Header:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The steps of a log.
+    """The steps of a log."""
 
-    Attributes:
-        header: what they share.
-        updates: one for each step, coefficients on the CPU.
-        losses: what the run saw in each step.
-        size: bytes of the file up to the end of the last whole record.
-        rest: bytes after it, of a step that was being written when the file was cut.
-        crc: what the CRC of the next record continues from.
-    """
-
-    header: Header
-    updates: list[Update]
-    losses: list[float]
-    size: int
-    rest: int
-    crc: int
+    header: Header  # what they share
+    updates: list[Update]  # one for each step, coefficients on the CPU
+    losses: list[float]  # what the run saw in each step
+    size: int  # bytes of the file up to the end of the last whole record
+    rest: int  # bytes after it, of a step that was being written when the file was cut
+    crc: int  # what the CRC of the next record continues from
 
     def replay(self, parameters: Mapping[str, Tensor], state: State | None = None, until: int | None = None) -> None:
         """Change base weights into those after `until` steps, by default all: bitwise on every back end and device.

@@ -13,18 +13,11 @@ from ulr_kernels import ops
 
 
 class Noise(NamedTuple):
-    """The noise of one call. Copy c uses draw + c; sample i has the rows of sample first + i.
+    """The noise of one call. Copy c uses draw + c; sample i has the rows of sample first + i."""
 
-    Attributes:
-        sigma: the scale, a number or fp32 `[features]` or `[]`.
-        key: int64 `[]`.
-        copies: their number; antithetic ones come as two halves.
-        dist, sampler: of the noise.
-    """
-
-    sigma: float | Tensor
-    key: Tensor
-    copies: int
+    sigma: float | Tensor  # the scale, a number or fp32 `[features]` or `[]`
+    key: Tensor  # int64 `[]`
+    copies: int  # antithetic ones come as two halves
     antithetic: bool
     dist: str
     sampler: str
@@ -35,16 +28,11 @@ class Noise(NamedTuple):
 class DerivedParameter(NamedTuple):
     """A parameter, or a tensor that is computed from parameters and constants alone: a transpose, a slice, a lookup
     of positions, a normalised weight. Autograd's graph leads from it to the parameters.
-
-    Attributes:
-        tensor: the parameter, or the tensor computed from parameters.
-        parameters: the model's parameters that it was computed from.
-        rows: it was expanded to one row for each sample.
     """
 
-    tensor: Tensor
-    parameters: tuple[Tensor, ...]
-    rows: bool = False
+    tensor: Tensor  # the parameter, or the tensor computed from parameters
+    parameters: tuple[Tensor, ...]  # the model's parameters that it was computed from
+    rows: bool = False  # it was expanded to one row for each sample
 
 
 class KnownLosses(NamedTuple):
@@ -176,6 +164,14 @@ class Call:
             "row_offset": noise.first * positions,
         }
 
+    def _gradient_spec(
+        self, spec: dict[str, Any], draw: int, loss_weight: Tensor, log_sigma: Tensor | None
+    ) -> dict[str, Any]:
+        """The arguments of an op that adds gradients, beside the buffers and the operands; `spec`: by `_spec`."""
+        buffer = None if log_sigma is None else gradient_buffer(log_sigma)
+        noise = {"loss_weight": loss_weight, "sigma": self.noise.sigma, "key": self.noise.key, "draw": draw}
+        return spec | noise | {"grad_log_sigma": buffer}
+
     @property
     def _grid(self) -> tuple[int, ...]:
         """The shape of one copy of the output; one number for each sample is one column."""
@@ -235,12 +231,9 @@ class Call:
     def _add_log_sigma(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         if log_sigma is None:
             return
-        noise, spec = self.noise, self._spec(self._positions, loss_weight) | {"feature_dim": self.feature_dim}
+        spec = self._gradient_spec(self._spec(self._positions, loss_weight), draw, loss_weight, log_sigma)
         like = loss_weight.new_empty(()).expand(self._grid)
-        buffer = gradient_buffer(log_sigma)
-        ops.scale_shift_grad_(
-            None, None, like, loss_weight, noise.sigma, noise.key, draw=draw, grad_log_sigma=buffer, **spec
-        )
+        ops.scale_shift_grad_(None, None, like, feature_dim=self.feature_dim, **spec)
 
 
 def gradient_buffer(parameter: Tensor) -> Tensor:

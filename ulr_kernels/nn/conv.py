@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
-from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffers
 
 
 class ConvCall(Call):
@@ -64,22 +64,11 @@ class ConvCall(Call):
         return spec if spec["positions"] else spec | {"positions": None}  # those of one image
 
     def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
-        noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
+        (x, window), two = self._arguments(), self._w.dim() == 4
+        own_weight = self._w if two else self._w.unsqueeze(2)
+        spec = self._gradient_spec(self._forward_spec(x, known.loss_weight), self.noise.draw, *known)
         with self._buffers() as (weight, bias):
-            y = ops.noisy_conv2d_recompute_(
-                weight,
-                bias,
-                x,
-                self._w if two else self._w.unsqueeze(2),
-                self._b,
-                known.loss_weight,
-                noise.sigma,
-                noise.key,
-                draw=noise.draw,
-                grad_log_sigma=None if known.log_sigma is None else gradient_buffer(known.log_sigma),
-                **window,
-                **self._forward_spec(x, known.loss_weight),
-            )
+            y = ops.noisy_conv2d_recompute_(weight, bias, x, own_weight, self._b, **window, **spec)
         return y if two else y.squeeze(-2)
 
     @contextlib.contextmanager
@@ -89,21 +78,11 @@ class ConvCall(Call):
             yield weight if weight is None or self._w.dim() == 4 else weight.unsqueeze(2), bias
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        noise, (x, window), two = self.noise, self._arguments(), self._w.dim() == 4
+        x, window = self._arguments()
+        kernel = tuple(self._w.shape[2:]) if self._w.dim() == 4 else (1, self._w.shape[2])
+        spec = self._gradient_spec(self._spec(self._positions, loss_weight), draw, loss_weight, log_sigma)
         with self._buffers() as (weight, bias):
-            ops.noisy_conv2d_grad_(
-                weight,
-                bias,
-                x,
-                loss_weight,
-                noise.sigma,
-                noise.key,
-                kernel_size=tuple(self._w.shape[2:]) if two else (1, self._w.shape[2]),
-                draw=draw,
-                grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
-                **window,
-                **self._spec(self._positions, loss_weight),
-            )
+            ops.noisy_conv2d_grad_(weight, bias, x, kernel_size=kernel, **window, **spec)
 
 
 TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d}

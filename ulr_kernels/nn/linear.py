@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import onednn, ops
-from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffers
 
 
 class LinearCall(Call):
@@ -52,21 +52,11 @@ class LinearCall(Call):
         return y.view(self.noise.copies, -1, *self._operands[0].shape[1:-1], y.shape[-1])
 
     def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
-        rows, noise = self._rows(), self.noise
+        rows = self._rows()
+        spec = self._spec(rows.shape[-2] // self._samples, known.loss_weight)
+        spec = self._gradient_spec(spec, self.noise.draw, *known)
         with self._buffers() as (weight, bias):
-            y = ops.noisy_linear_recompute_(
-                weight,
-                bias,
-                rows,
-                self._w,
-                self._b,
-                known.loss_weight,
-                noise.sigma,
-                noise.key,
-                draw=noise.draw,
-                grad_log_sigma=None if known.log_sigma is None else gradient_buffer(known.log_sigma),
-                **self._spec(rows.shape[-2] // self._samples, known.loss_weight),
-            )
+            y = ops.noisy_linear_recompute_(weight, bias, rows, self._w, self._b, **spec)
         return self._like_input(y)
 
     @contextlib.contextmanager
@@ -101,19 +91,10 @@ class LinearCall(Call):
         return (x.dtype, x.device) == (y.dtype, y.device) and not any(id(p) in known for p in self.parameters)
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        rows, noise = self._rows(), self.noise
+        rows = self._rows()
+        spec = self._spec(rows.shape[-2] // self._samples, loss_weight)
         with self._buffers() as (weight, bias):
-            ops.noisy_linear_grad_(
-                weight,
-                bias,
-                rows,
-                loss_weight,
-                noise.sigma,
-                noise.key,
-                draw=draw,
-                grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
-                **self._spec(rows.shape[-2] // self._samples, loss_weight),
-            )
+            ops.noisy_linear_grad_(weight, bias, rows, **self._gradient_spec(spec, draw, loss_weight, log_sigma))
 
 
 def _launch_together(group: list[tuple[LinearCall, Tensor]], draw: int) -> None:

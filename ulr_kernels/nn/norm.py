@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import ops
-from ulr_kernels.nn.call import Call, ParametersOf, gradient_buffer, gradient_buffers
+from ulr_kernels.nn.call import Call, ParametersOf, gradient_buffers
 
 
 class NormCall(Call):
@@ -35,24 +35,12 @@ class NormCall(Call):
         return self._normalise(*inputs, self._w, self._b)
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        noise = self.noise
         normalised = self._normalise(*self._operands, None, None)
         if not self._shared:
-            normalised = normalised.unflatten(0, (noise.copies, -1))
+            normalised = normalised.unflatten(0, (self.noise.copies, -1))
+        spec = self._gradient_spec(self._spec(self._positions, loss_weight), draw, loss_weight, log_sigma)
         with gradient_buffers(self._gain, self._shift) as (gain, shift):
-            ops.scale_shift_grad_(
-                gain,
-                shift,
-                normalised,
-                loss_weight,
-                noise.sigma,
-                noise.key,
-                feature_dim=self.feature_dim,
-                shared=self._shared,
-                draw=draw,
-                grad_log_sigma=None if log_sigma is None else gradient_buffer(log_sigma),
-                **self._spec(self._positions, loss_weight),
-            )
+            ops.scale_shift_grad_(gain, shift, normalised, feature_dim=self.feature_dim, shared=self._shared, **spec)
 
 
 def _reader(func: Callable[..., Tensor], feature_dim: int) -> Callable:

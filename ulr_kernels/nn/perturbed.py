@@ -22,21 +22,13 @@ if TYPE_CHECKING:
 
 
 class NoisedParameter(NamedTuple):
-    """A trained parameter and its noise in one step.
-
-    Attributes:
-        name: of the parameter.
-        parameter: as the model holds it.
-        key: int64 `[]`, its noised key.
-        sigma: fp32 `[]`, the scale of its noise; negative for the other half of a pair.
-        rank: of a matrix's noise; None for full rank, which vectors always have.
-    """
+    """A trained parameter and its noise in one step."""
 
     name: str
-    parameter: Tensor
-    key: Tensor
-    sigma: Tensor
-    rank: int | None
+    parameter: Tensor  # as the model holds it
+    key: Tensor  # int64 `[]`, its noised key
+    sigma: Tensor  # fp32 `[]`, the scale of its noise; negative for the other half of a pair
+    rank: int | None  # of a matrix's noise; None for full rank, which vectors always have
 
 
 class WeightDraws(NamedTuple):

@@ -264,6 +264,18 @@ def gradient_reference(a: Gradient, product: Callable[[Tensor, Tensor], Tensor] 
         a.grad_log_sigma.copy_(a.grad_log_sigma.float() + total)
 
 
+def sigma_gradient(grad: Tensor, sigma: Tensor, key: Tensor, which: tuple) -> Tensor:
+    """The pathwise gradient of sigma from that of the output, `[C, R, N]`, with the noise made again.
+
+    `which`: the arguments of `noisy_linear` from `copies` on. For an x without inputs its output is sigma * eps.
+    """
+    nothing = grad.new_zeros(grad.shape[1], 0, dtype=torch.float32)
+    weight, unit = nothing.new_zeros(grad.shape[2], 0), torch.ones_like(sigma)
+    eps = torch.ops.ulr.noisy_linear.default(nothing, weight, None, unit, key, *which)
+    total = (grad.float() * eps).sum((0, 1))
+    return total if sigma.dim() else total.sum()
+
+
 # --- costs -----------------------------------------------------------------------------------------------------------
 
 

@@ -65,29 +65,30 @@ class Op:
     """One operation.
 
     Attributes:
-        name: `torch.ops.ulr.<name>`; also the stem of the files that implement it.
+        function: the public function, `ulr.ops.<name>`.
         schema: arguments and results, in torch's schema language; all arguments are positional.
         arguments: a NamedTuple with a field for each argument of the schema, or with NamedTuples of some of them. It is
             the one value that `check`, `reference`, `cost` and every provider take.
-        function: the public function, `ulr.ops.<name>`.
         check: takes `arguments`; raises on bad input, else returns the op's `Output` (None if the op only writes into
             its arguments). It reads no tensor's values, so it is the fake too.
         reference: the torch back end. Takes the output (where there is one), then `arguments`. Like any provider it may
             return an output of its own instead of filling the given one.
         cost: takes `arguments`; the floor of a call.
-        mutates: positions of the arguments that the op writes; of a list, all its tensors.
         autocast: positions of the operands of a matrix product, which autocast casts.
     """
 
-    name: str
+    function: Callable
     schema: str
     arguments: type
-    function: Callable
     check: Callable
     reference: Callable
     cost: Callable[..., Cost]
-    mutates: tuple[int, ...] = ()
     autocast: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`torch.ops.ulr.<name>`; also the stem of the files that implement it."""
+        return self.function.__name__
 
     @functools.cached_property
     def bind(self) -> Callable[..., Any]:
@@ -147,9 +148,13 @@ class Output(NamedTuple):
 
 def register(op: Op) -> None:
     """Define `torch.ops.ulr.<name>` and route its calls through the table of back ends."""
-    _library.define(f"{op.name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    schema, bind = getattr(torch.ops.ulr, op.name).default._schema, op.bind
+    name = op.name
+    _library.define(f"{name}{op.schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    schema, bind = getattr(torch.ops.ulr, name).default._schema, op.bind
     returns = bool(schema.returns)
+    mutates = [
+        i for i, argument in enumerate(schema.arguments) if argument.alias_info is not None
+    ]  # lists: all of them
     # The first tensor that is not optional gives the device, or else the first list, which the check keeps non-empty.
     kinds = [str(argument.type) for argument in schema.arguments]
     place = kinds.index("Tensor") if "Tensor" in kinds else kinds.index("List[Tensor]")
@@ -165,16 +170,16 @@ def register(op: Op) -> None:
     def run(*args):
         bound = bind(*args)
         output, device = op.check(bound), device_of(args)
-        if op.mutates:
-            written = [t for i in op.mutates for t in tensors_of(args[i])]
-            refuse_overlap(op.name, op.mutates, args)
+        if mutates:
+            written = [t for i in mutates for t in tensors_of(args[i])]
+            refuse_overlap(name, mutates, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
-        provider = dispatch.lookup(op.name, device)
+        provider = dispatch.lookup(name, device)
         with torch._C._AutoDispatchBelowAutograd():  # a provider's calls are no part of any autograd graph
             if not returns:
                 return provider(bound)
-            if dispatch.allocates(provider):
+            if getattr(provider, "allocates", False):
                 return provider(output, bound)
             out = output.allocate(device)
             made = provider(out, bound)
@@ -190,14 +195,14 @@ def register(op: Op) -> None:
 
         args = tuple(cast_one(a) if i in op.autocast else a for i, a in enumerate(args))
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # an op's own arithmetic is never cast
-            return getattr(torch.ops.ulr, op.name).default(*args)
+            return getattr(torch.ops.ulr, name).default(*args)
 
     for key in ("CPU", "CUDA"):
-        _library.impl(op.name, run, key)
-        _library.impl(op.name, functools.partial(cast, key.lower()), f"Autocast{key}")
-    torch.library.register_fake(f"ulr::{op.name}", fake, lib=_library)
-    dispatch.add_op(op.name, op.reference)
-    OPS[op.name] = op
+        _library.impl(name, run, key)
+        _library.impl(name, functools.partial(cast, key.lower()), f"Autocast{key}")
+    torch.library.register_fake(f"ulr::{name}", fake, lib=_library)
+    dispatch.add_op(name, op.reference)
+    OPS[name] = op
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,18 +278,26 @@ class Check:
         return copies // 2 if antithetic else copies
 
 
-def refuse_tangents(op: str, instead: str, *inputs: Tensor | None) -> None:
-    """Raise if an input carries a forward-mode tangent, which an op would drop silently."""
+def needs_gradient(op: str, instead: str, *inputs: Tensor | None) -> bool:
+    """Whether autograd records a call; raises if an input carries a forward-mode tangent, which an op would drop."""
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs
     ):
         raise NotImplementedError(
             f"ulr::{op}: forward-mode derivatives are not implemented; use reverse mode, or {instead}"
         )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Host numbers to tensors. A Python number in the schema would make torch.compile build one graph per value.
+
+
+def key_and_sigma(
+    op: str, key: int | Tensor, sigma: float | Tensor, device: torch.device, *, zero: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`key_tensor` and `sigma_tensor`, which most ops need."""
+    return key_tensor(op, key, device), sigma_tensor(op, sigma, device, zero=zero)
 
 
 def key_tensor(op: str, key: int | Tensor, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops._op import Check, NoiseSpec, refuse_tangents
+from ulr_kernels.ops._op import Check, NoiseSpec, needs_gradient
 from ulr_kernels.ops._parameters import rows_cols
 
 COPIES_SCHEMA = (
@@ -120,8 +120,7 @@ def call(name: str, layer: Layer, shared_dims: int, tensors: tuple, args: tuple,
     layer: the noiseless layer, whose derivatives are used; shared_dims: axes of an x that the copies share; args: the
     op's own arguments.
     """
-    refuse_tangents(name, "the layer's own function and ulr.noise", *tensors)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_gradient(name, "the layer's own function and ulr.noise", *tensors):
         return _Pathwise.apply(name, layer, shared_dims, args, how, *tensors)
     return _run(name, tensors, args, how)
 

@@ -71,26 +71,13 @@ def combine_(
     tensors = list(tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     with torch.no_grad():
-        torch.ops.ulr.combine_.default(
-            tensors,
-            _parameters.keys_tensor("combine_", keys, device),
-            fp32_tensor("combine_", "coefficients", coefficients, device),
-            list(momentum_buffers),
-            list(exp_avgs),
-            list(exp_avg_sqs),
-            None if lr is None else fp32_tensor("combine_", "lr", lr, device),
-            _step_tensor(step, device),
-            weight_decay,
-            momentum,
-            *betas,
-            epsilon,
-            dist,
-            rank,
-            stochastic,
-            draw,
-            list(row_offset),
-            list(col_offset),
-        )
+        keys = _parameters.keys_tensor("combine_", keys, device)
+        coefficients = fp32_tensor("combine_", "coefficients", coefficients, device)
+        states = (list(momentum_buffers), list(exp_avgs), list(exp_avg_sqs))
+        rate = None if lr is None else fp32_tensor("combine_", "lr", lr, device)
+        rule = (rate, _step_tensor(step, device), weight_decay, momentum, *betas, epsilon)
+        which = (dist, rank, stochastic, draw, list(row_offset), list(col_offset))
+        torch.ops.ulr.combine_.default(tensors, keys, coefficients, *states, *rule, *which)
 
 
 def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor | None:
@@ -236,17 +223,9 @@ def cost(a: Combine) -> Cost:
     )
 
 
-register(
-    Op(
-        name="combine_",
-        schema="(Tensor(a!)[] tensors, Tensor keys, Tensor coefficients, Tensor(b!)[] momentum_buffers, "
-        "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor? lr=None, Tensor? step=None, float weight_decay=0.0, "
-        f"float momentum=0.0, float beta1=0.9, float beta2=0.999, float epsilon=1e-8, {_parameters.LIST_SCHEMA}) -> ()",
-        function=combine_,
-        arguments=Combine,
-        check=check,
-        reference=reference,
-        mutates=(0, 3, 4, 5),
-        cost=cost,
-    )
+SCHEMA = (
+    "(Tensor(a!)[] tensors, Tensor keys, Tensor coefficients, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, Tensor? lr=None, Tensor? step=None, float weight_decay=0.0, "
+    f"float momentum=0.0, float beta1=0.9, float beta2=0.999, float epsilon=1e-8, {_parameters.LIST_SCHEMA}) -> ()"
 )
+register(Op(combine_, SCHEMA, Combine, check, reference, cost))

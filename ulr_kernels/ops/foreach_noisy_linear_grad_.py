@@ -125,18 +125,9 @@ def cost(a: LinearGradients) -> Cost:
     return Cost(sum(c.bytes for c in each), sum(c.flops for c in each), sum(c.noise for c in each))
 
 
-register(
-    Op(
-        name="foreach_noisy_linear_grad_",
-        schema="(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor[] xs, Tensor[] loss_weights, "
-        "Tensor[] sigmas, Tensor[] keys, bool antithetic=False, str dist='normal', str sampler='iid', "
-        "int[] positions=[], int draw=0, int[] row_offset=[], int[] col_offset=[]) -> ()",
-        function=foreach_noisy_linear_grad_,
-        arguments=LinearGradients,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1),
-        autocast=(2,),
-    )
+SCHEMA = (
+    "(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor[] xs, Tensor[] loss_weights, "
+    "Tensor[] sigmas, Tensor[] keys, bool antithetic=False, str dist='normal', str sampler='iid', "
+    "int[] positions=[], int draw=0, int[] row_offset=[], int[] col_offset=[]) -> ()"
 )
+register(Op(foreach_noisy_linear_grad_, SCHEMA, LinearGradients, check, reference, cost, autocast=(2,)))

@@ -59,13 +59,12 @@ def _philox_reference(out: Tensor, a: Philox) -> None:
 
 register(
     Op(
-        name="philox4x32",
-        schema="(Tensor counter, Tensor key) -> Tensor",
-        function=philox4x32,
-        arguments=Philox,
-        check=_philox_check,
-        reference=_philox_reference,
-        cost=lambda a: Cost(bytes=2 * 8 * a.counter.numel(), flops=0, noise=0),
+        philox4x32,
+        "(Tensor counter, Tensor key) -> Tensor",
+        Philox,
+        _philox_check,
+        _philox_reference,
+        lambda a: Cost(bytes=2 * 8 * a.counter.numel(), flops=0, noise=0),
     )
 )
 
@@ -115,13 +114,12 @@ def _fold_reference(out: Tensor, a: FoldIn) -> None:
 
 register(
     Op(
-        name="fold_in",
-        schema="(Tensor key, Tensor data) -> Tensor",
-        function=fold_in,
-        arguments=FoldIn,
-        check=_fold_check,
-        reference=_fold_reference,
-        cost=lambda a: Cost(bytes=8 * (a.key.numel() + 2 * max(a.key.numel(), a.data.numel())), flops=0, noise=0),
+        fold_in,
+        "(Tensor key, Tensor data) -> Tensor",
+        FoldIn,
+        _fold_check,
+        _fold_reference,
+        lambda a: Cost(bytes=8 * (a.key.numel() + 2 * max(a.key.numel(), a.data.numel())), flops=0, noise=0),
     )
 )
 
@@ -216,12 +214,11 @@ def _noise_reference(out: Tensor, a: Noise) -> None:
 
 register(
     Op(
-        name="noise",
-        schema=f"(Tensor key, SymInt[] shape, {NOISE_SCHEMA}) -> Tensor",
-        function=noise,
-        arguments=Noise,
-        check=_noise_check,
-        reference=_noise_reference,
-        cost=lambda a: Cost(4 * torch.Size(a.shape).numel(), 0, torch.Size(a.shape).numel()),
+        noise,
+        f"(Tensor key, SymInt[] shape, {NOISE_SCHEMA}) -> Tensor",
+        Noise,
+        _noise_check,
+        _noise_reference,
+        lambda a: Cost(4 * torch.Size(a.shape).numel(), 0, torch.Size(a.shape).numel()),
     )
 )

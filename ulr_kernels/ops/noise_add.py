@@ -19,10 +19,9 @@ from ulr_kernels.ops._op import (
     NoiseSpec,
     Op,
     Output,
-    key_tensor,
-    refuse_tangents,
+    key_and_sigma,
+    needs_gradient,
     register,
-    sigma_tensor,
 )
 
 
@@ -68,11 +67,9 @@ def noise_add(
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    key = key_tensor("noise_add", key, x.device)
-    scale = sigma_tensor("noise_add", sigma, x.device, zero=True)
-    refuse_tangents("noise_add", "ulr.noise", x, scale)
+    key, scale = key_and_sigma("noise_add", key, sigma, x.device, zero=True)
     which = (feature_dim, copies, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+    if needs_gradient("noise_add", "ulr.noise", x, scale):
         return _Pathwise.apply(x, scale, key, *which)
     return torch.ops.ulr.noise_add.default(x, scale, key, *which)
 
@@ -147,15 +144,8 @@ def cost(a: NoiseAdd) -> Cost:
     return Cost(a.x.element_size() * (a.x.numel() + a.copies * size), 0, a.noise.draws(a.copies) * size)
 
 
-register(
-    Op(
-        name="noise_add",
-        schema="(Tensor x, Tensor sigma, Tensor key, int feature_dim=-1, int copies=1, bool shared=True, "
-        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noise_add,
-        arguments=NoiseAdd,
-        check=check,
-        reference=reference,
-        cost=cost,
-    )
+SCHEMA = (
+    "(Tensor x, Tensor sigma, Tensor key, int feature_dim=-1, int copies=1, bool shared=True, "
+    f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noise_add, SCHEMA, NoiseAdd, check, reference, cost))

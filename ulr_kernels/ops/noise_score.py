@@ -12,7 +12,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._axes import axes_of
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, Output, key_and_sigma, register
 
 
 def noise_score(
@@ -56,8 +56,7 @@ def noise_score(
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above.
     """
-    key = key_tensor("noise_score", key, loss_weight.device)
-    sigma = sigma_tensor("noise_score", sigma, loss_weight.device, zero=False)
+    key, sigma = key_and_sigma("noise_score", key, sigma, loss_weight.device)
     which = (feature_dim, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     return torch.ops.ulr.noise_score.default(loss_weight, sigma, key, list(shape), *which)
 
@@ -100,15 +99,8 @@ def cost(a: NoiseScore) -> Cost:
     return Cost(4 * (size + a.loss_weight.numel()), 0, a.noise.draws(a.loss_weight.shape[0]) * size)
 
 
-register(
-    Op(
-        name="noise_score",
-        schema="(Tensor loss_weight, Tensor sigma, Tensor key, SymInt[] shape, int feature_dim=-1, "
-        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noise_score,
-        arguments=NoiseScore,
-        check=check,
-        reference=reference,
-        cost=cost,
-    )
+SCHEMA = (
+    "(Tensor loss_weight, Tensor sigma, Tensor key, SymInt[] shape, int feature_dim=-1, "
+    f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noise_score, SCHEMA, NoiseScore, check, reference, cost))

@@ -7,17 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, Conv, Pair
-from ulr_kernels.ops._op import (
-    NOISE_SCHEMA,
-    Check,
-    Cost,
-    Op,
-    Output,
-    key_tensor,
-    refuse_tangents,
-    register,
-    sigma_tensor,
-)
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_and_sigma, needs_gradient, register
 
 
 def noisy_conv2d(
@@ -76,12 +66,10 @@ def noisy_conv2d(
     _conv.check_kernel(rules, "weight", weight, transposed)
     kernel = weight.shape[2:]
     window = _conv.resolve_window("noisy_conv2d", kernel, stride, padding, dilation, groups, transposed, output_padding)
-    key = key_tensor("noisy_conv2d", key, x.device)
-    scale = sigma_tensor("noisy_conv2d", sigma, x.device, zero=True)
+    key, scale = key_and_sigma("noisy_conv2d", key, sigma, x.device, zero=True)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    refuse_tangents("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
+    if needs_gradient("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale):
         return _Pathwise.apply(x, weight, bias, scale, key, window, which)
     return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, scale, key, *window, *which)
 
@@ -107,15 +95,7 @@ class _Pathwise(torch.autograd.Function):
         grad_bias = by_output.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[2] else None
         grad_sigma = None
         if ctx.needs_input_grad[3]:
-            # A linear layer without inputs gives sigma * eps, of the same rows and columns; with sigma 1 eps itself.
-            by_row = grad.float().movedim(2, -1).flatten(1, 3)
-            nothing = by_row.new_zeros(by_row.shape[1], 0)
-            unit = torch.ones_like(sigma)
-            eps = torch.ops.ulr.noisy_linear.default(
-                nothing, nothing.new_zeros(grad.shape[2], 0), None, unit, key, *which
-            )
-            grad_sigma = (by_row * eps).sum((0, 1))
-            grad_sigma = grad_sigma if sigma.dim() else grad_sigma.sum()
+            grad_sigma = _linear.sigma_gradient(grad.movedim(2, -1).flatten(1, 3), sigma, key, which)
         return grad_x, grad_weight, grad_bias, grad_sigma, None, None, None
 
 
@@ -140,16 +120,8 @@ def cost(a: Conv) -> Cost:
     return Cost(moved, 2 * _conv.products(a.window, sizes), a.noise.draws(a.copies) * out)
 
 
-register(
-    Op(
-        name="noisy_conv2d",
-        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, int copies=1, "
-        f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noisy_conv2d,
-        arguments=Conv,
-        check=check,
-        reference=_conv.forward_reference,
-        cost=cost,
-        autocast=(0, 1, 2),
-    )
+SCHEMA = (
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, int copies=1, "
+    f"bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_conv2d, SCHEMA, Conv, check, _conv.forward_reference, cost, autocast=(0, 1, 2)))

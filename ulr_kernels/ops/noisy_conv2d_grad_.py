@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv, _linear
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_and_sigma, register
 
 
 def noisy_conv2d_grad_(
@@ -68,26 +68,11 @@ def noisy_conv2d_grad_(
     _conv.check_images(Check(op), x)
     kernel = _conv.kernel_of(op, grad_weight, kernel_size, transposed)
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
-    key = key_tensor(op, key, x.device)
-    sigma = sigma_tensor(op, sigma, x.device, zero=False)
-    torch.ops.ulr.noisy_conv2d_grad_.default(
-        grad_weight,
-        grad_bias,
-        grad_log_sigma,
-        x,
-        loss_weight,
-        sigma,
-        key,
-        kernel,
-        *window,
-        antithetic,
-        dist,
-        sampler,
-        _conv.resolve_positions(window, x, kernel, positions),
-        draw,
-        row_offset,
-        col_offset,
-    )
+    key, sigma = key_and_sigma(op, key, sigma, x.device)
+    positions = _conv.resolve_positions(window, x, kernel, positions)
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    torch.ops.ulr.noisy_conv2d_grad_.default(*buffers, x, loss_weight, sigma, key, kernel, *window, *which)
 
 
 def check(a: ConvGradient) -> None:
@@ -102,18 +87,9 @@ def cost(a: ConvGradient) -> Cost:
     return _linear.gradient_cost(a, sizes, _conv.products(a.window, sizes))
 
 
-register(
-    Op(
-        name="noisy_conv2d_grad_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
-        f"Tensor loss_weight, Tensor sigma, Tensor key, int[] kernel, {WINDOW_SCHEMA}, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> ()",
-        function=noisy_conv2d_grad_,
-        arguments=ConvGradient,
-        check=check,
-        reference=_conv.gradient_reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-        autocast=(3,),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
+    f"Tensor loss_weight, Tensor sigma, Tensor key, int[] kernel, {WINDOW_SCHEMA}, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> ()"
 )
+register(Op(noisy_conv2d_grad_, SCHEMA, ConvGradient, check, _conv.gradient_reference, cost, autocast=(3,)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv
 from ulr_kernels.ops._conv import WINDOW_SCHEMA, ConvGradient, Pair
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_and_sigma, register
 from ulr_kernels.ops.noisy_conv2d_grad_ import cost
 
 
@@ -60,26 +60,12 @@ def noisy_conv2d_recompute_(
     _conv.check_kernel(rules, "weight", weight, transposed)
     kernel = weight.shape[2:]
     window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
-    key = key_tensor(op, key, x.device)
-    sigma = sigma_tensor(op, sigma, x.device, zero=False)
+    key, sigma = key_and_sigma(op, key, sigma, x.device)
+    positions = _conv.resolve_positions(window, x, kernel, positions)
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     return torch.ops.ulr.noisy_conv2d_recompute_.default(
-        grad_weight,
-        grad_bias,
-        grad_log_sigma,
-        x,
-        weight,
-        bias,
-        loss_weight,
-        sigma,
-        key,
-        *window,
-        antithetic,
-        dist,
-        sampler,
-        _conv.resolve_positions(window, x, kernel, positions),
-        draw,
-        row_offset,
-        col_offset,
+        *buffers, x, weight, bias, loss_weight, sigma, key, *window, *which
     )
 
 
@@ -103,18 +89,9 @@ def reference(y: Tensor, a: ConvGradient) -> None:
     _conv.gradient_reference(a)
 
 
-register(
-    Op(
-        name="noisy_conv2d_recompute_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
-        f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> Tensor",
-        function=noisy_conv2d_recompute_,
-        arguments=ConvGradient,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-        autocast=(3, 4, 5),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
+    f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_conv2d_recompute_, SCHEMA, ConvGradient, check, reference, cost, autocast=(3, 4, 5)))

@@ -7,17 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import Linear
-from ulr_kernels.ops._op import (
-    NOISE_SCHEMA,
-    Check,
-    Cost,
-    Op,
-    Output,
-    key_tensor,
-    refuse_tangents,
-    register,
-    sigma_tensor,
-)
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, Output, key_and_sigma, needs_gradient, register
 
 
 def noisy_linear(
@@ -58,11 +48,9 @@ def noisy_linear(
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    key = key_tensor("noisy_linear", key, x.device)
-    scale = sigma_tensor("noisy_linear", sigma, x.device, zero=True)
+    key, scale = key_and_sigma("noisy_linear", key, sigma, x.device, zero=True)
     which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
-    refuse_tangents("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scale)):
+    if needs_gradient("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale):
         return _Pathwise.apply(x, weight, bias, scale, key, *which)
     return torch.ops.ulr.noisy_linear.default(x, weight, bias, scale, key, *which)
 
@@ -85,15 +73,7 @@ class _Pathwise(torch.autograd.Function):
         grad_x = shared @ weight if ctx.needs_input_grad[0] else None
         grad_weight = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
-        grad_sigma = None
-        if ctx.needs_input_grad[3]:
-            # sigma * eps is the op's output for x = 0; with sigma 1 it is eps itself, made again.
-            nothing = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
-            eps = torch.ops.ulr.noisy_linear.default(
-                nothing, nothing.new_zeros(weight.shape[0], 0), None, torch.ones_like(sigma), key, *ctx.which
-            )
-            grad_sigma = (grad.float() * eps).sum((0, 1))
-            grad_sigma = grad_sigma if sigma.dim() else grad_sigma.sum()
+        grad_sigma = _linear.sigma_gradient(grad, sigma, key, ctx.which) if ctx.needs_input_grad[3] else None
         return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.which)
 
 
@@ -118,16 +98,8 @@ def cost(a: Linear) -> Cost:
     return Cost(moved, 2 * products, a.noise.draws(a.copies) * out)
 
 
-register(
-    Op(
-        name="noisy_linear",
-        schema="(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int copies=1, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> Tensor",
-        function=noisy_linear,
-        arguments=Linear,
-        check=check,
-        reference=_linear.forward_reference,
-        cost=cost,
-        autocast=(0, 1, 2),
-    )
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, int copies=1, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_linear, SCHEMA, Linear, check, _linear.forward_reference, cost, autocast=(0, 1, 2)))

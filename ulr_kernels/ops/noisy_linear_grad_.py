@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import LinearGradient
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Cost, Op, key_and_sigma, register
 
 
 def noisy_linear_grad_(
@@ -52,24 +52,10 @@ def noisy_linear_grad_(
         ValueError: a shape, dtype, device, scale or index breaks the rules above, or a buffer overlaps another
             argument; nothing has been written.
     """
-    key = key_tensor("noisy_linear_grad_", key, x.device)
-    sigma = sigma_tensor("noisy_linear_grad_", sigma, x.device, zero=False)
-    torch.ops.ulr.noisy_linear_grad_.default(
-        grad_weight,
-        grad_bias,
-        grad_log_sigma,
-        x,
-        loss_weight,
-        sigma,
-        key,
-        antithetic,
-        dist,
-        sampler,
-        positions,
-        draw,
-        row_offset,
-        col_offset,
-    )
+    key, sigma = key_and_sigma("noisy_linear_grad_", key, sigma, x.device)
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    torch.ops.ulr.noisy_linear_grad_.default(*buffers, x, loss_weight, sigma, key, *which)
 
 
 def check(a: LinearGradient) -> None:
@@ -82,17 +68,8 @@ def cost(a: LinearGradient) -> Cost:
     return _linear.gradient_cost(a, sizes, products)
 
 
-register(
-    Op(
-        name="noisy_linear_grad_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
-        f"Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> ()",
-        function=noisy_linear_grad_,
-        arguments=LinearGradient,
-        check=check,
-        reference=_linear.gradient_reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-        autocast=(3,),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
+    f"Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> ()"
 )
+register(Op(noisy_linear_grad_, SCHEMA, LinearGradient, check, _linear.gradient_reference, cost, autocast=(3,)))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._linear import LinearGradient
-from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import NOISE_SCHEMA, Check, Op, Output, key_and_sigma, register
 from ulr_kernels.ops.noisy_linear_grad_ import cost
 
 
@@ -47,26 +47,10 @@ def noisy_linear_recompute_(
     Raises:
         ValueError: as in both ops; nothing has been written.
     """
-    key = key_tensor("noisy_linear_recompute_", key, x.device)
-    sigma = sigma_tensor("noisy_linear_recompute_", sigma, x.device, zero=False)
-    return torch.ops.ulr.noisy_linear_recompute_.default(
-        grad_weight,
-        grad_bias,
-        grad_log_sigma,
-        x,
-        weight,
-        bias,
-        loss_weight,
-        sigma,
-        key,
-        antithetic,
-        dist,
-        sampler,
-        positions,
-        draw,
-        row_offset,
-        col_offset,
-    )
+    key, sigma = key_and_sigma("noisy_linear_recompute_", key, sigma, x.device)
+    buffers = (grad_weight, grad_bias, grad_log_sigma)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.ops.ulr.noisy_linear_recompute_.default(*buffers, x, weight, bias, loss_weight, sigma, key, *which)
 
 
 def check(a: LinearGradient) -> Output:
@@ -79,17 +63,8 @@ def reference(y: Tensor, a: LinearGradient) -> None:
     _linear.gradient_reference(a)
 
 
-register(
-    Op(
-        name="noisy_linear_recompute_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
-        f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> Tensor",
-        function=noisy_linear_recompute_,
-        arguments=LinearGradient,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-        autocast=(3, 4, 5),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, Tensor weight, "
+    f"Tensor? bias, Tensor loss_weight, Tensor sigma, Tensor key, bool antithetic=False, {NOISE_SCHEMA}) -> Tensor"
 )
+register(Op(noisy_linear_recompute_, SCHEMA, LinearGradient, check, reference, cost, autocast=(3, 4, 5)))

@@ -242,19 +242,10 @@ def cost(a: MlpStep) -> Cost:
     return Cost(moved, flops, noise)
 
 
-register(
-    Op(
-        name="noisy_mlp_step",
-        schema="(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor x, Tensor target, Tensor[] weights, "
-        "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
-        "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
-        "str dist='normal', int draw=0, int row_offset=0) -> Tensor",
-        function=noisy_mlp_step,
-        arguments=MlpStep,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1),
-        autocast=(2, 4, 5),
-    )
+SCHEMA = (
+    "(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor x, Tensor target, Tensor[] weights, "
+    "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
+    "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
+    "str dist='normal', int draw=0, int row_offset=0) -> Tensor"
 )
+register(Op(noisy_mlp_step, SCHEMA, MlpStep, check, reference, cost, autocast=(2, 4, 5)))

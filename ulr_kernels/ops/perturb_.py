@@ -52,17 +52,9 @@ def perturb_(
     tensors = list(tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     with torch.no_grad():
-        torch.ops.ulr.perturb_.default(
-            tensors,
-            _parameters.keys_tensor("perturb_", keys, device),
-            fp32_tensor("perturb_", "scale", scale, device),
-            dist,
-            rank,
-            stochastic,
-            draw,
-            list(row_offset),
-            list(col_offset),
-        )
+        keys, scale = _parameters.keys_tensor("perturb_", keys, device), fp32_tensor("perturb_", "scale", scale, device)
+        which = (dist, rank, stochastic, draw, list(row_offset), list(col_offset))
+        torch.ops.ulr.perturb_.default(tensors, keys, scale, *which)
 
 
 class Perturb(NamedTuple):
@@ -98,15 +90,5 @@ def cost(a: Perturb) -> Cost:
     )
 
 
-register(
-    Op(
-        name="perturb_",
-        schema=f"(Tensor(a!)[] tensors, Tensor keys, Tensor scale, {_parameters.LIST_SCHEMA}) -> ()",
-        function=perturb_,
-        arguments=Perturb,
-        check=check,
-        reference=reference,
-        mutates=(0,),
-        cost=cost,
-    )
-)
+SCHEMA = f"(Tensor(a!)[] tensors, Tensor keys, Tensor scale, {_parameters.LIST_SCHEMA}) -> ()"
+register(Op(perturb_, SCHEMA, Perturb, check, reference, cost))

@@ -109,16 +109,7 @@ def cost(a: PerturbedConv) -> Cost:
     return Cost(a.x.element_size() * (a.x.numel() + a.weight.numel() + out), 2 * out * sizes.inputs, noise)
 
 
-register(
-    Op(
-        name="perturbed_conv2d",
-        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, "
-        f"{COPIES_SCHEMA}) -> Tensor",
-        function=perturbed_conv2d,
-        arguments=PerturbedConv,
-        check=check,
-        reference=reference,
-        cost=cost,
-        autocast=(0, 1, 2),
-    )
+SCHEMA = (
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {WINDOW_SCHEMA}, {COPIES_SCHEMA}) -> Tensor"
 )
+register(Op(perturbed_conv2d, SCHEMA, PerturbedConv, check, reference, cost, autocast=(0, 1, 2)))

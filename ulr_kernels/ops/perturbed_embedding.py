@@ -104,14 +104,5 @@ def cost(a: PerturbedEmbedding) -> Cost:
     return Cost(a.weight.element_size() * (read + how.copies * rows * width) + 8 * a.indices.numel(), 0, noise)
 
 
-register(
-    Op(
-        name="perturbed_embedding",
-        schema=f"(Tensor indices, Tensor weight, Tensor sigma, Tensor key, {COPIES_SCHEMA}) -> Tensor",
-        function=perturbed_embedding,
-        arguments=PerturbedEmbedding,
-        check=check,
-        reference=reference,
-        cost=cost,
-    )
-)
+SCHEMA = f"(Tensor indices, Tensor weight, Tensor sigma, Tensor key, {COPIES_SCHEMA}) -> Tensor"
+register(Op(perturbed_embedding, SCHEMA, PerturbedEmbedding, check, reference, cost))

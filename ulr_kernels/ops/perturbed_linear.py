@@ -126,15 +126,5 @@ def cost(a: PerturbedLinear) -> Cost:
     return Cost(size, 2 * (products + beside), how.draws * how.rank * (features + inputs))
 
 
-register(
-    Op(
-        name="perturbed_linear",
-        schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {COPIES_SCHEMA}) -> Tensor",
-        function=perturbed_linear,
-        arguments=PerturbedLinear,
-        check=check,
-        reference=reference,
-        cost=cost,
-        autocast=(0, 1, 2),
-    )
-)
+SCHEMA = f"(Tensor x, Tensor weight, Tensor? bias, Tensor sigma, Tensor key, {COPIES_SCHEMA}) -> Tensor"
+register(Op(perturbed_linear, SCHEMA, PerturbedLinear, check, reference, cost, autocast=(0, 1, 2)))

@@ -11,7 +11,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.ops import _linear
 from ulr_kernels.ops._axes import axes_of, matrix, one_copy
 from ulr_kernels.ops._linear import Sizes
-from ulr_kernels.ops._op import FLOATS, NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, key_tensor, register, sigma_tensor
+from ulr_kernels.ops._op import FLOATS, NOISE_SCHEMA, Check, Cost, NoiseSpec, Op, key_and_sigma, register
 from ulr_kernels.ops.noise_add import check_copies
 
 
@@ -64,8 +64,7 @@ def scale_shift_grad_(
         ValueError: a shape, dtype, device, scale or index breaks the rules above, or a buffer overlaps another
             argument; nothing has been written.
     """
-    key = key_tensor("scale_shift_grad_", key, x.device)
-    sigma = sigma_tensor("scale_shift_grad_", sigma, x.device, zero=False)
+    key, sigma = key_and_sigma("scale_shift_grad_", key, sigma, x.device)
     which = (feature_dim, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     torch.ops.ulr.scale_shift_grad_.default(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
 
@@ -137,17 +136,9 @@ def cost(a: ScaleShiftGradient) -> Cost:
     return Cost(read + written + 4 * a.loss_weight.numel(), 2 * x.numel(), a.noise.draws(copies) * size)
 
 
-register(
-    Op(
-        name="scale_shift_grad_",
-        schema="(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
-        f"Tensor loss_weight, Tensor sigma, Tensor key, int feature_dim=-1, bool shared=True, bool antithetic=False, "
-        f"{NOISE_SCHEMA}) -> ()",
-        function=scale_shift_grad_,
-        arguments=ScaleShiftGradient,
-        check=check,
-        reference=reference,
-        cost=cost,
-        mutates=(0, 1, 2),
-    )
+SCHEMA = (
+    "(Tensor(a!)? grad_weight, Tensor(b!)? grad_bias, Tensor(c!)? grad_log_sigma, Tensor x, "
+    f"Tensor loss_weight, Tensor sigma, Tensor key, int feature_dim=-1, bool shared=True, bool antithetic=False, "
+    f"{NOISE_SCHEMA}) -> ()"
 )
+register(Op(scale_shift_grad_, SCHEMA, ScaleShiftGradient, check, reference, cost))

@@ -1,7 +1,6 @@
 """Optimisers that need forward passes only: they probe weights with noise, and step along the noise."""
 
-from ulr_kernels.optim.eggroll import EGGROLL
-from ulr_kernels.optim.es import ES
+from ulr_kernels.optim.es import EGGROLL, ES
 from ulr_kernels.optim.fzoo import FZOO
 from ulr_kernels.optim.mezo import MeZO
 from ulr_kernels.optim.update import Group, Rule, Update

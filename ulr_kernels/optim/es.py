@@ -1,4 +1,7 @@
-"""Evolution strategies: a population around the weights, and a step along its noise, weighted by shaped losses."""
+"""Evolution strategies: a population around the weights, and a step along its noise, weighted by shaped losses.
+
+EGGROLL is evolution strategies whose noise has low rank, so that a member costs little more than its rows.
+"""
 
 from __future__ import annotations
 
@@ -84,3 +87,43 @@ class ES(ForwardOptimizer):
             plus, minus = weights.unflatten(0, (2, -1))
             weights = plus - minus
         return Probed(losses.mean().float(), weights)
+
+
+class EGGROLL(ES):
+    """Evolution strategies with noise E = A B^T / sqrt(rank) of matrices (Sarkar et al., arXiv 2511.16652).
+
+    A member's product is x W^T + sigma * (x B) A^T / sqrt(rank): the weight is shared by the population, and the sum
+    over its members is of high rank. Vectors have a noise value of their own per element.
+
+    Args:
+        rank: of E, >= 1. The other arguments are those of `ES`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        sigma: float = 1e-2,
+        population: int = 64,
+        rank: int = 1,
+        seed: int = 0,
+        *,
+        antithetic: bool = True,
+        shaping: str = "zscore",
+        maximize: bool = False,
+        dist: str = "normal",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            model,
+            lr,
+            sigma,
+            population,
+            seed,
+            antithetic=antithetic,
+            shaping=shaping,
+            maximize=maximize,
+            dist=dist,
+            rank=rank,
+            **common,
+        )

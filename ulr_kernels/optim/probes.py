@@ -25,17 +25,11 @@ class Probed(NamedTuple):
 
 
 class ProbeBatch(NamedTuple):
-    """Probes that one forward evaluates.
+    """Probes that one forward evaluates."""
 
-    Attributes:
-        draws: of their noise.
-        sign: of all of them; 0 without noise.
-        places: of each among the probes of the step.
-    """
-
-    draws: WeightDraws
-    sign: int
-    places: list[int]
+    draws: WeightDraws  # of their noise
+    sign: int  # of all of them; 0 without noise
+    places: list[int]  # of each among the probes of the step
 
 
 def group_probes(probes: Sequence[Probe], most: int) -> Iterator[ProbeBatch]:

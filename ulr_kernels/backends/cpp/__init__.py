@@ -93,25 +93,24 @@ def describe() -> str:
 
 def _philox4x32(out: Tensor, a: Philox) -> None:
     rows = (out.view(-1, 4), a.counter.reshape(-1, 4), a.key)
-    _native.launcher("cpp", "philox4x32")(None, tuple(map(_native.view, rows)))
+    _native.launcher("cpp", "philox4x32")(None, _native.views(rows))
 
 
 def _fold_in(out: Tensor, a: FoldIn) -> None:
     shape = (1,) * (3 - out.dim()) + out.shape if out.dim() <= 3 else (1, 1, out.numel())
     flat = [t.expand(out.shape).reshape(shape) for t in (out, a.key, a.data)]  # kept alive: some are copies
-    _native.launcher("cpp", "fold_in")(None, tuple(map(_native.view, flat)))
+    _native.launcher("cpp", "fold_in")(None, _native.views(flat))
 
 
 def _noise(out: Tensor, a: Noise) -> None:
     cols = a.shape[-1] if a.shape else 1
     if out.numel():
-        views = (_native.view(out.view(-1, cols)),)
-        _native.launcher("cpp", "noise")(_native.noise_view(a.noise, cols), views, threads=torch.get_num_threads())
+        _native.launch_cpu("noise", _native.noise_view(a.noise, cols), (out.view(-1, cols),))
 
 
 def _on_list(op: str, a: Perturb | Combine) -> None:
     call = getattr(_parameters, op)(a)
-    _native.launcher("cpp", op)(call.noise, call.views(), call.numbers, threads=torch.get_num_threads())
+    _native.launch_cpu(op, *call)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

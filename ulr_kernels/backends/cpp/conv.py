@@ -79,7 +79,7 @@ def _conv(
             None if log_sigma is None else log_sigma.expand(features),  # a scalar's has stride 0
         )
         which = _native.noise_view(noise, features, use.start, image.start * pixels)
-        launch(which, tuple(None if t is None else _native.view(t) for t in pass_tensors), threads=threads)
+        launch(which, _native.views(pass_tensors), threads=threads)
         if gradient is not None:
             for score, chunk in zip(scores, x_chunks, strict=True):
                 if score is not None and chunk is not None:

@@ -12,18 +12,13 @@ from ulr_kernels.ops.noise_score import NoiseScore
 from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
 
-def _launch(name: str, noise: tuple, tensors: tuple[Tensor | None, ...]) -> None:
-    views = tuple(None if t is None else _native.view(t) for t in tensors)
-    _native.launcher("cpp", name)(noise, views, threads=torch.get_num_threads())
-
-
 def noise_add(y: Tensor, a: NoiseAdd) -> None:
     if not y.numel():
         return
     axis = a.feature_dim % (y.dim() - 1)
     features = y.shape[axis + 1]
     tensors = (*images(axis, y, a.x[None] if a.shared else a.x), a.sigma.expand(features))
-    _launch("noise_add", _native.noise_view(a.noise, features), tensors)
+    _native.launch_cpu("noise_add", _native.noise_view(a.noise, features), tensors)
 
 
 def noise_score(out: Tensor, a: NoiseScore) -> None:
@@ -31,7 +26,7 @@ def noise_score(out: Tensor, a: NoiseScore) -> None:
         axis = a.feature_dim % out.dim()
         features = out.shape[axis]
         tensors = (*images(axis, out[None]), None, a.loss_weight, a.sigma.expand(features), None, None, None)
-        _launch("noise_score", _native.noise_view(a.noise, features), tensors)
+        _native.launch_cpu("noise_score", _native.noise_view(a.noise, features), tensors)
 
 
 def scale_shift_grad_(a: ScaleShiftGradient) -> None:
@@ -43,7 +38,7 @@ def scale_shift_grad_(a: ScaleShiftGradient) -> None:
     # fp32, so that a bf16 buffer is rounded once.
     sums = tuple(None if b is None else x.new_zeros(features, dtype=torch.float32) for b in buffers)
     tensors = (None, *images(axis, x), a.loss_weight, a.sigma.expand(features), *sums)
-    _launch("noise_score", _native.noise_view(a.noise, features), tensors)
+    _native.launch_cpu("noise_score", _native.noise_view(a.noise, features), tensors)
     for buffer, total in zip(buffers, sums, strict=True):
         if buffer is not None and total is not None:
             buffer.add_(total if buffer.dim() else total.sum())

@@ -112,7 +112,7 @@ def _linear(
                 part(log_sigma_sums, cols),
             )
             which = _native.noise_view(noise, features, use.start, row.start, n)
-            launch(which, tuple(None if t is None else _native.view(t) for t in tensors), threads=threads)
+            launch(which, _native.views(tensors), threads=threads)
             if gradient is not None:
                 for score, tile in zip(scores, x_tiles, strict=True):
                     if score is not None and tile is not None:

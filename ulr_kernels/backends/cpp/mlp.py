@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ulr_kernels import onednn
@@ -74,8 +73,7 @@ class _Model:
             _native.DTYPES[a.x.dtype],
         )
         noise = _native.noise_view(a.noise(self.keys[first:], rows.start))
-        views = tuple(None if t is None else _native.view(t) for t in tensors)
-        _native.launcher("cpp", "noisy_mlp")(noise, views, numbers, threads=torch.get_num_threads())
+        _native.launch_cpu("noisy_mlp", noise, tensors, numbers)
 
 
 def noisy_mlp_step(losses: Tensor, a: MlpStep) -> None:

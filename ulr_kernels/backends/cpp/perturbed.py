@@ -204,6 +204,4 @@ def _by_sign(tensor: Tensor | None, shared_dims: int, how: WeightNoise) -> tuple
 
 def _launch(name: str, how: WeightNoise, tensors: tuple[Tensor | None, ...], draw: int = 0, row: int = 0) -> None:
     """`draw`, `row`: where in the weight's noise the launch starts."""
-    views = tuple(None if t is None else _native.view(t) for t in tensors)
-    noise = _native.noise_view(how.noise, draw=draw, row=row)
-    _native.launcher("cpp", name)(noise, views, (how.rank or 0,), threads=torch.get_num_threads())
+    _native.launch_cpu(name, _native.noise_view(how.noise, draw=draw, row=row), tensors, (how.rank or 0,))

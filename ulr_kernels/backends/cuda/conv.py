@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,16 +37,16 @@ def noisy_conv2d(y: Tensor, a: Conv) -> Arguments:
     return Arguments(_native.noise_view(a.noise, features), (y, images, a.weight, a.bias, a.sigma), numbers)
 
 
-class _Gradient(NamedTuple):
-    """The arguments that gradient and recompute share."""
-
-    noise: tuple
-    images: Tensor
-    partials: Tensor
-    numbers: tuple[int, ...]
+def noisy_conv2d_grad_(a: ConvGradient) -> Arguments:
+    return _gradient((), a, ())
 
 
-def _gradient(a: ConvGradient) -> _Gradient:
+def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> Arguments:
+    return _gradient((y,), a, (a.weight, a.bias))
+
+
+def _gradient(output: tuple[Tensor, ...], a: ConvGradient, operands: tuple[Tensor | None, ...]) -> Arguments:
+    """Arguments of a gradient, or, with the output and the operands of the forward, of a recompute."""
     x, kernel, size, sizes = a.x, a.kernel_size, a.output_size, a.sizes
     features = sizes.features
     channels = _tile_channels(a.window, x.shape[-3], features, tiles.GRADIENT_FEATURES, a.noise.col_offset)
@@ -57,17 +56,7 @@ def _gradient(a: ConvGradient) -> _Gradient:
     units = (1 if sizes.shared else sizes.copies) * -(-sizes.rows // tiles.GRADIENT_ROWS)
     splits = max(1, min(-(-mlp.processors(x.device) // count), units))
     partials = torch.empty(splits * features * (inner + 2), dtype=torch.float32, device=x.device)
+    images = x if x.dim() == 5 else x[None]
+    tensors = (*output, *a.buffers, images, *operands, a.loss_weight, a.sigma, partials)
     numbers = (*window_numbers(a.window, kernel, channels), splits, *size, features)
-    return _Gradient(_native.noise_view(a.noise, features), x if x.dim() == 5 else x[None], partials, numbers)
-
-
-def noisy_conv2d_grad_(a: ConvGradient) -> Arguments:
-    made = _gradient(a)
-    tensors = (*a.buffers, made.images, a.loss_weight, a.sigma, made.partials)
-    return Arguments(made.noise, tensors, made.numbers)
-
-
-def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> Arguments:
-    made = _gradient(a)
-    tensors = (y, *a.buffers, made.images, a.weight, a.bias, a.loss_weight, a.sigma, made.partials)
-    return Arguments(made.noise, tensors, made.numbers)
+    return Arguments(_native.noise_view(a.noise, features), tensors, numbers)

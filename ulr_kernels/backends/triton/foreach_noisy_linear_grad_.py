@@ -19,7 +19,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.device_tables import on_device
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table, tiled
 from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_tile, noisy_linear_grad_
 from ulr_kernels.ops._linear import LinearGradient
 from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
@@ -133,7 +133,7 @@ def _launch(form: Form, layers: list[LinearGradient]) -> Launch:
         entries.append((sum(programs), *entry))
         programs.append(count)
     table_of_entries, owners = on_device(tuple(entries), tuple(programs), x.device)
-    return Launch(
+    return tiled(
         gradients_kernel,
         sum(programs),
         {
@@ -149,12 +149,8 @@ def _launch(form: Form, layers: list[LinearGradient]) -> Launch:
             "SHARED": form.shared,
             "ANTITHETIC": noise.antithetic,
             "DIST": DISTRIBUTION_CODES[noise.dist],
-            "BR": tile.rows,
-            "BC": tile.cols,
-            "BK": tile.inputs,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from ulr_kernels.backends.triton.launch import strides
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
 from ulr_kernels.backends.triton.scores import no_parts, weigh
-from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._conv import ConvGradient
 from ulr_kernels.ops._linear import LinearGradient
 
@@ -99,8 +98,8 @@ def add_scalar(buffer, partials, arrival_counter, value, tile, tile_count):
         tl.store(arrival_counter, 0)
 
 
-def gradient_arguments(y: Tensor | None, a: LinearGradient | ConvGradient, shared: bool, tile: Tile) -> dict[str, Any]:
-    """The buffers and loss weights of a gradient, its tiles, and `y`, the output of a recompute."""
+def gradient_arguments(y: Tensor | None, a: LinearGradient | ConvGradient, shared: bool) -> dict[str, Any]:
+    """The buffers and loss weights of a gradient, and `y`, the output of a recompute."""
     return {
         "y": y,
         "grad_weight": a.grad_weight,
@@ -113,7 +112,4 @@ def gradient_arguments(y: Tensor | None, a: LinearGradient | ConvGradient, share
         **strides("stride_loss_", a.loss_weight, "copy", "sample"),
         "SHARED": shared,
         "ANTITHETIC": a.noise.antithetic,
-        "BR": tile.rows,
-        "BC": tile.cols,
-        "BK": tile.inputs,
     }

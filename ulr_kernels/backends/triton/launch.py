@@ -13,6 +13,7 @@ from torch import Tensor
 from ulr_kernels import noise_contract, noise_tables
 from ulr_kernels.backends.triton import interpreter
 from ulr_kernels.backends.triton import noise_contract as tile_contract
+from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import NoiseSpec
 
 DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in noise_contract.DISTRIBUTIONS}
@@ -37,6 +38,12 @@ class Launch:
                 num_stages=self.stages,
                 enable_fp_fusion=False,  # the contract says where an fma is
             )
+
+
+def tiled(kernel: Any, grid: int, arguments: dict[str, Any], tile: Tile) -> Launch:
+    """The launch of a kernel that takes the extents of a tile as BR, BC and, of products, BK."""
+    extents = {"BR": tile.rows, "BC": tile.cols} | ({"BK": tile.inputs} if tile.inputs else {})
+    return Launch(kernel, grid, arguments | extents, tile.warps, tile.stages)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.noise_contract import philox as philox_rounds
 from ulr_kernels.ops.noise import FoldIn, Noise, Philox
@@ -143,10 +143,9 @@ def noise_launch(out: Tensor, a: Noise) -> Launch:
     rows = out.numel() // cols
     tile = tiles.NOISE[a.noise.dist]
     which = noise_arguments(a.noise, cols)
-    return Launch(
+    return tiled(
         noise_kernel,
         cdiv(rows, tile.rows) * cdiv(cols + which["shift"], tile.cols),
-        {"out": out, **which, "rows": rows, "cols": cols, "BR": tile.rows, "BC": tile.cols},
-        tile.warps,
-        tile.stages,
+        {"out": out, **which, "rows": rows, "cols": cols},
+        tile,
     )

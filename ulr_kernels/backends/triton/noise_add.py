@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
@@ -96,7 +96,7 @@ def noise_add_launch(y: Tensor, a: NoiseAdd) -> Launch:
     rows = to[0].numel() // features
     tile = tiles.NOISE[a.noise.dist]
     noise = noise_arguments(a.noise, features)
-    return Launch(
+    return tiled(
         noise_add_kernel,
         cdiv(rows, tile.rows) * cdiv(features + noise["shift"], tile.cols),
         {
@@ -112,9 +112,6 @@ def noise_add_launch(y: Tensor, a: NoiseAdd) -> Launch:
             **strides("stride_", a.sigma, "sigma"),
             "SHARED": clean.shape[0] == 1,
             "ANTITHETIC": a.noise.antithetic,
-            "BR": tile.rows,
-            "BC": tile.cols,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )

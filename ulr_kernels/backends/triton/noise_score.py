@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, open_source, raw_noise
 from ulr_kernels.backends.triton.scores import no_parts, weighted
 from ulr_kernels.ops._axes import images
@@ -88,7 +88,7 @@ def noise_score_launch(out: Tensor, a: NoiseScore) -> Launch:
     noise = noise_arguments(a.noise, features)
     arguments = grid_arguments("out", grid)
     del arguments["stride_out_copy"]  # there is one
-    return Launch(
+    return tiled(
         noise_score_kernel,
         cdiv(rows, tile.rows) * cdiv(features + noise["shift"], tile.cols),
         {
@@ -103,9 +103,6 @@ def noise_score_launch(out: Tensor, a: NoiseScore) -> Launch:
             **strides("stride_loss_", a.loss_weight, "copy", "sample"),
             **strides("stride_", a.sigma, "sigma"),
             "ANTITHETIC": a.noise.antithetic,
-            "BR": tile.rows,
-            "BC": tile.cols,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.ops._conv import Conv, ConvGradient, Window
 
@@ -210,7 +210,7 @@ def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
     tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
     draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
     channels = tile_channels(a.window, a.x.shape[-3], features, tile.cols, which["shift"])
-    return Launch(
+    return tiled(
         noisy_conv2d_kernel,
         tile_count * cdiv(draws, draws_here),
         {
@@ -226,12 +226,8 @@ def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
             "SHARED": shared,
             "ANTITHETIC": a.noise.antithetic,
             "RUN": math.gcd(y.shape[3] * y.shape[4], tile.rows),
-            "BR": tile.rows,
-            "BC": tile.cols,
-            "BK": tile.inputs,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )
 
 

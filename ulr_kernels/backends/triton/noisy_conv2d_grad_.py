@@ -15,7 +15,7 @@ from torch import Tensor
 from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, open_source
 from ulr_kernels.backends.triton.noisy_conv2d import (
     conv_arguments,
@@ -201,11 +201,11 @@ def conv_gradient_launch(y: Tensor | None, a: ConvGradient) -> Launch:
     tile_count = col_tiles * (cdiv(inner, tile.inputs) if a.grad_weight is not None else 1)
     splits = max(1, min(tiles.PROGRAMS // tile_count, cdiv(rows, tile.rows)))
     size = splits * tile_count * tile.cols * (tile.inputs + 2) + col_tiles
-    return Launch(
+    return tiled(
         conv_gradient_kernel,
         tile_count * splits,
         {
-            **gradient_arguments(y, a, shared, tile),
+            **gradient_arguments(y, a, shared),
             "partials": torch.empty(size, dtype=torch.float32, device=a.x.device),
             "arrival_counters": arrival_counter(a.x.device, tile_count + 1),
             **conv_arguments(a, kernel, features, channels),
@@ -220,6 +220,5 @@ def conv_gradient_launch(y: Tensor | None, a: ConvGradient) -> Launch:
             "SCALAR": a.grad_log_sigma is not None and a.grad_log_sigma.dim() == 0,
             "RUN": math.gcd(height * width, tile.rows),
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.ops._linear import Linear, LinearGradient
 
@@ -138,7 +138,7 @@ def noisy_linear_launch(y: Tensor, a: Linear) -> Launch:
     which = noise_arguments(a.noise, features)
     tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
     draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
-    return Launch(
+    return tiled(
         noisy_linear_kernel,
         tile_count * cdiv(draws, draws_here),
         {
@@ -151,12 +151,8 @@ def noisy_linear_launch(y: Tensor, a: Linear) -> Launch:
             "draws_here": draws_here,
             "SHARED": shared,
             "ANTITHETIC": a.noise.antithetic,
-            "BR": tile.rows,
-            "BC": tile.cols,
-            "BK": tile.inputs,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.gradient import add_rows, add_scalar, gradient_arguments
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, open_source
 from ulr_kernels.backends.triton.noisy_linear import linear_arguments, product_tile
 from ulr_kernels.backends.triton.scores import add
@@ -161,11 +161,11 @@ def gradient_launch(y: Tensor | None, a: LinearGradient) -> Launch:
     which = noise_arguments(a.noise, features)
     col_tiles = cdiv(features + which["shift"], tile.cols) if features else 0
     input_tiles = max(cdiv(inputs, tile.inputs), 1) if a.grad_weight is not None else 1
-    return Launch(
+    return tiled(
         gradient_kernel,
         col_tiles * input_tiles,
         {
-            **gradient_arguments(y, a, shared, tile),
+            **gradient_arguments(y, a, shared),
             **_scalar_workspace(a.grad_log_sigma, col_tiles),
             **linear_arguments(a),
             **which,
@@ -173,8 +173,7 @@ def gradient_launch(y: Tensor | None, a: LinearGradient) -> Launch:
             "features": features,
             **strides("stride_grad_", a.grad_weight, "col", "input"),
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )
 
 

@@ -19,7 +19,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.device_tables import on_device
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table, tiled
 from ulr_kernels.backends.triton.noise import fold_in
 from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
@@ -246,7 +246,7 @@ def launches(
             entries.append((*entry, *[0] * (ROW.value - len(entry))))
             programs.append(cdiv(rows, tile.rows) * cdiv(cols + shift, tile.cols))
         table_of_entries, owners = on_device(tuple(entries), tuple(programs), keys.device)
-        yield Launch(
+        yield tiled(
             parameters_kernel,
             sum(programs),
             {
@@ -269,11 +269,8 @@ def launches(
                 "PLAIN": form.plain,
                 "DTYPE": _DTYPES[form.dtype],
                 "DIST": DISTRIBUTION_CODES[noise.dist],
-                "BR": tile.rows,
-                "BC": tile.cols,
             },
-            tile.warps,
-            tile.stages,
+            tile,
         )
 
 

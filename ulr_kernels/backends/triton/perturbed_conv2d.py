@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.launch import Launch, cdiv, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, strides, tiled
 from ulr_kernels.backends.triton.noisy_conv2d import image_arguments, pixel_of, pixel_strides
 from ulr_kernels.backends.triton.weight_noise import open_weight_noise, perturbed, weight_arguments, weight_noise
 from ulr_kernels.ops.perturbed_conv2d import PerturbedConv
@@ -119,9 +119,6 @@ def perturbed_conv2d_launch(y: Tensor, a: PerturbedConv) -> Launch:
         "ANTITHETIC": how.noise.antithetic,
         "TAPS": taps,  # constants, as is the kernel's width: places of the inner axis are divided by them
         "WIDTH": weight.shape[3],
-        "BR": tile.rows,
-        "BC": tile.cols,
-        "BK": tile.inputs,
     }
     programs = cdiv(rows, tile.rows) * cdiv(of_group, tile.cols) * window.groups * how.draws
-    return Launch(perturbed_conv2d_kernel, programs, arguments, tile.warps, tile.stages)
+    return tiled(perturbed_conv2d_kernel, programs, arguments, tile)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.launch import Launch, cdiv, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, strides, tiled
 from ulr_kernels.backends.triton.weight_noise import open_weight_noise, perturbed, weight_arguments, weight_noise
 from ulr_kernels.ops.perturbed_embedding import PerturbedEmbedding
 
@@ -60,7 +60,7 @@ def perturbed_embedding_launch(y: Tensor, a: PerturbedEmbedding) -> Launch:
     tile = tiles.PARAMETERS[how.noise.dist]
     shift = how.noise.col_offset % tile.cols  # tiles start at multiples of their width in the whole noise
     programs = cdiv(rows, tile.rows) * cdiv(cols + shift, tile.cols) * (how.draws if pairs else how.copies)
-    return Launch(
+    return tiled(
         perturbed_embedding_kernel,
         programs,
         {
@@ -78,9 +78,6 @@ def perturbed_embedding_launch(y: Tensor, a: PerturbedEmbedding) -> Launch:
             **strides("stride_weight_", weight, "row", "col"),
             **strides("stride_mask_", how.mask, "row", "col"),
             "PAIRS": pairs,
-            "BR": tile.rows,
-            "BC": tile.cols,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.backends.triton import tiles
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
 from ulr_kernels.backends.triton.noisy_linear import product_tile
 from ulr_kernels.backends.triton.weight_noise import COL_FACTOR, ROW_FACTOR, factor_source, perturbed
@@ -180,5 +180,4 @@ def perturbed_linear_launch(y: Tensor, a: PerturbedLinear) -> Launch:
             "ANTITHETIC": noise.antithetic,
         }
         kernel = perturbed_linear_kernel
-    arguments |= {"BR": tile.rows, "BC": tile.cols, "BK": tile.inputs}
-    return Launch(kernel, programs, arguments, tile.warps, tile.stages)
+    return tiled(kernel, programs, arguments, tile)

@@ -8,7 +8,7 @@ import triton.language as tl
 from ulr_kernels.backends.arrival_counter import arrival_counter as counter_of
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
-from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
 from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
     join_parts,
@@ -170,7 +170,7 @@ def scale_shift_grad_launch(a: ScaleShiftGradient) -> Launch:
     tiles_of_range = cdiv(row_tiles, max(1, 2 * tiles.PROGRAMS // col_tiles))
     ranges = cdiv(row_tiles, tiles_of_range)
     buffers = a.buffers
-    return Launch(
+    return tiled(
         scale_shift_grad_kernel,
         col_tiles * ranges,
         {
@@ -193,9 +193,6 @@ def scale_shift_grad_launch(a: ScaleShiftGradient) -> Launch:
             **strides("stride_", a.sigma, "sigma"),
             "SHARED": grid.shape[0] == 1,
             "ANTITHETIC": a.noise.antithetic,
-            "BR": tile.rows,
-            "BC": tile.cols,
         },
-        tile.warps,
-        tile.stages,
+        tile,
     )
