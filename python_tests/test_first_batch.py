@@ -36,7 +36,6 @@ class Forwards:
             return buffer(parameter)
 
         monkeypatch.setattr(calls, "gradient_buffer", written)
-        monkeypatch.setattr("ulr_kernels.nn.linear.gradient_buffer", written)
         monkeypatch.setattr("ulr_kernels.estimators.weight_noise.gradient_buffer", written)
 
     def _forward(self, *_):
