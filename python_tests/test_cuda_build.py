@@ -18,7 +18,7 @@ import sys
 import pytest
 from compile_cache import compile_once, with_includes
 
-from ulr_kernels import noise_contract
+from ulr_kernels import noise_tables
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
@@ -199,7 +199,7 @@ def test_loops_stay_within_their_budget() -> None:
 def test_table_reads_do_not_conflict() -> None:
     """A read of 8 bytes by a warp takes a wavefront for each half of it, and one more where two lanes of a half want
     different rows of one bank: rows 16 apart. Three reads a normal: 6 wavefronts, and what this chance adds."""
-    lanes, rows = 16, len(noise_contract.tables.NORMAL)
+    lanes, rows = 16, len(noise_tables.NORMAL)
     assert rows == 32  # the rows of each pair fill the banks twice
     chance = [
         2.0**-30,
