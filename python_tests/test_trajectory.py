@@ -18,8 +18,8 @@ pytest.importorskip("safetensors", reason="the recipes need safetensors")
 from ulr_kernels import dispatch, noise_contract, use_backend  # noqa: E402
 from ulr_kernels.finetune import trajectory  # noqa: E402
 from ulr_kernels.finetune.trajectory import Header, Writer, read  # noqa: E402
+from ulr_kernels.jobs import JobError  # noqa: E402
 from ulr_kernels.optim import Group, Rule, Update  # noqa: E402
-from ulr_kernels.recipes import JobError  # noqa: E402
 
 STEPS = 4
 RULES = {
