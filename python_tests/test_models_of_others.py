@@ -144,7 +144,7 @@ def test_training_a_residual_network():
     estimator = ulr.ULR(model, sigma=0.01, copies=64, injection="joint")
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-4)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(120):
         optimizer.zero_grad()
         losses.append(float(estimator.backward(x[:3, :, :8, :8], y[:3], loss_fn)))
         optimizer.step()
