@@ -132,7 +132,7 @@ def test_model_that_cannot_be_trained():
     model[1].register_parameter("unused", nn.Parameter(torch.zeros(2)))
     report = ulr.check(model, X, Y, cross_entropy)
     assert not report.ok
-    assert "1.unused (met in no call)" in report.verdict
+    assert "1.unused (read by no function of the forward" in report.verdict
 
 
 class Last(nn.Module):

@@ -66,7 +66,7 @@ MIXED = {
 @pytest.mark.parametrize("samples", [1, 8, 33])
 def test_noise_must_keep_to_its_samples(mix, samples):
     x, y = batch(samples + -samples % 4 if mix is MIXED["groups"] else samples)
-    with pytest.raises(ValueError, match=r"compute each sample from its own alone.* noise of other samples \(fc\)"):
+    with pytest.raises(ValueError, match=r"noise of other samples \(fc\)|each made from its own sample only"):
         gradients(filled(Mixed(mix)), batch=(x, y))
 
 
@@ -74,7 +74,7 @@ def test_losses_must_not_depend_on_other_samples():
     def of_pairs(outputs, targets):
         return (outputs - outputs.roll(len(outputs) // 2, 0)).square().mean(1) + cross_entropy(outputs, targets)
 
-    with pytest.raises(ValueError, match=r"noise of other samples \(0\)"):
+    with pytest.raises(ValueError, match="'the loss' must .* each made from its own sample only"):
         ulr.ULR(mlp()).backward(*batch(8), of_pairs)
 
 
@@ -115,7 +115,8 @@ def test_a_fixed_number_of_rows_is_named():
     with pytest.raises(ValueError, match=message):
         gradients(Graph(), batch=batch(8))
     model = Stateful()
-    model(batch(8)[0])
+    with torch.no_grad():
+        model(batch(8)[0])
     with pytest.raises(ValueError, match=message):
         gradients(model, batch=batch(8))
     x, y = batch(8)

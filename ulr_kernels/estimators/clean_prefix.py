@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class CleanPrefixCache:
     """The results of the functions of samples before the first noise, in their order, with their marks.
 
     Later forwards take these results instead of running the functions: tensors that were alive at the noise, which are
-    all that the rest of the model can read, and placeholders.
+    all that the rest of the model can read, and placeholders. They must call the same functions.
 
     Attributes:
         complete: a forward has come to its first noise.
@@ -38,20 +39,20 @@ class CleanPrefixCache:
 
     def __init__(self) -> None:
         self.complete = False
-        self._results: list[tuple[Any, int]] = []
+        self._results: list[tuple[Callable, Any, int]] = []
         self._next = 0
 
-    def add(self, result: Any, marks: int) -> None:
+    def add(self, func: Callable, result: Any, marks: int) -> None:
         """Add a function's result."""
 
         def weakly(leaf: Any) -> Any:
             is_tensor = isinstance(leaf, Tensor)
             return CachedTensor(weakref.ref(leaf), leaf.shape, leaf.dtype, leaf.device) if is_tensor else leaf
 
-        self._results.append((_pytree.tree_map(weakly, result), marks))
+        self._results.append((func, _pytree.tree_map(weakly, result), marks))
 
-    def finish(self) -> None:
-        """Note that a forward has come to its first noise."""
+    def finish(self) -> bool:
+        """Note that a forward has come to its first noise. False: it has called fewer functions than the first one."""
         if not self.complete:
             self.complete = True
 
@@ -61,14 +62,15 @@ class CleanPrefixCache:
             def now(leaf: Any) -> Any:
                 return leaf.now() if is_cached(leaf) else leaf
 
-            self._results = [(_pytree.tree_map(now, r, is_leaf=is_cached), marks) for r, marks in self._results]
+            self._results = [(f, _pytree.tree_map(now, r, is_leaf=is_cached), marks) for f, r, marks in self._results]
         elif self._next != len(self._results):
-            raise RuntimeError("ulr.ULR: the model must call the same functions in each forward, got fewer of them")
+            return False
         self._next = 0
+        return True
 
-    def next_result(self) -> tuple[Any, int] | None:
-        """The next function's result and marks; None after the last, and while the cache is being filled."""
-        if not self.complete or self._next == len(self._results):
+    def next_result(self, func: Callable) -> tuple[Any, int] | None:
+        """The result and marks of the next function; None where the first forward called another one."""
+        if self._next == len(self._results) or self._results[self._next][0] != func:
             return None
         self._next += 1
-        return self._results[self._next - 1]
+        return self._results[self._next - 1][1:]

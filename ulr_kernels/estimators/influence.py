@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ulr_kernels.errors import fail
+from ulr_kernels.estimators.record import Record, felt
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.nn.affects import NoiseRows
 from ulr_kernels.nn.batch import Batch
 
 TRIED = 16  # losses of a sample for which it is tried whether the rows that are said not to affect them do
 AT_ONCE = 10  # copies of a trial's forward, if max_rows allows so many
+
+
+class Tried(NamedTuple):
+    """The result of a trial's forward."""
+
+    losses: Tensor  # fp32 `[copies, samples]` or `[copies, samples, losses]`
+    record: Record  # of what it computed
 
 
 class Trial:
@@ -47,18 +56,25 @@ class Trial:
         others = self._batch.affects.unaffecting_rows(layer, call, self._losses, self._batch.samples, rows)
         return torch.cat([marks, others])
 
-    def felt(self, change: Tensor, share: float, rounding: float) -> set[int | None]:
-        """The losses that have felt noise which they must not feel; None: those of samples without noise.
+    def felt(self, noisy: Tried, clean: Tried, share: float, rounding: float) -> set[int | None]:
+        """The losses that have felt noise which they must not feel; None: samples without noise, in their losses or in
+        any tensor that a layer reads.
 
         Args:
-            change: of the losses, fp32 `[copies, samples]` or `[copies, samples, losses]`.
+            noisy, clean: the forwards with and without noise.
             share: of the change of the losses that may feel the noise, by which others may change.
             rounding: the norm by which the losses of one copy may change in any case.
         """
         found: set[int | None] = set()
+        change = noisy.losses - clean.losses
+        if len(self._marks):
+            quiet = torch.zeros(self.copies * self._batch.samples, dtype=torch.bool)
+            quiet[: self._marks.numel()] = ~self._marks.flatten()
+            if felt(noisy.record, clean.record, quiet.to(change.device), share):
+                found.add(None)
         if count := len(self._marks):
-            noisy = self._marks.to(change.device)
-            others, own = change[:count][~noisy].norm(), change[:count][noisy].norm()
+            marks = self._marks.to(change.device)
+            others, own = change[:count][~marks].norm(), change[:count][marks].norm()
             if others > share * own + math.sqrt(count) * rounding:
                 found.add(None)
         for copy, loss in enumerate(self._losses, count):
@@ -84,45 +100,55 @@ def trials(batch: Batch, max_rows: int | None) -> list[Trial]:
 
 
 def refuse_influence(
-    tried: Sequence[Trial],
+    to_try: Sequence[Trial],
     passes: Sequence[Pass],
-    losses_with: Callable[[Sequence[Pass], Trial], Tensor],
-    clean: Tensor,
-) -> None:
+    tried: Callable[[Sequence[Pass], Trial], Tried],
+    clean: Tried,
+) -> Record:
     """Raise if noise on some samples changes the losses of others, or noise on rows a loss that they do not affect: the
     gradient would lack what it does there.
 
     Samples mix where they are computed from one another (attention across the batch, its mean, a loss of pairs), and
-    where a layer has its rows in another order than samples first, so that noise is counted for other samples.
+    where a layer has its rows in another order than samples first, so that noise is counted for other samples. It shows
+    in the losses, and where these do not see it (the next layer is zero, the loss counts errors) in the tensors that
+    layers read and the model returns.
 
-    A loss that must not feel the noise is computed by the same operations on the same numbers as without, so its change
-    is held to a limit of rounding alone. A forward with noise in all layers then shows whatever one for each layer
-    would show. These follow where something shows, with a limit that lets thresholds flip, and name the layer.
+    A number that must not feel the noise is computed by the same operations on the same numbers as without, so its
+    change is held to a limit of rounding alone. A forward with noise in all layers then shows whatever one for each
+    layer would show. These follow where something shows, with a limit that lets thresholds flip, and name the layer.
 
     Args:
-        tried: trials of the batch, with the same number of copies each.
+        to_try: trials of the batch, with the same number of copies each.
         passes: with noise on outputs.
-        losses_with: of some passes and a trial, the losses of a forward with the trial's noise in their layers.
-        clean: fp32 `[copies, samples]` or `[copies, samples, losses]`, the losses without noise.
+        tried: of some passes and a trial, the forward with the trial's noise in their layers.
+        clean: the forward without noise.
+
+    Returns:
+        The record of the first forward.
 
     Raises:
-        RuleError: a loss feels such noise.
+        RuleError: a loss or a layer feels such noise.
     """
-    rounding = 1e-5 * float(clean[0].norm())
-    for trial in tried:
-        suspects = trial.felt(losses_with(passes, trial) - clean, 0.0, rounding)
+    rounding = 1e-5 * float(clean.losses[0].norm())
+    first: Tried | None = None
+    for trial in to_try:
+        together = tried(passes, trial)
+        first = first or together
+        suspects = trial.felt(together, clean, 0.0, rounding)
         for pass_ in passes if suspects else ():
-            felt = suspects & trial.felt(losses_with([pass_], trial) - clean, 0.01, rounding)
-            if None in felt:
+            seen = suspects & trial.felt(tried([pass_], trial), clean, 0.01, rounding)
+            if None in seen:
                 fail(
                     "model",
                     "compute each sample from its own alone, and give each layer its samples first: [samples, ...], or "
                     "rows of a sample one after the other, [samples * rows, ...]",
-                    f"losses that change with the noise of other samples ({', '.join(pass_.layers)})",
+                    f"losses or tensors that change with the noise of other samples ({', '.join(pass_.layers)})",
                 )
-            if felt:
+            if seen:
                 fail(
                     "affects",
                     "not be 0 where a row's noise changes a loss",
-                    f"0 for rows whose noise changes loss {felt.pop()} ({', '.join(pass_.layers)})",
+                    f"0 for rows whose noise changes loss {seen.pop()} ({', '.join(pass_.layers)})",
                 )
+    assert first is not None
+    return first.record

@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
+from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import RowWeights
-from ulr_kernels.nn.batch import Batch
-from ulr_kernels.nn.call import Call, KnownLosses, Noise
+from ulr_kernels.nn.batch import Batch, tensors
+from ulr_kernels.nn.call import Call, DerivedParameter, KnownLosses, Noise
 from ulr_kernels.nn.interceptor import NOISED, SAMPLE, LayerInterceptor, flat
 from ulr_kernels.nn.perturbed import PerturbedWeights
 
@@ -40,8 +41,8 @@ class KeptCall(NamedTuple):
     call: Call
 
 
-class RecomputeDone(BaseException):
-    """All gradients of a second forward have been added: the rest of it need not run. No model shall catch this."""
+class CannotExpandLate(Exception):
+    """A forward shows that its results from before the noise, or sizes that it read there, do not serve all copies."""
 
 
 class ForwardSpec(NamedTuple):
@@ -58,6 +59,8 @@ class ForwardSpec(NamedTuple):
     # Of a layer and the number of its call, the rows that get the noise: bool `[copies * samples]` or
     # `[copies * samples * rows]` on the device; None: all. Not with `first_pass`, nor where a pass expands late.
     noisy_rows: Callable[[str, int], Tensor] | None = None
+    loud: bool = False  # the noise of a trial: at least as large as the layer's output, so that its effect shows
+    record: Record | None = None  # of what the forward computes, to fill
 
 
 class NoisedForward(LayerInterceptor):
@@ -88,11 +91,23 @@ class NoisedForward(LayerInterceptor):
         self._expand_late, self._keep, self._first_pass = spec.pass_.expand_late, spec.keep, spec.first_pass
         self.perturbed = perturbed
         self._prefix = spec.prefix  # until the noise is reached
-        self._noisy_rows = spec.noisy_rows
+        self._noisy_rows, self._loud, self._record = spec.noisy_rows, spec.loud, spec.record
+        self._hidden, self._begun = spec.pass_.hidden, False
         self._counts: dict[str, int] = {}  # the keys of a layer's calls differ by them
         self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []
         self.calls: list[KeptCall] = []
+
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        outputs = super().run(model, inputs)
+        if self._record is not None:
+            for tensor in tensors(outputs):
+                self._note("outputs", [tensor])
+        return outputs
+
+    def marks(self, tensor: Tensor) -> int:
+        bits = super().marks(tensor)
+        return bits | NOISED if bits and self._hidden and self._begun else bits
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -104,6 +119,8 @@ class NoisedForward(LayerInterceptor):
         bits = NOISED
         for tensor in given:
             bits |= self.marks(tensor)
+        if self._record is not None:
+            self._note("weights", given)
         result = self.perturbed.__torch_function__(func, types, args, kwargs)
         self._mark(result, bits)
         return result
@@ -114,15 +131,36 @@ class NoisedForward(LayerInterceptor):
         layers = {self._layers[id(p)] for t in given if (each := self.parameters_of(t)) for p in each.parameters}
         return any(self._shared_noise.get(layer, layer) in self._noises for layer in layers)
 
+    def _note(self, name: str, given: Sequence[Tensor]) -> int:
+        """Record those of the tensors that a function reads which depend on samples; returns their number."""
+        assert self._record is not None
+        samples = [x for x in given if self.marks(x)]
+        noised = any(self.marks(x) & NOISED for x in samples)
+        copies = next(iter(self._noises.values())).copies if self._expand_late and not noised else 1
+        for x in samples:
+            self._record.add(name, x, not self.marks(x) & NOISED, copies)
+        return len(samples)
+
+    def on_parameters(self, func: Callable, derived: list[DerivedParameter], result: Any) -> None:
+        if self._record is not None:
+            for tensor in tensors(result):
+                self._record.add_constant(getattr(func, "__name__", str(func)), tensor)
+
+    @torch.no_grad()
     def on_layer_call(self, call: Call) -> tuple[Tensor, int]:
         layer = self.trained_layer(call)
+        noted = self._note(layer, call.given) if self._record is not None and layer is not None else 0
         source = self._shared_noise.get(layer, layer) if layer is not None else None
         noise = self._noises.get(source) if source is not None else None
         if layer is None or noise is None:
             return call.clean(), 0
         if self._prefix is not None:
-            self._prefix.finish()
+            if not self._prefix.finish():
+                raise CannotExpandLate
             self._prefix = None
+        if self._record is not None and not self._begun:
+            self._record.begins = len(self._record.entries) - noted
+        self._begun = True
         count = self._counts.get(layer, -1) + (not call.time)  # the first time step begins a call
         self._counts[layer] = count
         key = ops.fold_in(noise.key, count) if count else noise.key
@@ -139,12 +177,14 @@ class NoisedForward(LayerInterceptor):
         if self._keep:
             self.calls.append(KeptCall(layer, number, call))
         noise = noise._replace(key=key.to(call.inputs[0].device))
+        if self._loud or self._noisy_rows is not None:
+            noise = noise._replace(sigma=_loud(noise.sigma, call.clean()))
         from_branch, known = source != layer, self._known_losses(layer, number)
         last = self._first_pass is not None and len(self.order) == len(self._first_pass.order)
         silent = from_branch or last  # nothing reads the last one's noise
         result = call.noised(noise, self._samples, x_copies, shared=shared, silent=silent, known=known)
-        if last:
-            raise RecomputeDone
+        if last:  # the rest of the forward runs on as many copies as this layer's input has
+            return result, 0
         if self._noisy_rows is not None and not from_branch:
             noisy, rows = self._noisy_rows(layer, number), list(result.shape)
             if len(rows) > 1:
@@ -154,12 +194,17 @@ class NoisedForward(LayerInterceptor):
             result.copy_(torch.where(noisy, result, call.forward(*call.inputs)))
         return result, 0 if from_branch else NOISED
 
-    def cached_result(self, bits: int) -> tuple[Any, int] | None:
-        return self._prefix.next_result() if self._prefix is not None and bits & SAMPLE else None
+    def cached_result(self, func: Callable, bits: int) -> tuple[Any, int] | None:
+        if self._prefix is None or not bits & SAMPLE or not self._prefix.complete:
+            return None
+        return self._prefix.next_result(func)
 
-    def cache_result(self, result: Any, bits: int) -> None:
-        if self._prefix is not None and bits & SAMPLE:
-            self._prefix.add(result, bits)
+    def cache_result(self, func: Callable, result: Any, bits: int) -> None:
+        if self._prefix is None or not bits & SAMPLE:
+            return
+        if self._prefix.complete:  # the first forward did not call this function
+            raise CannotExpandLate
+        self._prefix.add(func, result, bits)
 
     def _known_losses(self, layer: str, number: int) -> KnownLosses | None:
         if self._first_pass is None:
@@ -186,7 +231,7 @@ class NoisedForward(LayerInterceptor):
             return args, kwargs
         copies = next(iter(self._noises.values())).copies
         if func in RESHAPES:
-            return _for_all_copies(args, copies), kwargs
+            return _for_all_copies(args, copies, self._samples), kwargs
         clean = [t for t, bits in marks if bits == SAMPLE and t.dim()]  # a residual branch, a mask
         if not clean:
             return args, kwargs
@@ -198,14 +243,29 @@ class NoisedForward(LayerInterceptor):
 RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
 
 
-def _for_all_copies(args: tuple, copies: int) -> tuple:
-    """The arguments of a reshape, with the rows of all copies where they have the rows of one."""
+def _for_all_copies(args: tuple, copies: int, samples: int) -> tuple:
+    """The arguments of a reshape, with the rows of all copies where they have the rows of one.
+
+    Raises:
+        CannotExpandLate: the first size can be read either way.
+    """
     x, *sizes = args
     nested = len(sizes) == 1 and isinstance(sizes[0], tuple | list)
     shape = list(sizes[0] if nested else sizes)
     if not shape or not all(isinstance(size, int) for size in shape):
         return args  # a dtype
-    rows_of_one = shape[0] * copies == x.shape[0]
-    if rows_of_one or (-1 not in shape and math.prod(shape) * copies == x.numel()):
+    if -1 not in shape:
+        of_one = math.prod(shape) * copies == x.numel()
+    else:
+        of_one = shape[0] * copies == x.shape[0]
+        if of_one and shape[0] == copies * samples:
+            raise CannotExpandLate
+    if of_one:
         shape[0] *= copies
     return x, *([shape] if nested else shape)
+
+
+def _loud(sigma: float | Tensor, clean: Tensor) -> float:
+    """A scale of noise that is not small beside a layer's output."""
+    size = float(torch.nan_to_num(clean.to(torch.float32), posinf=0.0, neginf=0.0).square().mean().sqrt())
+    return max(float(torch.as_tensor(sigma).max()), size or 1.0)

@@ -12,13 +12,14 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
-from ulr_kernels.estimators.influence import Trial, refuse_influence, trials
-from ulr_kernels.estimators.noised import ForwardSpec, Keys, NoisedForward
+from ulr_kernels.estimators.influence import Trial, Tried, refuse_influence, trials
+from ulr_kernels.estimators.noised import CannotExpandLate, ForwardSpec, Keys, NoisedForward
+from ulr_kernels.estimators.record import Record, alike, hidden
 from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys
-from ulr_kernels.estimators.trace import ModelTrace, Outline, fail_rows, same
+from ulr_kernels.estimators.trace import ModelTrace, Outline, fail_rows, same, two_copies
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat, tensors
 
 ACTIVATION = 4 * 2**20
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     names: tuple[str, ...]  # of the layers and parameters that have noise
     sites: Tensor  # int64 `[len(names)]`, their site numbers, on the model's device
     outline: Outline  # of a forward without noise
+    form: tuple  # of the outline, as traced
 
 
 def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: LossFunction, known: Plan | None) -> Plan:
@@ -46,18 +48,19 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         RuleError: the model, the loss or a setting breaks a rule.
     """
     view, s = runner.view, runner.settings
-    outline, losses = _watch(runner, batch, loss_fn)
-    weights = view.noised_layers
+    outline, losses, traced = _watch(runner, batch, loss_fn)
+    form, weights = outline.form, view.noised_layers
     _check_settings(runner, outline, weights)
     if batch.affects is not None:
         batch.affects.check(outline.noise_rows)
     names = (*outline.calls, *weights)
     sites = torch.tensor([noise_contract.signed64(noise_contract.site_id(name)) for name in names], device=view.device)
     keys = step_keys.of_sites(names, sites)
-    passes = list(_passes(outline, weights, s))
-    on_outputs = [pass_ for pass_ in passes if pass_.layers]
+    is_known = known is not None and known.form == form
+    if known is not None and is_known:
+        outline = outline._replace(hidden=known.outline.hidden, shared_noise=known.outline.shared_noise)
 
-    def losses_with(passes: Sequence[Pass], trial: Trial, noisy: bool = True) -> Tensor:
+    def tried(passes: Sequence[Pass], trial: Trial, noisy: bool = True) -> Tried:
         layers = tuple(layer for pass_ in passes for layer in pass_.layers)
         together = Pass(layers, (), trial.copies, outline.shared_noise, outline.noise_rows)
 
@@ -65,27 +68,49 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
             marks = trial.noisy_rows(layer, call, outline.noise_rows, view.device)
             return marks if noisy else torch.zeros_like(marks)
 
-        outputs = runner.run_pass(ForwardSpec(together, keys, batch, trial.copies, noisy_rows=noisy_rows))[1]
-        return torch.nan_to_num(batch.losses(outputs, loss_fn, trial.copies))
+        record = Record(trial.copies * batch.samples)
+        spec = ForwardSpec(together, keys, batch, trial.copies, noisy_rows=noisy_rows, record=record)
+        outputs = runner.run_pass(spec)[1]
+        return Tried(torch.nan_to_num(batch.losses(outputs, loss_fn, trial.copies)), record)
 
-    if known is not None and known.outline.form == outline.form:
+    passes = list(_passes(outline, weights, s))
+    if known is not None and is_known:
+        on_outputs = [pass_ for pass_ in passes if pass_.layers]
         if batch.affects is not None and on_outputs:  # each shape has a matrix of its own
             ends = Trial(batch, False, [0, batch.affects.losses - 1])
-            refuse_influence([ends], on_outputs, losses_with, torch.nan_to_num(losses))
+            refuse_influence([ends], on_outputs, tried, Tried(torch.nan_to_num(losses), traced))
         taken = zip(passes, known.passes, strict=True)
         passes = [_bounded(_like(pass_, other, batch), outline, s, view.device) for pass_, other in taken]
     else:
-        tried = trials(batch, s.max_rows)
-        clean = losses_with(on_outputs, tried[0], noisy=False)
-        if not same(losses, clean[:2]):
+        on_outputs = [pass_ for pass_ in passes if pass_.layers]
+        to_try = trials(batch, s.max_rows)
+        clean = tried(on_outputs, to_try[0], noisy=False)
+        if not same(losses, clean.losses[:2]):
             rule = "compute the same in every forward, as each pass runs its own"
             fail("model", rule, "other losses the second time")
-        refuse_influence(tried if on_outputs else (), on_outputs, losses_with, clean)
+        if on_outputs:
+            noisy = refuse_influence(to_try, on_outputs, tried, clean)
+            for other in (traced, noisy):
+                _refuse_hidden_samples(clean.record, other)
+            if hidden(noisy, clean.record):
+                outline = outline._replace(hidden=True, shared_noise={})
+                passes = list(_passes(outline, weights, s))
         if weights and len(passes) > 1:  # a single pass finds it when it is settled
             every = passes[-1]._replace(weights=tuple(weights), one_copy_per_forward=True)
             _refuse_unused(every.weights, runner.run_pass(ForwardSpec(every, keys, batch, 1))[0])
     clean_pass = Pass((), (), 1, {}, {}, settled=True, shared_inputs=True)
-    return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline)
+    return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline, form)
+
+
+def _refuse_hidden_samples(clean: Record, other: Record) -> None:
+    """Raise if a function of parameters and constants has another result for other samples, or with noise."""
+    if function := clean.changed_constant(other):
+        fail(
+            "model",
+            "compute everything from its samples by torch functions of the thread that runs the forward; torch.jit, "
+            "NumPy and other threads hide that a result depends on samples",
+            f"{function} and of a constant that changes with the samples",
+        )
 
 
 def _check_settings(runner: PassRunner, outline: Outline, weights: dict[str, str]) -> None:
@@ -104,37 +129,47 @@ def _check_settings(runner: PassRunner, outline: Outline, weights: dict[str, str
 
 def _passes(outline: Outline, weights: dict[str, str], settings: Settings) -> Iterator[Pass]:
     """`weights`: name of a parameter with noise -> its layer. All other layers have noise on their outputs."""
-    layers, shared, rows = tuple(outline.calls), outline.shared_noise, outline.noise_rows
+    layers, shared = tuple(outline.calls), outline.shared_noise
+
+    def noised(layers: tuple[str, ...], weights: tuple[str, ...], copies: int) -> Pass:
+        return Pass(layers, weights, copies, shared, outline.noise_rows, hidden=outline.hidden)
+
     if settings.injection == "joint":
-        yield Pass(layers, tuple(weights), settings.copies_of(""), shared, rows)
+        yield noised(layers, tuple(weights), settings.copies_of(""))
         return
     for source in layers:
         if source not in shared:
             group = (source, *(layer for layer in shared if shared[layer] == source))
-            yield Pass(group, (), settings.copies_of(source), shared, rows)
+            yield noised(group, (), settings.copies_of(source))
     for layer in dict.fromkeys(weights.values()):
         own = tuple(name for name in weights if weights[name] == layer)
-        yield Pass((), own, settings.copies_of(layer), shared, rows)
+        yield noised((), own, settings.copies_of(layer))
 
 
 # --- rules of the model ----------------------------------------------------------------------------------------------
 
 
-def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Outline, Tensor]:
-    """A forward of two copies without noise, and its losses. Raises if the model or the loss breaks a rule."""
-    model, inputs = runner.view.model, repeat(batch.x, 2)
-    trace = ModelTrace(runner.view, inputs, batch.samples)
-    with _rows_are_samples("model", lambda: apply(model, repeat(batch.x, 1))), trace:
-        outputs = apply(model, inputs)
-    with _rows_are_samples("loss_fn", lambda: batch.losses(apply(model, repeat(batch.x, 1)), loss_fn, 1)):
-        losses = batch.losses(outputs, loss_fn, 2)
+def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Outline, Tensor, Record]:
+    """A forward of two copies without noise: its outline, losses and record. Raises if the model or the loss breaks a
+    rule."""
+    view, both = runner.view, two_copies(batch)
+    trace = ModelTrace(view, both.x, batch.samples)
+    with _rows_are_samples("model", lambda: apply(view.model, repeat(batch.x, 1))):
+        outputs = trace.run(view.model, both.x)
+    for tensor in tensors(outputs):
+        if tensor.requires_grad and not trace.marks(tensor) and trace.parameters_of(tensor) is None:
+            trace.unseen(tensor)
+    with _rows_are_samples("loss_fn", lambda: batch.losses(apply(view.model, repeat(batch.x, 1)), loss_fn, 1)):
+        losses, direct = runner.losses_and_direct_gradients(both, outputs, loss_fn, 1)
+    first, second = losses[0].unflatten(0, (2, -1))
+    losses = torch.stack([first, second.roll(-1, 0)])
     if not same(losses[0], losses[1]):
         fail_rows("the loss")
-    trace.check()
+    trace.check(set(direct))
     outline = trace.outline()
-    if not outline.calls and not runner.view.noised_layers:
+    if not outline.calls and not view.noised_layers:
         fail("model", "have a trained parameter", "none")
-    return outline, losses
+    return outline, losses, trace.record
 
 
 @contextlib.contextmanager
@@ -169,7 +204,7 @@ def _refuse_unused(names: Sequence[str], forward: NoisedForward) -> None:
 # --- how a pass can run ----------------------------------------------------------------------------------------------
 
 
-def settle(runner: PassRunner, plan: Plan, which: int, keys: Keys, batch: Batch) -> Pass:
+def settle(runner: PassRunner, plan: Plan, which: int, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Pass:
     """A pass of a plan as it can run. If it is not settled, it is run with two copies in the ways that are in question,
     and the plan then has the result.
 
@@ -178,44 +213,61 @@ def settle(runner: PassRunner, plan: Plan, which: int, keys: Keys, batch: Batch)
     """
     pass_ = plan.passes[which]
     if not pass_.settled:
-        settled = _try_weights(runner, pass_, keys, batch) if pass_.weights else _try(runner, pass_, keys, batch)
+        settled = (
+            _try_weights(runner, pass_, keys, batch) if pass_.weights else _try(runner, pass_, keys, batch, loss_fn)
+        )
         settled = settled._replace(settled=True)
         pass_ = plan.passes[which] = _bounded(settled, plan.outline, runner.settings, runner.view.device)
     return pass_
 
 
-def _try(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch) -> Pass:
-    forward, outputs = runner.run_pass(ForwardSpec(pass_, keys, batch, 2, keep=True))
+def _try(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Pass:
+    spec = _spec(pass_, keys, batch)
+    forward, outputs = runner.run_pass(spec._replace(keep=True))
     pass_ = pass_._replace(shared_inputs=all(kept.call.shared for kept in forward.calls))
     # Rows of a parameter cannot be told from the parameter in a forward of one row, as one copy of a sample has.
-    if any(kept.call.expands_rows for kept in forward.calls):
+    if pass_.hidden or any(kept.call.expands_rows for kept in forward.calls):
         return pass_
-    late = pass_._replace(expand_late=True)
-    expand_late, reuses_prefix = can_expand_late(runner, late, keys, batch, tensors(outputs))
+    assert spec.record is not None
+    expected = Tried(batch.losses(outputs, loss_fn, 2), spec.record)
+    expand_late, reuses_prefix = can_expand_late(runner, pass_, keys, batch, loss_fn, expected)
     return pass_._replace(expand_late=expand_late, reuses_prefix=reuses_prefix)
 
 
+def _spec(pass_: Pass, keys: Keys, batch: Batch) -> ForwardSpec:
+    """A forward of two copies for a trial: its noise is large enough to be seen."""
+    return ForwardSpec(pass_, keys, batch, 2, loud=True, record=Record(2 * batch.samples))
+
+
 def can_expand_late(
-    runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, expected: list[Tensor]
+    runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction, expected: Tried
 ) -> tuple[bool, bool]:
-    """Whether two copies made at the first noised layer have the outputs of two copies made at the input, and whether a
-    forward with cached results from before the noise has them too.
+    """Whether two copies made at the first noised layer have the results of two copies made at the input, and whether
+    a forward with cached results from before the noise has them too.
 
     The first fails where the model keeps something else with the rows of one copy, such as a batch size read before the
-    noise: torch raises an error, or the outputs differ. The second fails where results were written into tensors that
+    noise: torch raises an error, or results differ. The second fails where results were written into tensors that
     each forward makes anew, or were changed after the noise.
     """
     prefix = CleanPrefixCache()
-    late = _gives(runner, pass_, keys, batch, expected, prefix)
-    return late, late and _gives(runner, pass_, keys, batch, expected, prefix)
+
+    def losses_of(outputs: Any) -> Tensor:
+        return batch.losses(outputs, loss_fn, 2)
+
+    spec = _spec(pass_._replace(expand_late=True), keys, batch)._replace(prefix=prefix)
+    late = _gives(runner, spec, expected, losses_of)
+    return late, late and _gives(runner, spec._replace(record=Record(2 * batch.samples)), expected, losses_of)
 
 
 def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch) -> Pass:
-    """A pass with noise on weights: a forward has several copies if that gives the outputs of one for each copy."""
+    """A pass with noise on weights: a forward has several copies if that gives the results of one for each copy."""
     one_by_one = pass_._replace(layers=(), one_copy_per_forward=True)
-    forward, outputs = runner.run_pass(ForwardSpec(one_by_one, keys, batch, 2))
+    spec = _spec(one_by_one, keys, batch)
+    forward, _ = runner.run_pass(spec)
     _refuse_unused(pass_.weights, forward)
-    if not _gives(runner, pass_._replace(layers=()), keys, batch, tensors(outputs)):
+    assert spec.record is not None
+    expected = Tried(torch.zeros(2), spec.record)  # losses are those of outputs
+    if not _gives(runner, _spec(pass_._replace(layers=()), keys, batch), expected, lambda _: expected.losses):
         if pass_.layers:
             rule = "be the same for all layers, or injection 'layerwise': some weights are used where no samples are"
             fail("noise", rule, runner.settings.noise)
@@ -229,23 +281,15 @@ def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch) -> P
     return pass_._replace(shared_inputs=all(kept.call.shared for kept in forward.calls))
 
 
-def _gives(
-    runner: PassRunner,
-    pass_: Pass,
-    keys: Keys,
-    batch: Batch,
-    expected: list[Tensor],
-    prefix: CleanPrefixCache | None = None,
-) -> bool:
-    """Whether a pass has these outputs for two copies."""
+def _gives(runner: PassRunner, spec: ForwardSpec, expected: Tried, losses_of: Callable[[Any], Tensor]) -> bool:
+    """Whether a forward of two copies has the expected losses and record."""
     try:
-        outputs = tensors(runner.run_pass(ForwardSpec(pass_, keys, batch, 2, prefix=prefix))[1])
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
+        losses = losses_of(runner.run_pass(spec)[1])
+    except (CannotExpandLate, RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
         return False
-    return len(outputs) == len(expected) and all(
-        a.shape == b.shape and same(a, b, a.float() - a.float().roll(batch.samples, 0))
-        for a, b in zip(expected, outputs, strict=True)
-    )
+    assert spec.record is not None
+    apart = expected.losses - expected.losses.roll(1, 0)
+    return same(expected.losses, losses, apart) and alike(spec.record, expected.record, 2)
 
 
 def _like(pass_: Pass, other: Pass, batch: Batch) -> Pass:

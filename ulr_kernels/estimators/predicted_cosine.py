@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ulr_kernels.estimators.ulr import ULR
 from ulr_kernels.estimators.view import ModelView
-from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat
+from ulr_kernels.nn.batch import Batch, LossFunction, repeat
 from ulr_kernels.nn.call import Call
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.interceptor import LayerInterceptor
@@ -65,8 +65,7 @@ class AutogradReference:
         inputs = repeat(x, 1)
         recorder = CallRecorder(view, inputs)
         with eval_mode(view.model), torch.enable_grad():
-            with recorder:
-                outputs = apply(view.model, inputs)
+            outputs = recorder.run(view.model, inputs)
             losses = loss_fn(outputs, repeat(y, 1))
         self.losses = losses.detach().double()
         for name, call, _ in recorder.calls:

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
-from ulr_kernels.estimators.noised import FirstPass, ForwardSpec, Keys, NoisedForward, RecomputeDone
+from ulr_kernels.estimators.noised import CannotExpandLate, FirstPass, ForwardSpec, Keys, NoisedForward
+from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.schedule import Part, Pass, chunks_of, in_order, of_chunk, parts_of
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
-from ulr_kernels.nn.batch import Batch, LossFunction, apply, joined, repeat
-from ulr_kernels.nn.call import Noise
+from ulr_kernels.nn.batch import Batch, LossFunction, joined, repeat
+from ulr_kernels.nn.call import Noise, gradient_buffer
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
 
 
@@ -32,6 +33,7 @@ class PassRunner:
 
     def __init__(self, view: ModelView, settings: Settings, log_sigma: Mapping[str, nn.Parameter]) -> None:
         self.view, self.settings, self.log_sigma = view, settings, log_sigma
+        self._early: set[tuple[str, ...]] = set()  # the layers of passes that turned out not to expand late
 
     def sigma(self, layer: str) -> Tensor | float:
         """The noise scale of a layer: the setting, or the learnt one, fp32 `[features]` or `[]`."""
@@ -53,17 +55,23 @@ class PassRunner:
             if layer not in pass_.shared_noise
         }
 
-        def run(perturbed: PerturbedWeights | None, inputs: Any) -> tuple[NoisedForward, Any]:
+        def run(perturbed: PerturbedWeights | None, inputs: Any, spec: ForwardSpec = spec) -> tuple[NoisedForward, Any]:
             forward = NoisedForward(self.view, spec, inputs, noises, perturbed)
-            with forward:
-                return forward, apply(model, inputs)
+            return forward, forward.run(model, inputs)
 
         if not pass_.weights:
             return run(None, repeat(batch.x, 1 if pass_.expand_late else copies))
         weights = self._weight_noise(pass_, keys)
         if not pass_.one_copy_per_forward:
             return run(weights.all_copies(model, copies, spec.draw, batch.samples), repeat(batch.x, copies))
-        done = [run(mode, repeat(batch.x, 1)) for mode in weights.by_copy(model, copies, spec.draw)]
+        records = [Record(batch.samples) for _ in range(copies)]
+        modes = zip(weights.by_copy(model, copies, spec.draw), records, strict=True)
+        done = [
+            run(mode, repeat(batch.x, 1), spec._replace(record=record if spec.record else None))
+            for mode, record in modes
+        ]
+        if spec.record is not None:
+            spec.record.add_copies(records)
         return done[0][0], joined([outputs for _, outputs in done])
 
     def clean_losses(self, pass_: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
@@ -73,6 +81,25 @@ class PassRunner:
             part = batch.part(rows, rows.start)
             found.append(part.losses(self.run_pass(ForwardSpec(pass_, {}, part, 1))[1], loss_fn, 1)[0])
         return torch.cat(found)
+
+    def losses_and_direct_gradients(
+        self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """The losses as `Batch.losses` gives them, and the gradients of their mean in the parameters that the loss
+        depends on past all layers: through `loss_fn`, or an output that is computed from parameters alone.
+
+        Returns:
+            The losses, and id(parameter) -> (parameter, gradient).
+        """
+        with torch.enable_grad():
+            losses = batch.losses(outputs, loss_fn, copies)
+            mean = losses.mean()
+        trained = [p for p in self.view.parameters if p.requires_grad]
+        if not losses.requires_grad or not trained:
+            return losses.detach(), {}
+        found = torch.autograd.grad(mean, trained, retain_graph=True, allow_unused=True)
+        pairs = zip(trained, found, strict=True)
+        return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}
 
     def _weight_noise(self, pass_: Pass, keys: Keys) -> WeightNoise:
         def noised(name: str) -> NoisedParameter:
@@ -85,25 +112,52 @@ class PassRunner:
 
     # --- gradients ---------------------------------------------------------------------------------------------------
 
-    def run_part(self, part: Part, keys: Keys, clean: Tensor | None, loss_fn: LossFunction) -> Tensor:
+    def run_part(
+        self, part: Part, keys: Keys, clean: Tensor | None, loss_fn: LossFunction, direct: bool = False
+    ) -> Tensor:
         """Run all forwards of a part and add its gradients to `.grad`.
 
-        `clean`: the losses of the whole batch without noise, for the baseline "clean".
-        Returns the losses, fp32 `[copies, samples]` or `[copies, samples, losses]`.
+        Args:
+            part: samples and their pass.
+            keys: of this step.
+            clean: the losses of the whole batch without noise, for the baseline "clean".
+            loss_fn: the user's.
+            direct: add the gradient of the part of the loss that depends on parameters past all layers too.
+
+        Returns:
+            The losses, fp32 `[copies, samples]` or `[copies, samples, losses]`.
         """
+        if part.pass_.layers in self._early:
+            part = part._replace(pass_=part.pass_._replace(expand_late=False, reuses_prefix=False))
+        try:
+            return self._run_part(part, keys, clean, loss_fn, direct)
+        except CannotExpandLate:  # from a first forward: nothing has been added
+            self._early.add(part.pass_.layers)
+            return self.run_part(part, keys, clean, loss_fn, direct)
+
+    def _run_part(self, part: Part, keys: Keys, clean: Tensor | None, loss_fn: LossFunction, direct: bool) -> Tensor:
         s, pass_, batch = self.settings, part.pass_, part.batch
         chunks = chunks_of(pass_.copies, batch.samples, pass_.max_rows, s.by_draw)
         recompute = bool(pass_.layers) and (s.memory == "recompute" or (len(chunks) > 1 and not pass_.shared_inputs))
         prefix = CleanPrefixCache() if pass_.reuses_prefix and len(chunks) > 1 else None
         spec = ForwardSpec(pass_, keys, batch, pass_.copies, prefix=prefix)
         found, kept = [], None
+        past_layers: list[tuple[dict[int, tuple[Tensor, Tensor]], float]] = []
         for draw, copies in chunks:
             keep = not recompute and kept is None  # all chunks read the same
             forward, outputs = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep))
-            found.append(batch.losses(outputs, loss_fn, copies))
+            if direct:
+                losses, gradients = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
+                past_layers.append((gradients, copies / pass_.copies))
+            else:
+                losses = batch.losses(outputs, loss_fn, copies)
+            found.append(losses)
             del outputs  # before the next chunk makes its own
             kept = forward if keep else kept
         losses = in_order(found, s.antithetic)
+        for gradients, share in past_layers:
+            for parameter, gradient in gradients.values():
+                gradient_buffer(parameter).add_(gradient, alpha=share * batch.share)
         if clean is not None:
             clean = clean[part.rows if isinstance(part.rows, slice) else part.rows.to(clean.device)]
         weights = loss_weights(losses, clean, s.baseline, s.antithetic)
@@ -147,8 +201,5 @@ class PassRunner:
     def _recompute(self, spec: ForwardSpec, weights: Tensor, order: list[str]) -> None:
         """Run a forward once more, with known losses; each layer adds its gradients as it runs."""
         first = FirstPass(self._row_weights(spec.pass_, spec.batch, weights), self._learnt(spec.pass_), order)
-        try:
-            forward, _ = self.run_pass(spec._replace(first_pass=first))
-        except RecomputeDone:
-            return
+        forward, _ = self.run_pass(spec._replace(first_pass=first))
         forward.check_order(order)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,12 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels.errors import fail
+from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.residual_sums import ResidualSums
 from ulr_kernels.estimators.view import ModelView
-from ulr_kernels.nn.batch import tensors
-from ulr_kernels.nn.call import Call
+from ulr_kernels.nn.batch import Batch, tensors
+from ulr_kernels.nn.call import Call, DerivedParameter
 from ulr_kernels.nn.generic import SUMS, AutogradCall
 from ulr_kernels.nn.interceptor import LayerInterceptor
+from ulr_kernels.nn.perturbed import only_describes
+
+DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
 
 class Outline(NamedTuple):
@@ -28,6 +33,7 @@ class Outline(NamedTuple):
     columns: Mapping[str, set[int]]  # layer -> the numbers of features that outputs of its calls have
     sizes: list[int]  # bytes that each function's result has for one sample, in their order
     begins: Mapping[str, int]  # layer -> the place of its first call among them
+    hidden: bool = False  # some functions are hidden, so that noise enters tensors which do not show it
 
     @property
     def form(self) -> tuple:
@@ -37,9 +43,11 @@ class Outline(NamedTuple):
 
 
 class ModelTrace(LayerInterceptor):
-    """Watches a forward of two copies of a batch without noise.
+    """Watches a forward of two copies of a batch without noise; the second has its samples in another order
+    (`two_copies`), so that a result which is not made of samples row by row differs.
 
     Attributes:
+        record: of this forward.
         covered: ids of the parameters that get a gradient from the calls.
         unsupported_uses: id(parameter) -> a function that uses it in a way that has no gradient.
 
@@ -51,6 +59,7 @@ class ModelTrace(LayerInterceptor):
         super().__init__(view.layers, view.followed, inputs)
         self._view = view
         self._samples = samples
+        self.record = Record(2 * samples)
         self.covered: set[int] = set()
         self.unsupported_uses: dict[int, str] = {}
         self._calls: list[Call] = []
@@ -60,6 +69,7 @@ class ModelTrace(LayerInterceptor):
         self._columns: dict[str, set[int]] = {}
         self._rows: dict[str, list[int]] = {}
         self._functions: set[Callable] = set()
+        self._read_by: dict[int, str] = {}  # id(parameter) -> a function that has read it
         self._sums = ResidualSums()
 
     def outline(self) -> Outline:
@@ -68,9 +78,13 @@ class ModelTrace(LayerInterceptor):
         functions = frozenset(self._functions)
         return Outline(self._counts, shared_noise, functions, self._rows, self._columns, self._sizes, self._begins)
 
+    @torch.no_grad()
     def on_layer_call(self, call: Call) -> tuple[Any, int]:
         layer = self.trained_layer(call)
         if layer is None:
+            return call.clean(), 0
+        if torch._C._are_functorch_transforms_active():
+            self.unsupported_uses.update((id(p), "a function inside torch.func or vmap") for p in call.parameters)
             return call.clean(), 0
         if call.generic and (use := self._unsupported(cast(AutogradCall, call), layer)) is not None:
             self.unsupported_uses.update((id(p), use) for p in call.parameters if p.requires_grad)
@@ -79,6 +93,8 @@ class ModelTrace(LayerInterceptor):
         self._counts[layer] = self._counts.get(layer, 0) + 1
         self._calls.append(call)
         self.covered.update(map(id, call.parameters))
+        for each in call.derived:
+            self._warn_of_zeros(each)
         terms = self._sums.read(list(call.given))
         result = call.clean()
         self._begins.setdefault(layer, len(self._sizes))
@@ -93,8 +109,22 @@ class ModelTrace(LayerInterceptor):
             self._sums.add(terms[0], own, result)
         return result, 0
 
+    def _warn_of_zeros(self, derived: DerivedParameter) -> None:
+        """Say so where a tensor that is computed from parameters has a derivative of 0 in them, as signs have."""
+        trained = [p for p in derived.parameters if p.requires_grad]
+        if derived.tensor.is_leaf or not derived.tensor.requires_grad:
+            return
+        ones = torch.ones_like(derived.tensor)
+        found = torch.autograd.grad(derived.tensor, trained, ones, retain_graph=True, allow_unused=True)
+        if not any(gradient is not None and gradient.any() for gradient in found):
+            names = ", ".join(self._view.names[id(p)] for p in trained)
+            _warn(
+                f"the derivative of {type(derived.tensor.grad_fn).__name__} in {names} is 0: nothing trains it so, but "
+                f"noise on the weights does: noise={{{self._view.layers[id(trained[0])]!r}: 'weights'}}"
+            )
+
     def _unsupported(self, call: AutogradCall, layer: str) -> str | None:
-        """The use that a call without a layer type makes of its parameters, if this has no gradient."""
+        """The use that a call which no layer type reads makes of its parameters, if this has no gradient."""
         result = call.differentiable()
         if result is None:
             return call.name
@@ -116,13 +146,40 @@ class ModelTrace(LayerInterceptor):
                 f"have samples on its first axis: a multiple of {2 * self._samples} for two copies of the batch",
                 list(x.shape),
             )
-        if not same(*x.unflatten(0, (2, -1))):
+        first, second = x.unflatten(0, (2, self._samples, -1))
+        if not same(first, second.roll(-1, 0)):
             fail_rows(what)
 
-    def before_call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        if func is F.batch_norm and kwargs["training"]:  # in eval mode: there are no running statistics
+    def before_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], bits: int) -> None:
+        if func is F.batch_norm and bits and kwargs["training"]:  # in eval mode: there are no running statistics
             fail(
                 "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
+            )
+        if func in DERIVATIVES and bits:
+            fail(
+                "noise",
+                "be 'weights' for a model that differentiates inside its forward: that derivative has the weights, but "
+                "not the noise on a layer's outputs",
+                f"'outputs', with {func.__name__}",
+            )
+
+    def on_parameters(self, func: Callable, derived: list[DerivedParameter], result: Any) -> None:
+        name = getattr(func, "__name__", str(func))
+        names = {self._view.names[id(p)]: p for each in derived for p in each.parameters if p.requires_grad}
+        self._read_by.update((id(p), name) for p in names.values())
+        for tensor in tensors(result):
+            self.record.add_constant(f"{name} of {', '.join(names)}", tensor)
+        if names and isinstance(result, float | int | list) and not (isinstance(result, bool) or only_describes(func)):
+            _warn(f"{name} reads numbers of {', '.join(names)}: they are constants in the gradient, as for autograd")
+
+    def unseen(self, tensor: Tensor) -> None:
+        trained = {id(p): p for p in self._view.followed if p.requires_grad}
+        if found := [trained[id(leaf)] for leaf in leaves_of(tensor) if id(leaf) in trained]:
+            fail(
+                "model",
+                "use its trained parameters in torch functions of the thread that runs the forward (torch.jit, "
+                "torch.func with vmap, and other threads hide what they do: use a Python module, a loop, one thread; a state from an earlier forward must be reset or detached)",
+                f"a result of {type(tensor.grad_fn).__name__} with {', '.join(self._view.names[id(p)] for p in found)}",
             )
 
     def after_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
@@ -130,17 +187,21 @@ class ModelTrace(LayerInterceptor):
         if given:
             self._note_size(result)
             self._functions.add(func)
-        if not tensors(result) or self._sums.passed_on(result, given):
+        if only_describes(func) or self._sums.passed_on(result, given):
             return
         terms = self._sums.read(given)
         if len(terms) == 2 == len(args) and func in SUMS and not kwargs:
             first, second = terms
             self._sums.add(first, second, result)
 
-    def check(self) -> None:
-        """Raise if an input was changed in place, or a trained parameter gets no gradient, or not all of it."""
+    def check(self, direct: set[int]) -> None:
+        """Raise if an input was changed in place, or a trained parameter gets no gradient, or not all of it.
+
+        `direct`: ids of the parameters that the loss depends on past all calls.
+        """
         for call in self._calls:
             call.check_unchanged()
+        self._calls.clear()
         problems = []
         for parameter in self._view.followed:
             name = self._view.names[id(parameter)]
@@ -148,8 +209,8 @@ class ModelTrace(LayerInterceptor):
                 continue
             if id(parameter) in self.unsupported_uses:
                 problems.append(f"{name} (used by {self.unsupported_uses[id(parameter)]})")
-            elif id(parameter) not in self.covered:
-                problems.append(f"{name} (met in no call)")
+            elif id(parameter) not in self.covered | direct and parameter.numel():
+                problems.append(f"{name} ({self._why(name, parameter)})")
         if problems:
             fail(
                 "model",
@@ -159,6 +220,36 @@ class ModelTrace(LayerInterceptor):
                 "left out of the model",
                 ", ".join(problems),
             )
+
+    def _why(self, name: str, parameter: Tensor) -> str:
+        """Why a parameter gets no gradient."""
+        if id(parameter) in self._read_by:
+            return f"read by {self._read_by[id(parameter)]}, whose result no function of the samples reads"
+        path = name.rpartition(".")[0]
+        while path and not isinstance(self._view.model.get_submodule(path), torch.jit.ScriptModule):
+            path = path.rpartition(".")[0]
+        if path or isinstance(self._view.model, torch.jit.ScriptModule):
+            return f"inside the torch.jit module {path!r}, which hides its functions: use the Python module"
+        return "read by no function of the forward, unless in another thread or in torch.func, which hide it"
+
+
+def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves of a tensor's graph."""
+    nodes, known = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        nodes += [following for following, _ in node.next_functions]
+
+
+def two_copies(batch: Batch) -> Batch:
+    """A batch of its samples twice, the second time from the last sample on."""
+    order = torch.arange(batch.samples, device="cpu")
+    return batch.part(torch.cat([order, order.roll(1)]), 0)
 
 
 def _by_copy(call: AutogradCall) -> bool:
@@ -191,3 +282,7 @@ def fail_rows(what: str) -> None:
         "have the samples on its first axis, in order, each made from its own sample only and without random numbers",
         "different values in two copies of the same batch",
     )
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"ulr.ULR: {what}", stacklevel=2)

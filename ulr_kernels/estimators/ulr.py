@@ -78,7 +78,7 @@ class ULR:
         memory: "keep": the tensors that noised layers read are kept until the losses are known; "recompute": nothing is
             kept, and each forward runs once more with known losses, in which a layer adds its gradients as it makes its
             noise again: training in the memory of inference. The gradients are the same, to rounding. Layer-wise the
-            second forward ends at its layer, and costs little; jointly it is a whole one, in which no activation
+            second forward has a single copy, and costs little; jointly it is a whole one, in which no activation
             outlives the function that reads it.
         allocation: "even": each sample has `copies`; "neyman" (layer-wise): so many on average at most, in proportion
             to how far noise moves its loss in the pass of the last layer, which comes first and is even. It is
@@ -262,8 +262,8 @@ class ULR:
         """Run all passes and add their gradients; returns the mean loss."""
         s, runner = self.settings, self._runner
         clean = runner.clean_losses(plan.clean, batch, loss_fn) if s.baseline == "clean" else None
-        order = range(len(plan.passes)) if s.allocation == "even" else reversed(range(len(plan.passes)))
-        passes = (settle(runner, plan, which, keys, batch) for which in order)
+        order = range(len(plan.passes))[:: 1 if s.allocation == "even" else -1]
+        passes = (settle(runner, plan, which, keys, batch, loss_fn) for which in order)
         means: list[Tensor] = []
         shown: list[Tensor] = []
         known: list[Tensor] = []
@@ -274,8 +274,9 @@ class ULR:
                 known.append(spread(torch.cat(shown, 1), s.antithetic).cpu())
             return known[0] if known else None
 
+        once = plan.passes[order[0]][:2]  # the pass that also adds the gradient past all layers
         for part in schedule(passes, batch, s, spreads):
-            losses = runner.run_part(part, keys, clean, loss_fn)
+            losses = runner.run_part(part, keys, clean, loss_fn, direct=part.pass_[:2] == once)
             means.append(losses.mean() * (part.batch.samples / batch.samples))
             if s.allocation != "even" and not part.pass_.weights and (first is None or first is part.pass_):
                 first = part.pass_

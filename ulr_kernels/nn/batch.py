@@ -97,7 +97,7 @@ class Batch:
             several = isinstance(losses, Tensor) and losses.dim() > 1 and self.affects is None
             hint = "of several, their mean; or give affects" if several else "reduction='none'?"
             self._fail("loss_fn", f"return {rule}, {shape} here ({hint})", got)
-        return losses.detach().to(torch.float32).unflatten(0, (copies, self.samples))
+        return losses.to(torch.float32).unflatten(0, (copies, self.samples))
 
     def _fail(self, argument: str, rule: str, value: object) -> NoReturn:
         fail(argument, rule, value, self.owner)
@@ -141,7 +141,11 @@ def repeat(value: Any, copies: int) -> Any:
 
 def joined(outputs: Sequence[Any]) -> Any:
     """The outputs of several forwards as those of one: their rows one after the other."""
-    return _pytree.tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *outputs)
+
+    def one(*parts: Any) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+
+    return _pytree.tree_map(one, *outputs)
 
 
 def apply(model: nn.Module, x: Any) -> Any:

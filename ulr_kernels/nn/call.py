@@ -33,6 +33,7 @@ class DerivedParameter(NamedTuple):
     tensor: Tensor  # the parameter, or the tensor computed from parameters
     parameters: tuple[Tensor, ...]  # the model's parameters that it was computed from
     rows: bool = False  # it was expanded to one row for each sample
+    stopped: bool = False  # it was computed under no_grad: a constant for functions outside of that
 
 
 class KnownLosses(NamedTuple):
@@ -55,6 +56,7 @@ class Call:
     Attributes:
         inputs: the tensors that depend on the samples, which the gradient needs.
         given: the same, before copies of them were made for a function in place.
+        derived: the parameters, and tensors computed from parameters, that it reads.
         parameters: the model's own parameters in the call, the one that names it first; empty if it has none.
         feature_dim: the axis of the output that counts the noise's columns; all others, in order, are its rows.
         additive: the output is a sum with the first input: v = x + phi(theta).
@@ -73,7 +75,8 @@ class Call:
     def __init__(self, inputs: tuple[Tensor, ...], derived: tuple[DerivedParameter | None, ...]) -> None:
         self.inputs = self.given = inputs
         self._versions = tuple(x._version for x in inputs)
-        known = {id(p): p for each in derived if each is not None for p in each.parameters}
+        self.derived = tuple(each for each in derived if each is not None)
+        known = {id(p): p for each in self.derived for p in each.parameters}
         self.parameters = tuple(known.values())
 
     def forward(self, *inputs: Tensor) -> Tensor:

@@ -58,7 +58,6 @@ class AutogradCall(Call):
             args, samples = (before, *args[1:]), [before if s is args[0] else s for s in samples]
         self._leaves, self._structure = _pytree.tree_flatten((args, kwargs))
         self._places = [next(i for i, leaf in enumerate(self._leaves) if leaf is s) for s in samples]
-        self._derived = derived
         self.feature_dim = 1 if func in CHANNELS_FIRST else -1
         self.additive = func in SUMS and not kwargs and len(samples) == 1
         super().__init__(tuple(samples), tuple(derived))
@@ -91,8 +90,8 @@ class AutogradCall(Call):
         return self._target.copy_(y) if self._in_place and y.shape == self._target.shape else y
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        trained = [each.tensor for each in self._derived if each.tensor.requires_grad]
-        with gradient_buffers(*self._derived) as given:
+        trained = [each.tensor for each in self.derived if each.tensor.requires_grad]
+        with gradient_buffers(*self.derived) as given:
             buffers = [buffer for buffer in given if buffer is not None]
             for score, *inputs in self._scores(loss_weight, draw, log_sigma):
                 with torch.enable_grad():

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels.nn import COMPOSITES, LOOPS, READERS
-from ulr_kernels.nn.batch import tensors
+from ulr_kernels.nn.autograd_function import AutogradFunction, overridable_autograd_functions
+from ulr_kernels.nn.batch import apply, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter
 from ulr_kernels.nn.generic import ELEMENTWISE, EXPANDS, LIKES, AutogradCall, RowsCall
 
@@ -23,7 +24,9 @@ class LayerInterceptor(TorchFunctionMode):
 
     A tensor depends on samples (it comes from the batch), on parameters alone (`DerivedParameter`), or is a constant.
     A function of parameters and constants runs with autograd's graph, which later takes a gradient back to the
-    parameters. A function that brings samples and parameters together is a call of a layer: `on_layer_call` runs it.
+    parameters. A function that brings samples and parameters together is a call of a layer: `on_layer_call` runs it,
+    and its result has no graph. So a tensor with a graph depends on parameters alone, or comes from a function that
+    this mode does not see (`unseen`).
     A subclass may override this and the other hooks, down to `expand_copies`.
 
     Args:
@@ -38,6 +41,11 @@ class LayerInterceptor(TorchFunctionMode):
         self._derived = {id(p): DerivedParameter(p, (p,)) for p in parameters}  # keeps alive what is computed from them
         self._marks: dict[int, int] = {}  # by storage, so that views and writes in place are seen
         self._mark(inputs, SAMPLE)
+
+    def run(self, model: nn.Module, inputs: Any) -> Any:
+        """The model's output, with this mode and autograd's graphs on."""
+        with torch.enable_grad(), overridable_autograd_functions(), self:
+            return apply(model, inputs)
 
     def parameters_of(self, value: Any) -> DerivedParameter | None:
         """The parameters that a tensor was computed from, if no sample was involved."""
@@ -63,17 +71,23 @@ class LayerInterceptor(TorchFunctionMode):
         """Whether a function of these tensors contains a layer that may have noise on its output."""
         return any(t.requires_grad for t in given if self.parameters_of(t) is not None)
 
-    def before_call(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Runs before any function is called."""
+    def unseen(self, tensor: Tensor) -> None:
+        """Runs for a tensor with autograd's graph that no function of this mode returned."""
+
+    def on_parameters(self, func: Callable, derived: list[DerivedParameter], result: Any) -> None:
+        """Runs after a function of parameters and constants alone."""
+
+    def before_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], bits: int) -> None:
+        """Runs before any function is called; `bits`: the marks of the tensors that it reads."""
 
     def after_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
         """Runs after a function that is no layer; `marks` has the tensors that it read, with their marks."""
 
-    def cached_result(self, bits: int) -> tuple[Any, int] | None:
+    def cached_result(self, func: Callable, bits: int) -> tuple[Any, int] | None:
         """The result and marks of a function with these marks, if it need not run."""
         return None
 
-    def cache_result(self, result: Any, bits: int) -> None:
+    def cache_result(self, func: Callable, result: Any, bits: int) -> None:
         """Runs after a function has returned a result with these marks."""
 
     def expand_copies(
@@ -86,15 +100,19 @@ class LayerInterceptor(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.before_call(func, args, kwargs)
         derived, marks, bits = self._sort(args, kwargs)
+        if any(each.stopped for each in derived) and torch.is_grad_enabled():
+            args, kwargs, derived = _without_stopped(args, kwargs, derived)
+        self.before_call(func, args, kwargs, bits)
         if derived and not bits & SAMPLE:
             return self._call_of_parameters(func, args, kwargs, derived)
+        if isinstance(func, AutogradFunction) and not derived:
+            return self._call_from_inside(func, args, kwargs, bits)
         if derived and (result := self._call_composite(func, args, kwargs)) is not NotImplemented:
             return result
         if with_rows := self._with_sample_rows(func, derived, marks):
             return self._call_with_rows(func, types, args, kwargs, with_rows)
-        if (cached := self.cached_result(bits)) is not None:
+        if (cached := self.cached_result(func, bits)) is not None:
             self._mark(*cached)
             return cached[0]
         if bits & NOISED:
@@ -107,7 +125,7 @@ class LayerInterceptor(TorchFunctionMode):
             result, more = self.on_layer_call(call)
             bits |= more
         self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
-        self.cache_result(result, bits)
+        self.cache_result(func, result, bits)
         return result
 
     def _call_composite(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -116,6 +134,14 @@ class LayerInterceptor(TorchFunctionMode):
             return NotImplemented
         with self:
             return COMPOSITES[func](*args, **kwargs)
+
+    def _call_from_inside(self, func: AutogradFunction, args: tuple, kwargs: dict[str, Any], bits: int) -> Any:
+        """A custom function without parameters among its arguments; its forward may call layers."""
+        with self:
+            result = func.apply(*args, **kwargs)
+        for tensor in tensors(result):
+            self._mark(tensor, bits | self.marks(tensor))
+        return result
 
     def _sort(
         self, args: tuple, kwargs: dict[str, Any]
@@ -129,19 +155,23 @@ class LayerInterceptor(TorchFunctionMode):
             elif of_tensor := self.marks(tensor):
                 marks.append((tensor, of_tensor))
                 bits |= of_tensor
+            elif tensor.requires_grad:
+                self.unseen(tensor)
         return derived, marks, bits
 
     def _call_of_parameters(
         self, func: Callable, args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
     ) -> Any:
+        stopped = not torch.is_grad_enabled()
         with torch.enable_grad():
             result = func(*args, **kwargs)
         parameters = tuple({id(p): p for each in derived for p in each.parameters}.values())
-        for tensor in flat((result,)):
+        for tensor in flat((result, *args, *kwargs.values())):  # an argument may have been written in place
             if tensor.requires_grad and id(tensor) not in self._derived:
                 rows = any(_has_rows(func, each, tensor) for each in derived)
-                self._derived[id(tensor)] = DerivedParameter(tensor, parameters, rows)
+                self._derived[id(tensor)] = DerivedParameter(tensor, parameters, rows, stopped)
         self._mark(result, 0)
+        self.on_parameters(func, derived, result)
         return result
 
     def _with_sample_rows(
@@ -187,6 +217,15 @@ class LayerInterceptor(TorchFunctionMode):
                 self._marks[_storage(tensor)] = bits
             elif self._marks:
                 self._marks.pop(_storage(tensor), None)
+
+
+def _without_stopped(
+    args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
+) -> tuple[tuple, dict[str, Any], list[DerivedParameter]]:
+    """Arguments in which tensors that were computed from parameters under no_grad are constants, as for autograd."""
+    constants = {id(each.tensor): each.tensor.detach() for each in derived if each.stopped}
+    args, kwargs = _pytree.tree_map(lambda leaf: constants.get(id(leaf), leaf), (args, kwargs))
+    return args, kwargs, [each for each in derived if not each.stopped]
 
 
 def flat(values: Iterable) -> list[Tensor]:

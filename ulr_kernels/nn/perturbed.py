@@ -71,7 +71,7 @@ class PerturbedWeights(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _only_describes(func):
+        if only_describes(func):
             return func(*args, **kwargs)
         if self._shards:
             self._find_gathered(args, kwargs)
@@ -318,7 +318,7 @@ _DESCRIBING = {
 } | {torch.is_floating_point, torch.is_tensor, torch.numel}
 
 
-def _only_describes(func: Callable) -> bool:
+def only_describes(func: Callable) -> bool:
     """Whether a torch function reads no value of its tensor."""
     if getattr(func, "__name__", "") == "__get__":
         return getattr(func.__self__, "__name__", "") not in _VALUES  # type: ignore[attr-defined]
