@@ -255,3 +255,143 @@ def test_a_loss_may_read_what_the_forward_left():
     optimizer = MeZO(model, lr=0.0, eps=EPS)
     optimizer.step_batch(x, None, lambda out, _: model.left.square().sum(1))
     assert "left" not in vars(model)
+
+
+# --- step_batch: what depends on the batch ---------------------------------------------------------------------------
+
+
+class Learner(nn.Module):
+    """Tokens `[samples, 8]` to classes; a subclass says what is made of its parameters alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 3)
+        self.more = nn.Parameter(torch.empty(8, 6))
+        self.norm = nn.Parameter(torch.empty(6))
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.mixed(self.words(tokens))).mean(1))
+
+
+class Positions(Learner):
+    """As nanoGPT's: a table that is looked up by `arange(T)`, where T is a multiple of the rows of all copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(8, 6)
+
+    def mixed(self, h):
+        return (h + self.places(torch.arange(h.shape[1]))) * (1 + self.norm) + self.more[: h.shape[1]]
+
+
+class PositionsOfRows(Positions):
+    def mixed(self, h):
+        shared = torch.arange(h.shape[1])[None]
+        kinds = torch.zeros(h.shape[:2], dtype=torch.long)
+        return (
+            h + self.places(shared) + self.places(shared.expand(len(h), -1)) + self.places(kinds)
+        ) * self.norm + self.more
+
+
+class ClassToken(Learner):
+    def mixed(self, h):
+        h = torch.cat((self.more[None, :1].expand(len(h), -1, -1), h, self.more[1:3].repeat(len(h), 1, 1)), 1)
+        h = torch.cat((torch.stack([self.norm] * len(h)).unsqueeze(1), h), 1)
+        return F.layer_norm(h, (6,), 1 + self.norm)
+
+
+class Relative(Learner):
+    """A bias of attention by a table of distances, as T5's; scores get it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distances = nn.Embedding(15, 2)
+
+    def mixed(self, h):
+        places = torch.arange(h.shape[1])
+        bias = self.distances(places[:, None] - places + 7).permute(2, 0, 1).unsqueeze(0)
+        q = (h @ self.more.T @ (2.0 * self.more)).unflatten(2, (2, 3)).transpose(1, 2)
+        scores = q @ q.transpose(2, 3)
+        scores += bias
+        return (scores.softmax(3) @ q).transpose(1, 2).flatten(2) * self.norm
+
+
+class Normed(Learner):
+    """Weight norm, a written constant, a buffer as long as the batch, batch normalisation of as many features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
+        self.batch = nn.BatchNorm1d(8)
+        self.register_buffer("shift", v(3, 8))
+        self.back = nn.Linear(8, 6)
+
+    def mixed(self, h):
+        table = torch.zeros(3, 6)
+        table[1] = self.norm
+        table[2].add_(self.norm * 2)
+        h = h + table.sum(0) + torch.ones(len(h), 1, 1) * self.norm
+        return self.back(self.batch((self.layer(h) + self.shift).transpose(1, 2)).transpose(1, 2)) + self.more
+
+
+class Queries(Learner):
+    """Learnt queries that attend to one another, and then to the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.cross = (nn.MultiheadAttention(6, 2, batch_first=True) for _ in range(2))
+
+    def mixed(self, h):
+        queries = self.more[None]
+        queries = queries + self.own(queries, queries, queries, need_weights=False)[0]
+        return self.cross(queries.expand(len(h), -1, -1), h, h, need_weights=False)[0] * self.norm
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])  # 4, 8 or 16 rows in one forward, of 8 tokens and 8 features
+@pytest.mark.parametrize("kind", [Positions, PositionsOfRows, ClassToken, Relative, Normed, Queries])
+def test_members_have_their_own_results_of_parameters_alone(kind, samples):
+    with torch.random.fork_rng(devices=[]):
+        model = filled(kind(), 0.7)
+    tokens = torch.arange(8 * samples).view(samples, 8) * 7 % 11
+    check_step(model, tokens, torch.arange(samples) % 3)
+
+
+def test_a_loss_may_read_parameters_itself():
+    model, x, y = filled(nn.Linear(4, 3)), v(1, 5, 4), torch.tensor([0, 2, 1, 1, 0])
+    expected = coefficients(model, lambda own: F.cross_entropy(own(x), y) + own.weight.square().sum())
+    optimizer = MeZO(model, lr=0.0, eps=EPS)
+    optimizer.step_batch(x, y, lambda out, y: cross_entropy(out, y) + model.weight.square().sum())
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+
+
+class Deciding(Learner):
+    def mixed(self, h):
+        return h * (1.0 + self.norm.sum().item()) + self.more
+
+
+class Aliased(Learner):
+    def mixed(self, h):
+        table = torch.zeros(3, 6)
+        row = table[0]
+        table[0] = self.norm
+        return h + row + self.more
+
+
+class Outed(Learner):
+    def mixed(self, h):
+        out = torch.empty(6)
+        torch.mul(self.norm, 2.0, out=out)
+        return h + out + self.more
+
+
+class TimeFirst(Learner):
+    def mixed(self, h):
+        return (h.transpose(0, 1) * self.norm).transpose(0, 1) + self.more
+
+
+@pytest.mark.parametrize("kind", [Deciding, Aliased, Outed, TimeFirst])
+def test_what_cannot_be_told_apart_is_refused(kind):
+    model = filled(kind(), 0.7)
+    tokens = torch.arange(24).view(3, 8) * 7 % 11
+    with pytest.raises((ValueError, RuntimeError), match=r"ulr.optim.*step\(closure\) evaluates one"):
+        MeZO(model, eps=EPS, probes=2).step_batch(tokens, torch.arange(3), cross_entropy)

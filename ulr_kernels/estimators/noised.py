@@ -87,6 +87,8 @@ class NoisedForward(LayerInterceptor):
         self._noises, self._shared_noise, self._samples = noises, spec.pass_.shared_noise, spec.batch.samples
         self._expand_late, self._keep, self._first_pass = spec.pass_.expand_late, spec.keep, spec.first_pass
         self.perturbed = perturbed
+        if perturbed is not None:
+            perturbed.share_marks(self)
         self._prefix = spec.prefix  # until the noise is reached
         self._noisy_rows = spec.noisy_rows
         self._counts: dict[str, int] = {}  # the keys of a layer's calls differ by them
@@ -97,7 +99,7 @@ class NoisedForward(LayerInterceptor):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = flat(args) + flat(kwargs.values())
-        if self.perturbed is None or not any(id(tensor) in self.perturbed.noised for tensor in given):
+        if self.perturbed is None or not self.perturbed.reads(given):
             return super().__torch_function__(func, types, args, kwargs)
         if (result := self._call_composite(func, args, kwargs)) is not NotImplemented:
             return result
@@ -105,7 +107,9 @@ class NoisedForward(LayerInterceptor):
         for tensor in given:
             bits |= self.marks(tensor)
         result = self.perturbed.__torch_function__(func, types, args, kwargs)
-        self._mark(result, bits)
+        for tensor in flat((result,)):
+            more = self.marks(tensor) if self.perturbed.copies > 1 else 0  # rows that a parameter was expanded to
+            self._mark(tensor, bits | more)
         return result
 
     def noises_outputs(self, given: list[Tensor]) -> bool:

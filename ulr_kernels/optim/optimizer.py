@@ -264,8 +264,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """fp32 `[copies, samples]`: the losses of the probes of one forward."""
         copies = len(forward.places)
         with self._probing(state, forward, batch.samples * copies) as perturbed:
-            outputs = apply(self.model, repeat(batch.x, copies))
-            losses = batch.losses(outputs, loss_fn, copies)
+            inputs = repeat(batch.x, copies)
+            perturbed.mark_samples((inputs, batch.y))
+            losses = batch.losses(apply(self.model, inputs), loss_fn, copies)
         self._check_used(perturbed)
         return losses
 
@@ -285,9 +286,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Raise if the last probe of a forward has other losses by itself than among others.
 
-        It runs with the first batch of each shape. The limit is a share of the difference between probes, which may be
-        a thousandth of their losses; in narrow dtypes some per cent of the losses, as a product of other rows rounds
-        otherwise there.
+        It runs with the first batch of each shape. The limit is a twentieth of the difference between probes, which may
+        be a thousandth of their losses, and their rounding. In narrow dtypes it is a quarter, and some per cent of the
+        losses, as a product of other rows rounds otherwise there.
         """
         forward = ProbeBatch(WeightDraws(probe.draw), probe.sign, [0])
         alone = self._evaluate(forward, batch, loss_fn, state)[0].to(losses.device)
@@ -295,7 +296,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         narrow = torch.is_autocast_enabled(self._device().type) or any(
             p.dtype != torch.float32 for p in self.model.parameters()
         )
-        if (own - alone).norm() > 0.25 * (own - first).norm() + (0.05 if narrow else 2e-5) * own.norm():
+        share, rounding = (0.25, 0.05) if narrow else (0.05, 2e-5)
+        if (own - alone).norm() > share * (own - first).norm() + rounding * own.norm():
             self._fail(
                 "model",
                 "compute each row from its own inputs and keep samples on the first axis (step(closure) evaluates one "
