@@ -221,7 +221,7 @@ def test_a_forward_that_writes_its_weights_is_refused():
         MeZO(layer).step(closure)
 
 
-def test_rows_that_cannot_be_told_apart_are_refused():
+def test_functions_of_parameters_alone_are_each_members_own():
     class Shared(nn.Module):
         def __init__(self, function):
             super().__init__()
@@ -230,10 +230,12 @@ def test_rows_that_cannot_be_told_apart_are_refused():
         def forward(self, x):
             return x @ self.function(self.weight)
 
-    for name, function in (("mul", lambda w: w * 2.0), ("linear", lambda w: F.linear(torch.ones(3), w))):
-        text = f"{name} with a trained parameter must have an input with the 32 samples of 8"
-        with pytest.raises(ValueError, match=text):
-            ES(Shared(function), population=8).step_batch(torch.ones(4, 3), None, lambda out, _: out)
+    for function in (lambda w: w * 2.0, lambda w: F.linear(torch.ones(3), w)):
+        optimizer = ES(Shared(function), population=8)
+        optimizer.accumulate(lambda optimizer=optimizer: optimizer.model(torch.ones(4, 3)).sum())
+        one_by_one = optimizer._losses.pop()
+        optimizer.accumulate_batch(torch.ones(4, 3), None, lambda out, _: out.reshape(len(out), -1).sum(1) * 4)
+        torch.testing.assert_close(optimizer._losses.pop().mean(1, keepdim=True), one_by_one, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_depend_on_one_another_are_refused():

@@ -20,6 +20,7 @@ from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter, KnownLosses, Noise
 from ulr_kernels.nn.interceptor import NOISED, SAMPLE, LayerInterceptor, flat
+from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import PerturbedWeights
 
 Keys = Mapping[str, Tensor]  # name of a layer or parameter -> its key in this step
@@ -90,6 +91,8 @@ class NoisedForward(LayerInterceptor):
         self._noises, self._shared_noise, self._samples = noises, spec.pass_.shared_noise, spec.batch.samples
         self._expand_late, self._keep, self._first_pass = spec.pass_.expand_late, spec.keep, spec.first_pass
         self.perturbed = perturbed
+        if perturbed is not None:
+            perturbed.share_marks(self)
         self._prefix = spec.prefix  # until the noise is reached
         self._noisy_rows, self._loud, self._record = spec.noisy_rows, spec.loud, spec.record
         self._hidden, self._begun = spec.pass_.hidden, False
@@ -98,8 +101,8 @@ class NoisedForward(LayerInterceptor):
         self.order: list[str] = []
         self.calls: list[KeptCall] = []
 
-    def run(self, model: nn.Module, inputs: Any) -> Any:
-        outputs = super().run(model, inputs)
+    def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
+        outputs = super().run(model, inputs, state)
         if self._record is not None:
             for tensor in tensors(outputs):
                 self._note("outputs", [tensor])
@@ -112,7 +115,7 @@ class NoisedForward(LayerInterceptor):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = flat(args) + flat(kwargs.values())
-        if self.perturbed is None or not any(id(tensor) in self.perturbed.noised for tensor in given):
+        if self.perturbed is None or not self.perturbed.reads(given):
             return super().__torch_function__(func, types, args, kwargs)
         if (result := self._call_composite(func, args, kwargs)) is not NotImplemented:
             return result
@@ -122,7 +125,9 @@ class NoisedForward(LayerInterceptor):
         if self._record is not None:
             self._note("weights", given)
         result = self.perturbed.__torch_function__(func, types, args, kwargs)
-        self._mark(result, bits)
+        for tensor in flat((result,)):
+            more = self.marks(tensor) if self.perturbed.copies > 1 else 0  # rows that a parameter was expanded to
+            self._mark(tensor, bits | more)
         return result
 
     def noises_outputs(self, given: list[Tensor]) -> bool:

@@ -155,7 +155,7 @@ def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Out
     view, both = runner.view, two_copies(batch)
     trace = ModelTrace(view, both.x, batch.samples)
     with _rows_are_samples("model", lambda: apply(view.model, repeat(batch.x, 1))):
-        outputs = trace.run(view.model, both.x)
+        outputs = trace.run(view.model, both.x, runner.state)
     for tensor in tensors(outputs):
         if tensor.requires_grad and not trace.marks(tensor) and trace.parameters_of(tensor) is None:
             trace.unseen(tensor)

@@ -14,6 +14,7 @@ from ulr_kernels.nn.batch import Batch, LossFunction, repeat
 from ulr_kernels.nn.call import Call
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.interceptor import LayerInterceptor
+from ulr_kernels.nn.module_state import ModuleState
 
 # E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.
 MOMENTS = {"normal": (1.0, 3.0), "laplace": (2.0, 2.0), "rademacher": (1.0, 1.0)}
@@ -65,8 +66,10 @@ class AutogradReference:
         inputs = repeat(x, 1)
         recorder = CallRecorder(view, inputs)
         with eval_mode(view.model), torch.enable_grad():
-            outputs = recorder.run(view.model, inputs)
+            state = ModuleState(view.model)
+            outputs = recorder.run(view.model, inputs, state)
             losses = loss_fn(outputs, repeat(y, 1))
+            state.restore()
         self.losses = losses.detach().double()
         for name, call, _ in recorder.calls:
             known = self.parameters.setdefault(name, [])

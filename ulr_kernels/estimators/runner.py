@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, LossFunction, joined, repeat
 from ulr_kernels.nn.call import Noise, gradient_buffer
+from ulr_kernels.nn.eval_mode import eval_mode
+from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
 
 
@@ -29,7 +32,10 @@ class PassRunner:
         view: of the model.
         settings: of the estimator.
         log_sigma: layer -> its learnt ln sigma.
+        state: of the model's modules; in a block of `forwards` alone.
     """
+
+    state: ModuleState
 
     def __init__(self, view: ModelView, settings: Settings, log_sigma: Mapping[str, nn.Parameter]) -> None:
         self.view, self.settings, self.log_sigma = view, settings, log_sigma
@@ -40,6 +46,17 @@ class PassRunner:
         if layer in self.log_sigma:
             return self.log_sigma[layer].detach().exp()
         return self.settings.sigma_of(layer)
+
+    @contextlib.contextmanager
+    def forwards(self) -> Iterator[None]:
+        """The block in which this runs forwards. After it the model's modules are as before."""
+        with eval_mode(self.view.model):
+            self.state = ModuleState(self.view.model)
+            try:
+                yield
+            finally:
+                self.state.restore()
+                del self.state
 
     # --- forwards ----------------------------------------------------------------------------------------------------
 
@@ -57,7 +74,7 @@ class PassRunner:
 
         def run(perturbed: PerturbedWeights | None, inputs: Any, spec: ForwardSpec = spec) -> tuple[NoisedForward, Any]:
             forward = NoisedForward(self.view, spec, inputs, noises, perturbed)
-            return forward, forward.run(model, inputs)
+            return forward, forward.run(model, inputs, self.state)
 
         if not pass_.weights:
             return run(None, repeat(batch.x, 1 if pass_.expand_late else copies))

@@ -178,7 +178,8 @@ class ModelTrace(LayerInterceptor):
             fail(
                 "model",
                 "use its trained parameters in torch functions of the thread that runs the forward (torch.jit, "
-                "torch.func with vmap, and other threads hide what they do: use a Python module, a loop, one thread; a state from an earlier forward must be reset or detached)",
+                "torch.func with vmap, and other threads hide what they do: use a Python module, a loop, one thread; a "
+                "state from an earlier forward must be reset or detached)",
                 f"a result of {type(tensor.grad_fn).__name__} with {', '.join(self._view.names[id(p)] for p in found)}",
             )
 

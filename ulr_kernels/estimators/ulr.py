@@ -21,7 +21,7 @@ from ulr_kernels.estimators.step_keys import StepKeys, check_seed, check_step
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import Affects, read_affects
 from ulr_kernels.nn.batch import Batch, LossFunction
-from ulr_kernels.nn.eval_mode import eval_mode
+from ulr_kernels.nn.call import finished_gradients
 from ulr_kernels.nn.names import features, unwrapping
 
 MOST_PLANS = 64  # bounds the memory of a job whose batches have ever new shapes
@@ -217,9 +217,9 @@ class ULR:
         batch = self._batch(x, y, affects)
         if self._parallel is not None:
             batch = self._parallel.locate(batch, self.device)
-        with eval_mode(self.model):
-            plan = self._plan(batch, loss_fn)
-            keys = self._keys.of_sites(plan.names, plan.sites)
+        plan = self._plan(batch, loss_fn)
+        keys = self._keys.of_sites(plan.names, plan.sites)
+        with finished_gradients([*self.view.parameters, *self.parameters()]):
             losses = run_mlp_step(self._runner, keys, batch, loss_fn)
             mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._parallel is not None:
@@ -231,9 +231,7 @@ class ULR:
     @torch.no_grad()
     def plan(self, x: Any, y: Any, loss_fn: LossFunction, affects: Affects = None) -> Plan:
         """The plan for batches of this shape. Raises the errors that `backward` raises before its first gradient."""
-        batch = self._batch(x, y, affects)
-        with eval_mode(self.model):
-            return self._plan(batch, loss_fn)
+        return self._plan(self._batch(x, y, affects), loss_fn)
 
     def _batch(self, x: Any, y: Any, affects: Affects) -> Batch:
         batch = Batch(x, y)
@@ -252,7 +250,8 @@ class ULR:
             for plans in (self._plans, self._kinds):
                 if len(plans) == MOST_PLANS:
                     plans.clear()
-            plan = make_plan(self._runner, self._keys, batch, loss_fn, self._kinds.get(kind))
+            with self._runner.forwards():
+                plan = make_plan(self._runner, self._keys, batch, loss_fn, self._kinds.get(kind))
             self._plans[signature] = plan
             if batch.samples > 1:  # with one sample a model may do without the samples' axis, as `squeeze` does
                 self._kinds.setdefault(kind, plan)
@@ -260,6 +259,10 @@ class ULR:
 
     def _run(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """Run all passes and add their gradients; returns the mean loss."""
+        with self._runner.forwards():
+            return self._run_passes(plan, keys, batch, loss_fn)
+
+    def _run_passes(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
         s, runner = self.settings, self._runner
         clean = runner.clean_losses(plan.clean, batch, loss_fn) if s.baseline == "clean" else None
         order = range(len(plan.passes))[:: 1 if s.allocation == "even" else -1]

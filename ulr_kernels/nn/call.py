@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -239,11 +240,67 @@ class Call:
         ops.scale_shift_grad_(None, None, like, feature_dim=self.feature_dim, **spec)
 
 
+class _Sums(threading.local):
+    """The gradients of a block, by id(parameter): the parameter, and its sum so far or None."""
+
+    unfinished: Mapping[int, list] = {}
+
+
+_sums = _Sums()
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def finished_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Add all gradients of the block to `.grad` as torch does: at its end, as one sum.
+
+    Parameters of narrow dtypes have fp32 sums, which are rounded once. Tensor hooks (`Tensor.register_hook`) get the
+    sum, and those of `register_post_accumulate_grad_hook` run after it was added. If the block raises, nothing that
+    such a parameter would get is added.
+    """
+    outer = _sums.unfinished
+    of = (p for p in parameters if p.requires_grad and (p.dtype in NARROW or p._backward_hooks or _later_hooks(p)))
+    _sums.unfinished = {id(p): [p, None] for p in of}
+    try:
+        yield
+        for parameter, total in _sums.unfinished.values():
+            if total is not None:
+                _finish(parameter, total)
+    finally:
+        _sums.unfinished = outer
+
+
+def _later_hooks(parameter: Tensor) -> Mapping[int, Callable]:
+    return parameter._post_accumulate_grad_hooks or {}
+
+
+def _finish(parameter: Tensor, total: Tensor) -> None:
+    for hook in (parameter._backward_hooks or {}).values():
+        total = total.to(parameter.dtype)
+        changed = hook(total)
+        total = total if changed is None else changed
+    if parameter.grad is None:
+        parameter.grad = total.to(parameter.dtype)
+    else:
+        parameter.grad.copy_(parameter.grad + total)
+    for hook in _later_hooks(parameter).values():
+        hook(parameter)
+
+
 def gradient_buffer(parameter: Tensor) -> Tensor:
-    """`.grad`, zeros if there is none yet."""
+    """The tensor to add gradients to: `.grad`, or a parameter's sum in `finished_gradients`; zeros at first."""
+    unfinished = _sums.unfinished.get(id(parameter))
+    if unfinished is not None:
+        if unfinished[1] is None:
+            unfinished[1] = _zeros_like(parameter)
+        return unfinished[1]
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, dtype=torch.float32 if tensor.dtype in NARROW else tensor.dtype)
 
 
 @contextlib.contextmanager
@@ -260,7 +317,7 @@ def gradient_buffers(*derived: DerivedParameter | None) -> Iterator[list[Tensor 
         elif each.tensor.is_leaf:
             buffers.append(gradient_buffer(each.tensor))
         else:
-            buffers.append(torch.zeros_like(each.tensor))
+            buffers.append(_zeros_like(each.tensor))
     yield buffers
     for each, buffer in zip(derived, buffers, strict=True):
         if each is not None and buffer is not None and not each.tensor.is_leaf:

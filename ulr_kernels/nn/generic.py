@@ -123,7 +123,7 @@ class RowsCall(Call):
             return self._derived.tensor.unflatten(0, (samples, -1))[sample]
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        total = torch.zeros_like(self._derived.tensor)
+        total = torch.zeros_like(self._derived.tensor, dtype=torch.float32)
         rows = self._shape[0]
         for score, _ in self._scores(loss_weight, draw, log_sigma):
             total[:rows].add_(score)

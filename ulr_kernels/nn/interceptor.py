@@ -15,11 +15,11 @@ from ulr_kernels.nn.autograd_function import AutogradFunction, overridable_autog
 from ulr_kernels.nn.batch import apply, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter
 from ulr_kernels.nn.generic import ELEMENTWISE, EXPANDS, LIKES, AutogradCall, RowsCall
+from ulr_kernels.nn.marks import NOISED, SAMPLE, Marked, flat
+from ulr_kernels.nn.module_state import ModuleState
 
-SAMPLE, NOISED = 1, 2  # marks of a tensor: it depends on the batch, on some layer's noise
 
-
-class LayerInterceptor(TorchFunctionMode):
+class LayerInterceptor(Marked, TorchFunctionMode):
     """Base of the modes that watch a forward: it sorts tensors by what they depend on, and finds the calls of layers.
 
     A tensor depends on samples (it comes from the batch), on parameters alone (`DerivedParameter`), or is a constant.
@@ -39,21 +39,23 @@ class LayerInterceptor(TorchFunctionMode):
         super().__init__()
         self._layers = layers
         self._derived = {id(p): DerivedParameter(p, (p,)) for p in parameters}  # keeps alive what is computed from them
-        self._marks: dict[int, int] = {}  # by storage, so that views and writes in place are seen
+        self._marks = {}
         self._mark(inputs, SAMPLE)
 
-    def run(self, model: nn.Module, inputs: Any) -> Any:
-        """The model's output, with this mode and autograd's graphs on."""
+    def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
+        """The model's output, with this mode and autograd's graphs on; `state`: of its modules, which they begin with.
+
+        What this forward leaves on modules stays there, so that a loss can read it.
+        """
+        state.restore()
+        state.drop_caches()
         with torch.enable_grad(), overridable_autograd_functions(), self:
+            state.fill_caches()
             return apply(model, inputs)
 
     def parameters_of(self, value: Any) -> DerivedParameter | None:
         """The parameters that a tensor was computed from, if no sample was involved."""
         return self._derived.get(id(value))
-
-    def marks(self, tensor: Tensor) -> int:
-        """The marks of a tensor, SAMPLE | NOISED; 0 for a constant."""
-        return self._marks.get(_storage(tensor), 0)
 
     def trained_layer(self, call: Call) -> str | None:
         """The name of a call's layer, if any parameter of the call is trained."""
@@ -210,14 +212,6 @@ class LayerInterceptor(TorchFunctionMode):
             call = AutogradCall(func, args, kwargs, list(samples.values()), derived)
         return call
 
-    def _mark(self, value: Any, bits: int) -> None:
-        """Note what tensors depend on; memory that is used again gets the marks of what it now holds."""
-        for tensor in (value,) if isinstance(value, Tensor) else tensors(value):
-            if bits:
-                self._marks[_storage(tensor)] = bits
-            elif self._marks:
-                self._marks.pop(_storage(tensor), None)
-
 
 def _without_stopped(
     args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
@@ -226,25 +220,6 @@ def _without_stopped(
     constants = {id(each.tensor): each.tensor.detach() for each in derived if each.stopped}
     args, kwargs = _pytree.tree_map(lambda leaf: constants.get(id(leaf), leaf), (args, kwargs))
     return args, kwargs, [each for each in derived if not each.stopped]
-
-
-def flat(values: Iterable) -> list[Tensor]:
-    """The tensors in arguments; quicker than a tree of any depth."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found += flat(value)
-    return found
-
-
-def _storage(tensor: Tensor) -> int:
-    """The address of a tensor's memory; id(tensor) where it has none, as empty tensors all share address 0."""
-    try:
-        return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (NotImplementedError, RuntimeError):  # tensors without storage: inside vmap, sparse
-        return id(tensor)
 
 
 def _has_rows(func: Callable, derived: DerivedParameter, result: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels import ops
+from ulr_kernels.nn.generic import EXPANDS
+from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.nn.shards import is_sharded, like, shard
 
@@ -40,13 +43,26 @@ class WeightDraws(NamedTuple):
     dist: str = "normal"
 
 
-class PerturbedWeights(TorchFunctionMode):
+OF_COPY = 8  # mark of memory that each copy has its own values of, though it was a constant's
+
+
+class _OfCopies(NamedTuple):
+    """The tensors of all copies that a result of parameters alone stands for."""
+
+    first: weakref.ref  # to that of the first copy, which the model has
+    others: list[Tensor]
+
+
+class PerturbedWeights(Marked, TorchFunctionMode):
     """While active, torch functions get perturbed values of the trained parameters among their arguments.
 
     Linear layers, embeddings and convolutions make the noise on the weight's way into the product. Any other function
     gets a perturbed copy: of vectors (biases, weights of norms) made once in a forward, of anything else for that call.
 
-    With several copies the batch holds their rows copy-major, and every call is split by copy.
+    With several copies the batch holds their rows copy-major. A function of parameters and samples runs for each copy
+    with its rows, and the results follow one another again. A function of parameters and constants runs once for each
+    copy too: the model gets the first copy's result, and every later function that reads it the results of all copies,
+    which live until the forward ends. Samples are found by what a tensor was computed from, see `mark_samples`.
 
     Args:
         model: whose forward it is.
@@ -55,6 +71,7 @@ class PerturbedWeights(TorchFunctionMode):
         rows: samples of all copies together; needed where there are several copies.
 
     Attributes:
+        copies: of the batch in this forward.
         used: names of the parameters that the forward has used.
     """
 
@@ -67,16 +84,40 @@ class PerturbedWeights(TorchFunctionMode):
         self._draws = draws
         self._rows = rows
         self._vectors: dict[int, Tensor] = {}
+        self._marks = {}
+        self._of_copies: dict[int, _OfCopies] = {}  # by the id of the first copy's tensor
+        self._buffers = {id(b) for b in model.buffers()} if draws.copies > 1 else set()
+        self.copies = draws.copies
         self.used: set[str] = set()
+
+    def mark_samples(self, value: Any) -> None:
+        """Note that tensors hold samples: inputs and targets; needed where there are several copies."""
+        if self.copies > 1:
+            self._mark(value, SAMPLE)
+
+    def share_marks(self, other: Marked) -> None:
+        """Use the marks of another mode, which sees all functions of the forward."""
+        self._marks = other._marks
+
+    def reads(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether any of these tensors has noise: a trained parameter, or a tensor computed from such alone."""
+        return any(id(tensor) in self.noised or id(tensor) in self._of_copies for tensor in tensors)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if only_describes(func):
             return func(*args, **kwargs)
+        if func in _LIKES:
+            return (
+                self._call_without_noise(func, args, kwargs, flat(args)) if self.copies > 1 else func(*args, **kwargs)
+            )
         if self._shards:
             self._find_gathered(args, kwargs)
-        used = [noised for leaf in _leaves(args, kwargs) if (noised := self.noised.get(id(leaf))) is not None]
-        if not used:
+        given = flat(args) + flat(kwargs.values())
+        used = [noised for leaf in given if (noised := self.noised.get(id(leaf))) is not None]
+        if self.copies > 1 and not used and not self.reads(given):
+            return self._call_without_noise(func, args, kwargs, given)
+        if not used and self.copies == 1:
             return func(*args, **kwargs)
         if _writes(func) and id(args[0]) in self.noised:
             raise RuntimeError(
@@ -86,11 +127,15 @@ class PerturbedWeights(TorchFunctionMode):
         self.used.update(noised.name for noised in used)
         fused = None if any(is_sharded(noised.parameter) for noised in used) else _FUSED.get(func)
         result = NotImplemented if fused is None else fused(self, *args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        if self._draws.copies == 1:
-            return func(*self._replaced(args, 0), **self._replaced(kwargs, 0))
-        return _joined(self._by_copy(func, args, kwargs, {}))
+        if result is NotImplemented:
+            if self.copies > 1:
+                return self._call_by_copy(func, args, kwargs)
+            values = {id(noised.parameter): self._perturbed(noised)[0] for noised in used}
+            args, kwargs = _pytree.tree_map(lambda leaf: values.get(id(leaf), leaf), (args, kwargs))
+            return func(*args, **kwargs)
+        if self.copies > 1 and not self.reads(flat((result,))):
+            self._mark(result, SAMPLE)
+        return result
 
     def _find_gathered(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Find the whole parameters of FSDP2, which a module has only while it runs, as objects of the same names."""
@@ -106,7 +151,7 @@ class PerturbedWeights(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or id(input) in self.noised or weight.dim() != 2 or input.dim() < min(2, self._draws.copies):
+        if noised is None or weight.dim() != 2 or not self._fusible(input, bias, "linear"):
             return NotImplemented
         x = self._split(input, "linear").flatten(-input.dim(), -2) if input.dim() > 1 else input.unsqueeze(0)
         y = ops.perturbed_linear(
@@ -125,7 +170,7 @@ class PerturbedWeights(TorchFunctionMode):
         groups: int = 1,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or id(input) in self.noised or input.dim() != 4:
+        if noised is None or input.dim() != 4 or not self._fusible(input, bias, "conv2d"):
             return NotImplemented
         x = self._split(input, "conv2d")
         shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -148,13 +193,30 @@ class PerturbedWeights(TorchFunctionMode):
         if noised is None or max_norm is not None:
             return NotImplemented
         copies = self._draws.copies
-        if copies > 1 and input.dim() > 1 and input.shape[0] == 1:  # position numbers that all samples share
-            input = input.expand(self._rows, *input.shape[1:])
-        ids = self._split(input, "embedding") if copies > 1 else input.unsqueeze(0)
+        if self.reads((input,)):
+            return NotImplemented
+        samples = copies == 1 or self._holds_samples(input)
+        ids = (
+            input.unsqueeze(0)
+            if copies == 1
+            else self._split(input, "embedding")
+            if samples
+            else input.expand(copies, *input.shape)
+        )
         y = ops.perturbed_embedding(
             ids.reshape(copies, -1).long(), weight, noised.sigma, noised.key, rank=noised.rank, **self._spec()
         )
-        return y.view(*input.shape, weight.shape[1])
+        if samples:
+            return y.view(*input.shape, weight.shape[1])
+        return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
+
+    def _fusible(self, input: Tensor, bias: Tensor | None, what: str) -> bool:
+        """Whether a layer's input has samples and no noise but that of layers before it."""
+        if id(input) in self.noised:
+            return False
+        if self.copies == 1:
+            return True
+        return not self.reads((input,)) and id(bias) not in self._of_copies and self._holds_samples(input)
 
     def _split(self, x: Tensor, what: str) -> Tensor:
         """`[copies, rows of a copy, ...]`; with a single copy the input itself."""
@@ -167,6 +229,20 @@ class PerturbedWeights(TorchFunctionMode):
                 f"first axis (step(closure) evaluates one copy at a time), got {list(x.shape)}"
             )
         return x.unflatten(0, (copies, -1))
+
+    def _holds_samples(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from samples, or is a constant that a model made for each of them.
+
+        The rows of all copies of such a constant are equal (zeros, a row that was expanded), as it knows no samples.
+        """
+        if self.marks(tensor) & SAMPLE:
+            return True
+        if isinstance(tensor, nn.Parameter) or id(tensor) in self._buffers or not tensor.dim():
+            return False
+        if not tensor.shape[0] or tensor.shape[0] % self._rows or (tensor.dim() == 1 and tensor.is_floating_point()):
+            return False
+        first, *others = tensor.unflatten(0, (self._draws.copies, -1)).unbind()
+        return all(torch.equal(first, other) for other in others)
 
     def _bias(self, bias: Tensor | None) -> Tensor | None:
         """`[copies, N]` where the bias is trained."""
@@ -201,7 +277,7 @@ class PerturbedWeights(TorchFunctionMode):
 
     def _sharded_copy(self, noised: NoisedParameter, parameter: DTensor) -> Tensor:
         """A DTensor like the parameter, whose local part has its part of the noise."""
-        if self._draws.copies > 1:
+        if self.copies > 1:
             raise ValueError("ulr.optim: sharded parameters must be probed one copy at a time: step(closure)")
         part = shard(parameter)
         local = part.tensor.clone()
@@ -217,63 +293,144 @@ class PerturbedWeights(TorchFunctionMode):
         )
         return like(parameter, local)
 
-    def _replaced(self, arguments: Any, number: int) -> Any:
-        def replace(leaf: Any) -> Any:
-            noised = self.noised.get(id(leaf))
-            return leaf if noised is None else self._perturbed(noised)[number]
+    # --- several copies ----------------------------------------------------------------------------------------------
 
-        return _pytree.tree_map(replace, arguments)
+    def _call_without_noise(self, func: Callable, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
+        """The result of a function of samples and constants."""
+        bits = 0
+        for tensor in given:
+            bits |= self.marks(tensor)
+        if bits & OF_COPY:
+            raise RuntimeError(
+                f"ulr.optim: a forward with several copies must read a result of trained parameters by torch functions "
+                f"of it, got {_name(func)} on other memory of it (step(closure) evaluates one copy at a time)"
+            )
+        result = func(*args, **kwargs)
+        self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
+        return result
+
+    def _call_by_copy(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of a function with noise among its arguments, which runs for each copy."""
+        if kwargs.get("out") is not None:
+            raise ValueError(
+                "ulr.optim: a function of trained parameters must return its result (step(closure) evaluates one copy "
+                f"at a time), got {_name(func)} with 'out'"
+            )
+        if _writes(func):
+            self._prepare_write(func, args, kwargs)
+        results, samples = self._by_copy(func, args, kwargs, {})
+        if _writes(func):
+            return None if results[0] is None else args[0]
+        return self._joined(results) if samples else self._kept(results)
+
+    def _prepare_write(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Give each copy its own values of a constant that it writes its own into."""
+        target, *given = flat(args) + flat(kwargs.values())
+        if self.marks(target) & SAMPLE:
+            return
+        if any(self._holds_samples(leaf) for leaf in given if not self.reads((leaf,))):
+            raise ValueError(
+                f"ulr.optim: {_name(func)} with a trained parameter must write samples into a tensor of samples "
+                f"(step(closure) evaluates one copy at a time), got one of {list(target.shape)} without"
+            )
+        if not self.reads((target,)):
+            self._keep([target, *(target.clone() for _ in range(self._draws.copies - 1))])
+            self._marks[storage(target)] = OF_COPY
 
     def _by_copy(
         self, func: Callable, args: tuple, kwargs: Mapping[str, Any], axes: Mapping[int, int | None]
-    ) -> list[Any]:
-        """The results of one call for each copy, with its rows of every tensor that holds all samples.
+    ) -> tuple[list[Any], bool]:
+        """The results of one call for each copy, and whether they have samples; each copy gets its rows of these.
 
         `axes`: id(tensor) -> the axis of its samples, where that is not the first; None if it has none.
         """
         copies = self._draws.copies
-
-        def axis_of(leaf: Any) -> int | None:
-            if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
-                return None
-            axis = axes.get(id(leaf), 0)
-            if axis is None or leaf.dim() <= axis or not leaf.shape[axis] or leaf.shape[axis] % self._rows:
-                return None
-            return axis
-
-        if all(axis_of(leaf) is None for leaf in _leaves(args, kwargs)):
-            raise ValueError(
-                f"ulr.optim: {getattr(func, '__name__', func)} with a trained parameter must have an input with the "
-                f"{self._rows} samples of {copies} copies on its first axis (step(closure) evaluates one copy at "
-                "a time), got none"
-            )
-
-        def part(leaf: Any, number: int) -> Any:
-            axis = axis_of(leaf)
-            return leaf if axis is None else leaf.unflatten(axis, (copies, -1)).select(axis, number)
-
-        results = []
+        values: dict[int, Sequence[Tensor]] = {}
+        samples = False
+        for leaf in flat(args) + flat(kwargs.values()):
+            if id(leaf) in values:
+                continue
+            if (noised := self.noised.get(id(leaf))) is not None:
+                values[id(leaf)] = self._perturbed(noised).unbind()
+            elif id(leaf) in self._of_copies:
+                values[id(leaf)] = [leaf, *self._of_copies[id(leaf)].others]
+            elif (axis := axes.get(id(leaf), 0)) is not None and (id(leaf) in axes or self._holds_samples(leaf)):
+                if leaf.dim() <= axis or leaf.shape[axis] % self._rows:
+                    raise ValueError(
+                        f"ulr.optim: {_name(func)} with a trained parameter must have an input with the {self._rows} "
+                        f"samples of {copies} copies on its first axis (step(closure) evaluates one copy at a time), "
+                        f"got {list(leaf.shape)}"
+                    )
+                values[id(leaf)] = leaf.unflatten(axis, (copies, -1)).unbind(axis)
+                samples = True
+        results, adds_rows = [], False
         for number in range(copies):
-            own = _pytree.tree_map(lambda leaf, number=number: part(leaf, number), (args, dict(kwargs)))
-            own_args, own_kwargs = self._replaced(own, number)
-            results.append(func(*own_args, **own_kwargs))
-        return results
+            own_args, own_kwargs = _pytree.tree_map(
+                lambda leaf, number=number: values[id(leaf)][number] if id(leaf) in values else leaf,
+                (args, dict(kwargs)),
+            )
+            result = func(*own_args, **own_kwargs)
+            if number == 0:
+                adds_rows = not samples and self._adds_rows(func, args, result)
+            results.append(result.unflatten(0, (copies, -1))[number].clone() if adds_rows else result)
+        return results, samples or adds_rows
+
+    def _adds_rows(self, func: Callable, args: tuple, result: Any) -> bool:
+        """Whether a function of parameters has made a row for each sample of them, as the model counts samples."""
+        if not isinstance(result, Tensor) or not result.dim():
+            return False
+        if func in _JOINS:
+            return result.shape[0] == self._rows and len({id(leaf) for leaf in args[0]}) == 1
+        if func not in _REPEATS:
+            return False
+        rows = args[0].shape[0] if args[0].dim() == result.dim() else 1
+        return result.shape[0] == rows * self._rows and (rows == 1 or func in _TILES)
+
+    def _joined(self, results: list[Any]) -> Any:
+        """The results of all copies, one after the other."""
+        result = _pytree.tree_map(lambda *parts: torch.cat(parts) if _tensors(parts) else self._one(parts), *results)
+        self._mark(result, SAMPLE)
+        return result
+
+    def _kept(self, results: list[Any]) -> Any:
+        """The first copy's result, which stands for those of all copies."""
+        return _pytree.tree_map(lambda *parts: self._keep(parts) if _tensors(parts) else self._one(parts), *results)
+
+    def _keep(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The first of the copies' tensors, which stands for all of them as long as it lives."""
+        first, *others = tensors
+        own = id(first)
+        self._of_copies[own] = _OfCopies(weakref.ref(first, lambda _: self._of_copies.pop(own, None)), others)
+        self._mark(first, 0)
+        return first
+
+    def _one(self, parts: Sequence[Any]) -> Any:
+        """A value that is no tensor and the same for all copies."""
+        if any(part is not parts[0] and part != parts[0] for part in parts):
+            raise ValueError(
+                "ulr.optim: a forward with several copies must not decide by numbers that it reads from trained "
+                f"parameters (step(closure) evaluates one copy at a time), got {parts[0]!r} and others"
+            )
+        return parts[0]
 
     def _attention(self, *args: Any, **kwargs: Any) -> Any:
         """Several copies: inputs and output have the samples on their second axis, masks on the first if on any."""
-        if self._draws.copies == 1:
+        if self.copies == 1:
             return NotImplemented
         given = _ATTENTION.bind(*args, **kwargs).arguments
         axes: dict[int, int | None] = {id(given[name]): 1 for name in ("query", "key", "value")}
         mask = given.get("attn_mask")
         if mask is not None and mask.dim() == 2:
             axes[id(mask)] = None
-        outputs, weights = zip(*self._by_copy(F.multi_head_attention_forward, (), given, axes), strict=True)
+        results, samples = self._by_copy(F.multi_head_attention_forward, (), given, axes)
+        if not samples:
+            return self._kept(results)
+        outputs, weights = zip(*results, strict=True)
         return torch.cat(outputs, 1), None if weights[0] is None else torch.cat(weights)
 
     def _recurrent(self, input: Tensor, state: Any, *rest: Any, func: Callable) -> Any:
         """Several copies: samples are on the second axis of states, and of input and output unless `batch_first`."""
-        if self._draws.copies == 1:
+        if self.copies == 1:
             return NotImplemented
         packed = not isinstance(rest[1], bool)  # then the sizes of batches come second, and all else one place later
         if packed or input.dim() != 3:
@@ -285,13 +442,19 @@ class PerturbedWeights(TorchFunctionMode):
         axis = 0 if rest[-1] else 1
         axes: dict[int, int | None] = {id(input): axis}
         axes |= dict.fromkeys(map(id, _leaves((state,), {})), 1)
-        outputs, *states = zip(*self._by_copy(func, (input, state, *rest), {}, axes), strict=True)
+        results, samples = self._by_copy(func, (input, state, *rest), {}, axes)
+        if not samples:
+            return self._kept(results)
+        outputs, *states = zip(*results, strict=True)
         return torch.cat(outputs, axis), *(torch.cat(parts, 1) for parts in states)
 
 
-def _joined(results: list[Any]) -> Any:
-    """The results of all copies, one after the other."""
-    return _pytree.tree_map(lambda *parts: None if parts[0] is None else torch.cat(parts), *results)
+def _tensors(parts: Sequence[Any]) -> bool:
+    return isinstance(parts[0], Tensor)
+
+
+def _name(func: Callable) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
@@ -307,6 +470,11 @@ _FUSED: dict[Callable, Callable] = {
     },
 }
 
+# Functions that may make a row for each sample: of a tensor, or of one that stands in a list again and again.
+_REPEATS = EXPANDS | {Tensor.repeat_interleave, torch.repeat_interleave}
+_TILES = {Tensor.repeat, Tensor.tile, torch.tile}
+_JOINS = {torch.stack, torch.cat, torch.concat}
+
 # Attributes that hold the parameter's values; all others describe the tensor.
 _VALUES = {"T", "mT", "H", "mH", "data", "real", "imag"}
 _DESCRIBING = {
@@ -316,6 +484,11 @@ _DESCRIBING = {
         "numel size storage_offset stride"
     ).split()
 } | {torch.is_floating_point, torch.is_tensor, torch.numel}
+
+# Functions whose result has no more of a tensor than its shape, its dtype or its device.
+_LIKES = {getattr(Tensor, f"new_{name}") for name in "empty full ones tensor zeros".split()} | {
+    getattr(torch, f"{name}_like") for name in "empty full ones rand randint randn zeros".split()
+}
 
 
 def only_describes(func: Callable) -> bool:
@@ -330,6 +503,8 @@ _IN_PLACE = {f"__{name}__" for name in "setitem iadd isub imul itruediv ifloordi
 
 def _writes(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
+    if name == "__set__":
+        return getattr(func.__self__, "__name__", "") == "data"  # type: ignore[attr-defined]
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, NoReturn, TypedDict
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ulr_kernels import noise_contract
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat
 from ulr_kernels.nn.eval_mode import eval_mode
+from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.names import parameter_names, unwrap
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights, WeightDraws
 from ulr_kernels.nn.shards import drop_gathered
@@ -216,8 +218,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """
         forwards = self._forwards_of(1)
         losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
+        state = ModuleState(self.model)
         for forward in self._own(forwards):
-            with eval_mode(self.model), self._perturbed(forward.draws, forward.sign) as perturbed:
+            with self._probing(state, forward) as perturbed:
                 loss = closure()
             self._check_used(perturbed)
             loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
@@ -248,38 +251,53 @@ class ForwardOptimizer(torch.optim.Optimizer):
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
         probes, forwards = self._probes(), self._forwards_of(chunk)
         rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
+        state = ModuleState(self.model)
         for forward in self._own(forwards):
-            found = self._evaluate(forward, batch, loss_fn).to(self._device())
+            found = self._evaluate(forward, batch, loss_fn, state).to(self._device())
             for place, losses in zip(forward.places, found.unbind(), strict=True):
                 rows[place] = losses
             if len(forward.places) > 1 and batch.signature not in self._checked_batches:
-                self._check_apart(probes[forward.places[-1]], batch, loss_fn, found)
+                self._check_apart(probes[forward.places[-1]], batch, loss_fn, found, state)
         return self._collect(torch.stack(rows), forwards)
 
-    def _evaluate(self, forward: ProbeBatch, batch: Batch, loss_fn: LossFunction) -> Tensor:
+    def _evaluate(self, forward: ProbeBatch, batch: Batch, loss_fn: LossFunction, state: ModuleState) -> Tensor:
         """fp32 `[copies, samples]`: the losses of the probes of one forward."""
         copies = len(forward.places)
-        rows = batch.samples * copies
-        with eval_mode(self.model), self._perturbed(forward.draws, forward.sign, rows) as perturbed:
-            outputs = apply(self.model, repeat(batch.x, copies))
+        with self._probing(state, forward, batch.samples * copies) as perturbed:
+            inputs = repeat(batch.x, copies)
+            perturbed.mark_samples((inputs, batch.y))
+            losses = batch.losses(apply(self.model, inputs), loss_fn, copies)
         self._check_used(perturbed)
-        return batch.losses(outputs, loss_fn, copies)
+        return losses
 
-    def _check_apart(self, probe: Probe, batch: Batch, loss_fn: LossFunction, losses: Tensor) -> None:
+    @contextlib.contextmanager
+    def _probing(self, state: ModuleState, forward: ProbeBatch, rows: int = 0) -> Iterator[PerturbedWeights]:
+        """The model as a forward of the coming step sees it; after it the model's modules are as before."""
+        try:
+            state.drop_caches()
+            with eval_mode(self.model, state.modules), self._perturbed(forward.draws, forward.sign, rows) as perturbed:
+                state.fill_caches()
+                yield perturbed
+        finally:
+            state.restore()
+
+    def _check_apart(
+        self, probe: Probe, batch: Batch, loss_fn: LossFunction, losses: Tensor, state: ModuleState
+    ) -> None:
         """Raise if the last probe of a forward has other losses by itself than among others.
 
-        It runs with the first batch of each shape. The limit is a share of the difference between probes, which may be
-        a thousandth of their losses; in narrow dtypes some per cent of the losses, as a product of other rows rounds
-        otherwise there.
+        It runs with the first batch of each shape. The limit is a twentieth of the difference between probes, which may
+        be a thousandth of their losses, and their rounding. In narrow dtypes it is a quarter, and some per cent of the
+        losses, as a product of other rows rounds otherwise there.
         """
-        alone = self._evaluate(ProbeBatch(WeightDraws(probe.draw), probe.sign, [0]), batch, loss_fn)[0].to(
-            losses.device
-        )
+        forward = ProbeBatch(WeightDraws(probe.draw), probe.sign, [0])
+        alone = self._evaluate(forward, batch, loss_fn, state)[0].to(losses.device)
         first, own, alone = (torch.nan_to_num(each) for each in (losses[0], losses[-1], alone))
         narrow = torch.is_autocast_enabled(self._device().type) or any(
             p.dtype != torch.float32 for p in self.model.parameters()
         )
-        if (own - alone).norm() > 0.25 * (own - first).norm() + (0.05 if narrow else 2e-5) * own.norm():
+        share, rounding = (0.25, 0.05) if narrow else (0.05, 2e-5)
+        if (own - alone).norm() > share * (own - first).norm() + rounding * own.norm():
             self._fail(
                 "model",
                 "compute each row from its own inputs and keep samples on the first axis (step(closure) evaluates one "
