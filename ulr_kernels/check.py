@@ -143,7 +143,9 @@ def check(
     finally:
         for parameter, grad in saved:
             parameter.grad = grad
-    problems = _problems(layers, others, correlations)
+    problems = [f"{note[0].upper()}{note[1:]}." for note in dict.fromkeys(plan.notes)] + _problems(
+        layers, others, correlations
+    )
     return Report(not problems, "\n".join(problems) or _praise(layers), layers, correlations)
 
 

@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     sites: Tensor  # int64 `[len(names)]`, their site numbers, on the model's device
     outline: Outline  # of a forward without noise
     form: tuple  # of the outline, as traced
+    notes: tuple[str, ...]  # sentences on what the gradient leaves out
 
 
 def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: LossFunction, known: Plan | None) -> Plan:
@@ -48,7 +49,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         RuleError: the model, the loss or a setting breaks a rule.
     """
     view, s = runner.view, runner.settings
-    outline, losses, traced = _watch(runner, batch, loss_fn)
+    outline, losses, trace = _watch(runner, batch, loss_fn)
     form, weights = outline.form, view.noised_layers
     _check_settings(runner, outline, weights)
     if batch.affects is not None:
@@ -78,7 +79,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         on_outputs = [pass_ for pass_ in passes if pass_.layers]
         if batch.affects is not None and on_outputs:  # each shape has a matrix of its own
             ends = Trial(batch, False, [0, batch.affects.losses - 1])
-            refuse_influence([ends], on_outputs, tried, Tried(torch.nan_to_num(losses), traced))
+            refuse_influence([ends], on_outputs, tried, Tried(torch.nan_to_num(losses), trace.record))
         taken = zip(passes, known.passes, strict=True)
         passes = [_bounded(_like(pass_, other, batch), outline, s, view.device) for pass_, other in taken]
     else:
@@ -90,7 +91,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
             fail("model", rule, "other losses the second time")
         if on_outputs:
             noisy = refuse_influence(to_try, on_outputs, tried, clean)
-            for other in (traced, noisy):
+            for other in (trace.record, noisy):
                 _refuse_hidden_samples(clean.record, other)
             if hidden(noisy, clean.record):
                 outline = outline._replace(hidden=True, shared_noise={})
@@ -99,7 +100,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
             every = passes[-1]._replace(weights=tuple(weights), one_copy_per_forward=True)
             _refuse_unused(every.weights, runner.run_pass(ForwardSpec(every, keys, batch, 1))[0])
     clean_pass = Pass((), (), 1, {}, {}, settled=True, shared_inputs=True)
-    return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline, form)
+    return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline, form, tuple(trace.notes))
 
 
 def _refuse_hidden_samples(clean: Record, other: Record) -> None:
@@ -149,13 +150,14 @@ def _passes(outline: Outline, weights: dict[str, str], settings: Settings) -> It
 # --- rules of the model ----------------------------------------------------------------------------------------------
 
 
-def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Outline, Tensor, Record]:
-    """A forward of two copies without noise: its outline, losses and record. Raises if the model or the loss breaks a
+def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Outline, Tensor, ModelTrace]:
+    """A forward of two copies without noise: its outline, losses and trace. Raises if the model or the loss breaks a
     rule."""
     view, both = runner.view, two_copies(batch)
-    trace = ModelTrace(view, both.x, batch.samples)
+    inputs = repeat(both.x, 1)
+    trace = ModelTrace(view, inputs, batch.samples)
     with _rows_are_samples("model", lambda: apply(view.model, repeat(batch.x, 1))):
-        outputs = trace.run(view.model, both.x, runner.state)
+        outputs = trace.run(view.model, inputs, runner.state)
     for tensor in tensors(outputs):
         if tensor.requires_grad and not trace.marks(tensor) and trace.parameters_of(tensor) is None:
             trace.unseen(tensor)
@@ -169,7 +171,7 @@ def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Out
     outline = trace.outline()
     if not outline.calls and not view.noised_layers:
         fail("model", "have a trained parameter", "none")
-    return outline, losses, trace.record
+    return outline, losses, trace
 
 
 @contextlib.contextmanager

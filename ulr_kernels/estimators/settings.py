@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from ulr_kernels import noise_contract
@@ -50,6 +51,8 @@ class Settings:
         ):
             if getattr(self, argument) not in allowed:
                 fail(argument, f"be {' or '.join(map(repr, allowed))}", repr(getattr(self, argument)))
+        for argument in ("sigma", "copies", "max_rows"):
+            object.__setattr__(self, argument, _of_python(getattr(self, argument)))
         for argument in ("antithetic", "learn_sigma"):
             if not isinstance(getattr(self, argument), bool):
                 fail(argument, "be True or False", repr(getattr(self, argument)))
@@ -145,6 +148,15 @@ class Settings:
         """The settings by name, mappings as dicts."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in fields.items()}
+
+
+def _of_python(setting: Any) -> Any:
+    """NumPy's numbers as those of Python."""
+    if isinstance(setting, Mapping):
+        return {name: _of_python(value) for name, value in setting.items()}
+    if isinstance(setting, Real) and not isinstance(setting, bool):
+        return int(setting) if isinstance(setting, Integral) else float(setting)
+    return setting
 
 
 def _values(setting: Any) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,7 @@ class StepKeys:
     """
 
     def __init__(self, seed: int) -> None:
-        check_seed(seed)
-        self.seed = seed
+        self.seed = check_seed(seed)
         with torch.inference_mode(False):  # a tensor that may be written to later
             self._step = torch.zeros((), dtype=torch.int64)
 
@@ -31,8 +32,7 @@ class StepKeys:
 
     @step.setter
     def step(self, value: int) -> None:
-        check_step(value)
-        self._step.fill_(value)
+        self._step.fill_(check_step(value))
 
     def advance(self) -> None:
         """Go on to the next step."""
@@ -46,13 +46,15 @@ class StepKeys:
         return dict(zip(names, ops.fold_in(ops.fold_in(seed, self._step), sites).unbind(), strict=True))
 
 
-def check_seed(seed: int) -> None:
-    """Raise `RuleError` unless it is an integer in [-2^63, 2^64)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+def check_seed(seed: int) -> int:
+    """The seed. Raises `RuleError` unless it is an integer in [-2^63, 2^64)."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
         fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
+    return int(seed)
 
 
-def check_step(step: int) -> None:
-    """Raise `RuleError` unless it is an integer in [0, 2^63)."""
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**63:
+def check_step(step: int) -> int:
+    """The step. Raises `RuleError` unless it is an integer in [0, 2^63)."""
+    if isinstance(step, bool) or not isinstance(step, Integral) or not 0 <= step < 2**63:
         fail("step", "be an integer in [0, 2^63)", repr(step))
+    return int(step)

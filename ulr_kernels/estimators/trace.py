@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -48,6 +47,7 @@ class ModelTrace(LayerInterceptor):
 
     Attributes:
         record: of this forward.
+        notes: sentences on what the gradient leaves out.
         covered: ids of the parameters that get a gradient from the calls.
         unsupported_uses: id(parameter) -> a function that uses it in a way that has no gradient.
 
@@ -60,6 +60,7 @@ class ModelTrace(LayerInterceptor):
         self._view = view
         self._samples = samples
         self.record = Record(2 * samples)
+        self.notes: list[str] = []
         self.covered: set[int] = set()
         self.unsupported_uses: dict[int, str] = {}
         self._calls: list[Call] = []
@@ -94,7 +95,7 @@ class ModelTrace(LayerInterceptor):
         self._calls.append(call)
         self.covered.update(map(id, call.parameters))
         for each in call.derived:
-            self._warn_of_zeros(each)
+            self._note_zeros(each)
         terms = self._sums.read(list(call.given))
         result = call.clean()
         self._begins.setdefault(layer, len(self._sizes))
@@ -109,7 +110,7 @@ class ModelTrace(LayerInterceptor):
             self._sums.add(terms[0], own, result)
         return result, 0
 
-    def _warn_of_zeros(self, derived: DerivedParameter) -> None:
+    def _note_zeros(self, derived: DerivedParameter) -> None:
         """Say so where a tensor that is computed from parameters has a derivative of 0 in them, as signs have."""
         trained = [p for p in derived.parameters if p.requires_grad]
         if derived.tensor.is_leaf or not derived.tensor.requires_grad:
@@ -118,7 +119,7 @@ class ModelTrace(LayerInterceptor):
         found = torch.autograd.grad(derived.tensor, trained, ones, retain_graph=True, allow_unused=True)
         if not any(gradient is not None and gradient.any() for gradient in found):
             names = ", ".join(self._view.names[id(p)] for p in trained)
-            _warn(
+            self.notes.append(
                 f"the derivative of {type(derived.tensor.grad_fn).__name__} in {names} is 0: nothing trains it so, but "
                 f"noise on the weights does: noise={{{self._view.layers[id(trained[0])]!r}: 'weights'}}"
             )
@@ -170,7 +171,9 @@ class ModelTrace(LayerInterceptor):
         for tensor in tensors(result):
             self.record.add_constant(f"{name} of {', '.join(names)}", tensor)
         if names and isinstance(result, float | int | list) and not (isinstance(result, bool) or only_describes(func)):
-            _warn(f"{name} reads numbers of {', '.join(names)}: they are constants in the gradient, as for autograd")
+            self.notes.append(
+                f"{name} reads numbers of {', '.join(names)}: they are constants in the gradient, as for autograd"
+            )
 
     def unseen(self, tensor: Tensor) -> None:
         trained = {id(p): p for p in self._view.followed if p.requires_grad}
@@ -283,7 +286,3 @@ def fail_rows(what: str) -> None:
         "have the samples on its first axis, in order, each made from its own sample only and without random numbers",
         "different values in two copies of the same batch",
     )
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"ulr.ULR: {what}", stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,6 +136,7 @@ class ULR:
         parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
         self._parallel = DataParallelBatch(parallel[0]) if parallel else None
         self._keys = StepKeys(seed)
+        self._said: set[str] = set()  # notes of plans
         self.log_sigma: dict[str, nn.Parameter] = {}
         self._view_model()
         self.settings.check_names(set(self.view.layers.values()))
@@ -189,9 +191,10 @@ class ULR:
         """Add the gradient of the batch's mean noised loss to `.grad` of the trained parameters, and go on by a step.
 
         Args:
-            x: the model's input: a tensor, a tuple (positional arguments) or a dict (keyword arguments) of tensors with
-                samples first.
-            y: targets: a tensor, tuple or dict of tensors with samples first, or None.
+            x: the model's input: a tensor, a tuple (positional arguments) or a mapping (keyword arguments) of tensors
+                with samples first.
+            y: targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry
+                for each sample; or None.
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
                 need not be differentiable. It gets all copies of the targets.
             affects: for samples with many losses (a graph's nodes, a text's tokens, a series' steps): the losses of a
@@ -252,6 +255,10 @@ class ULR:
                     plans.clear()
             with self._runner.forwards():
                 plan = make_plan(self._runner, self._keys, batch, loss_fn, self._kinds.get(kind))
+            for note in dict.fromkeys(plan.notes):
+                if note not in self._said:
+                    warnings.warn(f"ulr.ULR: {note}", stacklevel=4)
+                    self._said.add(note)
             self._plans[signature] = plan
             if batch.samples > 1:  # with one sample a model may do without the samples' axis, as `squeeze` does
                 self._kinds.setdefault(kind, plan)
@@ -307,8 +314,7 @@ class ULR:
         """
         if missing := [name for name in ("seed", "step", "settings", "log_sigma") if name not in state]:
             fail("state", "be that of an estimator", f"none with {', '.join(missing)}")
-        check_seed(state["seed"])
-        check_step(state["step"])
+        seed, step = check_seed(state["seed"]), check_step(state["step"])
         for name in ("settings", "log_sigma"):
             if not isinstance(state[name], Mapping):
                 fail("state", f"hold a dict as {name!r}", type(state[name]).__name__)
@@ -322,7 +328,16 @@ class ULR:
         got = {name: list(v.shape) if isinstance(v, Tensor) else type(v).__name__ for name, v in log_sigma.items()}
         if got != shapes:
             fail("state", f"hold ln sigma of the shapes {shapes}", got)
-        self.settings, self._keys.seed, self.step = settings, state["seed"], state["step"]
+        self.settings, self._keys.seed, self.step = settings, seed, step
         for name, value in log_sigma.items():
             self.log_sigma[name].copy_(value)
+        self._view_model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for copies and pickles, which go on with the model that was copied along."""
+        made_again = ("view", "_runner", "_plans", "_kinds")
+        return {name: value for name, value in self.__dict__.items() if name not in made_again}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._view_model()

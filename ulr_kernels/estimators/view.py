@@ -27,6 +27,14 @@ class ModelView:
     def of(cls, model: nn.Module, has_noise: Callable[[str], bool]) -> ModelView:
         """The view of a model without wrappers; `has_noise(layer)`: its parameters have noise, not its outputs."""
         parameters, layers, names = tuple(model.parameters()), layer_names(model), parameter_names(model)
+        if not parameters:
+            fail("model", "have a parameter", "none")
+        for p in parameters:
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                fail("model", "have run once, as lazy modules make their parameters then", f"no {names[id(p)]} yet")
+            if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                rule = "have trained parameters of float32, bfloat16 or float16 (model.float())"
+                fail("model", rule, f"{names[id(p)]} of {p.dtype}")
         noised = {names[id(p)]: p for p in parameters if has_noise(layers[id(p)])}
         followed = tuple(p for p in parameters if names[id(p)] not in noised)
         return cls(model, parameters, layers, names, noised, followed)

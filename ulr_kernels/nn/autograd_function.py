@@ -28,17 +28,17 @@ class AutogradFunction:
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """Torch's own `apply`: a mode that is on sees the functions inside instead of this one."""
-        return _APPLY(self.cls, *args, **kwargs)
+        return super(_BASE, self.cls).apply(*args, **kwargs)  # type: ignore[misc]
 
 
-_APPLY = Function.apply.__func__  # type: ignore[attr-defined]
+_BASE: Any = Function.__bases__[0]  # `Function.apply` ends in that of its base, also where a model kept it by a name
 _lock = threading.Lock()
 _users = 0
 
 
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     if not has_torch_function(args):  # no mode is on
-        return _APPLY(cls, *args, **kwargs)
+        return AutogradFunction(cls).apply(*args, **kwargs)
     if cls is CheckpointFunction:  # it would hide the layers of the function that it is given
         run, _, *inputs = args
         return run(*inputs)
@@ -51,11 +51,11 @@ def overridable_autograd_functions() -> Iterator[None]:
     global _users
     with _lock:
         _users += 1
-        Function.apply = classmethod(_apply)  # type: ignore[method-assign, assignment]
+        _BASE.apply = classmethod(_apply)
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if not _users:
-                Function.apply = classmethod(_APPLY)  # type: ignore[method-assign, assignment]
+                del _BASE.apply

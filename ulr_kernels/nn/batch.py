@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -17,7 +18,10 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 class Batch:
-    """Inputs and targets: tensors, tuples or dicts of tensors whose first axis is the sample.
+    """Inputs and targets: tensors, or tuples, lists and mappings of tensors, whose first axis is the sample.
+
+    A list, tuple or array with as many entries as there are samples (texts, labels, records) has one for each. Other
+    values are the same for all samples.
 
     Args:
         x, y: inputs and targets; `y` may be None.
@@ -31,15 +35,20 @@ class Batch:
             counts so much in the mean over the ranks.
 
     Raises:
-        RuleError: a tensor is a scalar, is empty, or has another number of samples than the first one.
+        RuleError: a tensor is a scalar, is empty, is not dense, or has another number of samples than the first one; or
+            a value with as many entries as samples cannot be told from a constant.
     """
 
     def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR", affects: AffectedLosses | None = None) -> None:
-        self.x, self.y, self.owner, self.affects = x, y, owner, affects
+        x, y = _plain(x), _plain(y)
+        self.owner, self.affects = owner, affects
         self.first, self.share = 0, 1.0
         self.samples = 0
         for argument, value in (("x", x), ("y", y)):
             for leaf in tensors(value):
+                if leaf.is_nested or leaf.layout != torch.strided:
+                    got = "a nested one" if leaf.is_nested else leaf.layout
+                    self._fail(argument, "hold dense tensors (pad them, or use to_dense())", got)
                 if leaf.dim() == 0:
                     self._fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
                 if self.samples and leaf.shape[0] != self.samples:
@@ -49,6 +58,33 @@ class Batch:
                     self._fail(argument, "have at least one sample", list(leaf.shape))
         if not tensors(x):
             self._fail("x", "be or hold a tensor", type(x).__name__)
+        self.x, self.y = self._with_entries("x", x), self._with_entries("y", y)
+
+    def _with_entries(self, argument: str, value: Any) -> Any:
+        """The same value with `Entries` in the place of whatever has an entry for each sample and is no tensor."""
+
+        def is_sequence(value: Any) -> bool:
+            return isinstance(value, list | tuple | np.ndarray) and not tensors(value) and np.ndim(value) > 0
+
+        def one(value: Any) -> Any:
+            if isinstance(value, str | bytes | dict) or not hasattr(value, "__len__") or len(value) != self.samples:
+                return value
+            if not is_sequence(value):
+                if isinstance(value, Tensor | torch.Size) or not isinstance(value, Sequence):
+                    return value
+                self._fail(
+                    argument, "hold a tensor, list, tuple or array of what each sample has", type(value).__name__
+                )
+            if argument == "x" and isinstance(value, tuple) and all(isinstance(each, int | float) for each in value):
+                rule = (
+                    f"hold a tensor or list of what each of the {self.samples} samples has, and bind constants to the "
+                )
+                self._fail(
+                    argument, rule + "model (functools.partial): a tuple of as many numbers may be either", value
+                )
+            return Entries(value)
+
+        return _pytree.tree_map(one, value, is_leaf=is_sequence)
 
     @property
     def signature(self) -> tuple:
@@ -74,11 +110,15 @@ class Batch:
         if isinstance(rows, slice) and (rows.start, rows.stop) == (0, self.samples):
             return self
 
-        def of(leaf: Tensor) -> Tensor:
+        def of(leaf: Tensor | Entries) -> Tensor | Entries:
+            if isinstance(leaf, Entries):
+                return leaf.part(rows)
             return leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)]
 
-        x, y = (_pytree.tree_map_only(Tensor, of, value) for value in (self.x, self.y))
-        part = Batch(x, y, self.owner, self.affects and self.affects.part(rows))
+        part = copy.copy(self)
+        part.x, part.y = (_pytree.tree_map_only((Tensor, Entries), of, value) for value in (self.x, self.y))
+        part.affects = self.affects and self.affects.part(rows)
+        part.samples = len(range(self.samples)[rows]) if isinstance(rows, slice) else len(rows)
         return part.located(self.first + first, self.share * part.samples / self.samples)
 
     def losses(self, outputs: Any, loss_fn: LossFunction, copies: int) -> Tensor:
@@ -101,6 +141,35 @@ class Batch:
 
     def _fail(self, argument: str, rule: str, value: object) -> NoReturn:
         fail(argument, rule, value, self.owner)
+
+
+class Entries:
+    """A list, tuple or array that has an entry for each sample."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+
+    def part(self, rows: slice | Tensor) -> Entries:
+        """Those of some samples."""
+        if isinstance(rows, slice):
+            return Entries(self.values[rows])
+        places = rows.tolist()
+        if isinstance(self.values, np.ndarray):
+            return Entries(self.values[places])
+        return Entries(type(self.values)(self.values[place] for place in places))
+
+    def repeated(self, copies: int) -> Any:
+        """The values of copies of the samples, copy-major."""
+        return np.concatenate([self.values] * copies) if isinstance(self.values, np.ndarray) else self.values * copies
+
+
+def _plain(value: Any) -> Any:
+    """The value with a dict in the place of any other mapping, such as a tokenizer's output."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -130,6 +199,8 @@ def repeat(value: Any, copies: int) -> Any:
     """Copies of a batch, copy-major: row c * samples + i is sample i of copy c. Always new memory."""
 
     def one(leaf: Any) -> Any:
+        if isinstance(leaf, Entries):
+            return leaf.repeated(copies)
         if not isinstance(leaf, Tensor):
             return leaf
         return leaf.expand(copies, *leaf.shape).clone(memory_format=torch.contiguous_format).flatten(0, 1)

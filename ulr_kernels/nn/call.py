@@ -77,12 +77,21 @@ class Call:
         self.inputs = self.given = inputs
         self._versions = tuple(x._version for x in inputs)
         self.derived = tuple(each for each in derived if each is not None)
+        device = inputs[0].device.type
+        self._autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         known = {id(p): p for each in self.derived for p in each.parameters}
         self.parameters = tuple(known.values())
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """The layer's output for inputs of the same kind, of any number of samples."""
         raise NotImplementedError
+
+    def _as_called(self) -> contextlib.AbstractContextManager:
+        """Autocast as the model had it at the call, for the gradient, which comes later."""
+        device = self.inputs[0].device.type
+        if bool(self._autocast) == torch.is_autocast_enabled(device):
+            return contextlib.nullcontext()
+        return torch.autocast(device, self._autocast or None, enabled=bool(self._autocast))
 
     def of_sample(self, sample: int, samples: int) -> Tensor:
         """One sample's output, with autograd's graph to the parameters and to nothing else."""

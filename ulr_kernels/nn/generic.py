@@ -94,7 +94,7 @@ class AutogradCall(Call):
         with gradient_buffers(*self.derived) as given:
             buffers = [buffer for buffer in given if buffer is not None]
             for score, *inputs in self._scores(loss_weight, draw, log_sigma):
-                with torch.enable_grad():
+                with torch.enable_grad(), self._as_called():
                     y = self.forward(*inputs)
                 found = torch.autograd.grad(y, trained, score.to(y.dtype), allow_unused=True)
                 for buffer, part in zip(buffers, found, strict=True):

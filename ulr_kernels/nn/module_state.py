@@ -67,14 +67,14 @@ class ModuleState:
             for name in own.keys() - _OF_TORCH:
                 if type(own[name]) not in _VALUES:
                     self._keep(own[name], 2)
-            if buffers := own["_buffers"]:
+            if buffers := own.get("_buffers"):
                 self._mappings.append(buffers)
                 for buffer in buffers.values():
                     if buffer is not None:
                         self._keep_tensor(buffer)
             if (type(module).train is not nn.Module.train or "train" in own) and _switches(module.train):
                 self._switching.append(module)
-                for parameter in own["_parameters"].values():
+                for parameter in own.get("_parameters", {}).values():
                     if parameter is not None:
                         self._keep_tensor(parameter, always=True)
         # Values in one list are compared faster than mapping by mapping. No forward gives an attribute another name.

@@ -35,7 +35,8 @@ class NormCall(Call):
         return self._normalise(*inputs, self._w, self._b)
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
-        normalised = self._normalise(*self._operands, None, None)
+        with self._as_called():
+            normalised = self._normalise(*self._operands, None, None)
         if not self._shared:
             normalised = normalised.unflatten(0, (self.noise.copies, -1))
         spec = self._gradient_spec(self._spec(self._positions, loss_weight), draw, loss_weight, log_sigma)
