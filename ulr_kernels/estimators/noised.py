@@ -122,7 +122,7 @@ class NoisedForward(LayerInterceptor):
         bits = NOISED
         for tensor in given:
             bits |= self.marks(tensor)
-        if self._record is not None:
+        if self._record is not None and any(isinstance(tensor, nn.Parameter) for tensor in given):
             self._note("weights", given)
         result = self.perturbed.__torch_function__(func, types, args, kwargs)
         for tensor in flat((result,)):
@@ -139,7 +139,7 @@ class NoisedForward(LayerInterceptor):
     def _note(self, name: str, given: Sequence[Tensor]) -> int:
         """Record those of the tensors that a function reads which depend on samples; returns their number."""
         assert self._record is not None
-        samples = [x for x in given if self.marks(x)]
+        samples = [x for x in given if self.marks(x) & SAMPLE]
         noised = any(self.marks(x) & NOISED for x in samples)
         copies = next(iter(self._noises.values())).copies if self._expand_late and not noised else 1
         for x in samples:
