@@ -7,7 +7,7 @@ import functools
 import importlib
 import pathlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops._op import OPS, NoiseSpec
 
 FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
 PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
@@ -124,6 +124,11 @@ def views(tensors: Sequence[Tensor | None]) -> tuple[TensorView | None, ...]:
 def launch_cpu(name: str, noise: tuple | None, tensors: Sequence[Tensor | None], numbers: tuple[int, ...] = ()) -> None:
     """Run a launcher of the cpp library, in as many threads as torch has."""
     launcher("cpp", name)(noise, views(tensors), numbers, threads=torch.get_num_threads())
+
+
+def by_op(*modules: ModuleType) -> dict[str, Callable]:
+    """The functions of modules that have an op's name."""
+    return {op: getattr(module, op) for module in modules for op in OPS if hasattr(module, op)}
 
 
 def float_bits(value: float) -> int:
