@@ -196,11 +196,6 @@ def noisy_conv2d_kernel(
             tl.store(y_tile + copy, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
 
 
-def noisy_conv2d(y: Tensor, a: Conv) -> None:
-    if y.numel():
-        noisy_conv2d_launch(y, a).run()
-
-
 def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
     features, rows = y.shape[2], y.shape[1] * y.shape[3] * y.shape[4]
     draws, kernel = a.noise.draws(a.copies), a.weight.shape[2:]
