@@ -1,4 +1,4 @@
-"""Fine-tune the last layers of MiniLM on labelled sentences by logit noise, beside backpropagation of the same layers.
+"""Fine-tune MiniLM's last layers on labelled sentences by noise on outputs, beside backpropagation of the same layers.
 
     python -m bench.output_noise_finetune --data FOLDER          # train.tsv, dev.tsv, test.tsv: sentence<TAB>label
 
