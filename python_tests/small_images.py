@@ -9,7 +9,7 @@ import numpy as np
 
 
 def two_classes(folder: Path) -> Path:
-    """Two classes of 5 x 6 grey images that can be told apart: bright above, bright below."""
+    """Two classes of 5 x 6 grey images that differ clearly: bright above, bright below."""
     from PIL import Image
 
     generator = np.random.default_rng(0)

@@ -112,7 +112,7 @@ def test_forms_of_affects(form):
 
 
 def test_samples_have_their_own_matrices_also_in_parts():
-    """Where the pass is split, as where it is not."""
+    """A pass in parts gives the same as a whole one."""
     model, (x, y) = token_model(), tokens()
     affects = torch.eye(TOKENS) + (v(7, SAMPLES, TOKENS, TOKENS) > 0).float()
     whole = found(model, x, y, of_tokens, affects.clamp(max=1))

@@ -21,7 +21,7 @@ def model():
 
 
 def uneven():
-    """A batch and a loss of which three samples have nearly all the gradient."""
+    """A batch in which three samples have nearly all the gradient of the loss."""
     x, y = v(1, SAMPLES, 5), torch.arange(SAMPLES) % 3
     return x, {"label": y, "far": FAR}
 

@@ -116,7 +116,7 @@ def test_no_memory_of_the_size_of_the_weight(way: str, peaks: dict[str, int]) ->
 
 
 def test_panels_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of a group, a group, and several, of which the last are fewer."""
+    """Panels of a part of a group, of one group, and of several; the last panel has fewer."""
     x, weight, bias = values(2, 6, 5, 4), values(12, 2, 3, 3), values(12)
     how = {"groups": 3, "copies": 2, "antithetic": True, "mask": weight > 0}
     expected = ulr.ops.perturbed_conv2d(x, weight, bias, 0.1, 3, **how)

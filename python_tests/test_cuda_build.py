@@ -26,7 +26,7 @@ BUDGETS = HERE / "budgets" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 SOURCES = sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
 FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()
-# What the project promises on Hopper, stores, addresses and the loop included.
+# The project's goals on Hopper, stores, addresses and the loop included.
 MOST_INSTRUCTIONS_PER_NORMAL = 26.0
 MOST_INSTRUCTIONS_PER_PACKED_SIGN = 2.0
 MOST_INSTRUCTIONS_PER_OUTPUT = 30.0

@@ -288,7 +288,7 @@ def test_bfloat16():
 
 
 def test_learnt_sigma_of_a_bare_parameter_is_one_number():
-    """How a bare parameter is used, and so which of its axes are features, shows in a call only."""
+    """A call alone shows how a bare parameter is used, and so which of its axes are features."""
     model = Functional("@")
     estimator = ulr.ULR(model, copies=4, learn_sigma=True)
     assert [tuple(p.shape) for p in estimator.parameters()] == [(), (3,)]

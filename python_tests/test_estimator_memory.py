@@ -119,7 +119,7 @@ def test_recomputing_keeps_no_activation(kind):
 
 
 def big_images():
-    """8 x 32 x 32 numbers, 32 KiB, of an image behind the first layer; a hundredth of it behind the second."""
+    """8 x 32 x 32 numbers, 32 KiB, of an image after the first layer; a hundredth of it after the second."""
     layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten(), nn.Linear(128, 3)]
     return filled(nn.Sequential(*layers), 0.1), (v(1, 100, 1, 32, 32), torch.arange(100) % 3)
 
@@ -127,7 +127,7 @@ def big_images():
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 @pytest.mark.parametrize("injection", ["layerwise", "joint"])
 def test_a_cpu_is_given_as_many_rows_as_its_caches_hold(injection, memory):
-    """By default no tensor behind the noise has much more than 4 MiB, 128 images here; the gradients are the same."""
+    """By default no tensor after the noise has much more than 4 MiB, 128 images here; the gradients are the same."""
     model, data = big_images()
     settings = {"batch": data, "copies": 6, "injection": injection, "memory": memory}
     rows: dict[str, list[int]] = {"0": [], "4": []}
@@ -158,7 +158,7 @@ def test_chunks_bound_the_memory():
 
 
 class Front(nn.Module):
-    """Frozen functions in front of a layer, some of them in place, whose results are used behind it too."""
+    """Frozen functions before a layer, some of them in place, whose results are used after it too."""
 
     def __init__(self, writes):
         super().__init__()
@@ -173,13 +173,13 @@ class Front(nn.Module):
             h = room
         first, second = h.chunk(2, -1)
         y = torch.tanh(self.layer(torch.cat((second, first), -1)))
-        if self.writes == "behind":  # the noise, what all chunks would read
+        if self.writes == "after":  # the noise, what all chunks would read
             h.mul_(2)
         return self.head(y + h)
 
 
-@pytest.mark.parametrize("writes, resumes, fronts", [("", True, 2), ("new", False, 8), ("behind", False, 5)])
-def test_chunks_share_what_is_in_front_of_the_noise(writes, resumes, fronts, monkeypatch):
+@pytest.mark.parametrize("writes, resumes, fronts", [("", True, 2), ("new", False, 8), ("after", False, 5)])
+def test_chunks_share_what_is_before_the_noise(writes, resumes, fronts, monkeypatch):
     """It runs for the first of them, where that is found to change nothing."""
     model, forwards = filled(Front(writes)), []
     forward = LinearCall.forward

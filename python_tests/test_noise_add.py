@@ -139,7 +139,7 @@ def test_its_noise_is_the_noise_op(device) -> None:
 
 
 def test_copies_of_their_own_by_one_call_each(device) -> None:
-    """What `noise_score` says of modules whose input is not shared: one call a copy adds up to the whole."""
+    """One call of `noise_score` a copy adds up to the whole, as its docstring says of inputs that are not shared."""
     loss = ulr.noise((6, 4), 5, device=device)
     whole = ulr.ops.noise_score((4, 9), loss, 0.5, 7, antithetic=True, draw=3)
     parts = [

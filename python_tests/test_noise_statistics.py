@@ -167,7 +167,7 @@ def pairs(coordinate: str, dist: str, log2_pairs: int) -> Iterator[tuple[Tensor,
 
 
 def cells(eps: Tensor, dist: str) -> Tensor:
-    """Which of 16 equally likely cells (2 for signs) each value is in."""
+    """The cell of each value, one of 16 that are equally likely (2 for signs)."""
     if dist == "rademacher":
         return (eps > 0).long()
     edges = torch.tensor(QUANTILE[dist](numpy.arange(1, 16) / 16), dtype=torch.float32)

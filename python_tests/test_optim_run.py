@@ -249,7 +249,7 @@ def test_rows_that_depend_on_one_another_are_refused():
 
 
 def test_rows_in_another_order_are_refused_however_small_the_noise():
-    """Where positions come before samples, each row would see the weights of some other member."""
+    """If positions come before samples, each row would see the weights of some other member."""
 
     class SequenceFirst(nn.Linear):
         def forward(self, x):

@@ -202,7 +202,7 @@ def test_a_captured_step_goes_on_with_fresh_noise(device) -> None:
 
 @pytest.mark.parametrize("op", ["noisy_mlp_step", "scale_shift_grad_"])
 def test_what_blocks_leave_each_other_is_there_at_every_replay(op, device) -> None:
-    """Kernels whose blocks wait for each other, or of which the last one adds up."""
+    """Kernels whose blocks wait for each other, or whose last block adds up."""
     buffers, run = adding(op, device)
     run()
     once = [buffer.clone() for buffer in buffers]
@@ -294,7 +294,7 @@ def test_tables_of_a_list_are_kept_if_a_graph_reads_them(tables, monkeypatch) ->
 
 
 def test_tables_of_a_list_belong_to_a_stream(tables, monkeypatch) -> None:
-    """What one stream copies, another does not wait for; and memory is freed in the order of its own."""
+    """A stream does not wait for the copies of another, and memory is freed in the order of its own stream."""
     first = tables(0)[0]
     assert tables(0)[0] is first
     monkeypatch.setattr(device_tables, "_stream", lambda device: 1)

@@ -82,7 +82,7 @@ def test_opcheck(op, device) -> None:
 
 @pytest.mark.parametrize("op", CALLS)
 def test_torchs_defaults_change_nothing(op, device) -> None:
-    """Which whole programs set: memory that a kernel takes for fp32 of its device must not follow them."""
+    """Memory that a kernel takes for fp32 on its device must not follow the defaults that a program sets."""
     results = []
     for dtype, where in ((torch.float32, "cpu"), (torch.bfloat16, "meta"), (torch.float64, "meta")):
         args = tree_map_only(torch.Tensor, lambda a: a.to(device, copy=True), CALLS[op]())

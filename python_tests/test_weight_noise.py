@@ -68,7 +68,7 @@ def quadratic(noise):
     """Two linear layers, a sample, and the exact gradient of the mean loss E|W2 (W1 x + b1) + b2 - t|^2 / 2.
 
     Noise of variance s1^2 on each number that makes h = W1 x + b1 has variance s1^2 (|x|^2 + 1) there, or s1^2 if it is
-    on h itself; likewise behind it.
+    on h itself; likewise after it.
     """
     model = filled(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), 0.7)
     x, target = v(1, 2), v(2, 2)

@@ -82,7 +82,7 @@ def population(folder: Path) -> None:
 
 
 def unlike(folder: Path) -> None:
-    """Ranks that take other forwards each, or have other values; micro-batches of which each has other forwards."""
+    """Ranks that take different forwards, or have different values; micro-batches with different forwards."""
     model, rank = network(), dist.get_rank()
     workers = Workers(probe_ranks=2)
     optimizer = EGGROLL(model, 0.1, 0.05, population=10, workers=workers)
@@ -182,7 +182,7 @@ def shares(case: str) -> list[slice]:
 
 
 def replicas(folder: Path) -> None:
-    """Three batches, of which the gradients of the first wait for those of the second."""
+    """Three batches; the gradients of the first wait for those of the second."""
     results = {}
     for case in ESTIMATORS:
         model = nn.parallel.DistributedDataParallel(image_network())

@@ -52,28 +52,28 @@ def philox4x32(counter: Tensor, key: tuple[Tensor | int, Tensor | int]) -> Tenso
     for word in key:
         if isinstance(word, int) and not 0 <= word <= WORD:
             raise ValueError(f"ulr.philox4x32: 'key' words must be in [0, 2^32), got {word}")
-    c0, c1, c2, c3 = counter.unbind(-1)
-    return torch.stack(_philox(c0, c1, c2, c3, *key), dim=-1)
+    return torch.stack(_philox(*counter.unbind(-1), *key), dim=-1)
 
 
-def _philox(c0, c1, c2, c3, k0, k1):
-    """Ten rounds on broadcastable int64 words; a product wraps modulo 2^64, which leaves its two halves intact."""
+def _rounds(c0, c1, c2, c3, k0, k1):
+    """Ten rounds on words, Python integers or int64 tensors that broadcast.
+
+    The product of two tensors wraps modulo 2^64, which leaves its two halves intact.
+    """
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
-    return torch.broadcast_tensors(c0, c1, c2, c3)
+    return c0, c1, c2, c3
+
+
+def _philox(*words: Tensor | int) -> tuple[Tensor, ...]:
+    return torch.broadcast_tensors(*_rounds(*words))
 
 
 def philox4x32_int(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
     """`philox4x32` of Python integers, so that deriving a key on the host makes no tensors."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key & WORD, (key >> 32) & WORD
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & WORD, (p0 >> 32) ^ c3 ^ k1, p0 & WORD
-        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
+    return _rounds(*counter, key & WORD, (key >> 32) & WORD)
 
 
 def signed64(value: int) -> int:
@@ -212,7 +212,15 @@ def _sobol_points(rows: Tensor, cols: Tensor, draw: Tensor | int, positions: int
 
 
 def noise_at(
-    rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor, *, dist: str, sampler: str, positions: int, width: int
+    rows: Tensor,
+    cols: Tensor,
+    draw: Tensor | int,
+    key: Tensor,
+    *,
+    dist: str,
+    sampler: str = "iid",
+    positions: int = 1,
+    width: int = 0,
 ) -> Tensor:
     """Noise, fp32, at coordinates (int64, broadcast against one another); `width` counts all columns, for Sobol."""
     if dist == "rademacher":
@@ -251,25 +259,13 @@ def noise_grid(
     )
 
 
-def low_rank_grid(
-    rows: int,
-    cols: int,
-    rank: int,
-    draw: int,
-    key: Tensor,
-    *,
-    dist: str = "normal",
-    row_offset: int = 0,
-    col_offset: int = 0,
-) -> Tensor:
-    """Noise of rank `rank`, E = A B^T / sqrt(rank): fp32 `[rows, cols]`, summed by fma from A's first column on."""
-    row = torch.arange(row_offset, row_offset + rows, device=key.device)
-    col = torch.arange(col_offset, col_offset + cols, device=key.device)
-    return low_rank_at(row, col, rank, draw, key, dist=dist)
+def parameter_noise(rows: Tensor, cols: Tensor, rank: int | None, draw: int, key: Tensor, *, dist: str) -> Tensor:
+    """A parameter's noise, fp32 `[R, C]`, at any rows [R] and columns [C].
 
-
-def low_rank_at(rows: Tensor, cols: Tensor, rank: int, draw: int, key: Tensor, *, dist: str) -> Tensor:
-    """`low_rank_grid` of any rows [R] and columns [C]: fp32 `[R, C]`."""
+    Of low rank it is E = A B^T / sqrt(rank), summed by fma from A's first column on; None: of full rank.
+    """
+    if rank is None:
+        return noise_at(rows[:, None], cols[None], draw, key, dist=dist)
     by_row, by_col = low_rank_factors(rows, cols, rank, draw, key, dist=dist)
     total = torch.zeros(len(rows), len(cols), dtype=torch.float32, device=key.device)
     for a, b in zip(by_row, by_col, strict=True):
@@ -283,10 +279,7 @@ def low_rank_factors(
     """A^T `[rank, R]` and B^T `[rank, C]`."""
     ranks = torch.arange(rank, device=key.device)[:, None]
     keys = (fold_in_tensor(key, torch.full_like(key, stream)) for stream in LOW_RANK_STREAMS)
-    by_row, by_col = (
-        noise_at(ranks, at[None], draw, k, dist=dist, sampler="iid", positions=1, width=0)
-        for at, k in zip((rows, cols), keys, strict=True)
-    )
+    by_row, by_col = (noise_at(ranks, at[None], draw, k, dist=dist) for at, k in zip((rows, cols), keys, strict=True))
     return by_row, by_col
 
 
@@ -295,15 +288,13 @@ def low_rank_scale(rank: int) -> float:
     return torch.tensor(1 / math.sqrt(rank), dtype=torch.float32, device="cpu").item()
 
 
-def round_stochastically(values: Tensor, draw: int, key: Tensor, *, row_offset: int = 0, col_offset: int = 0) -> Tensor:
-    """fp32 `[rows, cols]` to bf16, away from zero with the probability of the part that is cut off.
+def round_stochastically(values: Tensor, rows: Tensor, cols: Tensor, draw: int, key: Tensor) -> Tensor:
+    """fp32 `[R, C]`, at rows [R] and columns [C] of a parameter, to bf16.
 
-    The upper half of a word of the parameter's rounding stream is added below the last place kept. Infinities and NaN
-    are converted as usual.
+    A value goes away from zero with the probability of the part that is cut off: the upper half of a word of the
+    parameter's rounding stream is added below the last place kept. Infinities and NaN are converted as usual.
     """
-    row = torch.arange(row_offset, row_offset + values.shape[0], device=key.device)[:, None]
-    col = torch.arange(col_offset, col_offset + values.shape[1], device=key.device)[None, :]
-    words = _iid_words(row, col, draw, fold_in_tensor(key, torch.full_like(key, ROUNDING_STREAM)))
+    words = _iid_words(rows[:, None], cols[None], draw, fold_in_tensor(key, torch.full_like(key, ROUNDING_STREAM)))
     bits = (values.view(torch.int32).to(torch.int64) & WORD) + (words >> 16)
     rounded = (bits >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))

@@ -52,7 +52,7 @@ def launches() -> dict[str, Callable]:
 
     counter = torch.empty(64, 4, dtype=torch.int64)
     return {
-        "philox4x32": lambda: noise.philox_launch(counter, Philox(counter, torch.tensor([1, 2]))),
+        "philox4x32": lambda: noise.philox4x32_launch(counter, Philox(counter, torch.tensor([1, 2]))),
         "fold_in": lambda: noise.fold_in_launch(counter[:, 0], FoldIn(counter[:, 0], key)),
         "noise-normal": fill("normal"),
         "noise-laplace": fill("laplace"),

@@ -7,7 +7,7 @@ import functools
 import importlib
 import pathlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops._op import NoiseSpec
+from ulr_kernels.ops._op import OPS, NoiseSpec
 
 FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
 PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
@@ -81,19 +81,16 @@ def error(part: str, code: int) -> str:
     return text(code).decode()
 
 
-class Launcher:
-    """One launcher of a library; raises RuntimeError with the library's reason if it fails."""
+@functools.cache
+def launcher(part: str, name: str) -> Callable[..., None]:
+    """One launcher of a library; it raises RuntimeError with the library's reason if it fails."""
+    opened = library(part)
+    if isinstance(opened, str):
+        raise RuntimeError(opened)
+    address = ctypes.cast(getattr(opened, PREFIXES[part] + name), ctypes.c_void_p).value
+    launch_at = functools.partial(_C.launch, address)  # type: ignore[union-attr]
 
-    def __init__(self, part: str, name: str) -> None:
-        opened = library(part)
-        if isinstance(opened, str):
-            raise RuntimeError(opened)
-        self.part, self.name = part, name
-        address = ctypes.cast(getattr(opened, PREFIXES[part] + name), ctypes.c_void_p).value
-        self._launch = functools.partial(_C.launch, address)  # type: ignore[union-attr]
-
-    def __call__(
-        self,
+    def launch(
         noise: tuple | None,
         tensors: tuple[TensorView | None, ...],
         numbers: tuple[int, ...] = (),
@@ -102,14 +99,10 @@ class Launcher:
         device: int = 0,
         stream: int = 0,
     ) -> None:
-        code = self._launch(noise, tensors, numbers, threads, device, stream)
-        if code:
-            raise RuntimeError(f"{self.name}: {error(self.part, code)}")
+        if code := launch_at(noise, tensors, numbers, threads, device, stream):
+            raise RuntimeError(f"{name}: {error(part, code)}")
 
-
-@functools.cache
-def launcher(part: str, name: str) -> Launcher:
-    return Launcher(part, name)
+    return launch
 
 
 def view(tensor: Tensor) -> TensorView:
@@ -126,13 +119,18 @@ def launch_cpu(name: str, noise: tuple | None, tensors: Sequence[Tensor | None],
     launcher("cpp", name)(noise, views(tensors), numbers, threads=torch.get_num_threads())
 
 
+def by_op(*modules: ModuleType) -> dict[str, Callable]:
+    """The functions of modules that have an op's name."""
+    return {op: getattr(module, op) for module in modules for op in OPS if hasattr(module, op)}
+
+
 def float_bits(value: float) -> int:
     """The bits of the fp32 number nearest to `value`: launchers take integers only."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
 def noise_view(noise: NoiseSpec, cols: int = 0, draw: int = 0, row: int = 0, col: int = 0) -> tuple:
-    """Which noise, as a launcher reads it.
+    """The choice of noise, as a launcher reads it.
 
     Args:
         noise: of the whole call.

@@ -2,7 +2,7 @@
 
 One file for each command.
 
-Exit codes: 0 done, 1 failed on the way, 2 what was asked for cannot be done (nothing written), 130 interrupted.
+Exit codes: 0 done, 1 failed on the way, 2 the command cannot be done (nothing written), 130 interrupted.
 """
 
 from __future__ import annotations

@@ -143,11 +143,11 @@ class Job:
             own = {"data": self.header.settings["data"], "model": self.header.weights, "step": self.step}
             self.workers.agree(run | own | {"tuned weights": weights_digest(self.parameters)} | more)
 
-    def meet(self, when: str, told: bool = False) -> bool:
-        """Wait until all ranks are here; what the first of them tells."""
+    def wait_for_ranks(self, when: str, value: bool = False) -> bool:
+        """Wait until all ranks are here; returns the first one's `value`."""
         if self.workers is None:
-            return told
-        return bool(self.workers.gather(torch.tensor([told], dtype=torch.uint8), when)[0])
+            return value
+        return bool(self.workers.gather(torch.tensor([value], dtype=torch.uint8), when)[0])
 
     def _own(self, parts: list[list[int]]) -> list[list[int]]:
         """Dealt to the ranks in turn."""
@@ -159,7 +159,7 @@ class Job:
         return Examples([self.encoder.encode(text) for text in split.sentences], torch.tensor(split.labels))
 
     def feature_tokens(self) -> int:
-        """Tokens that this rank meets in `make_features` of all splits."""
+        """Tokens that this rank reads in `make_features` of all splits."""
         splits = self.splits.values()
         return sum(len(s.ids[row]) for s in splits for rows in self._own(s.by_length(_FEATURE_BATCH)) for row in rows)
 
@@ -233,7 +233,7 @@ class Job:
         return "sentences" if self.settings.tune == "head" else "tokens"
 
     def train_step(self) -> tuple[float, int]:
-        """One update of the weights: the loss that the optimiser reports, and the `unit`s that its probes met on all
+        """One update of the weights: the loss that the optimiser reports, and the `unit`s that its probes read on all
         ranks.
 
         Raises:
@@ -250,8 +250,8 @@ class Job:
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.step}: the loss is {loss}: try a smaller --lr or --sigma")
         rows = self._rows(step)
-        met = len(rows) if self.settings.tune == "head" else sum(len(split.ids[row]) for row in rows)
-        return loss, met * self.optimizer.evaluations
+        read = len(rows) if self.settings.tune == "head" else sum(len(split.ids[row]) for row in rows)
+        return loss, read * self.optimizer.evaluations
 
     @torch.inference_mode()
     def evaluate(self, name: str) -> tuple[float, float]:

@@ -29,7 +29,7 @@ TUNE = ("all", "lora", "head")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT = "Review: {}\nSentiment:"  # of causal models; goes with the words negative, positive
 _CONTENT_FREE = ("N/A", "", "[MASK]")  # the texts of Zhao et al., section 5
-# Tokens that a batch's length is a multiple of. For each length that they meet, oneDNN's products keep some 2 MiB in
+# Tokens that a batch's length is a multiple of. For each length of their inputs oneDNN's products keep some 2 MiB in
 # small blocks amid the activations; with ever other lengths, memory comes to be in pieces that no step can use.
 _LENGTHS = 8
 # Keeps the noise of initial values apart from that of every step.
@@ -247,7 +247,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and logs of loading, which tell nothing that an error would not."""
+    """Without the bars and logs of loading: an error would say as much."""
     logging = transformers().utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)

@@ -192,14 +192,14 @@ class _Run:
     def _make_features(self) -> None:
         """Once for a run: another computation might round otherwise, and the run would not go on bitwise."""
         path, job = self.folder / FEATURES, self.job
-        if not job.meet("before the features", told=path.exists()):
+        if not job.wait_for_ranks("before the features", path.exists()):
             with self._bar(total=job.feature_tokens(), desc="features", unit="token") as bar:
                 features = {name: job.make_features(split, bar) for name, split in job.splits.items()}
             if job.ranks > 1:
                 features = self._join(features)
             if job.rank == 0:
                 checkpoint.save(path, features)
-            job.meet("joining the features")
+            job.wait_for_ranks("joining the features")
         features = checkpoint.load(path)
         for name, split in job.splits.items():
             split.features = features[name].to(job.device)
@@ -209,7 +209,7 @@ class _Run:
         job, stem = self.job, FEATURES.removesuffix(".safetensors")
         parts = [self.folder / f"{stem}-{rank}.safetensors" for rank in range(job.ranks)]
         checkpoint.save(parts[job.rank], own)
-        job.meet("making the features")
+        job.wait_for_ranks("making the features")
         if job.rank > 0:
             return own
         made = [checkpoint.load(part) for part in parts]

@@ -7,7 +7,7 @@ A file is a header and one record for each step, all little-endian:
     record    uint32 step, int64 key, float32 coefficients[draws], float64 (lr, sigma, weight decay)[groups],
               float32 loss, uint32 CRC-32 of the record, continued from the CRC of what precedes it
 
-A file that was cut holds the steps before the cut. A changed byte is an error; the chain of CRCs also tells records
+A file that was cut holds the steps before the cut. A changed byte is an error; the chain of CRCs also shows records
 that were removed, repeated or exchanged.
 """
 

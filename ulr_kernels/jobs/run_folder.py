@@ -42,7 +42,7 @@ def prepare(out: Path, mark: str, others: Sequence[str], overwrite: bool = False
 
     Args:
         out: the folder.
-        mark: the file that tells that a run is there.
+        mark: the file whose presence shows that a run is there.
         others: a run's other files; those of an old run are removed, lest they be taken for the new one's.
         overwrite: replace a run that is there.
 

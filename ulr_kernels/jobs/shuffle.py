@@ -1,4 +1,4 @@
-"""The order in which a run meets its samples: a function of seed and epoch, so that resuming needs no record of it."""
+"""The order of a run's samples: a function of seed and epoch, so that resuming needs no record of it."""
 
 from __future__ import annotations
 

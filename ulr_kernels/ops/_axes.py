@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,10 +28,7 @@ def axes_of(check: Check, argument: str, shape: Sequence[int], feature_dim: int)
     if not -len(shape) <= feature_dim < len(shape):
         check.fail("feature_dim", f"be an axis of a copy's {list(shape)}", feature_dim)
     axis = feature_dim % len(shape)
-    rows = 1
-    for i, size in enumerate(shape):
-        rows *= 1 if i == axis else size
-    return Axes(rows, shape[axis], axis)
+    return Axes(math.prod((*shape[:axis], *shape[axis + 1 :])), shape[axis], axis)
 
 
 def one_copy(x: Tensor, shared: bool) -> Sequence[int]:

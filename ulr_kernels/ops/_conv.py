@@ -50,6 +50,17 @@ class Window(NamedTuple):
         per_group = weight[1] * self.groups
         return (weight[0], per_group) if self.transposed else (per_group, weight[0])
 
+    def tile_channels(self, inputs: int, features: int, tile: int, shift: int) -> int:
+        """The largest number of input channels that a tile of features needs: those of all groups in the tile.
+
+        The first tile begins `shift` features before the first one.
+        """
+        of_group, most = features // self.groups, 1
+        for first in range(-shift, features, tile):
+            last = min(first + tile, features) - 1
+            most = max(most, last // of_group - max(first, 0) // of_group + 1)
+        return most * (inputs // self.groups)
+
     def _for_torch(self, x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
         """Input, padding and output padding for torch's convolutions, whose padding is the same on both sides."""
         top, bottom, left, right = self.padding
@@ -67,7 +78,7 @@ class Window(NamedTuple):
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and of the weight from the output's, by torch; the second needs only `weight`'s shape."""
         padded, padding, output_padding = self._for_torch(x)
@@ -88,6 +99,12 @@ class Window(NamedTuple):
             top, _, left, _ = self.padding
             by_x = by_x[..., top : top + x.shape[-2], left : left + x.shape[-1]]
         return by_x, by_weight
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The gradient of a weight of this shape, of x's dtype, from the output's, by torch."""
+        by_weight = self.backward(grad, x, x.new_empty(shape), (False, True))[1]
+        assert by_weight is not None
+        return by_weight
 
 
 class Conv(NamedTuple):
@@ -178,7 +195,7 @@ def check_kernel(check: Check, argument: str, weight: Tensor, transposed: bool) 
 
 
 def resolve_window(
-    op: str,
+    check: Check,
     kernel: Sequence[int],
     stride: Pair,
     padding: Pair | str,
@@ -188,7 +205,6 @@ def resolve_window(
     output_padding: Pair,
 ) -> Window:
     """The window of F.conv2d's arguments, or, transposed, of F.conv_transpose2d's."""
-    check = Check(op)
     strides, dilations = _pair(check, "stride", stride), _pair(check, "dilation", dilation)
     extra = _pair(check, "output_padding", output_padding)
     if extra != (0, 0) and not transposed:
@@ -211,9 +227,8 @@ def resolve_window(
     return window
 
 
-def kernel_of(op: str, grad_weight: Tensor | None, kernel_size: Pair | None, transposed: bool) -> tuple[int, int]:
+def kernel_of(check: Check, grad_weight: Tensor | None, kernel_size: Pair | None, transposed: bool) -> tuple[int, int]:
     """The kernel's height and width, which grad_weight gives where there is one."""
-    check = Check(op)
     given = None if kernel_size is None else _pair(check, "kernel_size", kernel_size)
     if grad_weight is None:
         if given is None:
@@ -281,15 +296,8 @@ def check_sizes(check: Check, x: Tensor, weight: Sequence[int], window: Window, 
     return sizes_of(x, weight, window, copies)
 
 
-def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sizes) -> None:
-    check.dtype("weight", weight, (x.dtype,))
-    if bias is not None:
-        check.dtype("bias", bias, (x.dtype,))
-        check.shape("bias", bias, (sizes.features,), f"weight is {list(weight.shape)}")
-
-
-def check_gradients(check: Check, a: ConvGradient) -> Sizes:
-    """All rules of a gradient but those of its noise and devices, and the sizes that it has."""
+def check_gradient(check: Check, a: ConvGradient) -> Sizes:
+    """All rules of a gradient; returns its sizes."""
     x, window, kernel, grad_weight, grad_bias = a.x, a.window, a.kernel_size, a.grad_weight, a.grad_bias
     check_images(check, x)
     check_window(check, window)
@@ -307,15 +315,19 @@ def check_gradients(check: Check, a: ConvGradient) -> Sizes:
         check.fail("loss_weight", "be [copies, samples]", list(a.loss_weight.shape))
     sizes = check_sizes(check, x, a.weight_shape, window, a.loss_weight.shape[0], named)
     _linear.check_loss_weight(check, a.loss_weight, sizes.rows, a.noise.positions)
-    _linear.check_feature_gradients(check, sizes.features, grad_bias, a.grad_log_sigma, x, a.noise.dist)
-    return sizes
-
-
-def check_noise(check: Check, a: ConvGradient, sizes: Sizes) -> None:
-    """The rules of a gradient's noise and devices."""
+    _linear.check_feature_gradients(check, sizes.features, a)
+    draws = check.copies(sizes.copies, a.noise.antithetic)
+    if a.weight is not None:
+        check_sizes(check, x, a.weight.shape, window, sizes.copies, "weight")
+        features = window.channels(a.weight.shape)[1]
+        if features != sizes.features:
+            name = "grad_bias" if grad_weight is None else "grad_weight"
+            check.fail(name, f"have {features} channels like weight", sizes.features)
+        _linear.check_weight(check, x, a.weight, a.bias, sizes.features)
     _linear.check_sigma(check, "sigma", a.sigma, sizes.features, (torch.float32,))
     _linear.check_gradient_devices(check, a)
-    check.noise(a.noise, sizes.rows, sizes.features, a.noise.draws(sizes.copies))
+    check.noise(a.noise, sizes.rows, sizes.features, draws)
+    return sizes
 
 
 def output(x: Tensor, weight: Tensor, sizes: Sizes, window: Window) -> Output:
@@ -359,9 +371,6 @@ def gradient_reference(a: ConvGradient) -> None:
     def product(scores: Tensor, images: Tensor) -> Tensor:
         assert a.grad_weight is not None
         by_output = scores.view(images.shape[0], *a.output_size, a.sizes.features).movedim(-1, 1)
-        like = images.new_empty(a.grad_weight.shape, dtype=torch.float32)
-        by_weight = a.window.backward(by_output, images.float(), like, (False, True))[1]
-        assert by_weight is not None
-        return by_weight
+        return a.window.weight_gradient(by_output, images.float(), a.grad_weight.shape)
 
     _linear.gradient_reference(a, product)

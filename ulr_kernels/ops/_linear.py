@@ -101,12 +101,11 @@ def check_x(check: Check, x: Tensor, copies: int, weight: Tensor | None) -> None
         check.fail("x", f"have {copies} copies on its first axis, or no copy axis", list(x.shape))
 
 
-def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_weight(check: Check, x: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:
     check.dtype("weight", weight, (x.dtype,))
     if bias is not None:
         check.dtype("bias", bias, (x.dtype,))
-        if bias.shape != weight.shape[:1]:
-            check.fail("bias", f"be [{weight.shape[0]}] (weight is {list(weight.shape)})", list(bias.shape))
+        check.shape("bias", bias, (features,), f"weight is {list(weight.shape)}")
 
 
 def check_sigma(check: Check, argument: str, sigma: Tensor, features: int, allowed: tuple[torch.dtype, ...]) -> None:
@@ -117,12 +116,11 @@ def check_sigma(check: Check, argument: str, sigma: Tensor, features: int, allow
 
 def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: int) -> None:
     check.dtype("loss_weight", loss_weight, (torch.float32,))
+    samples = rows // max(positions, 1)
     if rows % max(positions, 1):
         check.fail("positions", f"divide the {rows} rows", positions)
-    if loss_weight.dim() != 2 or loss_weight.shape[1] != rows // max(positions, 1):
-        check.fail(
-            "loss_weight", f"be [copies, {rows // max(positions, 1)}], one per sample of x", list(loss_weight.shape)
-        )
+    if loss_weight.dim() != 2 or loss_weight.shape[1] != samples:
+        check.fail("loss_weight", f"be [copies, {samples}], one per sample of x", list(loss_weight.shape))
 
 
 def check_gradient(check: Check, a: LinearGradient) -> None:
@@ -137,14 +135,14 @@ def check_gradient(check: Check, a: LinearGradient) -> None:
     draws = check.copies(copies, a.noise.antithetic)
     check_x(check, a.x, copies, a.weight)
     if a.weight is not None:
-        check_weight(check, a.x, a.weight, a.bias)
+        check_weight(check, a.x, a.weight, a.bias, a.weight.shape[0])
     features = None
     if a.grad_weight is not None:
         check.dtype("grad_weight", a.grad_weight, buffer_dtypes(a.x))
         if a.grad_weight.dim() != 2 or a.grad_weight.shape[1] != inputs:
             check.fail("grad_weight", f"be [N, {inputs}] (x is {list(a.x.shape)})", list(a.grad_weight.shape))
         features = a.grad_weight.shape[0]
-    features = check_feature_gradients(check, features, a.grad_bias, a.grad_log_sigma, a.x, a.noise.dist)
+    features = check_feature_gradients(check, features, a)
     if a.weight is not None and features != a.weight.shape[0]:
         check.fail("grad_weight", f"have {a.weight.shape[0]} features (weight is {list(a.weight.shape)})", features)
     check_sigma(check, "sigma", a.sigma, features, (torch.float32,))
@@ -153,43 +151,26 @@ def check_gradient(check: Check, a: LinearGradient) -> None:
 
 
 def check_gradient_devices(check: Check, a: Gradient) -> None:
-    check.device(
-        "x",
-        a.x.device,
-        grad_weight=a.grad_weight,
-        grad_bias=a.grad_bias,
-        grad_log_sigma=a.grad_log_sigma,
-        weight=a.weight,
-        bias=a.bias,
-        loss_weight=a.loss_weight,
-        sigma=a.sigma,
-        key=a.noise.key,
-    )
+    names = ("grad_weight", "grad_bias", "grad_log_sigma", "weight", "bias", "loss_weight", "sigma")
+    check.device("x", a.x.device, **{name: getattr(a, name) for name in names}, key=a.noise.key)
 
 
 def buffer_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float32,) if x.dtype == torch.float32 else (torch.float32, x.dtype)
 
 
-def check_feature_gradients(
-    check: Check,
-    features: int | None,
-    grad_bias: Tensor | None,
-    grad_log_sigma: Tensor | None,
-    x: Tensor,
-    dist: str,
-) -> int:
+def check_feature_gradients(check: Check, features: int | None, a: Gradient) -> int:
     """Check grad_bias and grad_log_sigma; return the number of features, by default grad_bias's."""
-    if grad_bias is not None:
-        check.dtype("grad_bias", grad_bias, buffer_dtypes(x))
-        if grad_bias.dim() != 1 or features not in (None, grad_bias.shape[0]):
-            check.fail("grad_bias", "be [N], one per feature of grad_weight", list(grad_bias.shape))
-        features = grad_bias.shape[0]
+    if a.grad_bias is not None:
+        check.dtype("grad_bias", a.grad_bias, buffer_dtypes(a.x))
+        if a.grad_bias.dim() != 1 or features not in (None, a.grad_bias.shape[0]):
+            check.fail("grad_bias", "be [N], one per feature of grad_weight", list(a.grad_bias.shape))
+        features = a.grad_bias.shape[0]
     if features is None:
         check.fail("grad_weight", "be given where grad_bias is None", None)
-    check_density(check, grad_log_sigma, dist)
-    if grad_log_sigma is not None:
-        check_sigma(check, "grad_log_sigma", grad_log_sigma, features, buffer_dtypes(x))
+    check_density(check, a.grad_log_sigma, a.noise.dist)
+    if a.grad_log_sigma is not None:
+        check_sigma(check, "grad_log_sigma", a.grad_log_sigma, features, buffer_dtypes(a.x))
     return features
 
 
@@ -262,6 +243,35 @@ def gradient_reference(a: Gradient, product: Callable[[Tensor, Tensor], Tensor] 
     if a.grad_log_sigma is not None:
         total = by_log_sigma if a.grad_log_sigma.dim() else by_log_sigma.sum()
         a.grad_log_sigma.copy_(a.grad_log_sigma.float() + total)
+
+
+class Pathwise(torch.autograd.Function):
+    """The ordinary gradient through y at fixed noise: half-order estimators cut backpropagation above or below it.
+
+    Its arguments: the op's name; a function from the output's gradient, x, the weight and which of them need one, to
+    the gradients of x and of the weight; the op's own arguments; its arguments from `copies` on; its tensors.
+    """
+
+    @staticmethod
+    def forward(ctx, op, layer_backward, own, which, x, weight, bias, sigma, key):
+        ctx.save_for_backward(x, weight, bias, sigma, key)
+        ctx.layer_backward, ctx.which = layer_backward, which
+        return getattr(torch.ops.ulr, op).default(x, weight, bias, sigma, key, *own, *which)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, sigma, key = ctx.saved_tensors
+        _, _, _, _, *first_two, bias_wants, sigma_wants, _ = ctx.needs_input_grad
+        grad = grad.to(weight.dtype)  # autocast may have computed y in a narrower type
+        shared = x.dim() == grad.dim() - 1
+        by_output = grad.sum(0) if shared else grad.flatten(0, 1)  # copies that share x add up
+        inputs = (x if shared else x.flatten(0, 1)).to(grad.dtype)
+        grad_x, grad_weight = ctx.layer_backward(by_output, inputs, weight, first_two)
+        grad_x = grad_x if grad_x is None else grad_x.reshape(x.shape)
+        grad_bias = by_output.sum((0, 2, 3)[: by_output.dim() - 1]) if bias is not None and bias_wants else None
+        by_row = grad.movedim(2, -1).flatten(1, -2) if grad.dim() == 5 else grad
+        grad_sigma = sigma_gradient(by_row, sigma, key, ctx.which) if sigma_wants else None
+        return None, None, None, None, grad_x, grad_weight, grad_bias, grad_sigma, None
 
 
 def sigma_gradient(grad: Tensor, sigma: Tensor, key: Tensor, which: tuple) -> Tensor:

@@ -41,7 +41,7 @@ class Cost:
 
 
 class NoiseSpec(NamedTuple):
-    """Which noise an op uses: NOISE_SCHEMA, the key before it, and whether copies come in antithetic pairs.
+    """The noise that an op uses: NOISE_SCHEMA, the key before it, and whether copies come in antithetic pairs.
 
     An op whose schema lacks some of these has their defaults.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ LIST_SCHEMA = (
 
 
 class ListNoise(NamedTuple):
-    """Which noise each tensor of a list gets: its keys and LIST_SCHEMA. A list of offsets may be empty: all 0."""
+    """The noise of each tensor of a list: its keys and LIST_SCHEMA. A list of offsets may be empty: all 0."""
 
     keys: Tensor
     dist: str
@@ -46,12 +47,7 @@ def keys_tensor(op: str, keys: Tensor | Sequence[int | Tensor], device: torch.de
 
 def rows_cols(tensor: Tensor) -> tuple[int, int]:
     """Rows and columns: `shape[0]` and the rest flattened; a vector is one row, a scalar 1 x 1."""
-    if tensor.dim() < 2:
-        return 1, tensor.numel()
-    cols = 1
-    for size in tensor.shape[1:]:
-        cols *= size
-    return tensor.shape[0], cols
+    return (1, tensor.numel()) if tensor.dim() < 2 else (tensor.shape[0], math.prod(tensor.shape[1:]))
 
 
 def column_axes(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:
@@ -131,25 +127,23 @@ class Block:
     `values(t)` are the block's elements of a tensor `[rows, cols]`, a view.
     """
 
-    def __init__(self, rows: slice, cols: slice, key: Tensor, row_offset: int, col_offset: int, matrix: bool) -> None:
+    def __init__(self, rows: slice, cols: slice, key: Tensor, offsets: tuple[int, int], matrix: bool) -> None:
         self.rows, self.cols, self.key, self.matrix = rows, cols, key, matrix
-        self.at = {"row_offset": row_offset + rows.start, "col_offset": col_offset + cols.start}
+        row, col = (torch.arange(part.start, part.stop, device=key.device) for part in (rows, cols))
+        self.row, self.col = row + offsets[0], col + offsets[1]  # in the whole parameter
 
     def values(self, flat: Tensor) -> Tensor:
         return flat[self.rows, self.cols]
 
     def noise(self, which: ListNoise, draw: int) -> Tensor:
         """fp32 `[rows, cols]`; a parameter of fewer than two axes has noise of full rank."""
-        rows, cols = self.rows.stop - self.rows.start, self.cols.stop - self.cols.start
-        if which.rank is not None and self.matrix:
-            return noise_contract.low_rank_grid(rows, cols, which.rank, draw, self.key, dist=which.dist, **self.at)
-        draws = torch.tensor([draw], device=self.key.device)
-        return noise_contract.noise_grid(rows, cols, draws, self.key, dist=which.dist, **self.at)[0]
+        rank = which.rank if self.matrix else None
+        return noise_contract.parameter_noise(self.row, self.col, rank, draw, self.key, dist=which.dist)
 
     def store(self, flat: Tensor, new: Tensor, which: ListNoise) -> None:
         """Round fp32 `new` to the dtype of the tensor and write it."""
         if which.stochastic and flat.dtype == torch.bfloat16:
-            new = noise_contract.round_stochastically(new, which.draw, self.key, **self.at)
+            new = noise_contract.round_stochastically(new, self.row, self.col, which.draw, self.key)
         self.values(flat).copy_(new)
 
 
@@ -161,7 +155,7 @@ def blocks(tensor: Tensor, i: int, noise: ListNoise) -> Iterator[Block]:
     for row in range(0, rows, height):
         for col in range(0, cols, width):
             extent = slice(row, min(rows, row + height)), slice(col, min(cols, col + width))
-            yield Block(*extent, noise.keys[i], *noise.offsets(i), tensor.dim() > 1)
+            yield Block(*extent, noise.keys[i], noise.offsets(i), tensor.dim() > 1)
 
 
 def flat_view(tensor: Tensor) -> Tensor:

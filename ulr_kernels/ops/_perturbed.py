@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops._op import Check, NoiseSpec, needs_gradient
+from ulr_kernels.ops._op import Check, NoiseSpec, fp32_tensor, key_tensor, needs_gradient
 from ulr_kernels.ops._parameters import rows_cols
 
 COPIES_SCHEMA = (
@@ -79,10 +79,7 @@ def copy_noise(rows: Tensor, cols: int, how: WeightNoise, copy: int) -> Tensor:
     draw, sign = how.which(copy)
     noise = how.noise
     rows, columns = rows + noise.row_offset, torch.arange(cols, device=rows.device) + noise.col_offset
-    if how.rank is not None:
-        return noise_contract.low_rank_at(rows, columns, how.rank, draw, noise.key, dist=noise.dist) * sign
-    at = (rows[:, None], columns[None], draw, noise.key)
-    return noise_contract.noise_at(*at, dist=noise.dist, sampler="iid", positions=1, width=0) * sign
+    return noise_contract.parameter_noise(rows, columns, how.rank, draw, noise.key, dist=noise.dist) * sign
 
 
 def copy_weight(weight: Tensor, sigma: Tensor, how: WeightNoise, copy: int) -> Tensor:
@@ -114,36 +111,48 @@ def of_copy(tensor: Tensor | None, copy: int, shared_dims: int) -> Any:
 Layer = Callable[..., Tensor]  # x, weight and, where there is one, bias of one copy -> its output
 
 
-def call(name: str, layer: Layer, shared_dims: int, tensors: tuple, args: tuple, how: WeightNoise) -> Tensor:
-    """Run `torch.ops.ulr.<name>` on tensors (x, weight, bias where it has one, sigma), differentiable in them.
+def call(
+    name: str,
+    layer: Layer,
+    shared_dims: int,
+    tensors: tuple,
+    sigma: float | Tensor,
+    key: int | Tensor,
+    own: tuple,
+    how: tuple,
+) -> Tensor:
+    """Run `torch.ops.ulr.<name>`, differentiable in its tensors and sigma.
 
-    layer: the noiseless layer, whose derivatives are used; shared_dims: axes of an x that the copies share; args: the
-    op's own arguments.
+    Args:
+        name: of the op.
+        layer: the noiseless layer, whose derivatives are used.
+        shared_dims: axes of an x that the copies share.
+        tensors: x, weight and, where the op has one, bias.
+        sigma, key: as the public function got them.
+        own: the op's own arguments.
+        how: the values of COPIES_SCHEMA.
     """
-    if needs_gradient(name, "the layer's own function and ulr.noise", *tensors):
-        return _Pathwise.apply(name, layer, shared_dims, args, how, *tensors)
-    return _run(name, tensors, args, how)
-
-
-def _run(name: str, tensors: tuple, args: tuple, how: WeightNoise) -> Tensor:
-    noise = how.noise
-    at = (noise.dist, noise.draw, noise.row_offset, noise.col_offset)
-    op = getattr(torch.ops.ulr, name).default
-    return op(*tensors, noise.key, *args, how.copies, noise.antithetic, how.rank, *at, how.mask)
+    key, sigma = key_tensor(name, key, tensors[0].device), fp32_tensor(name, "sigma", sigma, tensors[0].device)
+    if needs_gradient(name, "the layer's own function and ulr.noise", *tensors, sigma):
+        return _Pathwise.apply(name, layer, shared_dims, key, own, how, *tensors, sigma)
+    return getattr(torch.ops.ulr, name).default(*tensors, sigma, key, *own, *how)
 
 
 class _Pathwise(torch.autograd.Function):
     """The ordinary gradient through y at fixed noise, by autograd of the noiseless layer at each copy's W'."""
 
     @staticmethod
-    def forward(ctx, name, layer, shared_dims, args, how, *tensors):
-        ctx.save_for_backward(how.noise.key, how.mask, *tensors)
-        ctx.layer, ctx.shared_dims, ctx.how = layer, shared_dims, how._replace(mask=None)
-        return _run(name, tensors, args, how)
+    def forward(ctx, name, layer, shared_dims, key, own, how, *tensors):
+        ctx.save_for_backward(key, how[-1], *tensors)
+        ctx.layer, ctx.shared_dims, ctx.how = layer, shared_dims, how[:-1]
+        return getattr(torch.ops.ulr, name).default(*tensors, key, *own, *how)
 
     @staticmethod
     def backward(ctx, grad):
-        _, mask, *tensors = ctx.saved_tensors
+        key, mask, *tensors = ctx.saved_tensors
+        copies, antithetic, rank, dist, draw, row_offset, col_offset = ctx.how
+        noise = NoiseSpec(key, antithetic, dist, draw=draw, row_offset=row_offset, col_offset=col_offset)
+        how = WeightNoise(noise, copies, rank)
         wanted = ctx.needs_input_grad[-len(tensors) :]
         leaves: list[Any] = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)
@@ -157,8 +166,8 @@ class _Pathwise(torch.autograd.Function):
             part = of_copy(tensor, copy, shared_dims)  # autocast took any dtype; the layer wants the weight's
             return part.to(weight.dtype) if part is not None and part.is_floating_point() else part
 
-        for copy in range(ctx.how.copies):
-            eps = copy_noise(torch.arange(rows, device=weight.device), cols, ctx.how, copy).view(weight.shape)
+        for copy in range(copies):
+            eps = copy_noise(torch.arange(rows, device=weight.device), cols, how, copy).view(weight.shape)
             eps = eps if mask is None else eps * mask
             with torch.enable_grad():
                 own = (weight.float() + sigma * eps).to(weight.dtype)
@@ -168,4 +177,4 @@ class _Pathwise(torch.autograd.Function):
                 if part is not None:
                     total += part
         results = iter(total.to(t.dtype) for total, t in zip(totals, differentiated, strict=True))
-        return *(None,) * 5, *(next(results) if need else None for need in wanted)
+        return *(None,) * 6, *(next(results) if need else None for need in wanted)

@@ -82,22 +82,13 @@ class LinearGradients(NamedTuple):
 
     def layers(self) -> Iterator[LinearGradient]:
         """The arguments of `noisy_linear_grad_` for one layer after another."""
-        for i, (x, loss_weight, sigma, key) in enumerate(
-            zip(self.xs, self.loss_weights, self.sigmas, self.keys, strict=True)
-        ):
-            noise = NoiseSpec(
-                key,
-                self.antithetic,
-                self.dist,
-                self.sampler,
-                self.positions[i] if self.positions else 1,
-                self.draw,
-                self.row_offset[i] if self.row_offset else 0,
-                self.col_offset[i] if self.col_offset else 0,
-            )
-            bias = self.grad_biases[i]
-            bias_or_none = bias if bias.numel() else None
-            yield LinearGradient(self.grad_weights[i], bias_or_none, None, x, loss_weight, sigma, noise)
+        ones, zeros = [1] * len(self.xs), [0] * len(self.xs)
+        places = zip(self.positions or ones, self.row_offset or zeros, self.col_offset or zeros, strict=True)
+        biases = (bias if bias.numel() else None for bias in self.grad_biases)
+        layers = zip(self.grad_weights, biases, self.xs, self.loss_weights, self.sigmas, self.keys, places, strict=True)
+        for weight, bias, x, loss_weight, sigma, key, (positions, row, col) in layers:
+            noise = NoiseSpec(key, self.antithetic, self.dist, self.sampler, positions, self.draw, row, col)
+            yield LinearGradient(weight, bias, None, x, loss_weight, sigma, noise)
 
 
 def check(a: LinearGradients) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -179,10 +180,7 @@ def noise_like(parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str
 
 
 def _rows_cols(shape: Sequence[int]) -> tuple[int, int]:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows, shape[-1] if shape else 1
+    return math.prod(shape[:-1]), shape[-1] if shape else 1
 
 
 class Noise(NamedTuple):

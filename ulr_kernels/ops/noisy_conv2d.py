@@ -1,4 +1,4 @@
-"""noisy_conv2d: a convolution with logit noise, y = conv(x, weight) + b + sigma * eps."""
+"""noisy_conv2d: a convolution with noise on its output, y = conv(x, weight) + b + sigma * eps."""
 
 from __future__ import annotations
 
@@ -65,38 +65,13 @@ def noisy_conv2d(
     _conv.check_images(rules, x)
     _conv.check_kernel(rules, "weight", weight, transposed)
     kernel = weight.shape[2:]
-    window = _conv.resolve_window("noisy_conv2d", kernel, stride, padding, dilation, groups, transposed, output_padding)
+    window = _conv.resolve_window(rules, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key, scale = key_and_sigma("noisy_conv2d", key, sigma, x.device, zero=True)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     if needs_gradient("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale):
-        return _Pathwise.apply(x, weight, bias, scale, key, window, which)
+        return _linear.Pathwise.apply("noisy_conv2d", window.backward, window, which, x, weight, bias, scale, key)
     return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, scale, key, *window, *which)
-
-
-class _Pathwise(torch.autograd.Function):
-    """The ordinary gradient through y at fixed noise: half-order estimators cut backpropagation above or below it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, sigma, key, window, which):
-        ctx.save_for_backward(x, weight, bias, sigma, key)
-        ctx.window, ctx.which = window, which
-        return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, sigma, key, *window, *which)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias, sigma, key = ctx.saved_tensors
-        window, which = ctx.window, ctx.which
-        grad = grad.to(weight.dtype)  # autocast may have computed y in a narrower type
-        by_output = grad.sum(0) if x.dim() == 4 else grad.flatten(0, 1)  # copies that share x add up
-        images = x if x.dim() == 4 else x.flatten(0, 1)
-        grad_x, grad_weight = window.backward(by_output, images.to(grad.dtype), weight, ctx.needs_input_grad[:2])
-        grad_x = grad_x if grad_x is None else grad_x.reshape(x.shape)
-        grad_bias = by_output.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[2] else None
-        grad_sigma = None
-        if ctx.needs_input_grad[3]:
-            grad_sigma = _linear.sigma_gradient(grad.movedim(2, -1).flatten(1, 3), sigma, key, which)
-        return grad_x, grad_weight, grad_bias, grad_sigma, None, None, None
 
 
 def check(a: Conv) -> Output:
@@ -106,7 +81,7 @@ def check(a: Conv) -> Output:
     _conv.check_kernel(rules, "weight", a.weight, a.window.transposed)
     _conv.check_window(rules, a.window)
     sizes = _conv.check_sizes(rules, a.x, a.weight.shape, a.window, a.copies, "weight")
-    _conv.check_weight(rules, a.x, a.weight, a.bias, sizes)
+    _linear.check_weight(rules, a.x, a.weight, a.bias, sizes.features)
     _linear.check_sigma(rules, "sigma", a.sigma, sizes.features, (torch.float32,))
     rules.device("x", a.x.device, weight=a.weight, bias=a.bias, sigma=a.sigma, key=a.noise.key)
     rules.noise(a.noise, sizes.rows, sizes.features, draws)

@@ -65,9 +65,10 @@ def noisy_conv2d_grad_(
             argument; nothing has been written.
     """
     op = "noisy_conv2d_grad_"
-    _conv.check_images(Check(op), x)
-    kernel = _conv.kernel_of(op, grad_weight, kernel_size, transposed)
-    window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
+    rules = Check(op)
+    _conv.check_images(rules, x)
+    kernel = _conv.kernel_of(rules, grad_weight, kernel_size, transposed)
+    window = _conv.resolve_window(rules, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key, sigma = key_and_sigma(op, key, sigma, x.device)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
@@ -76,10 +77,7 @@ def noisy_conv2d_grad_(
 
 
 def check(a: ConvGradient) -> None:
-    rules = Check("noisy_conv2d_grad_")
-    sizes = _conv.check_gradients(rules, a)
-    rules.copies(sizes.copies, a.noise.antithetic)
-    _conv.check_noise(rules, a, sizes)
+    _conv.check_gradient(Check("noisy_conv2d_grad_"), a)
 
 
 def cost(a: ConvGradient) -> Cost:

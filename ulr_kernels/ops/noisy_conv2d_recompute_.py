@@ -59,7 +59,7 @@ def noisy_conv2d_recompute_(
     _conv.check_images(rules, x)
     _conv.check_kernel(rules, "weight", weight, transposed)
     kernel = weight.shape[2:]
-    window = _conv.resolve_window(op, kernel, stride, padding, dilation, groups, transposed, output_padding)
+    window = _conv.resolve_window(rules, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key, sigma = key_and_sigma(op, key, sigma, x.device)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
@@ -70,18 +70,10 @@ def noisy_conv2d_recompute_(
 
 
 def check(a: ConvGradient) -> Output:
-    rules, window, weight = Check("noisy_conv2d_recompute_"), a.window, a.weight
-    assert weight is not None
-    _conv.check_kernel(rules, "weight", weight, window.transposed)
-    sizes = _conv.check_gradients(rules, a)
-    rules.copies(sizes.copies, a.noise.antithetic)
-    _conv.check_sizes(rules, a.x, weight.shape, window, sizes.copies, "weight")
-    if window.channels(weight.shape)[1] != sizes.features:
-        named = "grad_bias" if a.grad_weight is None else "grad_weight"
-        rules.fail(named, f"have {window.channels(weight.shape)[1]} channels like weight", sizes.features)
-    _conv.check_weight(rules, a.x, weight, a.bias, sizes)
-    _conv.check_noise(rules, a, sizes)
-    return _conv.output(a.x, weight, sizes, window)
+    rules = Check("noisy_conv2d_recompute_")
+    assert a.weight is not None
+    _conv.check_kernel(rules, "weight", a.weight, a.window.transposed)
+    return _conv.output(a.x, a.weight, _conv.check_gradient(rules, a), a.window)
 
 
 def reference(y: Tensor, a: ConvGradient) -> None:

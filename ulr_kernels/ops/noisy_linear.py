@@ -1,6 +1,8 @@
-"""noisy_linear: a linear layer with logit noise, y = x W^T + b + sigma * eps."""
+"""noisy_linear: a linear layer with noise on its output, y = x W^T + b + sigma * eps."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,30 +53,12 @@ def noisy_linear(
     key, scale = key_and_sigma("noisy_linear", key, sigma, x.device, zero=True)
     which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
     if needs_gradient("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale):
-        return _Pathwise.apply(x, weight, bias, scale, key, *which)
+        return _linear.Pathwise.apply("noisy_linear", _backward, (), which, x, weight, bias, scale, key)
     return torch.ops.ulr.noisy_linear.default(x, weight, bias, scale, key, *which)
 
 
-class _Pathwise(torch.autograd.Function):
-    """The ordinary gradient through y at fixed noise: half-order estimators cut backpropagation above or below it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, sigma, key, *which):
-        ctx.save_for_backward(x, weight, bias, sigma, key)
-        ctx.which = which
-        return torch.ops.ulr.noisy_linear.default(x, weight, bias, sigma, key, *which)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, bias, sigma, key = ctx.saved_tensors
-        grad = grad.to(weight.dtype)  # autocast may have computed y in a narrower type
-        shared = grad.sum(0) if x.dim() == 2 else grad  # copies that share x add up
-        rows = shared.reshape(-1, shared.shape[-1])
-        grad_x = shared @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = rows.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
-        grad_sigma = _linear.sigma_gradient(grad, sigma, key, ctx.which) if ctx.needs_input_grad[3] else None
-        return grad_x, grad_weight, grad_bias, grad_sigma, None, *(None for _ in ctx.which)
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    return grad @ weight if wanted[0] else None, grad.T @ x if wanted[1] else None
 
 
 def check(a: Linear) -> Output:
@@ -84,7 +68,7 @@ def check(a: Linear) -> Output:
         rules.fail("weight", "be [N, K]", list(a.weight.shape))
     _linear.check_x(rules, a.x, a.copies, a.weight)
     rows, features = a.x.shape[-2], a.weight.shape[0]
-    _linear.check_weight(rules, a.x, a.weight, a.bias)
+    _linear.check_weight(rules, a.x, a.weight, a.bias, features)
     _linear.check_sigma(rules, "sigma", a.sigma, features, (torch.float32,))
     rules.device("x", a.x.device, weight=a.weight, bias=a.bias, sigma=a.sigma, key=a.noise.key)
     rules.noise(a.noise, rows, features, draws)

@@ -148,7 +148,7 @@ def check(a: MlpStep) -> Output:
     rules.dtype("x", x, DTYPES)
     if x.dim() != 2 or not x.shape[0]:
         rules.fail("x", "be [R, K] with at least one row", list(x.shape))
-    _check_layers(rules, a.grad_weights, a.grad_biases, x, weights, a.biases)
+    _check_layers(rules, a)
     rules.dtype("sigma", a.sigma, (torch.float32,))
     rules.dtype("keys", a.keys, (torch.int64,))
     for argument, tensor in (("sigma", a.sigma), ("keys", a.keys)):
@@ -162,42 +162,27 @@ def check(a: MlpStep) -> Output:
     return Output((1 if a.joint else len(weights), a.copies, x.shape[0]), torch.float32)
 
 
-def _check_layers(
-    rules: Check,
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-) -> None:
-    buffers = _linear.buffer_dtypes(x)
+def _check_layers(rules: Check, a: MlpStep) -> None:
+    x, weights, biases, buffers = a.x, a.weights, a.biases, _linear.buffer_dtypes(a.x)
     if len(biases) not in (0, len(weights)):
         rules.fail("biases", f"hold none or {len(weights)}, one per layer", len(biases))
-    for argument, given, wanted in (
-        ("grad_weights", grad_weights, len(weights)),
-        ("grad_biases", grad_biases, len(biases)),
-    ):
-        if len(given) != wanted:
-            rules.fail(argument, f"hold {wanted} buffers, one for each of the layers", len(given))
+    for argument, wanted in (("grad_weights", len(weights)), ("grad_biases", len(biases))):
+        if len(getattr(a, argument)) != wanted:
+            rules.fail(argument, f"hold {wanted} buffers, one for each of the layers", len(getattr(a, argument)))
     inputs = x.shape[1]
     for layer, weight in enumerate(weights):
         name, source = f"weights[{layer}]", "x" if layer == 0 else f"weights[{layer - 1}]"
         if weight.dim() != 2 or weight.shape[1] != inputs or not weight.numel():
             rules.fail(name, f"be [N, {inputs}], what {source} gives, and not empty", list(weight.shape))
         inputs = weight.shape[0]
-        rules.dtype(name, weight, (x.dtype,))
-        rules.device("x", x.device, **{name: weight})
-        rules.dtype(f"grad_weights[{layer}]", grad_weights[layer], buffers)
-        rules.shape(f"grad_weights[{layer}]", grad_weights[layer], tuple(weight.shape), f"as {name}")
-        rules.device("x", x.device, **{f"grad_weights[{layer}]": grad_weights[layer]})
+        parts = [("weights", (x.dtype,), weight.shape), ("grad_weights", buffers, weight.shape)]
         if biases:
-            for argument, vectors, allowed in (
-                ("biases", biases, (x.dtype,)),
-                ("grad_biases", grad_biases, buffers),
-            ):
-                rules.dtype(f"{argument}[{layer}]", vectors[layer], allowed)
-                rules.shape(f"{argument}[{layer}]", vectors[layer], (inputs,), f"{name} is {list(weight.shape)}")
-                rules.device("x", x.device, **{f"{argument}[{layer}]": vectors[layer]})
+            parts += [("biases", (x.dtype,), weight.shape[:1]), ("grad_biases", buffers, weight.shape[:1])]
+        for argument, allowed, shape in parts:
+            part, tensor = f"{argument}[{layer}]", getattr(a, argument)[layer]
+            rules.dtype(part, tensor, allowed)
+            rules.shape(part, tensor, tuple(shape), f"{name} is {list(weight.shape)}")
+            rules.device("x", x.device, **{part: tensor})
 
 
 def reference(losses: Tensor, a: MlpStep) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ulr_kernels.ops import _conv, _perturbed
 from ulr_kernels.ops._conv import Pair, Window
-from ulr_kernels.ops._op import Check, Cost, NoiseSpec, Op, Output, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._op import Check, Cost, Op, Output, register
 from ulr_kernels.ops._parameters import rows_cols
 from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
@@ -56,14 +56,11 @@ def perturbed_conv2d(
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    _conv.check_kernel(Check("perturbed_conv2d"), "weight", weight, False)
-    kernel = weight.shape[2:]
-    window = _conv.resolve_window("perturbed_conv2d", kernel, stride, padding, dilation, groups, False, 0)
-    key = key_tensor("perturbed_conv2d", key, x.device)
-    scale = fp32_tensor("perturbed_conv2d", "sigma", sigma, x.device)
-    noise = NoiseSpec(key, antithetic, dist, "iid", 1, draw, row_offset, col_offset)
-    how = WeightNoise(noise, copies, rank, mask)
-    return _perturbed.call("perturbed_conv2d", window.convolve, 4, (x, weight, bias, scale), window[:4], how)
+    rules = Check("perturbed_conv2d")
+    _conv.check_kernel(rules, "weight", weight, False)
+    window = _conv.resolve_window(rules, weight.shape[2:], stride, padding, dilation, groups, False, 0)
+    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    return _perturbed.call("perturbed_conv2d", window.convolve, 4, (x, weight, bias), sigma, key, window[:4], how)
 
 
 class PerturbedConv(NamedTuple):
@@ -82,10 +79,7 @@ def check(a: PerturbedConv) -> Output:
     _conv.check_kernel(rules, "weight", weight, False)
     _conv.check_window(rules, a.window)
     _perturbed.check_copies(rules, weight, a.sigma, a.how)
-    if x.dim() not in (4, 5):
-        rules.fail("x", "be [B, I, H, W] or [C, B, I, H, W]", list(x.shape))
-    if x.dim() == 5 and x.shape[0] != copies:
-        rules.fail("x", f"have {copies} copies on its first axis, or no such axis", list(x.shape))
+    _conv.check_images(rules, x)
     sizes = _conv.check_sizes(rules, x, weight.shape, a.window, copies, "weight")
     rules.dtype("weight", weight, (x.dtype,))
     _perturbed.check_bias(rules, weight, a.bias, copies)

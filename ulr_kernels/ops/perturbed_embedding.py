@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels.ops import _perturbed
-from ulr_kernels.ops._op import FLOATS, Check, Cost, NoiseSpec, Op, Output, fp32_tensor, key_tensor, register
+from ulr_kernels.ops._op import FLOATS, Check, Cost, Op, Output, register
 from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
 
@@ -45,15 +46,8 @@ def perturbed_embedding(
             on a GPU are not read on the host: there the row of one that is out of range is NaN, or the device asserts.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    key = key_tensor("perturbed_embedding", key, weight.device)
-    scale = fp32_tensor("perturbed_embedding", "sigma", sigma, weight.device)
-    noise = NoiseSpec(key, antithetic, dist, "iid", 1, draw, row_offset, col_offset)
-    how = WeightNoise(noise, copies, rank, mask)
-    return _perturbed.call("perturbed_embedding", _gather, 1, (indices, weight, scale), (), how)
-
-
-def _gather(indices: Tensor, weight: Tensor) -> Tensor:
-    return weight[indices]
+    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    return _perturbed.call("perturbed_embedding", F.embedding, 1, (indices, weight), sigma, key, (), how)
 
 
 class PerturbedEmbedding(NamedTuple):
@@ -75,7 +69,7 @@ def check(a: PerturbedEmbedding) -> Output:
     if indices.dim() not in (1, 2):
         rules.fail("indices", "be [R] or [C, R]", list(indices.shape))
     if indices.dim() == 2 and indices.shape[0] != copies:
-        rules.fail("indices", f"have {copies} copies on its first axis, or no such axis", list(indices.shape))
+        rules.fail("indices", f"have {copies} copies on its first axis, or no copy axis", list(indices.shape))
     rules.device("weight", weight.device, indices=indices, sigma=a.sigma, key=a.how.noise.key, mask=a.how.mask)
     return Output((copies, indices.shape[-1], weight.shape[1]), weight.dtype)
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels import noise_contract
-from ulr_kernels.ops import _perturbed
-from ulr_kernels.ops._op import FLOATS, Check, Cost, NoiseSpec, Op, Output, fp32_tensor, key_tensor, register
+from ulr_kernels.ops import _linear, _perturbed
+from ulr_kernels.ops._op import Check, Cost, Op, Output, register
 from ulr_kernels.ops._perturbed import COPIES_SCHEMA, WeightNoise
 
 
@@ -61,11 +61,8 @@ def perturbed_linear(
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    key = key_tensor("perturbed_linear", key, x.device)
-    scale = fp32_tensor("perturbed_linear", "sigma", sigma, x.device)
-    noise = NoiseSpec(key, antithetic, dist, "iid", 1, draw, row_offset, col_offset)
-    how = WeightNoise(noise, copies, rank, mask)
-    return _perturbed.call("perturbed_linear", F.linear, 2, (x, weight, bias, scale), (), how)
+    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    return _perturbed.call("perturbed_linear", F.linear, 2, (x, weight, bias), sigma, key, (), how)
 
 
 class PerturbedLinear(NamedTuple):
@@ -80,17 +77,11 @@ class PerturbedLinear(NamedTuple):
 
 def check(a: PerturbedLinear) -> Output:
     rules, x, weight, copies = Check("perturbed_linear"), a.x, a.weight, a.how.copies
-    rules.dtype("x", x, FLOATS)
-    rules.dtype("weight", weight, (x.dtype,))
     if weight.dim() != 2:
         rules.fail("weight", "be [N, K]", list(weight.shape))
     _perturbed.check_copies(rules, weight, a.sigma, a.how)
-    if x.dim() not in (2, 3):
-        rules.fail("x", "be [R, K] or [C, R, K]", list(x.shape))
-    if x.shape[-1] != weight.shape[1]:
-        rules.fail("x", f"have {weight.shape[1]} features (weight is {list(weight.shape)})", list(x.shape))
-    if x.dim() == 3 and x.shape[0] != copies:
-        rules.fail("x", f"have {copies} copies on its first axis, or no such axis", list(x.shape))
+    _linear.check_x(rules, x, copies, weight)
+    rules.dtype("weight", weight, (x.dtype,))
     _perturbed.check_bias(rules, weight, a.bias, copies)
     rules.device("x", x.device, weight=weight, bias=a.bias, sigma=a.sigma, key=a.how.noise.key, mask=a.how.mask)
     return Output((copies, x.shape[-2], weight.shape[0]), x.dtype)

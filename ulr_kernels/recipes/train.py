@@ -73,7 +73,7 @@ class Trainer:
         self.commands: list[str] = []
 
     def _estimator(self) -> ULR:
-        """Tried on one image, so that what it refuses only when it meets the model is refused before a run begins."""
+        """The estimator, tried on one image, so that it refuses a model before a run begins."""
         try:
             estimator = ULR(self.model, seed=self.settings.seed, **self.settings.estimator)
             estimator.backward(self.inputs(self.train.images[:1]), self.train.labels[:1], self.loss_per_row)

@@ -10,13 +10,10 @@ import pathlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from ulr_kernels.backends import _native, _parameters
+from ulr_kernels.backends import _arguments, _native
+from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.cpp import conv, elementwise, linear, mlp, perturbed
-from ulr_kernels.ops.combine_ import Combine
-from ulr_kernels.ops.noise import FoldIn, Noise, Philox
-from ulr_kernels.ops.perturb_ import Perturb
 
 
 @functools.cache
@@ -87,55 +84,13 @@ def describe() -> str:
     return f"kernels use {isa()} (of {', '.join(available_isas())}), torch {capability}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise and the primitives below it.
+def _launch(op: str, arguments: Callable[..., Arguments], *args) -> None:
+    """The provider of an op that is one launch."""
+    _native.launch_cpu(op, *arguments(*args))
 
 
-def _philox4x32(out: Tensor, a: Philox) -> None:
-    rows = (out.view(-1, 4), a.counter.reshape(-1, 4), a.key)
-    _native.launcher("cpp", "philox4x32")(None, _native.views(rows))
-
-
-def _fold_in(out: Tensor, a: FoldIn) -> None:
-    shape = (1,) * (3 - out.dim()) + out.shape if out.dim() <= 3 else (1, 1, out.numel())
-    flat = [t.expand(out.shape).reshape(shape) for t in (out, a.key, a.data)]  # kept alive: some are copies
-    _native.launcher("cpp", "fold_in")(None, _native.views(flat))
-
-
-def _noise(out: Tensor, a: Noise) -> None:
-    cols = a.shape[-1] if a.shape else 1
-    if out.numel():
-        _native.launch_cpu("noise", _native.noise_view(a.noise, cols), (out.view(-1, cols),))
-
-
-def _on_list(op: str, a: Perturb | Combine) -> None:
-    call = getattr(_parameters, op)(a)
-    _native.launch_cpu(op, *call)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-_PROVIDERS: dict[str, Callable] = {
-    "philox4x32": _philox4x32,
-    "fold_in": _fold_in,
-    "noise": _noise,
-    "noise_add": elementwise.noise_add,
-    "noise_score": elementwise.noise_score,
-    "scale_shift_grad_": elementwise.scale_shift_grad_,
-    "noisy_conv2d": conv.noisy_conv2d,
-    "noisy_conv2d_grad_": conv.noisy_conv2d_grad_,
-    "noisy_conv2d_recompute_": conv.noisy_conv2d_recompute_,
-    "noisy_linear": linear.noisy_linear,
-    "noisy_linear_grad_": linear.noisy_linear_grad_,
-    "foreach_noisy_linear_grad_": linear.foreach_noisy_linear_grad_,
-    "noisy_linear_recompute_": linear.noisy_linear_recompute_,
-    "noisy_mlp_step": mlp.noisy_mlp_step,
-    "perturbed_linear": perturbed.perturbed_linear,
-    "perturbed_conv2d": perturbed.perturbed_conv2d,
-    "perturbed_embedding": perturbed.perturbed_embedding,
-    "perturb_": functools.partial(_on_list, "perturb_"),
-    "combine_": functools.partial(_on_list, "combine_"),
+_PROVIDERS = _native.by_op(conv, elementwise, linear, mlp, perturbed) | {
+    op: functools.partial(_launch, op, arguments) for op, arguments in _native.by_op(_arguments).items()
 }
 
 

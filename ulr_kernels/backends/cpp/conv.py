@@ -54,7 +54,7 @@ def _conv(
     xs, ys, loss_weights = halves(x, antithetic and own_x), halves(y, antithetic), halves(loss_weight, antithetic)
     bias_sums = None if grad_bias is None else sums_of(grad_bias)
     log_sigma = None if grad_log_sigma is None else sums_of(grad_log_sigma)
-    gradient = None if grad_weight is None else _Gradient(grad_weight, window)
+    weight_sums = None if grad_weight is None else sums_of(grad_weight)
 
     launch = _native.launcher("cpp", "noisy_linear" if last else "noisy_channels")
     pixels, threads = height * width, torch.get_num_threads()
@@ -80,13 +80,13 @@ def _conv(
         )
         which = _native.noise_view(noise, features, use.start, image.start * pixels)
         launch(which, _native.views(pass_tensors), threads=threads)
-        if gradient is not None:
+        if weight_sums is not None:
             for score, chunk in zip(scores, x_chunks, strict=True):
                 if score is not None and chunk is not None:
-                    gradient.add(score, chunk)
+                    inputs = chunk.flatten(0, 1).float()
+                    weight_sums.add_(window.weight_gradient(score.flatten(0, 1), inputs, weight_sums.shape))
         del bases, scores, pass_tensors  # before the next chunk's are allocated
-    if gradient is not None:
-        gradient.store()
+    store(weight_sums, grad_weight)
     if loss_weight is not None:
         store(bias_sums, grad_bias)
         store(log_sigma, grad_log_sigma)
@@ -133,22 +133,3 @@ def _product(
     dtype = x.dtype if onednn.supports(x.dtype) else _FP32
     made = window.convolve(x.flatten(0, 1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return made.contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])
-
-
-class _Gradient:
-    """Adds the weight gradients of chunks in fp32, and rounds once to grad_weight."""
-
-    def __init__(self, buffer: Tensor, window: Window) -> None:
-        self.buffer = buffer
-        self.window = window
-        self.sums = sums_of(buffer)
-        self.like = buffer.new_empty(buffer.shape, dtype=_FP32)
-
-    def add(self, scores: Tensor, x: Tensor) -> None:
-        images = x.flatten(0, 1).float()
-        by_weight = self.window.backward(scores.flatten(0, 1), images, self.like, (False, True))[1]
-        assert by_weight is not None
-        self.sums.add_(by_weight)
-
-    def store(self) -> None:
-        store(self.sums, self.buffer)

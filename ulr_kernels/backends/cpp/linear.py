@@ -90,7 +90,8 @@ def _linear(
     for n in range(0, features, sizes.features):
         cols = slice(n, min(n + sizes.features, features))
         operands = None if weight is None else _operands(narrow(weight, cols), part(bias, cols))
-        gradient = None if grad_weight is None else _Gradient(narrow(grad_weight, cols), sizes)
+        buffer = part(grad_weight, cols)
+        weight_sums = None if buffer is None else sums_of(buffer)
         for copy, row in row_tiles(draws if own_x else 1, x.shape[1], sizes.rows, positions):
             use = copy if own_x else slice(0, draws)
             sample = slice(row.start // positions, -(-row.stop // positions))
@@ -113,13 +114,12 @@ def _linear(
             )
             which = _native.noise_view(noise, features, use.start, row.start, n)
             launch(which, _native.views(tensors), threads=threads)
-            if gradient is not None:
+            if weight_sums is not None:
                 for score, tile in zip(scores, x_tiles, strict=True):
                     if score is not None and tile is not None:
-                        gradient.add(score, tile)
+                        _add_product(weight_sums, score, tile, sizes.product_features)
             del bases, scores, tensors  # before the next tile's are allocated
-        if gradient is not None:
-            gradient.store()
+        store(weight_sums, buffer)
     if loss_weight is not None:
         store(bias_sums, grad_bias)
         store(log_sigma, grad_log_sigma)
@@ -208,21 +208,10 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
 
 
-class _Gradient:
-    """Adds products of scores and x in fp32, and rounds once to a tile of features of grad_weight."""
-
-    def __init__(self, buffer: Tensor, sizes: _Sizes) -> None:
-        self.buffer = buffer
-        self.sums = sums_of(buffer)
-        self.features = sizes.product_features
-
-    def add(self, scores: Tensor, x: Tensor) -> None:
-        """Add the sum over copies and rows of scores [C, R, N] (outer) x [C, R, K]."""
-        rows = x.flatten(0, 1).float().contiguous()
-        scores = scores.flatten(0, 1)
-        for n in range(0, scores.shape[1], self.features):
-            cols = slice(n, n + self.features)
-            self.sums[cols].add_(onednn.linear(scores[:, cols].T, rows.T))
-
-    def store(self) -> None:
-        store(self.sums, self.buffer)
+def _add_product(sums: Tensor, scores: Tensor, x: Tensor, step: int) -> None:
+    """Add the sum over copies and rows of scores [C, R, N] (outer) x [C, R, K], in fp32, `step` features at a time."""
+    rows = x.flatten(0, 1).float().contiguous()
+    scores = scores.flatten(0, 1)
+    for n in range(0, scores.shape[1], step):
+        cols = slice(n, n + step)
+        sums[cols].add_(onednn.linear(scores[:, cols].T, rows.T))

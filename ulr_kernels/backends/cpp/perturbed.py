@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ulr_kernels import onednn
 from ulr_kernels.backends import _native
+from ulr_kernels.backends.cpp.tiles import halves
 from ulr_kernels.dispatch import allocating
 from ulr_kernels.ops._conv import Window
 from ulr_kernels.ops._op import Output
@@ -43,7 +44,7 @@ def perturbed_linear(output: Output, a: PerturbedLinear) -> Tensor:
     y = output.allocate(x.device)
     if x.shape[-2] <= FEW_ROWS:
         xs, biases = _by_sign(x, 2, how), _by_sign(bias, 1, how)
-        _launch("perturbed_linear", how, (*_halves(y, how), *xs, *biases, weight, sigma, how.mask))
+        _launch("perturbed_linear", how, (*halves(y, how.noise.antithetic), *xs, *biases, weight, sigma, how.mask))
     elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT.get(x.dtype, 0) and onednn.supports(x.dtype):
         _by_batches(y, x, weight, bias, sigma, how)
     else:
@@ -145,9 +146,9 @@ def _low_rank(
             panel = weight[part].contiguous()
             for copy, clean in enumerate(base):
                 clean[:, part] = _product(of_copy(x, copy, 2), panel, shared, part)
-    bases = _halves(base, how) if len(base) > 1 else (base, None)
+    bases = halves(base, how.noise.antithetic) if len(base) > 1 else (base, None)
     biases = _by_sign(own if own is None else own.contiguous(), 1, how)
-    _launch("low_rank_linear", how, (*_halves(y, how), *bases, *_by_sign(x, 2, how), *biases, sigma))
+    _launch("low_rank_linear", how, (*halves(y, how.noise.antithetic), *bases, *_by_sign(x, 2, how), *biases, sigma))
     return y
 
 
@@ -186,20 +187,15 @@ def _filter_parts(weight: Tensor, window: Window) -> Iterator[tuple[slice, slice
 def perturbed_embedding(y: Tensor, a: PerturbedEmbedding) -> None:
     indices, weight, sigma, how = a
     check_range(indices, weight)
-    own = (indices, None) if indices.dim() == 1 else _halves(indices, how)
-    _launch("perturbed_weight", how, (*_halves(y, how), weight, sigma, how.mask, *own))
-
-
-def _halves(tensor: Tensor, how: WeightNoise) -> tuple[Tensor, Tensor | None]:
-    """The copies with the noise as it is, and those with the noise negated."""
-    return (tensor[: how.draws], tensor[how.draws :]) if how.noise.antithetic else (tensor, None)
+    own = (indices, None) if indices.dim() == 1 else halves(indices, how.noise.antithetic)
+    _launch("perturbed_weight", how, (*halves(y, how.noise.antithetic), weight, sigma, how.mask, *own))
 
 
 def _by_sign(tensor: Tensor | None, shared_dims: int, how: WeightNoise) -> tuple[Tensor | None, Tensor | None]:
-    """`_halves` of an argument; the second is None where the copies share it. A bias is a row: [copies, 1, N]."""
+    """`halves` of an argument; the second is None where the copies share it. A bias is a row: [copies, 1, N]."""
     if tensor is None or tensor.dim() == shared_dims:
         return tensor, None
-    return _halves(tensor[:, None] if tensor.dim() == 2 else tensor, how)
+    return halves(tensor[:, None] if tensor.dim() == 2 else tensor, how.noise.antithetic)
 
 
 def _launch(name: str, how: WeightNoise, tensors: tuple[Tensor | None, ...], draw: int = 0, row: int = 0) -> None:

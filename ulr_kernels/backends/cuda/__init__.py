@@ -7,33 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from ulr_kernels.backends import _native, _parameters
+from ulr_kernels.backends import _arguments, _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import conv, elementwise, linear, mlp, noise, perturbed
+from ulr_kernels.backends.cuda import conv, elementwise, linear, mlp, perturbed
 
 NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
 
-ARGUMENTS: dict[str, Callable[..., Arguments]] = {
-    "philox4x32": noise.philox4x32,
-    "fold_in": noise.fold_in,
-    "noise": noise.noise,
-    "noise_add": elementwise.noise_add,
-    "noise_score": elementwise.noise_score,
-    "scale_shift_grad_": elementwise.scale_shift_grad_,
-    "noisy_conv2d": conv.noisy_conv2d,
-    "noisy_conv2d_grad_": conv.noisy_conv2d_grad_,
-    "noisy_conv2d_recompute_": conv.noisy_conv2d_recompute_,
-    "noisy_linear": linear.noisy_linear,
-    "noisy_linear_grad_": linear.noisy_linear_grad_,
-    "foreach_noisy_linear_grad_": linear.foreach_noisy_linear_grad_,
-    "noisy_linear_recompute_": linear.noisy_linear_recompute_,
-    "noisy_mlp_step": mlp.noisy_mlp_step,
-    "perturbed_linear": perturbed.perturbed_linear,
-    "perturbed_conv2d": perturbed.perturbed_conv2d,
-    "perturbed_embedding": perturbed.perturbed_embedding,
-    "perturb_": _parameters.perturb_,
-    "combine_": _parameters.combine_,
-}
+ARGUMENTS: dict[str, Callable[..., Arguments]] = _native.by_op(_arguments, conv, elementwise, linear, mlp, perturbed)
 
 
 @functools.cache

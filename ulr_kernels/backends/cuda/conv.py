@@ -20,19 +20,10 @@ def window_numbers(window: Window, kernel: Sequence[int], tile_channels: int) ->
     return (*window.stride, top, left, *window.dilation, *groups, *kernel, tile_channels)
 
 
-def _tile_channels(window: Window, inputs: int, features: int, tile: int, col_offset: int) -> int:
-    """The largest number of input channels that a tile of features needs: those of all groups in the tile."""
-    features_of_group, most = features // window.groups, 1
-    for first in range(-(col_offset % tile), features, tile):
-        last = min(first + tile, features) - 1
-        most = max(most, last // features_of_group - max(first, 0) // features_of_group + 1)
-    return most * (inputs // window.groups)
-
-
 def noisy_conv2d(y: Tensor, a: Conv) -> Arguments:
-    features = y.shape[2]
+    features, tile = y.shape[2], tiles.CONV_FEATURES
     images = a.x if a.x.dim() == 5 else a.x[None]
-    channels = _tile_channels(a.window, a.x.shape[-3], features, tiles.CONV_FEATURES, a.noise.col_offset)
+    channels = a.window.tile_channels(a.x.shape[-3], features, tile, a.noise.col_offset % tile)
     numbers = window_numbers(a.window, a.weight.shape[2:], channels)
     return Arguments(_native.noise_view(a.noise, features), (y, images, a.weight, a.bias, a.sigma), numbers)
 
@@ -48,11 +39,11 @@ def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> Arguments:
 def _gradient(output: tuple[Tensor, ...], a: ConvGradient, operands: tuple[Tensor | None, ...]) -> Arguments:
     """Arguments of a gradient, or, with the output and the operands of the forward, of a recompute."""
     x, kernel, size, sizes = a.x, a.kernel_size, a.output_size, a.sizes
-    features = sizes.features
-    channels = _tile_channels(a.window, x.shape[-3], features, tiles.GRADIENT_FEATURES, a.noise.col_offset)
+    features, tile = sizes.features, tiles.GRADIENT_FEATURES
+    channels = a.window.tile_channels(x.shape[-3], features, tile, a.noise.col_offset % tile)
     inner = channels * kernel[0] * kernel[1]
     # The rows are split into enough parts to occupy every processor; each part has its own sums.
-    count = -(-features // tiles.GRADIENT_FEATURES) * -(-inner // tiles.GRADIENT_PANEL)
+    count = -(-features // tile) * -(-inner // tiles.GRADIENT_PANEL)
     units = (1 if sizes.shared else sizes.copies) * -(-sizes.rows // tiles.GRADIENT_ROWS)
     splits = max(1, min(-(-mlp.processors(x.device) // count), units))
     partials = torch.empty(splits * features * (inner + 2), dtype=torch.float32, device=x.device)

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
 
 import torch
 
-# The module of each op; the provider is the function in it that has the op's name.
+# The module of each op. It has the op's launch, `<op>_launch`, or, if there is more to do, its provider, `<op>`.
 _MODULES = {
     "philox4x32": "noise",
     "fold_in": "noise",
@@ -48,7 +49,10 @@ def provider(op: str, device: torch.device) -> Callable | str:
     reason = _absence(device)
     if reason:
         return reason
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[op]}"), op)
+    module = importlib.import_module(f"{__name__}.{_MODULES[op]}")
+    if hasattr(module, op):
+        return getattr(module, op)
+    return functools.partial(importlib.import_module(f"{__name__}.launch").run, getattr(module, f"{op}_launch"))
 
 
 def _absence(device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ def tiled(kernel: Any, grid: int, arguments: dict[str, Any], tile: Tile) -> Laun
     """The launch of a kernel that takes the extents of a tile as BR, BC and, of products, BK."""
     extents = {"BR": tile.rows, "BC": tile.cols} | ({"BK": tile.inputs} if tile.inputs else {})
     return Launch(kernel, grid, arguments | extents, tile.warps, tile.stages)
+
+
+def run(launch: Callable[[Tensor, Any], Launch], out: Tensor, a: Any) -> None:
+    """The provider of an op that is one launch, of its output and bound arguments."""
+    if out.numel():
+        launch(out, a).run()
 
 
 @functools.cache

@@ -33,12 +33,7 @@ def philox_kernel(out, counter, key, count, stride_call, stride_word, stride_key
     tl.store(out + call * 4 + 3, w3.to(tl.int64), mask=inside)
 
 
-def philox4x32(out: Tensor, a: Philox) -> None:
-    if out.numel():
-        philox_launch(out, a).run()
-
-
-def philox_launch(out: Tensor, a: Philox) -> Launch:
+def philox4x32_launch(out: Tensor, a: Philox) -> Launch:
     calls = a.counter.reshape(-1, 4)  # a view, except for a counter with several axes that strides do not join
     return Launch(
         philox_kernel,
@@ -67,11 +62,6 @@ def fold_in_kernel(out, key, data, count, stride_key, stride_data, COUNTER: tl.c
         d.to(tl.uint32), (d >> 32).to(tl.uint32), zero, zero + COUNTER, k.to(tl.uint32), (k >> 32).to(tl.uint32)
     )
     tl.store(out + i, low.to(tl.int64) | (high.to(tl.int64) << 32), mask=inside)
-
-
-def fold_in(out: Tensor, a: FoldIn) -> None:
-    if out.numel():
-        fold_in_launch(out, a).run()
 
 
 def fold_in_launch(out: Tensor, a: FoldIn) -> Launch:
@@ -131,11 +121,6 @@ def noise_kernel(
     )
     inside = (row < rows)[:, None] & ((col >= 0) & (col < cols))[None, :]
     tl.store(out + row[:, None] * cols + col[None, :], noise_tile(raw, source, DIST), mask=inside)
-
-
-def noise(out: Tensor, a: Noise) -> None:
-    if out.numel():
-        noise_launch(out, a).run()
 
 
 def noise_launch(out: Tensor, a: Noise) -> Launch:

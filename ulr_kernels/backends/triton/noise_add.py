@@ -85,11 +85,6 @@ def noise_add_kernel(
             tl.store(y_tile + (copy + draws) * stride_y_copy, noised.to(y.dtype.element_ty), mask=inside)
 
 
-def noise_add(y: Tensor, a: NoiseAdd) -> None:
-    if y.numel():
-        noise_add_launch(y, a).run()
-
-
 def noise_add_launch(y: Tensor, a: NoiseAdd) -> Launch:
     to, clean = images(a.feature_dim % (y.dim() - 1), y, a.x[None] if a.shared else a.x)
     features = to.shape[2]

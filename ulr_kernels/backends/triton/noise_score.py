@@ -75,11 +75,6 @@ def noise_score_kernel(
     tl.store(out_tile, join_parts(total) / scale, mask=row_inside[:, None] & col_inside[None, :])
 
 
-def noise_score(out: Tensor, a: NoiseScore) -> None:
-    if out.numel():
-        noise_score_launch(out, a).run()
-
-
 def noise_score_launch(out: Tensor, a: NoiseScore) -> Launch:
     (grid,) = images(a.feature_dim % out.dim(), out[None])
     features = grid.shape[2]

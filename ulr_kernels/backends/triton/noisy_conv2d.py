@@ -25,7 +25,7 @@ def pixel_of(row, window):
 def output_rows(y, first_row, rows, window, y_strides, RUN: tl.constexpr, BR: tl.constexpr):
     """Addresses of BR output pixels, and which of them exist.
 
-    Each `RUN` of them lie side by side in one image, which this form tells the compiler: stores move `RUN` at once.
+    Each `RUN` of them lie side by side in one image. This form shows that to the compiler: stores move `RUN` at once.
     """
     if RUN == BR:
         image = first_row // window[10]
@@ -196,11 +196,6 @@ def noisy_conv2d_kernel(
             tl.store(y_tile + copy, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
 
 
-def noisy_conv2d(y: Tensor, a: Conv) -> None:
-    if y.numel():
-        noisy_conv2d_launch(y, a).run()
-
-
 def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
     features, rows = y.shape[2], y.shape[1] * y.shape[3] * y.shape[4]
     draws, kernel = a.noise.draws(a.copies), a.weight.shape[2:]
@@ -209,7 +204,7 @@ def noisy_conv2d_launch(y: Tensor, a: Conv) -> Launch:
     which = noise_arguments(a.noise, features)
     tile_count = cdiv(rows, tile.rows) * cdiv(features + which["shift"], tile.cols)
     draws_here = tiles.draws_per_program(draws, tile_count) if shared else 1
-    channels = tile_channels(a.window, a.x.shape[-3], features, tile.cols, which["shift"])
+    channels = a.window.tile_channels(a.x.shape[-3], features, tile.cols, which["shift"])
     return tiled(
         noisy_conv2d_kernel,
         tile_count * cdiv(draws, draws_here),
@@ -235,15 +230,6 @@ def pixel_strides(y: Tensor) -> tuple[int, int, int, int]:
     """The strides of copies, images, channels and pixels, which follow one another."""
     copy, image, channel, _, pixel = y.stride()
     return copy, image, channel, pixel
-
-
-def tile_channels(window: Window, inputs: int, features: int, tile: int, shift: int) -> int:
-    """The largest number of input channels that a tile of features needs: those of all groups in the tile."""
-    of_group, most = features // window.groups, 1
-    for first in range(-shift, features, tile):
-        last = min(first + tile, features) - 1
-        most = max(most, last // of_group - max(first, 0) // of_group + 1)
-    return most * (inputs // window.groups)
 
 
 def weight_strides(weight: Tensor | None, window: Window) -> tuple[int, int, int, int]:

@@ -27,7 +27,6 @@ from ulr_kernels.backends.triton.noisy_conv2d import (
     pixel_of,
     pixel_strides,
     tap_of,
-    tile_channels,
     weight_strides,
 )
 from ulr_kernels.backends.triton.scores import add
@@ -195,7 +194,7 @@ def conv_gradient_launch(y: Tensor | None, a: ConvGradient) -> Launch:
     tile_table = tiles.CONV_GRADIENT if shared and y is None else tiles.CONV_GRADIENT_PER_DRAW
     tile = tile_table[a.noise.dist, a.x.element_size()]
     which = noise_arguments(a.noise, features)
-    channels = tile_channels(a.window, a.x.shape[-3], features, tile.cols, which["shift"])
+    channels = a.window.tile_channels(a.x.shape[-3], features, tile.cols, which["shift"])
     inner = channels * kernel[0] * kernel[1]
     col_tiles = cdiv(features + which["shift"], tile.cols)
     tile_count = col_tiles * (cdiv(inner, tile.inputs) if a.grad_weight is not None else 1)

@@ -126,11 +126,6 @@ def noisy_linear_kernel(
             tl.store(y_tile + (d + draws) * copy_size, tl.fma(-scale, eps, mirror).to(y.dtype.element_ty), mask=inside)
 
 
-def noisy_linear(y: Tensor, a: Linear) -> None:
-    if y.numel():
-        noisy_linear_launch(y, a).run()
-
-
 def noisy_linear_launch(y: Tensor, a: Linear) -> Launch:
     _, rows, _, features, shared = a.sizes
     draws = a.noise.draws(a.copies)

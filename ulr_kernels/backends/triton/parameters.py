@@ -19,8 +19,8 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.device_tables import on_device
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, table, tiled
-from ulr_kernels.backends.triton.noise import fold_in
+from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, run, table, tiled
+from ulr_kernels.backends.triton.noise import fold_in_launch
 from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
     _words,
@@ -281,7 +281,7 @@ def with_streams(noise: ListNoise) -> ListNoise:
         return noise._replace(keys=keys)
     numbers = torch.arange(1, 4, device=keys.device)[:, None]  # LOW_RANK_STREAMS and ROUNDING_STREAM of the contract
     derived = torch.empty(3, keys.shape[0], dtype=torch.int64, device=keys.device)
-    fold_in(derived, FoldIn(*torch.broadcast_tensors(keys[None, :], numbers)))
+    run(fold_in_launch, derived, FoldIn(*torch.broadcast_tensors(keys[None, :], numbers)))
     return noise._replace(keys=torch.cat([keys, derived.flatten()]))
 
 

@@ -90,11 +90,6 @@ def perturbed_conv2d_kernel(
         tl.store(to + second * y_strides[0], mirror.to(y.dtype.element_ty), mask=inside)
 
 
-def perturbed_conv2d(y: Tensor, a: PerturbedConv) -> None:
-    if y.numel():
-        perturbed_conv2d_launch(y, a).run()
-
-
 def perturbed_conv2d_launch(y: Tensor, a: PerturbedConv) -> Launch:
     x, weight, bias, sigma, window, how = a
     rows, of_group = y.shape[1] * y.shape[3] * y.shape[4], len(weight) // window.groups

@@ -48,11 +48,6 @@ def perturbed_embedding_kernel(
         tl.store(to + half * rows * cols, tl.where(exists, perturbed(w, -scale, eps, noised), nowhere), mask=inside)
 
 
-def perturbed_embedding(y: Tensor, a: PerturbedEmbedding) -> None:
-    if y.numel():
-        perturbed_embedding_launch(y, a).run()
-
-
 def perturbed_embedding_launch(y: Tensor, a: PerturbedEmbedding) -> Launch:
     indices, weight, sigma, how = a
     rows, cols = y.shape[1:]

@@ -129,11 +129,6 @@ def low_rank_kernel(
         tl.store(to, value.to(y.dtype.element_ty), mask=inside)
 
 
-def perturbed_linear(y: Tensor, a: PerturbedLinear) -> None:
-    if y.numel():
-        perturbed_linear_launch(y, a).run()
-
-
 def perturbed_linear_launch(y: Tensor, a: PerturbedLinear) -> Launch:
     x, weight, bias, sigma, how = a
     noise = how.noise

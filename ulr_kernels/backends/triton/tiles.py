@@ -19,84 +19,57 @@ class Tile(NamedTuple):
     stages: int
 
 
-NOISE = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(64, 128, 0, 8, 1)}
+def _by_dist(normal: Tile, signs: Tile) -> dict[str, Tile]:
+    return {"normal": normal, "laplace": normal, "rademacher": signs}
+
+
+def _by_size(*tables: dict[str, Tile]) -> dict[tuple[str, int], Tile]:
+    """By distribution and bytes of an element, from tables for 2 and, where given, 4 bytes."""
+    return {(dist, size): tile for size, table in zip((2, 4), tables, strict=False) for dist, tile in table.items()}
+
+
+NOISE = _by_dist(Tile(32, 64, 0, 4, 1), Tile(64, 128, 0, 8, 1))
 # Scores: nothing is read for an element, which leaves registers for more signs a thread.
 SCORES = NOISE | {"rademacher": Tile(64, 128, 0, 4, 1)}
 # Parameters, updated in place or gathered: their elements and states take registers beside the noise.
-PARAMETERS = {
-    "normal": Tile(32, 64, 0, 8, 1),
-    "laplace": Tile(32, 64, 0, 8, 1),
-    "rademacher": Tile(32, 128, 0, 8, 1),
-}
+PARAMETERS = _by_dist(Tile(32, 64, 0, 8, 1), Tile(32, 128, 0, 8, 1))
 
-# By bytes of an element: products of fp32 run without tensor cores, in small tiles.
-FORWARD = {
-    ("normal", 2): Tile(64, 64, 64, 8, 3),
-    ("laplace", 2): Tile(64, 64, 64, 8, 3),
-    ("rademacher", 2): Tile(64, 128, 64, 8, 3),
-    ("normal", 4): Tile(64, 64, 32, 8, 2),
-    ("laplace", 4): Tile(64, 64, 32, 8, 2),
-    ("rademacher", 4): Tile(32, 128, 32, 8, 2),
-}
+# Products of fp32 run without tensor cores, in small tiles.
+FORWARD = _by_size(
+    _by_dist(Tile(64, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3)),
+    _by_dist(Tile(64, 64, 32, 8, 2), Tile(32, 128, 32, 8, 2)),
+)
 # For gradients whose draws are summed before one product.
-GRADIENT = {
-    ("normal", 2): Tile(64, 64, 128, 8, 1),
-    ("laplace", 2): Tile(64, 64, 128, 8, 1),
-    ("rademacher", 2): Tile(64, 128, 64, 8, 1),
-    ("normal", 4): Tile(32, 64, 64, 8, 1),
-    ("laplace", 4): Tile(32, 64, 64, 8, 1),
-    ("rademacher", 4): Tile(32, 128, 32, 8, 1),
-}
+GRADIENT = _by_size(
+    _by_dist(Tile(64, 64, 128, 8, 1), Tile(64, 128, 64, 8, 1)),
+    _by_dist(Tile(32, 64, 64, 8, 1), Tile(32, 128, 32, 8, 1)),
+)
 # For gradients with a product for each draw (copies that do not share x), or with outputs (recompute).
-GRADIENT_PER_DRAW = {
-    ("normal", 2): Tile(32, 64, 64, 8, 1),
-    ("laplace", 2): Tile(32, 64, 64, 8, 1),
-    ("rademacher", 2): Tile(32, 128, 64, 8, 1),
-    ("normal", 4): Tile(32, 64, 16, 8, 1),
-    ("laplace", 4): Tile(32, 64, 16, 8, 1),
-    ("rademacher", 4): Tile(32, 128, 32, 8, 1),
-}
+GRADIENT_PER_DRAW = _by_size(
+    _by_dist(Tile(32, 64, 64, 8, 1), Tile(32, 128, 64, 8, 1)),
+    _by_dist(Tile(32, 64, 16, 8, 1), Tile(32, 128, 32, 8, 1)),
+)
 # For a table of layers, whose entries take registers too.
 GRADIENTS = GRADIENT | {("rademacher", 2): Tile(32, 128, 64, 8, 1)}
-GRADIENTS_PER_DRAW = GRADIENT_PER_DRAW | {
-    ("normal", 2): Tile(32, 64, 32, 8, 1),
-    ("laplace", 2): Tile(32, 64, 32, 8, 1),
-    ("rademacher", 2): Tile(16, 128, 32, 8, 1),
-}
+GRADIENTS_PER_DRAW = GRADIENT_PER_DRAW | _by_size(_by_dist(Tile(32, 64, 32, 8, 1), Tile(16, 128, 32, 8, 1)))
 
 # For sums of scores over draws and rows, with no product.
-SUMS = {"normal": Tile(32, 64, 0, 4, 1), "laplace": Tile(32, 64, 0, 4, 1), "rademacher": Tile(32, 128, 0, 8, 1)}
+SUMS = _by_dist(Tile(32, 64, 0, 4, 1), Tile(32, 128, 0, 8, 1))
 
 # For weight noise, a tile of cols x inputs, by bytes of an element.
-PERTURBED = {
-    ("normal", 2): Tile(64, 64, 32, 8, 2),
-    ("laplace", 2): Tile(64, 64, 32, 8, 2),
-    ("rademacher", 2): Tile(64, 32, 128, 8, 2),
-    ("normal", 4): Tile(64, 64, 16, 8, 1),
-    ("laplace", 4): Tile(64, 64, 16, 8, 1),
-    ("rademacher", 4): Tile(64, 16, 128, 8, 1),
-}
+PERTURBED = _by_size(
+    _by_dist(Tile(64, 64, 32, 8, 2), Tile(64, 32, 128, 8, 2)),
+    _by_dist(Tile(64, 64, 16, 8, 1), Tile(64, 16, 128, 8, 1)),
+)
 # For weight noise of low rank: 16 x inputs, 16 x cols.
-LOW_RANK = {
-    "normal": Tile(64, 64, 32, 8, 1),
-    "laplace": Tile(64, 64, 32, 8, 1),
-    "rademacher": Tile(16, 128, 128, 8, 1),
-}
+LOW_RANK = _by_dist(Tile(64, 64, 32, 8, 1), Tile(16, 128, 128, 8, 1))
 # For convolutions: inputs are channels of a tap in the forward, places of the inner axis in a gradient.
 CONV = FORWARD | {("rademacher", 2): Tile(32, 128, 32, 8, 2)}
-CONV_GRADIENT = {
-    ("normal", 2): Tile(64, 64, 64, 8, 1),
-    ("laplace", 2): Tile(64, 64, 64, 8, 1),
-    ("rademacher", 2): Tile(64, 128, 64, 8, 1),
-    ("normal", 4): Tile(32, 64, 32, 8, 1),
-    ("laplace", 4): Tile(32, 64, 32, 8, 1),
-    ("rademacher", 4): Tile(32, 128, 32, 8, 1),
-}
-CONV_GRADIENT_PER_DRAW = GRADIENT_PER_DRAW | {
-    ("normal", 2): Tile(32, 64, 32, 8, 1),
-    ("laplace", 2): Tile(32, 64, 32, 8, 1),
-    ("rademacher", 2): Tile(16, 128, 32, 8, 1),
-}
+CONV_GRADIENT = _by_size(
+    _by_dist(Tile(64, 64, 64, 8, 1), Tile(64, 128, 64, 8, 1)),
+    _by_dist(Tile(32, 64, 32, 8, 1), Tile(32, 128, 32, 8, 1)),
+)
+CONV_GRADIENT_PER_DRAW = GRADIENT_PER_DRAW | _by_size(_by_dist(Tile(32, 64, 32, 8, 1), Tile(16, 128, 32, 8, 1)))
 
 # For convolutions with weight noise, by bytes of an element. Each tile of pixels makes the noise again.
 PERTURBED_CONV = {2: Tile(128, 64, 16, 8, 1), 4: Tile(64, 64, 16, 8, 1)}

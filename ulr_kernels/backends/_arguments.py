@@ -1,4 +1,4 @@
-"""Arguments of both native libraries' launchers of the ops on lists of parameters (csrc/include/ulr/step.h)."""
+"""Arguments of the launchers that both native libraries have alike: noise, and lists of parameters (ulr/step.h)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ from ulr_kernels.backends._native import Arguments
 from ulr_kernels.ops._op import NoiseSpec
 from ulr_kernels.ops._parameters import ListNoise, by_row
 from ulr_kernels.ops.combine_ import Combine
+from ulr_kernels.ops.noise import FoldIn, Noise, Philox
 from ulr_kernels.ops.perturb_ import Perturb
 
 SUM, MOMENTUM, ADAM = range(3)
+
+
+def philox4x32(out: Tensor, a: Philox) -> Arguments:
+    return Arguments(None, (out.view(-1, 4), a.counter.reshape(-1, 4), a.key))
+
+
+def fold_in(out: Tensor, a: FoldIn) -> Arguments:
+    shape = out.shape if out.dim() <= 3 else (out.numel(),)
+    return Arguments(None, tuple(t.expand(out.shape).reshape(shape) for t in (out, a.key, a.data)))
+
+
+def noise(out: Tensor, a: Noise) -> Arguments:
+    cols = a.shape[-1] if a.shape else 1
+    return Arguments(_native.noise_view(a.noise, cols), (out.view(-1, cols) if out.numel() else out.view(0, 0),))
 
 
 def _view(noise: ListNoise, keys: Tensor) -> tuple:

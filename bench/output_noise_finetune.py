@@ -1,6 +1,6 @@
-"""Fine-tune the last layers of MiniLM on labelled sentences by logit noise, beside backpropagation of the same layers.
+"""Fine-tune MiniLM's last layers on labelled sentences by noise on outputs, beside backpropagation of the same layers.
 
-    python -m bench.logit_finetune --data FOLDER          # train.tsv, dev.tsv, test.tsv: sentence<TAB>label
+    python -m bench.output_noise_finetune --data FOLDER          # train.tsv, dev.tsv, test.tsv: sentence<TAB>label
 
 Each method runs in a process of its own, so that its memory is its own. Packages: pip install '.[finetune]'.
 """
@@ -143,7 +143,7 @@ def main() -> None:
         return
     results = []
     for method in METHODS:
-        command = [sys.executable, "-m", "bench.logit_finetune", *sys.argv[1:], "--method", method]
+        command = [sys.executable, "-m", "bench.output_noise_finetune", *sys.argv[1:], "--method", method]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
     for name in results[0]:
