@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels import ops
+from ulr_kernels.nn.equal_draws import draw_rows
 from ulr_kernels.nn.generic import EXPANDS
 from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
 from ulr_kernels.nn.names import parameter_names
@@ -32,6 +33,7 @@ class NoisedParameter(NamedTuple):
     key: Tensor  # int64 `[]`, its noised key
     sigma: Tensor  # fp32 `[]`, the scale of its noise; negative for the other half of a pair
     rank: int | None  # of a matrix's noise; None for full rank, which vectors always have
+    still: int | None = None  # the row that has no noise, as a table's row for padding; None if there is none
 
 
 class WeightDraws(NamedTuple):
@@ -157,6 +159,11 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         y = ops.perturbed_linear(
             x, weight, self._bias(bias), noised.sigma, noised.key, rank=noised.rank, **self._spec()
         )
+        if noised.still is not None:  # a table that is tied to this layer
+            y[..., noised.still] = x @ weight[noised.still]
+            if bias is not None:
+                own = self._bias(bias)[..., noised.still]  # type: ignore[index]
+                y[..., noised.still] += own.unsqueeze(-1) if own.dim() else own
         return y.view(*input.shape[:-1], weight.shape[0])
 
     def _conv2d(
@@ -206,6 +213,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         y = ops.perturbed_embedding(
             ids.reshape(copies, -1).long(), weight, noised.sigma, noised.key, rank=noised.rank, **self._spec()
         )
+        if noised.still is not None:
+            y = torch.where((ids == noised.still).reshape(copies, -1, 1), weight[noised.still], y)
         if samples:
             return y.view(*input.shape, weight.shape[1])
         return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
@@ -273,7 +282,10 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         table = parameter.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.reshape(1, -1)
         ids = torch.arange(table.shape[0], device=table.device).expand(self._draws.copies, -1)
         copies = ops.perturbed_embedding(ids, table, noised.sigma, noised.key, rank=noised.rank, **self._spec())
-        return copies.view(-1, *parameter.shape)
+        copies = copies.view(-1, *parameter.shape)
+        if noised.still is not None:
+            copies[:, noised.still] = parameter[noised.still]
+        return copies
 
     def _sharded_copy(self, noised: NoisedParameter, parameter: DTensor) -> Tensor:
         """A DTensor like the parameter, whose local part has its part of the noise."""
@@ -291,6 +303,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             row_offset=[part.row_offset],
             col_offset=[part.col_offset],
         )
+        if noised.still is not None and 0 <= (row := noised.still - part.row_offset) < len(local):
+            local[row] = part.tensor[row]
         return like(parameter, local)
 
     # --- several copies ----------------------------------------------------------------------------------------------
@@ -305,7 +319,11 @@ class PerturbedWeights(Marked, TorchFunctionMode):
                 f"ulr.optim: a forward with several copies must read a result of trained parameters by torch functions "
                 f"of it, got {_name(func)} on other memory of it (step(closure) evaluates one copy at a time)"
             )
-        result = func(*args, **kwargs)
+        result = draw_rows(func, args, kwargs, self.copies, self._rows, self._holds_samples)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        else:
+            bits |= SAMPLE
         self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
         return result
 

@@ -16,6 +16,7 @@ from ulr_kernels import noise_contract, ops
 from ulr_kernels.nn.shards import shard
 
 FP32 = torch.finfo(torch.float32)
+SKIPPED = "skipped"  # name of the state that counts the updates which left a parameter out, if there are any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Update:
         key: `fold_in(seed, step)`; every parameter's key is made of it.
         coefficients: fp32 `[draws]`, on the device of the losses; reading them is what synchronises.
         groups: one for each parameter group of the rule.
+        still: names of the parameters that stay as they are, with their state: frozen or not used in this step.
     """
 
     step: int
     key: int
     coefficients: Tensor
     groups: tuple[Group, ...]
+    still: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Rule:
         betas: of Adam; None for none.
         adam_eps: what Adam adds to the square root.
         stochastic: weights in bf16 are rounded at random, without bias, so that steps below their last place count.
+        padding: names of tables, each with the row of padding, which stays as it is.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -71,6 +75,7 @@ class Rule:
     betas: tuple[float, float] | None = None
     adam_eps: float = 1e-8
     stochastic: bool = False
+    padding: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         def fail(argument: str, rule: str) -> NoReturn:
@@ -101,8 +106,9 @@ class Rule:
             TypeError: a name is unknown, or `names` or `betas` are no lists.
             ValueError: a value breaks the rules.
         """
-        names, betas = tuple(map(tuple, fields["names"])), fields["betas"]
-        return cls(**{**fields, "names": names, "betas": None if betas is None else tuple(betas)})
+        betas = fields["betas"]
+        tuples = {name: tuple(map(tuple, fields[name])) for name in ("names", "padding") if name in fields}
+        return cls(**{**fields, **tuples, "betas": None if betas is None else tuple(betas)})
 
     def state_names(self) -> tuple[str, ...]:
         """The names of the fp32 state tensors of each parameter."""
@@ -156,9 +162,34 @@ class Rule:
         if missing:
             raise ValueError(f"ulr.optim: 'parameters' must hold {missing[0]!r}, got {len(parameters)} others")
         steps = [self._coefficients(update.coefficients, group) for group in update.groups]
+        still = set(update.still)
+        padding = [_row(parameters[name], row) for name, row in self.padding if name not in still]
+        before = [row.clone() for row in padding]
         for names, group, coefficients in zip(self.names, update.groups, steps, strict=True):
-            for device, here in by_device({name: parameters[name] for name in names}):
-                self._apply(update, group, coefficients.to(device), here, device, parameters, state)
+            moving = {name: parameters[name] for name in names if name not in still}
+            for skipped, those in self._by_skipped(moving, state):
+                for device, here in by_device(those):
+                    step = update.step + 1 - skipped
+                    self._apply(update, step, group, coefficients.to(device), here, device, parameters, state)
+        for row, values in zip(padding, before, strict=True):
+            row.copy_(values)
+        if self.betas is not None:
+            for name in update.still:
+                own = state.setdefault(name, {})
+                own[SKIPPED] = own.get(SKIPPED, torch.zeros((), dtype=torch.float32)) + 1
+
+    def _by_skipped(
+        self, parameters: Mapping[str, Tensor], state: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Parameters by the number of updates that left them out: Adam's correction counts those that did not."""
+        if self.betas is None or not any(SKIPPED in own for own in state.values()):
+            yield 0, dict(parameters)
+            return
+        found: dict[int, dict[str, Tensor]] = {}
+        for name, parameter in parameters.items():
+            own = state.get(name, {})
+            found.setdefault(int(own[SKIPPED]) if SKIPPED in own else 0, {})[name] = parameter
+        yield from found.items()
 
     def _coefficients(self, coefficients: Tensor, group: Group) -> Tensor:
         """The coefficients of a group's noise in the sum that an op makes."""
@@ -170,6 +201,7 @@ class Rule:
     def _apply(
         self,
         update: Update,
+        step: int,
         group: Group,
         coefficients: Tensor,
         names: tuple[str, ...],
@@ -177,7 +209,7 @@ class Rule:
         parameters: Mapping[str, Tensor],
         state: MutableMapping[str, MutableMapping[str, Tensor]],
     ) -> None:
-        """The parameters of one group on one device."""
+        """The parameters of one group on one device, in their update number `step`, from 1."""
         shards = [shard(parameters[name]) for name in names]
         states: dict[str, list[Tensor]] = {kind: [] for kind in self.state_names()}
         for name in names:
@@ -198,7 +230,7 @@ class Rule:
             epsilon=self.adam_eps,
             exp_avgs=states.get("exp_avg", ()),
             exp_avg_sqs=states.get("exp_avg_sq", ()),
-            step=update.step + 1 if self.betas else None,
+            step=step if self.betas else None,
             dist=self.dist,
             rank=self.rank,
             stochastic=self.stochastic,
@@ -211,6 +243,13 @@ def by_device(parameters: Mapping[str, Tensor]) -> Iterator[tuple[torch.device, 
     """The names of parameters, by their device."""
     for device in dict.fromkeys(parameter.device for parameter in parameters.values()):
         yield device, tuple(name for name, parameter in parameters.items() if parameter.device == device)
+
+
+def _row(parameter: Tensor, row: int) -> Tensor:
+    """One row of a table, in its memory: `[0, ...]` where another rank holds it."""
+    part = shard(parameter)
+    own = row - part.row_offset
+    return part.tensor[own : own + 1] if 0 <= own < len(part.tensor) else part.tensor[:0]
 
 
 def _number(value: object) -> bool:
