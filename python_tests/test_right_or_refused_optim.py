@@ -9,8 +9,10 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import random
+import warnings
 
 import numpy
 import pytest
@@ -758,3 +760,110 @@ def test_micro_batches_and_steps_draw_anew():
     before = torch.get_rng_state()
     optimizer.step(lambda: F.cross_entropy(model(X), Y))
     assert torch.equal(before, torch.get_rng_state())
+
+
+# --- numbers, parameters and schedulers ------------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_count():
+    model = filled(nn.Linear(4, 3))
+    numbers = {"lr": numpy.float32(0.125), "eps": numpy.float64(EPS), "weight_decay": numpy.float32(0.5)}
+    more = {"probes": numpy.int64(2), "seed": numpy.int32(3), "rank": numpy.int64(1), "momentum": numpy.float32(0.5)}
+    optimizer = MeZO(model, **numbers, **more)
+    optimizer.step_batch(X, Y, cross_entropy, chunk=numpy.int64(2))
+    same = filled(nn.Linear(4, 3))
+    other = MeZO(same, 0.125, EPS, 2, seed=3, rank=1, weight_decay=0.5, momentum=0.5)
+    other.step_batch(X, Y, cross_entropy, chunk=2)
+    assert torch.equal(model.weight, same.weight)
+    text = json.dumps({name: value for name, value in optimizer.state_dict().items() if name != "state"})
+    assert text == json.dumps({name: value for name, value in other.state_dict().items() if name != "state"})
+    betas = ES(model, population=numpy.int64(4), betas=[numpy.float32(0.5), 0.75]).rule.betas
+    assert betas == (0.5, 0.75) and type(betas[0]) is float
+    for make in (lambda: MeZO(model, lr=True), lambda: MeZO(model, probes=True), lambda: MeZO(model, momentum=True)):
+        with pytest.raises(ValueError, match="'(lr|probes|momentum)' must be .*, got True"):
+            make()
+
+
+def test_parameters_of_other_kinds():
+    for make, text in (
+        (lambda: MeZO(nn.Linear(4, 3, dtype=torch.complex64)), "'weight' must be float32, .* got torch.complex64"),
+        (lambda: MeZO(nn.Linear(4, 3).double()), "'weight' must be float32, bfloat16 or float16, got torch.float64"),
+        (lambda: MeZO(nn.LazyLinear(3)), r"'model' must have parameters with shapes \(run one forward first\)"),
+        (lambda: MeZO(nn.ReLU()), "'model' must have a trained parameter"),
+        (lambda: MeZO(nn.Linear(2, 2).requires_grad_(False)), "'model' must have a trained parameter"),
+        (lambda: MeZO(nn.Linear(2, 2), params=[{"params": []}]).step(lambda: 0.0), "'model' must have a trained"),
+        (lambda: MeZO(m := nn.Linear(2, 2), params=[{"params": m.weight, "momentum": 0.9}]), "'momentum' must be an"),
+        (lambda: MeZO(m := nn.Linear(2, 2), params=[{"params": m.weight, "betas": (0.9, 0.9)}]), "'betas' must be an"),
+    ):
+        with pytest.raises(ValueError, match=f"^ulr.optim.MeZO: {text}"):
+            make()
+
+
+def test_empty_parameters_work():
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.none = nn.Linear(4, 3), nn.Linear(4, 0)
+            self.rows, self.row = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.empty(0))
+
+        def forward(self, x):
+            return self.layer(x) + torch.cat((self.rows, torch.ones(1, 3))).sum(0) + self.row.sum() + self.none(x).sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        model = filled(Empty())
+    check_step(model, X, Y)
+    start = copies(model)
+    take(MeZO(model, lr=0.1, eps=EPS, momentum=0.5), "batch")
+    assert (model.layer.weight != start["layer.weight"]).all()
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+@pytest.mark.parametrize("rule", [{"momentum": 0.9}, {"betas": (0.9, 0.99)}], ids=str)
+def test_schedulers_cycle_momentum(rule, scheduler, tmp_path):
+    """As of SGD and Adam of torch; a log has each step's momentum."""
+    from ulr_kernels.finetune import trajectory
+
+    settings = {"OneCycleLR": {"total_steps": 6}, "CyclicLR": {"base_lr": 0.01, "step_size_up": 2}}[scheduler]
+    schedule = functools.partial(getattr(torch.optim.lr_scheduler, scheduler), max_lr=0.1, **settings)
+    model, theirs = filled(nn.Linear(4, 3)), filled(nn.Linear(4, 3))
+    optimizer = MeZO(model, lr=0.1, eps=EPS, **rule)
+    other = torch.optim.SGD if "momentum" in rule else torch.optim.Adam
+    other = other(theirs.parameters(), lr=0.1, **rule)
+    schedules, base, momenta = [schedule(optimizer), schedule(other)], copies(model), []
+    writer = trajectory.Writer.create(tmp_path / "log", trajectory.Header(optimizer.rule, 1, "", {}))
+    for _ in range(5):
+        take(optimizer, "closure")
+        update = optimizer.last_update
+        momenta.append(update.groups[0].momentum)
+        for name, p in theirs.named_parameters():
+            noise = ulr.noise_like(p, ulr.fold_in(update.key, noise_contract.site_id(name)))
+            p.grad = update.coefficients[0] / EPS * noise
+        other.step()
+        for each in schedules:
+            each.step()
+        writer.append(update, 0.0)
+    writer.close()
+    assert len(set(momenta)) > 2
+    for ours, p in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-5)
+    trajectory.read(tmp_path / "log").replay(base)
+    assert all(torch.equal(base[name], p) for name, p in model.named_parameters())
+    resumed = MeZO(copy.deepcopy(model))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    schedule(resumed)
+    for each in (optimizer, resumed):
+        each.param_groups[0].update(optimizer.param_groups[0] | {"params": each.param_groups[0]["params"]})
+        take(each, "closure")
+    assert torch.equal(optimizer.model.weight, resumed.model.weight)
+    group = optimizer.param_groups[0]
+    group["momentum" if "momentum" in rule else "betas"] = 1.5 if "momentum" in rule else (1.5, 0.99)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got"):
+        take(optimizer, "closure")
+
+
+def test_schedulers_without_momentum_say_so():
+    optimizer = MeZO(filled(nn.Linear(4, 3)), lr=0.1)
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6, cycle_momentum=False)

@@ -4,7 +4,8 @@ A file is a header and one record for each step, all little-endian:
 
     magic     the text `ulr-trajectory-1` and a line feed
     header    uint32 size, uint32 CRC-32, then that many bytes of JSON (`Header`)
-    record    uint32 step, int64 key, float32 coefficients[draws], float64 (lr, sigma, weight decay)[groups],
+    record    uint32 step, int64 key, float32 coefficients[draws], float64 (lr, sigma, weight decay)[groups] (where
+              the rule has momentum or Adam's betas, also the group's momentum or first beta; NaN: the rule's),
               float32 loss, [still,] uint32 CRC-32 of the record, continued from the CRC of what precedes it
     still     where bit 31 of the step is set: a bit for each parameter, lowest first, set for those that stayed as
               they were; whole bytes
@@ -19,6 +20,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import struct
 import zlib
@@ -75,7 +77,12 @@ class Header:
     @property
     def record(self) -> struct.Struct:
         """The form of a record, less its CRC."""
-        return struct.Struct(f"<Iq{self.draws}f{3 * len(self.rule.names)}df")
+        return struct.Struct(f"<Iq{self.draws}f{self.numbers * len(self.rule.names)}df")
+
+    @property
+    def numbers(self) -> int:
+        """The numbers of a group in a record."""
+        return 4 if self.rule.state_names() else 3
 
     @property
     def parameters(self) -> list[str]:
@@ -146,13 +153,17 @@ def read(path: Path, until: int | None = None, torn: bool = False) -> Trajectory
             raise JobError(f"{path}: damaged at byte {offset}, in the record of step {step}{kept}")
         crc = expected
         numbers = iter(values[header.draws : -1])
-        groups = tuple(Group(*group) for group in zip(numbers, numbers, numbers, strict=True))
+        groups = tuple(_group(*group) for group in zip(*[numbers] * header.numbers, strict=True))
         mask = int.from_bytes(body[form.size :], "little")
         still = tuple(name for place, name in enumerate(names) if mask >> place & 1)
         updates.append(Update(step, key, torch.tensor(values[: header.draws], dtype=torch.float32), groups, still))
         losses.append(values[-1])
         offset = end
     return Trajectory(header, updates, losses, offset, rest, crc)
+
+
+def _group(lr: float, sigma: float, weight_decay: float, momentum: float = math.nan) -> Group:
+    return Group(lr, sigma, weight_decay, None if math.isnan(momentum) else momentum)
 
 
 def _ends(content: bytes, start: int, header: Header) -> list[int]:
@@ -199,7 +210,7 @@ class Writer:
 
     def __init__(self, path: Path, trajectory: Trajectory) -> None:
         self._form, self._crc = trajectory.header.record, trajectory.crc
-        self._parameters = trajectory.header.parameters
+        self._numbers, self._parameters = trajectory.header.numbers, trajectory.header.parameters
         self._whole = True  # the file ends with a whole record
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
@@ -231,7 +242,11 @@ class Writer:
         """
         if not self._whole:
             raise OSError("the log may end within a record, which could not be written: read it again to go on")
-        numbers = [number for group in update.groups for number in (group.lr, group.sigma, group.weight_decay)]
+        numbers = []
+        for group in update.groups:
+            numbers += [group.lr, group.sigma, group.weight_decay]
+            if self._numbers == 4:
+                numbers.append(math.nan if group.momentum is None else group.momentum)
         step = update.step | (_STILL if update.still else 0)
         body = self._form.pack(step, update.key, *update.coefficients.tolist(), *numbers, loss)
         if update.still:

@@ -153,7 +153,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or weight.dim() != 2 or not self._fusible(input, bias, "linear"):
+        if noised is None or weight.dim() != 2 or not weight.numel() or not self._fusible(input, bias):
             return NotImplemented
         x = self._split(input, "linear").flatten(-input.dim(), -2) if input.dim() > 1 else input.unsqueeze(0)
         y = ops.perturbed_linear(
@@ -177,7 +177,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         groups: int = 1,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or input.dim() != 4 or not self._fusible(input, bias, "conv2d"):
+        if noised is None or input.dim() != 4 or not weight.numel() or not self._fusible(input, bias):
             return NotImplemented
         x = self._split(input, "conv2d")
         shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -197,7 +197,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         sparse: bool = False,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or max_norm is not None:
+        if noised is None or max_norm is not None or not weight.numel():
             return NotImplemented
         copies = self._draws.copies
         if self.reads((input,)):
@@ -219,7 +219,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             return y.view(*input.shape, weight.shape[1])
         return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
 
-    def _fusible(self, input: Tensor, bias: Tensor | None, what: str) -> bool:
+    def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
         """Whether a layer's input has samples and no noise but that of layers before it."""
         if id(input) in self.noised:
             return False
@@ -279,6 +279,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         parameter = noised.parameter
         if is_sharded(parameter):
             return self._sharded_copy(noised, parameter).unsqueeze(0)
+        if not parameter.numel():
+            return parameter.expand(self.copies, *parameter.shape)
         table = parameter.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.reshape(1, -1)
         ids = torch.arange(table.shape[0], device=table.device).expand(self._draws.copies, -1)
         copies = ops.perturbed_embedding(ids, table, noised.sigma, noised.key, rank=noised.rank, **self._spec())

@@ -8,7 +8,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn, TypedDict
 
 import torch
@@ -79,7 +79,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):  # other optimisers take parameters
             self._fail("model", "be a torch.nn.Module", type(model).__name__)
         self.model = unwrap(model)
-        self.seed = seed
+        self.seed = int(seed)
         self.steps = 0
         self.last_update: Update | None = None
         settings = dict(common)
@@ -94,8 +94,15 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._used: set[str] = set()  # trained parameters that functions of the micro-batches so far have read
         self._warned: set[str] = set()  # names of those that no function of a step has read
         self._checked_batches: set[tuple] = set()
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        super().__init__(trained if params is None else params, defaults)
+        if self._rule.betas is not None:
+            defaults["betas"] = self._rule.betas
+        elif self._rule.momentum:
+            defaults["momentum"] = self._rule.momentum
+        if params is None:
+            params = [p for p in self.model.parameters() if p.requires_grad]
+            if not params:
+                self._fail("model", "have a trained parameter (requires_grad)", "none")
+        super().__init__(params, defaults)
 
     @classmethod
     def _fail(cls, argument: str, rule: str, value: object) -> NoReturn:
@@ -103,14 +110,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _check_seed(cls, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
             cls._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
 
     @classmethod
     def _count(cls, argument: str, value: int, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             cls._fail(argument, f"be an integer of at least {least}", repr(value))
-        return value
+        return int(value)
 
     @classmethod
     def _flag(cls, argument: str, value: bool) -> bool:
@@ -128,6 +135,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                self._fail("model", "have parameters with shapes (run one forward first)", "one without")
             if id(parameter) not in self._names:
                 self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
             if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -135,6 +144,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
             if self._rule.stochastic and parameter.dtype == torch.float16:
                 self._fail("stochastic", "be False for float16", f"True for {self._names[id(parameter)]}")
         self._numbers(group)
+        for name, value in group.items():
+            if isinstance(value, Real):  # NumPy's numbers could not be loaded from a state
+                group[name] = float(value)
 
     def _numbers(self, group: dict[str, Any]) -> Group:
         """The numbers of a parameter group, which schedulers and users may change at any time."""
@@ -143,11 +155,33 @@ class ForwardOptimizer(torch.optim.Optimizer):
             (self.SCALE, "be finite and above 0", lambda value: 0 < value < math.inf),
             ("weight_decay", "be finite and at least 0", lambda value: 0 <= value < math.inf),
         ):
-            if not isinstance(group[argument], Real | Tensor) or not good(group[argument]):
-                self._fail(argument, rule, repr(group[argument]))
-        numbers = Group(float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]))
+            value = group[argument]
+            if not isinstance(value, Real | Tensor) or isinstance(value, bool) or not good(value):
+                self._fail(argument, rule, repr(value))
+        numbers = Group(
+            float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]), self._momentum(group)
+        )
         self._rule.factor(numbers)
         return numbers
+
+    def _momentum(self, group: dict[str, Any]) -> float | None:
+        """The momentum of a group, or its first beta, which schedulers may change too; None where the rule has none."""
+        rule = self._rule
+        for argument, own in (("momentum", rule.momentum), ("betas", rule.betas)):
+            if group.get(argument) and not own:
+                self._fail(argument, "be an argument of the optimiser where groups have their own", repr(own))
+        if rule.betas is not None:
+            first, *others = group.get("betas", rule.betas)
+            argument = "betas"
+            if others != [rule.betas[1]]:
+                self._fail("betas", f"keep its second number, {rule.betas[1]}", repr(group["betas"]))
+        elif rule.momentum:
+            argument, first = "momentum", group.get("momentum", rule.momentum)
+        else:
+            return None
+        if not isinstance(first, Real) or isinstance(first, bool) or not 0 <= float(first) < 1:
+            self._fail(argument, "be in [0, 1)", repr(group[argument]))
+        return float(first)
 
     # --- a subclass defines ------------------------------------------------------------------------------------------
 
@@ -226,8 +260,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The mean over the probes that this process evaluates, a scalar; NaN where other ranks have them all.
         """
         forwards = self._forwards_of(1)
-        losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
         state, draws, used = self._begin()
+        losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
         with refuse_other_threads(state.modules, f"ulr.optim.{type(self).__name__}"):
             for forward in self._own(forwards):
                 with self._probing(state, draws, forward, used):
@@ -260,8 +294,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
         probes, forwards = self._probes(), self._forwards_of(chunk)
-        rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
         state, draws, used = self._begin()
+        rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
 
         def evaluate(forward: ProbeBatch) -> Tensor:
             """fp32 `[copies, samples]`: the losses of the probes of one forward."""
@@ -488,7 +522,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         check.keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
         for group in state_dict["param_groups"]:
             check.keys("param_groups", group, dict.fromkeys(("lr", self.SCALE, "weight_decay")), more=True)
-            self._numbers(group)
+            self._numbers({name: value for name, value in group.items() if name not in ("momentum", "betas")})
         self._check_seed(own["seed"])
         self._count("steps", own["steps"], 0)
         self._check_settings(own["settings"])
@@ -506,6 +540,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
             own_state = self.state[parameters[index]]
             own_state.update({name: value.to(parameters[index].device, copy=True) for name, value in values.items()})
         self.seed, self.steps, self._rule = own["seed"], own["steps"], rule
+        for argument in ("momentum", "betas"):  # which torch's schedulers look for
+            self.defaults.pop(argument, None)
+        if rule.state_names():
+            argument = "momentum" if rule.betas is None else "betas"
+            self.defaults[argument] = getattr(rule, argument)
         for name, value in own["settings"].items():
             setattr(self, name, value)
         self.forget()

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -27,11 +27,13 @@ class Group:
         lr: learning rate.
         sigma: scale of the probes' noise (MeZO's eps), > 0.
         weight_decay: the weights lose lr * weight_decay of themselves (decoupled, as in AdamW).
+        momentum: in the place of the rule's, or of the first of its betas; None: the rule's.
     """
 
     lr: float
     sigma: float
     weight_decay: float = 0.0
+    momentum: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Rule:
 
         if self.dist not in noise_contract.DISTRIBUTIONS:
             fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}")
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+        if self.rank is not None and (
+            isinstance(self.rank, bool) or not isinstance(self.rank, Integral) or self.rank < 1
+        ):
             fail("rank", "be an integer above 0, or None")
         if not _number(self.momentum) or not 0 <= self.momentum < 1:
             fail("momentum", "be in [0, 1)")
@@ -97,6 +101,14 @@ class Rule:
             fail("momentum", "be 0 where betas are given")
         if not _number(self.adam_eps) or not 0 <= self.adam_eps < math.inf:
             fail("adam_eps", "be finite and at least 0")
+        own = {
+            "momentum": float(self.momentum),
+            "adam_eps": float(self.adam_eps),
+            "rank": None if self.rank is None else int(self.rank),
+            "betas": None if self.betas is None else tuple(map(float, self.betas)),
+        }
+        for name, value in own.items():  # Python's numbers in the place of NumPy's
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> Rule:
@@ -115,6 +127,11 @@ class Rule:
         if self.betas is not None:
             return ("exp_avg", "exp_avg_sq")
         return ("momentum_buffer",) if self.momentum else ()
+
+    def momentum_of(self, group: Group) -> float | None:
+        """The momentum of a group in its step, or the first of its betas; None where the rule has neither."""
+        own = self.momentum or None if self.betas is None else self.betas[0]
+        return own if own is None or group.momentum is None else group.momentum
 
     def factor(self, group: Group) -> float:
         """The factor of a group's coefficients in its step.
@@ -218,15 +235,16 @@ class Rule:
                 if kind not in own:
                     own[kind] = torch.zeros_like(parameters[name], dtype=torch.float32, requires_grad=False)
                 tensors.append(shard(own[kind]).tensor)
+        momentum = self.momentum_of(group) or 0.0
         ops.combine_(
             [part.tensor for part in shards],
             site_keys(update.key, names, device),
             coefficients,
             lr=group.lr,
             weight_decay=group.weight_decay,
-            momentum=self.momentum,
+            momentum=0.0 if self.betas else momentum,
             momentum_buffers=states.get("momentum_buffer", ()),
-            betas=self.betas or (0.0, 0.0),
+            betas=(momentum, self.betas[1]) if self.betas else (0.0, 0.0),
             epsilon=self.adam_eps,
             exp_avgs=states.get("exp_avg", ()),
             exp_avg_sqs=states.get("exp_avg_sq", ()),
