@@ -71,19 +71,43 @@ class _Generator(NamedTuple):
     drawn: Callable[[Any], bool] | None = None  # quickly: whether it may have been drawn from since a state
 
 
+class _NumPy:
+    """NumPy's global generator, whose state takes long to get: it is kept, with the words in memory that show its use.
+
+    A normal number that was made in a pair waits outside these words: then the state is not kept.
+    """
+
+    def __init__(self) -> None:
+        from numpy import random as numpy_random
+
+        self._random = numpy_random.mtrand._rand
+        self._words, self._state = b"", {}  # type: tuple[bytes, dict[str, Any]]
+
+    def get(self) -> dict[str, Any]:
+        words = self._in_memory()
+        if not words or words != self._words or self._state["has_gauss"]:
+            self._words, self._state = words, self._random.get_state(legacy=False)
+        return self._state
+
+    def put(self, state: dict[str, Any]) -> None:
+        self._random.set_state(state)
+
+    def drawn(self, state: dict[str, Any]) -> bool:
+        """Whether it may have been drawn from since a state, the last that was got."""
+        return self.get() is not state
+
+    def _in_memory(self) -> bytes:
+        generator = self._random._bit_generator
+        if type(generator).__name__ != "MT19937":
+            return b""
+        return ctypes.string_at(generator.ctypes.state_address, 4 * 625)
+
+
+def _same_numpy(state: dict[str, Any], other: dict[str, Any]) -> bool:
+    return pickle.dumps(state) == pickle.dumps(other)
+
+
+@functools.cache
 def _numpy() -> _Generator:
-    """NumPy's global generator, whose state takes long to get: its words in memory tell whether it has changed."""
-    from numpy import random as numpy_random
-
-    own = numpy_random.mtrand._rand
-    generator = own._bit_generator
-    words = functools.partial(ctypes.string_at, generator.ctypes.state_address, 4 * 625)  # of MT19937 with its place
-    before = words() if type(generator).__name__ == "MT19937" else b""
-
-    def drawn(state: dict[str, Any]) -> bool:
-        return not before or state["has_gauss"] or before != words()  # a second normal is kept elsewhere
-
-    def same(state: dict[str, Any], other: dict[str, Any]) -> bool:
-        return pickle.dumps(state) == pickle.dumps(other)
-
-    return _Generator(functools.partial(own.get_state, legacy=False), own.set_state, same, drawn)
+    own = _NumPy()
+    return _Generator(own.get, own.put, _same_numpy, own.drawn)
