@@ -45,9 +45,6 @@ class WeightDraws(NamedTuple):
     dist: str = "normal"
 
 
-OF_COPY = 8  # mark of memory that each copy has its own values of, though it was a constant's
-
-
 class _OfCopies(NamedTuple):
     """The tensors of all copies that a result of parameters alone stands for."""
 
@@ -88,6 +85,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         self._vectors: dict[int, Tensor] = {}
         self._marks = {}
         self._of_copies: dict[int, _OfCopies] = {}  # by the id of the first copy's tensor
+        self._written: dict[int, Tensor] = {}  # constants that each copy has its own values of now, by storage
         self._buffers = {id(b) for b in model.buffers()} if draws.copies > 1 else set()
         self.copies = draws.copies
         self.used: set[str] = set()
@@ -117,6 +115,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             self._find_gathered(args, kwargs)
         given = flat(args) + flat(kwargs.values())
         used = [noised for leaf in given if (noised := self.noised.get(id(leaf))) is not None]
+        if self._written:
+            self._check_views(func, given[1:] if func == _SET_DATA else given)
         if self.copies > 1 and not used and not self.reads(given):
             return self._call_without_noise(func, args, kwargs, given)
         if not used and self.copies == 1:
@@ -311,16 +311,21 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     # --- several copies ----------------------------------------------------------------------------------------------
 
+    def _check_views(self, func: Callable, given: list[Tensor]) -> None:
+        """Raise for a view of a constant, from before each copy has written its own values into this constant."""
+        for tensor in given:
+            if storage(tensor) in self._written and not self.reads((tensor,)):
+                raise RuntimeError(
+                    "ulr.optim: a forward with several copies must take views of a tensor after it has written results "
+                    f"of trained parameters there, got {_name(func)} of one from before (step(closure) evaluates one "
+                    "copy at a time)"
+                )
+
     def _call_without_noise(self, func: Callable, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """The result of a function of samples and constants."""
         bits = 0
         for tensor in given:
             bits |= self.marks(tensor)
-        if bits & OF_COPY:
-            raise RuntimeError(
-                f"ulr.optim: a forward with several copies must read a result of trained parameters by torch functions "
-                f"of it, got {_name(func)} on other memory of it (step(closure) evaluates one copy at a time)"
-            )
         result = draw_rows(func, args, kwargs, self.copies, self._rows, self._holds_samples)
         if result is NotImplemented:
             result = func(*args, **kwargs)
@@ -355,7 +360,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             )
         if not self.reads((target,)):
             self._keep([target, *(target.clone() for _ in range(self._draws.copies - 1))])
-            self._marks[storage(target)] = OF_COPY
+            self._written[storage(target)] = target
 
     def _by_copy(
         self, func: Callable, args: tuple, kwargs: Mapping[str, Any], axes: Mapping[int, int | None]
@@ -518,14 +523,13 @@ def _only_describes(func: Callable) -> bool:
     return func in _DESCRIBING
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _IN_PLACE = {f"__{name}__" for name in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()}
 
 
 def _writes(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
-    if name == "__set__":
-        return getattr(func.__self__, "__name__", "") == "data"  # type: ignore[attr-defined]
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return func == _SET_DATA or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _leaves(args: Sequence, kwargs: Mapping[str, Any]) -> Iterator[Any]:
