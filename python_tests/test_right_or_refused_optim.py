@@ -5,8 +5,16 @@ The right values come from weights that are moved by hand with the same noise.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
+import dataclasses
+import functools
+import json
+import random
+import warnings
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +24,7 @@ from torch import Tensor, nn
 
 import ulr_kernels as ulr
 from ulr_kernels import noise_contract
-from ulr_kernels.optim import MeZO
+from ulr_kernels.optim import EGGROLL, ES, FZOO, MeZO
 
 EPS = 1e-2
 
@@ -144,9 +152,10 @@ def test_caches_of_eval_mode_are_those_of_each_probe(kind, training):
     model = filled(Biased(kind)).train(training)
     x, y = v(1, 5, 4), torch.tensor([0, 2, 1, 1, 0])
     before = state_of(model)
-    check_step(model, x, y, ways=("closure",))
+    check_step(model, x, y)
     optimizer = MeZO(model, lr=0.0, eps=EPS)
     optimizer.step(lambda: F.cross_entropy(model(x), y))
+    optimizer.step_batch(x, y, cross_entropy)
     assert state_of(model) == before and all(module.training is training for module in model.modules())
     assert kind != "buffer in place" or not model.row.any() and not model.ready
 
@@ -162,6 +171,9 @@ def test_a_cache_of_an_earlier_forward_is_not_used(kind):
     expected = coefficients(fresh(model), lambda moved: F.cross_entropy(moved.train().eval()(x), y))
     optimizer = MeZO(model, lr=0.0, eps=EPS)
     optimizer.step(lambda: F.cross_entropy(model(x), y))
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    optimizer = MeZO(model, lr=0.0, eps=EPS)
+    optimizer.step_batch(x, y, cross_entropy)
     torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
     assert kept is (model.ab if kind == "train" else model.nested["kept"]["row"])
 
@@ -194,6 +206,9 @@ def test_adapters_that_eval_mode_merges(training):
     start = copies(model)
     optimizer = MeZO(model, lr=0.0, eps=EPS)
     optimizer.step(lambda: F.cross_entropy(model(x), y))
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    optimizer = MeZO(model, lr=0.0, eps=EPS)
+    optimizer.step_batch(x, y, cross_entropy)
     torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
     assert model.merged is not training and all(torch.equal(p, start[n]) for n, p in model.named_parameters())
 
@@ -395,3 +410,467 @@ def test_what_cannot_be_told_apart_is_refused(kind):
     tokens = torch.arange(24).view(3, 8) * 7 % 11
     with pytest.raises((ValueError, RuntimeError), match=r"ulr.optim.*step\(closure\) evaluates one"):
         MeZO(model, eps=EPS, probes=2).step_batch(tokens, torch.arange(3), cross_entropy)
+
+
+# --- parameters that stay as they are --------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads, self.head = nn.Linear(4, 5), nn.ModuleList(nn.Linear(5, 3) for _ in range(2)), 0
+
+    def forward(self, x):
+        return self.heads[self.head](torch.tanh(self.body(x)))
+
+
+X, Y = v(1, 5, 4), torch.tensor([0, 2, 1, 1, 0])
+RULES = [{}, {"momentum": 0.9}, {"betas": (0.9, 0.99)}]
+
+
+def take(optimizer, way: str) -> None:
+    model = optimizer.model
+    if way == "closure":
+        optimizer.step(lambda: F.cross_entropy(model(X), Y))
+    else:
+        optimizer.step_batch(X, Y, cross_entropy)
+
+
+@pytest.mark.parametrize("way", ["closure", "batch"])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_what_a_step_does_not_use_stays_still(rule, way):
+    """And its state; after that it goes on as if those steps had not been, as torch's optimisers do."""
+    model = filled(Heads())
+    optimizer = MeZO(model, lr=0.1, eps=EPS, weight_decay=0.1, **rule)
+    base, updates = copies(model), []
+    with pytest.warns(UserWarning, match="step 0 has used heads.1.weight, heads.1.bias: they stay .*thread"):
+        take(optimizer, way)
+    updates.append(optimizer.last_update)
+    for step, head in enumerate((0, 1, 0, 1), 1):
+        model.head, start = head, copies(model)
+        kept = copy.deepcopy({name: optimizer.state[p] for name, p in model.named_parameters()})
+        expected = coefficients(model, lambda moved: F.cross_entropy(moved(X), Y), step=step)
+        if step == 1:
+            take(optimizer, way)
+        else:
+            with pytest.warns(UserWarning, match="heads.0.weight") if step == 2 else contextlib.nullcontext():
+                take(optimizer, way)
+        update = optimizer.last_update
+        updates.append(update)
+        torch.testing.assert_close(update.coefficients, expected, rtol=2e-3, atol=2e-6)
+        assert update.still == (f"heads.{1 - head}.weight", f"heads.{1 - head}.bias")
+        for name, p in model.named_parameters():
+            assert torch.equal(p, start[name]) is (name in update.still)
+            own = {kind: value for kind, value in optimizer.state[p].items() if kind != "skipped"}
+            assert name not in update.still or all(torch.equal(own[kind], kept[name][kind]) for kind in own)
+    state: dict = {}
+    for update in updates:
+        optimizer.rule.apply(update, base, state)
+    assert all(torch.equal(base[name], p) for name, p in model.named_parameters())
+    if rule.get("betas"):
+        check_adam(optimizer, updates)
+    resumed = MeZO(copy.deepcopy(model), **rule)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, resumed):
+        each.model.head = 0
+        with pytest.warns(UserWarning, match="heads.1") if each is resumed else contextlib.nullcontext():
+            take(each, way)
+    pairs = zip(optimizer.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def check_adam(optimizer, updates) -> None:
+    """torch's Adam, with no gradients for what a step left out."""
+    model = filled(Heads())
+    adam = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.9, 0.99), weight_decay=0.1)
+    for update in updates:
+        for name, p in model.named_parameters():
+            key = ulr.fold_in(update.key, noise_contract.site_id(name))
+            p.grad = None if name in update.still else update.coefficients[0] / EPS * ulr.noise_like(p, key)
+        adam.step()
+    for ours, p in zip(optimizer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["closure", "batch"])
+def test_parameters_frozen_later_stay_still(way):
+    model = filled(Heads())
+    optimizer = MeZO(model, lr=0.1, eps=EPS, weight_decay=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match="heads.1"):
+        take(optimizer, way)
+    model.body.requires_grad_(False)
+    start, kept = copies(model), optimizer.state[model.body.weight]["momentum_buffer"].clone()
+    expected = coefficients(model, lambda moved: F.cross_entropy(moved(X), Y), step=1)
+    take(optimizer, way)
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {"heads.0.weight", "heads.0.bias"}
+    assert torch.equal(optimizer.state[model.body.weight]["momentum_buffer"], kept)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="'model' must have a trained parameter"):
+        take(optimizer, way)
+
+
+@pytest.mark.parametrize("way", ["closure", "batch"])
+@pytest.mark.parametrize("how", ["layer", "assign", "parameter"])
+def test_parameters_replaced_later_are_refused(how, way):
+    model = filled(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
+    optimizer = MeZO(model, lr=0.1, eps=EPS)
+    take(optimizer, way)
+    if how == "layer":
+        model[1] = nn.Linear(4, 3)
+    elif how == "assign":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model[1].weight = nn.Parameter(torch.zeros(3, 4))
+    start = copies(model)
+    with pytest.raises(ValueError, match="'model' must keep the parameters .*make a new one.* in the place of"):
+        take(optimizer, way)
+    assert all(torch.equal(p, start[name]) for name, p in model.named_parameters())
+    take(MeZO(model, lr=0.1, eps=EPS), way)
+
+
+def test_a_step_that_uses_no_trained_parameter_is_an_error():
+    model = filled(Heads())
+    with pytest.raises(ValueError, match="'closure' must use trained parameters in the thread .*none of body.weight"):
+        MeZO(model).step(lambda: X.sum())
+
+
+def test_logs_hold_what_stayed_still(tmp_path):
+    from ulr_kernels.finetune import trajectory
+
+    model = filled(Heads())
+    base = copies(model)
+    optimizer = MeZO(model, lr=0.1, eps=EPS, momentum=0.9)
+    writer = trajectory.Writer.create(tmp_path / "log", trajectory.Header(optimizer.rule, 1, "", {}))
+    model.heads[1].requires_grad_(False)
+    for step in range(4):
+        model.heads[1].requires_grad_(step == 2)
+        model.head = int(step == 2)
+        with pytest.warns(UserWarning, match="heads.0") if step == 2 else contextlib.nullcontext():
+            take(optimizer, "closure")
+        writer.append(optimizer.last_update, 0.5)
+    writer.close()
+    log = trajectory.read(tmp_path / "log")
+    assert [update.still for update in log.updates].count(("heads.1.weight", "heads.1.bias")) == 3
+    log.replay(base)
+    assert all(torch.equal(base[name], p) for name, p in model.named_parameters())
+    content = (tmp_path / "log").read_bytes()
+    (tmp_path / "log").write_bytes(content[:-3])
+    assert len(trajectory.read(tmp_path / "log").updates) == 3
+    (tmp_path / "log").write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    with pytest.raises(trajectory.JobError, match="in the record of step 3"):
+        trajectory.read(tmp_path / "log")
+
+
+class Padded(nn.Module):
+    """Tables with a row for padding: tied to the head, of bags, read by other functions."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.words = (nn.EmbeddingBag if kind == "bag" else nn.Embedding)(7, 4, padding_idx=2)
+        self.head = nn.Linear(4, 7)
+        if kind == "tied":
+            self.head.weight = self.words.weight
+
+    def forward(self, tokens):
+        h = self.words.weight[tokens].mean(1) if self.kind == "indexed" else self.words(tokens)
+        return self.head(torch.tanh(h if h.dim() == 2 else h.mean(1)))
+
+
+TOKENS = torch.tensor([[0, 2, 2], [1, 2, 6], [5, 4, 2], [3, 3, 1]])
+
+
+@pytest.mark.parametrize("make", [MeZO, ES, EGGROLL, FZOO], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("kind", ["table", "tied", "bag", "indexed"])
+def test_the_row_of_padding_stays(kind, make):
+    model, targets = filled(Padded(kind)), torch.tensor([6, 2, 0, 1])
+    row = model.words.weight[2].detach().clone()
+    seen = []
+
+    def losses(out, y):
+        seen.append(model.words.weight[2].clone())
+        return cross_entropy(out, y)
+
+    base, updates = copies(model), []
+    rules = [{}, {"momentum": 0.5}, {"betas": (0.9, 0.99)}]
+    for rule in rules:
+        scale = {"eps": EPS} if make in (MeZO, FZOO) else {"sigma": EPS, "population": 4}
+        optimizer = make(model, lr=0.1, weight_decay=0.1, **scale, **rule)
+        optimizer.step(lambda: losses(model(TOKENS), targets).mean())
+        optimizer.step_batch(TOKENS, targets, losses)
+    assert all(torch.equal(each, row) for each in (*seen, model.words.weight[2]))
+    others = torch.arange(7) != 2
+    assert (model.words.weight != base["words.weight"])[others].all()
+    model = filled(Padded(kind))
+    optimizer = make(model, lr=0.1, weight_decay=0.1, **scale)
+    for _ in range(2):
+        optimizer.step_batch(TOKENS, targets, losses)
+        updates.append(optimizer.last_update)
+    rule = ulr.optim.Rule.of_fields(json.loads(json.dumps(dataclasses.asdict(optimizer.rule))))
+    for update in updates:
+        rule.apply(update, base, {})
+    assert all(torch.equal(base[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["table", "tied", "bag", "indexed"])
+def test_probes_with_padding(kind):
+    model, targets = filled(Padded(kind)), torch.tensor([6, 2, 0, 1])
+
+    def moved(sign, draw):
+        other = at(model, draw, sign * EPS)
+        other.words.weight.data[2] = model.words.weight.data[2]
+        return float(F.cross_entropy(other(TOKENS), targets))
+
+    with torch.no_grad():
+        expected = torch.tensor([(moved(1, draw) - moved(-1, draw)) / 4 for draw in range(2)])
+    for batch in (False, True):
+        optimizer = MeZO(model, lr=0.0, eps=EPS, probes=2)
+        if batch:
+            optimizer.step_batch(TOKENS, targets, cross_entropy)
+        else:
+            optimizer.step(lambda: F.cross_entropy(model(TOKENS), targets))
+        torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+
+
+# --- closures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["new", "old", "part"])
+def test_a_closure_in_other_threads_is_refused(pool):
+    model = filled(Heads())
+    model.heads[1].requires_grad_(False)
+    optimizer = MeZO(model, eps=EPS)
+    with concurrent.futures.ThreadPoolExecutor(2) as old:
+        list(old.map(abs, range(4)))
+
+        def closure():
+            if pool == "new":
+                with concurrent.futures.ThreadPoolExecutor(2) as new:
+                    out = torch.cat(list(new.map(model, X.split(3))))
+            elif pool == "old":
+                out = torch.cat(list(old.map(model, X.split(3))))
+            else:
+                out = torch.cat([model(X[:3]), *old.map(model, X[3:].split(1))])
+            return F.cross_entropy(out, Y)
+
+        with pytest.raises(ValueError, match="ulr.optim.MeZO: 'closure' must .* thread"):
+            optimizer.step(closure)
+        optimizer.step(lambda: F.cross_entropy(model(X), Y))
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_gradients_are_refused(hook):
+    model = filled(nn.Linear(4, 3))
+    handle = getattr(model.weight, hook)(lambda g: None)
+    optimizer = MeZO(model, eps=EPS)
+    for way in ("closure", "batch"):
+        with pytest.raises(ValueError, match=r"must have no hooks .*register_hook\), got one on weight"):
+            take(optimizer, way)
+    handle.remove()
+    take(optimizer, "closure")
+
+
+def test_a_closure_with_a_backward_pass_is_refused():
+    model = filled(nn.Linear(4, 3))
+    optimizer = MeZO(model, eps=EPS)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), Y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"'closure' must run the forward alone .*without backward\(\)"):
+        optimizer.step(closure)
+
+
+def test_zero_grad_keeps_what_was_accumulated():
+    model = filled(nn.Linear(4, 3))
+    found = []
+    for zeros in (False, True):
+        optimizer = MeZO(model, lr=0.0, eps=EPS)
+        for part in (slice(0, 2), slice(2, 4)):
+
+            def closure(part=part, zeros=zeros, optimizer=optimizer):
+                if zeros:
+                    optimizer.zero_grad()
+                return F.cross_entropy(model(X[part]), Y[part])
+
+            optimizer.accumulate(closure)
+            if zeros:
+                optimizer.zero_grad()
+        optimizer.step()
+        found.append(optimizer.last_update.coefficients)
+    assert torch.equal(*found)
+
+
+DRAWS = {
+    "randn_like": lambda h: h * torch.randn_like(h),
+    "randn": lambda h: h * torch.randn(len(h), 1),
+    "dropout": lambda h: F.dropout(h, 0.5),
+    "bernoulli": lambda h: h * torch.bernoulli(torch.full_like(h, 0.5)),
+    "in place": lambda h: h * torch.empty(h.shape).uniform_(),
+    "randint": lambda h: h * torch.randint(0, 9, (len(h),))[:, None],
+    "shared": lambda h: h * torch.randn(3),
+}
+GLOBAL_DRAWS = {
+    "numpy": lambda h: h * float(numpy.random.randn()),
+    "numpy uniform": lambda h: h * float(numpy.random.rand()),
+    "python": lambda h: h * random.random(),
+}
+
+
+@pytest.mark.parametrize("draw", {**DRAWS, **GLOBAL_DRAWS})
+def test_a_loss_that_draws_numbers_draws_the_same_in_every_probe(draw):
+    model, function = filled(nn.Linear(4, 3)), {**DRAWS, **GLOBAL_DRAWS}[draw]
+
+    def seed():
+        torch.manual_seed(5)
+        numpy.random.seed(5)
+        random.seed(5)
+
+    def loss(own):
+        seed()
+        return F.cross_entropy(function(own(X)), Y)
+
+    expected = coefficients(model, loss, 2)
+    for way in ("closure", "batch"):
+        optimizer = MeZO(model, lr=0.0, eps=EPS, probes=2)
+        seed()
+        if way == "closure":
+            optimizer.step(lambda: F.cross_entropy(function(model(X)), Y))
+        else:
+            optimizer.step_batch(X, Y, lambda out, y: cross_entropy(function(out), y))
+        found = optimizer.last_update.coefficients
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-6, msg=lambda text, way=way: f"{way}: {text}")
+        after = float(torch.rand(1)), float(numpy.random.rand()), random.random()
+        seed()
+        function(model(X))
+        assert after == (float(torch.rand(1)), float(numpy.random.rand()), random.random())
+
+
+def test_micro_batches_and_steps_draw_anew():
+    model, drawn = filled(nn.Linear(4, 3)), []
+
+    def closure():
+        drawn.append(float(torch.rand(1)))
+        return F.cross_entropy(model(X) * drawn[-1], Y)
+
+    optimizer = MeZO(model, lr=0.0, eps=EPS)
+    for _ in range(2):
+        optimizer.accumulate(closure)
+        optimizer.accumulate(closure)
+        optimizer.step()
+    assert drawn[::2] == drawn[1::2] and len(set(drawn)) == 4
+    before = torch.get_rng_state()
+    optimizer.step(lambda: F.cross_entropy(model(X), Y))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- numbers, parameters and schedulers ------------------------------------------------------------------------------
+
+
+def test_numbers_of_numpy_count():
+    model = filled(nn.Linear(4, 3))
+    numbers = {"lr": numpy.float32(0.125), "eps": numpy.float64(EPS), "weight_decay": numpy.float32(0.5)}
+    more = {"probes": numpy.int64(2), "seed": numpy.int32(3), "rank": numpy.int64(1), "momentum": numpy.float32(0.5)}
+    optimizer = MeZO(model, **numbers, **more)
+    optimizer.step_batch(X, Y, cross_entropy, chunk=numpy.int64(2))
+    same = filled(nn.Linear(4, 3))
+    other = MeZO(same, 0.125, EPS, 2, seed=3, rank=1, weight_decay=0.5, momentum=0.5)
+    other.step_batch(X, Y, cross_entropy, chunk=2)
+    assert torch.equal(model.weight, same.weight)
+    text = json.dumps({name: value for name, value in optimizer.state_dict().items() if name != "state"})
+    assert text == json.dumps({name: value for name, value in other.state_dict().items() if name != "state"})
+    betas = ES(model, population=numpy.int64(4), betas=[numpy.float32(0.5), 0.75]).rule.betas
+    assert betas == (0.5, 0.75) and type(betas[0]) is float
+    for make in (lambda: MeZO(model, lr=True), lambda: MeZO(model, probes=True), lambda: MeZO(model, momentum=True)):
+        with pytest.raises(ValueError, match="'(lr|probes|momentum)' must be .*, got True"):
+            make()
+
+
+def test_parameters_of_other_kinds():
+    for make, text in (
+        (lambda: MeZO(nn.Linear(4, 3, dtype=torch.complex64)), "'weight' must be float32, .* got torch.complex64"),
+        (lambda: MeZO(nn.Linear(4, 3).double()), "'weight' must be float32, bfloat16 or float16, got torch.float64"),
+        (lambda: MeZO(nn.LazyLinear(3)), r"'model' must have parameters with shapes \(run one forward first\)"),
+        (lambda: MeZO(nn.ReLU()), "'model' must have a trained parameter"),
+        (lambda: MeZO(nn.Linear(2, 2).requires_grad_(False)), "'model' must have a trained parameter"),
+        (lambda: MeZO(nn.Linear(2, 2), params=[{"params": []}]).step(lambda: 0.0), "'model' must have a trained"),
+        (lambda: MeZO(m := nn.Linear(2, 2), params=[{"params": m.weight, "momentum": 0.9}]), "'momentum' must be an"),
+        (lambda: MeZO(m := nn.Linear(2, 2), params=[{"params": m.weight, "betas": (0.9, 0.9)}]), "'betas' must be an"),
+    ):
+        with pytest.raises(ValueError, match=f"^ulr.optim.MeZO: {text}"):
+            make()
+
+
+def test_empty_parameters_work():
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.none = nn.Linear(4, 3), nn.Linear(4, 0)
+            self.rows, self.row = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.empty(0))
+
+        def forward(self, x):
+            return self.layer(x) + torch.cat((self.rows, torch.ones(1, 3))).sum(0) + self.row.sum() + self.none(x).sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        model = filled(Empty())
+    check_step(model, X, Y)
+    start = copies(model)
+    take(MeZO(model, lr=0.1, eps=EPS, momentum=0.5), "batch")
+    assert (model.layer.weight != start["layer.weight"]).all()
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+@pytest.mark.parametrize("rule", [{"momentum": 0.9}, {"betas": (0.9, 0.99)}], ids=str)
+def test_schedulers_cycle_momentum(rule, scheduler, tmp_path):
+    """As of SGD and Adam of torch; a log has each step's momentum."""
+    from ulr_kernels.finetune import trajectory
+
+    settings = {"OneCycleLR": {"total_steps": 6}, "CyclicLR": {"base_lr": 0.01, "step_size_up": 2}}[scheduler]
+    schedule = functools.partial(getattr(torch.optim.lr_scheduler, scheduler), max_lr=0.1, **settings)
+    model, theirs = filled(nn.Linear(4, 3)), filled(nn.Linear(4, 3))
+    optimizer = MeZO(model, lr=0.1, eps=EPS, **rule)
+    other = torch.optim.SGD if "momentum" in rule else torch.optim.Adam
+    other = other(theirs.parameters(), lr=0.1, **rule)
+    schedules, base, momenta = [schedule(optimizer), schedule(other)], copies(model), []
+    writer = trajectory.Writer.create(tmp_path / "log", trajectory.Header(optimizer.rule, 1, "", {}))
+    for _ in range(5):
+        take(optimizer, "closure")
+        update = optimizer.last_update
+        momenta.append(update.groups[0].momentum)
+        for name, p in theirs.named_parameters():
+            noise = ulr.noise_like(p, ulr.fold_in(update.key, noise_contract.site_id(name)))
+            p.grad = update.coefficients[0] / EPS * noise
+        other.step()
+        for each in schedules:
+            each.step()
+        writer.append(update, 0.0)
+    writer.close()
+    assert len(set(momenta)) > 2
+    for ours, p in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, p, rtol=1e-4, atol=1e-5)
+    trajectory.read(tmp_path / "log").replay(base)
+    assert all(torch.equal(base[name], p) for name, p in model.named_parameters())
+    resumed = MeZO(copy.deepcopy(model))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    schedule(resumed)
+    for each in (optimizer, resumed):
+        each.param_groups[0].update(optimizer.param_groups[0] | {"params": each.param_groups[0]["params"]})
+        take(each, "closure")
+    assert torch.equal(optimizer.model.weight, resumed.model.weight)
+    group = optimizer.param_groups[0]
+    group["momentum" if "momentum" in rule else "betas"] = 1.5 if "momentum" in rule else (1.5, 0.99)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got"):
+        take(optimizer, "closure")
+
+
+def test_schedulers_without_momentum_say_so():
+    optimizer = MeZO(filled(nn.Linear(4, 3)), lr=0.1)
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6, cycle_momentum=False)

@@ -88,7 +88,7 @@ def unlike(folder: Path) -> None:
     optimizer = EGGROLL(model, 0.1, 0.05, population=10, workers=workers)
 
     def uneven() -> None:
-        optimizer.zero_grad()
+        optimizer.forget()
         for chunk in (2, 4):
             optimizer.accumulate_batch(X, Y, cross_entropy, chunk)
 
@@ -144,7 +144,7 @@ def late(folder: Path) -> None:
     if dist.get_rank() == 1:
         for update in trajectory.read(log).updates:
             optimizer.apply(update)
-    optimizer.zero_grad()
+    optimizer.forget()
     accumulate(optimizer, model, PARTS[dist.get_rank() :: 2])
     optimizer.step()
     save(folder, model, error=error)

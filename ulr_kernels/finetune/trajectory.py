@@ -4,8 +4,11 @@ A file is a header and one record for each step, all little-endian:
 
     magic     the text `ulr-trajectory-1` and a line feed
     header    uint32 size, uint32 CRC-32, then that many bytes of JSON (`Header`)
-    record    uint32 step, int64 key, float32 coefficients[draws], float64 (lr, sigma, weight decay)[groups],
-              float32 loss, uint32 CRC-32 of the record, continued from the CRC of what precedes it
+    record    uint32 step, int64 key, float32 coefficients[draws], float64 (lr, sigma, weight decay)[groups] (where
+              the rule has momentum or Adam's betas, also the group's momentum or first beta; NaN: the rule's),
+              float32 loss, [still,] uint32 CRC-32 of the record, continued from the CRC of what precedes it
+    still     where bit 31 of the step is set: a bit for each parameter, lowest first, set for those that stayed as
+              they were; whole bytes
 
 A file that was cut holds the steps before the cut. A changed byte is an error; the chain of CRCs also shows records
 that were removed, repeated or exchanged.
@@ -17,6 +20,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import struct
 import zlib
@@ -34,7 +38,8 @@ from ulr_kernels.optim import Group, Rule, Update
 
 MAGIC = b"ulr-trajectory-1\n"
 _SIZES = struct.Struct("<II")
-_CRC = struct.Struct("<I")
+_CRC = _STEP = struct.Struct("<I")
+_STILL = 1 << 31  # set in the step of a record that names parameters which stayed as they were
 State = MutableMapping[str, MutableMapping[str, Tensor]]
 
 
@@ -72,7 +77,17 @@ class Header:
     @property
     def record(self) -> struct.Struct:
         """The form of a record, less its CRC."""
-        return struct.Struct(f"<Iq{self.draws}f{3 * len(self.rule.names)}df")
+        return struct.Struct(f"<Iq{self.draws}f{self.numbers * len(self.rule.names)}df")
+
+    @property
+    def numbers(self) -> int:
+        """The numbers of a group in a record."""
+        return 4 if self.rule.state_names() else 3
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters, in the order of their bits in a record."""
+        return [name for names in self.rule.names for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,29 +134,47 @@ def read(path: Path, until: int | None = None, torn: bool = False) -> Trajectory
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from error
     header, start, crc = _read_header(path, content)
-    form = header.record
-    size = form.size + _CRC.size
-    whole, rest = divmod(len(content) - start, size)
+    form, names = header.record, header.parameters
+    ends = _ends(content, start, header)
+    whole, rest = len(ends), len(content) - (ends[-1] if ends else start)
     if until is not None and not 0 <= until <= whole:
         raise JobError(f"{path}: until must be between 0 and {whole}, the steps in the log, got {until}")
     updates: list[Update] = []
     losses: list[float] = []
-    for step in range(whole if until is None else until):
-        offset = start + step * size
-        body = content[offset : offset + form.size]
+    offset = start
+    for step, end in enumerate(ends[:until]):
+        body = content[offset : end - _CRC.size]
         expected = zlib.crc32(body, crc)
-        number, key, *values = form.unpack(body)
-        if (expected,) != _CRC.unpack_from(content, offset + form.size) or number != step:
+        number, key, *values = form.unpack_from(body)
+        if (expected,) != _CRC.unpack_from(content, end - _CRC.size) or number & ~_STILL != step:
             if torn and step == whole - 1:
                 return Trajectory(header, updates, losses, offset, len(content) - offset, crc)
             kept = f": --until {step} rebuilds what precedes it" if step else ""
             raise JobError(f"{path}: damaged at byte {offset}, in the record of step {step}{kept}")
         crc = expected
         numbers = iter(values[header.draws : -1])
-        groups = tuple(Group(*group) for group in zip(numbers, numbers, numbers, strict=True))
-        updates.append(Update(step, key, torch.tensor(values[: header.draws], dtype=torch.float32), groups))
+        groups = tuple(_group(*group) for group in zip(*[numbers] * header.numbers, strict=True))
+        mask = int.from_bytes(body[form.size :], "little")
+        still = tuple(name for place, name in enumerate(names) if mask >> place & 1)
+        updates.append(Update(step, key, torch.tensor(values[: header.draws], dtype=torch.float32), groups, still))
         losses.append(values[-1])
-    return Trajectory(header, updates, losses, start + len(updates) * size, rest, crc)
+        offset = end
+    return Trajectory(header, updates, losses, offset, rest, crc)
+
+
+def _group(lr: float, sigma: float, weight_decay: float, momentum: float = math.nan) -> Group:
+    return Group(lr, sigma, weight_decay, None if math.isnan(momentum) else momentum)
+
+
+def _ends(content: bytes, start: int, header: Header) -> list[int]:
+    """Where the whole records of a log end."""
+    ends, size = [], header.record.size + _CRC.size
+    while start + size <= len(content):
+        still = _STEP.unpack_from(content, start)[0] & _STILL
+        start += size + (-(-len(header.parameters) // 8) if still else 0)
+        if start <= len(content):
+            ends.append(start)
+    return ends
 
 
 def _read_header(path: Path, content: bytes) -> tuple[Header, int, int]:
@@ -177,6 +210,7 @@ class Writer:
 
     def __init__(self, path: Path, trajectory: Trajectory) -> None:
         self._form, self._crc = trajectory.header.record, trajectory.crc
+        self._numbers, self._parameters = trajectory.header.numbers, trajectory.header.parameters
         self._whole = True  # the file ends with a whole record
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
@@ -208,8 +242,17 @@ class Writer:
         """
         if not self._whole:
             raise OSError("the log may end within a record, which could not be written: read it again to go on")
-        numbers = [number for group in update.groups for number in (group.lr, group.sigma, group.weight_decay)]
-        body = self._form.pack(update.step, update.key, *update.coefficients.tolist(), *numbers, loss)
+        numbers = []
+        for group in update.groups:
+            numbers += [group.lr, group.sigma, group.weight_decay]
+            if self._numbers == 4:
+                numbers.append(math.nan if group.momentum is None else group.momentum)
+        step = update.step | (_STILL if update.still else 0)
+        body = self._form.pack(step, update.key, *update.coefficients.tolist(), *numbers, loss)
+        if update.still:
+            still = set(update.still)
+            mask = sum(1 << place for place, name in enumerate(self._parameters) if name in still)
+            body += mask.to_bytes(-(-len(self._parameters) // 8), "little")
         crc = zlib.crc32(body, self._crc)
         record = body + _CRC.pack(crc)
         self._whole = False

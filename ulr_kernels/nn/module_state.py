@@ -47,7 +47,8 @@ class ModuleState:
 
     Attributes:
         modules: all of the model's.
-        tensors: floating tensors that are attributes of modules, or in these, and are neither parameters nor buffers.
+        tensors: floating tensors that are attributes of modules, or in these, and are neither parameters nor buffers;
+            after `drop_caches` without those that it has dropped.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,6 +114,9 @@ class ModuleState:
         """Let modules with a `train` method of their own drop what they keep in eval mode."""
         for module in self._switching:
             module.train(True)
+        if self._switching and self.tensors:
+            kept = {id(tensor) for tensor in ModuleState(self.modules[0]).tensors}
+            self.tensors = [tensor for tensor in self.tensors if id(tensor) in kept]
 
     def fill_caches(self) -> None:
         """Let these modules compute what they keep in eval mode; then every module is in eval mode."""

@@ -36,6 +36,17 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): _strip(name) for name, parameter in model.named_parameters()}
 
 
+def padding_rows(model: nn.Module) -> dict[str, int]:
+    """Name of a table -> its row for padding (`padding_idx`), which no gradient reaches; of tables that have one."""
+    names = parameter_names(model)
+    rows: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            if (name := names.get(id(module._parameters.get("weight")))) is not None:
+                rows[name] = module.padding_idx
+    return rows
+
+
 def layer_names(model: nn.Module) -> dict[int, str]:
     """id(parameter) -> the name of its layer.
 

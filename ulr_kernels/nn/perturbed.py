@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels import ops
+from ulr_kernels.nn.equal_draws import draw_rows
 from ulr_kernels.nn.generic import EXPANDS
 from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
 from ulr_kernels.nn.names import parameter_names
@@ -32,6 +33,7 @@ class NoisedParameter(NamedTuple):
     key: Tensor  # int64 `[]`, its noised key
     sigma: Tensor  # fp32 `[]`, the scale of its noise; negative for the other half of a pair
     rank: int | None  # of a matrix's noise; None for full rank, which vectors always have
+    still: int | None = None  # the row that has no noise, as a table's row for padding; None if there is none
 
 
 class WeightDraws(NamedTuple):
@@ -41,9 +43,6 @@ class WeightDraws(NamedTuple):
     copies: int = 1
     antithetic: bool = False
     dist: str = "normal"
-
-
-OF_COPY = 8  # mark of memory that each copy has its own values of, though it was a constant's
 
 
 class _OfCopies(NamedTuple):
@@ -86,6 +85,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         self._vectors: dict[int, Tensor] = {}
         self._marks = {}
         self._of_copies: dict[int, _OfCopies] = {}  # by the id of the first copy's tensor
+        self._written: dict[int, Tensor] = {}  # constants that each copy has its own values of now, by storage
         self._buffers = {id(b) for b in model.buffers()} if draws.copies > 1 else set()
         self.copies = draws.copies
         self.used: set[str] = set()
@@ -115,6 +115,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             self._find_gathered(args, kwargs)
         given = flat(args) + flat(kwargs.values())
         used = [noised for leaf in given if (noised := self.noised.get(id(leaf))) is not None]
+        if self._written:
+            self._check_views(func, given[1:] if func == _SET_DATA else given)
         if self.copies > 1 and not used and not self.reads(given):
             return self._call_without_noise(func, args, kwargs, given)
         if not used and self.copies == 1:
@@ -151,12 +153,17 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or weight.dim() != 2 or not self._fusible(input, bias, "linear"):
+        if noised is None or weight.dim() != 2 or not weight.numel() or not self._fusible(input, bias):
             return NotImplemented
         x = self._split(input, "linear").flatten(-input.dim(), -2) if input.dim() > 1 else input.unsqueeze(0)
         y = ops.perturbed_linear(
             x, weight, self._bias(bias), noised.sigma, noised.key, rank=noised.rank, **self._spec()
         )
+        if noised.still is not None:  # a table that is tied to this layer
+            y[..., noised.still] = x @ weight[noised.still]
+            if bias is not None:
+                own = self._bias(bias)[..., noised.still]  # type: ignore[index]
+                y[..., noised.still] += own.unsqueeze(-1) if own.dim() else own
         return y.view(*input.shape[:-1], weight.shape[0])
 
     def _conv2d(
@@ -170,7 +177,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         groups: int = 1,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or input.dim() != 4 or not self._fusible(input, bias, "conv2d"):
+        if noised is None or input.dim() != 4 or not weight.numel() or not self._fusible(input, bias):
             return NotImplemented
         x = self._split(input, "conv2d")
         shape = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -190,7 +197,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         sparse: bool = False,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or max_norm is not None:
+        if noised is None or max_norm is not None or not weight.numel():
             return NotImplemented
         copies = self._draws.copies
         if self.reads((input,)):
@@ -206,11 +213,13 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         y = ops.perturbed_embedding(
             ids.reshape(copies, -1).long(), weight, noised.sigma, noised.key, rank=noised.rank, **self._spec()
         )
+        if noised.still is not None:
+            y = torch.where((ids == noised.still).reshape(copies, -1, 1), weight[noised.still], y)
         if samples:
             return y.view(*input.shape, weight.shape[1])
         return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
 
-    def _fusible(self, input: Tensor, bias: Tensor | None, what: str) -> bool:
+    def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
         """Whether a layer's input has samples and no noise but that of layers before it."""
         if id(input) in self.noised:
             return False
@@ -270,10 +279,15 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         parameter = noised.parameter
         if is_sharded(parameter):
             return self._sharded_copy(noised, parameter).unsqueeze(0)
+        if not parameter.numel():
+            return parameter.expand(self.copies, *parameter.shape)
         table = parameter.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.reshape(1, -1)
         ids = torch.arange(table.shape[0], device=table.device).expand(self._draws.copies, -1)
         copies = ops.perturbed_embedding(ids, table, noised.sigma, noised.key, rank=noised.rank, **self._spec())
-        return copies.view(-1, *parameter.shape)
+        copies = copies.view(-1, *parameter.shape)
+        if noised.still is not None:
+            copies[:, noised.still] = parameter[noised.still]
+        return copies
 
     def _sharded_copy(self, noised: NoisedParameter, parameter: DTensor) -> Tensor:
         """A DTensor like the parameter, whose local part has its part of the noise."""
@@ -291,21 +305,32 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             row_offset=[part.row_offset],
             col_offset=[part.col_offset],
         )
+        if noised.still is not None and 0 <= (row := noised.still - part.row_offset) < len(local):
+            local[row] = part.tensor[row]
         return like(parameter, local)
 
     # --- several copies ----------------------------------------------------------------------------------------------
+
+    def _check_views(self, func: Callable, given: list[Tensor]) -> None:
+        """Raise for a view of a constant, from before each copy has written its own values into this constant."""
+        for tensor in given:
+            if storage(tensor) in self._written and not self.reads((tensor,)):
+                raise RuntimeError(
+                    "ulr.optim: a forward with several copies must take views of a tensor after it has written results "
+                    f"of trained parameters there, got {_name(func)} of one from before (step(closure) evaluates one "
+                    "copy at a time)"
+                )
 
     def _call_without_noise(self, func: Callable, args: tuple, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """The result of a function of samples and constants."""
         bits = 0
         for tensor in given:
             bits |= self.marks(tensor)
-        if bits & OF_COPY:
-            raise RuntimeError(
-                f"ulr.optim: a forward with several copies must read a result of trained parameters by torch functions "
-                f"of it, got {_name(func)} on other memory of it (step(closure) evaluates one copy at a time)"
-            )
-        result = func(*args, **kwargs)
+        result = draw_rows(func, args, kwargs, self.copies, self._rows, self._holds_samples)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+        else:
+            bits |= SAMPLE
         self._mark(args[0] if func is Tensor.__setitem__ else result, bits)
         return result
 
@@ -335,7 +360,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             )
         if not self.reads((target,)):
             self._keep([target, *(target.clone() for _ in range(self._draws.copies - 1))])
-            self._marks[storage(target)] = OF_COPY
+            self._written[storage(target)] = target
 
     def _by_copy(
         self, func: Callable, args: tuple, kwargs: Mapping[str, Any], axes: Mapping[int, int | None]
@@ -498,14 +523,13 @@ def only_describes(func: Callable) -> bool:
     return func in _DESCRIBING
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _IN_PLACE = {f"__{name}__" for name in "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor".split()}
 
 
 def _writes(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
-    if name == "__set__":
-        return getattr(func.__self__, "__name__", "") == "data"  # type: ignore[attr-defined]
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return func == _SET_DATA or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _leaves(args: Sequence, kwargs: Mapping[str, Any]) -> Iterator[Any]:

@@ -58,7 +58,8 @@ class ES(ForwardOptimizer):
         self._check_settings(
             {"population": population, "antithetic": antithetic, "shaping": shaping, "maximize": maximize}
         )
-        self.population, self.antithetic, self.shaping, self.maximize = population, antithetic, shaping, maximize
+        self.population, self.antithetic = int(population), antithetic
+        self.shaping, self.maximize = shaping, maximize
         super().__init__(model, lr, sigma, dist, rank, seed, common)
 
     @classmethod

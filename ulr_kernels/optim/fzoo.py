@@ -48,7 +48,7 @@ class FZOO(ForwardOptimizer):
         **common: Unpack[Common],
     ) -> None:
         self._check_settings({"probes": probes})
-        self.probes = probes
+        self.probes = int(probes)
         super().__init__(model, lr, eps, dist, rank, seed, common)
 
     @classmethod

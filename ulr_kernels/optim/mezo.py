@@ -54,7 +54,7 @@ class MeZO(ForwardOptimizer):
         **common: Unpack[Common],
     ) -> None:
         self._check_settings({"probes": probes, "two_sided": two_sided})
-        self.probes, self.two_sided = probes, two_sided
+        self.probes, self.two_sided = int(probes), two_sided
         super().__init__(model, lr, eps, dist, rank, seed, common)
 
     @classmethod

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NoReturn, TypedDict
 
 import torch
@@ -17,9 +18,11 @@ from ulr_kernels import noise_contract
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
-from ulr_kernels.nn.names import parameter_names, unwrap
+from ulr_kernels.nn.names import padding_rows, parameter_names, unwrap
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights, WeightDraws
-from ulr_kernels.nn.shards import drop_gathered
+from ulr_kernels.nn.shards import drop_gathered, is_sharded
+from ulr_kernels.nn.threads import refuse_other_threads
+from ulr_kernels.optim.generators import SameDraws
 from ulr_kernels.optim.probes import Probe, ProbeBatch, Probed, group_probes
 from ulr_kernels.optim.states import StateCheck
 from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
@@ -76,7 +79,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):  # other optimisers take parameters
             self._fail("model", "be a torch.nn.Module", type(model).__name__)
         self.model = unwrap(model)
-        self.seed = seed
+        self.seed = int(seed)
         self.steps = 0
         self.last_update: Update | None = None
         settings = dict(common)
@@ -85,12 +88,21 @@ class ForwardOptimizer(torch.optim.Optimizer):
         defaults = {"lr": lr, self.SCALE: scale, "weight_decay": settings.pop("weight_decay", 0.0)}
         self._rule = Rule(names=(), dist=dist, rank=rank, **settings)
         self._names = parameter_names(self.model)
+        self._padding = padding_rows(self.model)
         self._losses: list[Tensor] = []  # of the micro-batches so far
         self._forwards: list[list[int]] = []  # of each of them: the places of the probes of each forward
-        self._checked = False
+        self._used: set[str] = set()  # trained parameters that functions of the micro-batches so far have read
+        self._warned: set[str] = set()  # names of those that no function of a step has read
         self._checked_batches: set[tuple] = set()
-        trained = (p for p in self.model.parameters() if p.requires_grad)
-        super().__init__(trained if params is None else params, defaults)
+        if self._rule.betas is not None:
+            defaults["betas"] = self._rule.betas
+        elif self._rule.momentum:
+            defaults["momentum"] = self._rule.momentum
+        if params is None:
+            params = [p for p in self.model.parameters() if p.requires_grad]
+            if not params:
+                self._fail("model", "have a trained parameter (requires_grad)", "none")
+        super().__init__(params, defaults)
 
     @classmethod
     def _fail(cls, argument: str, rule: str, value: object) -> NoReturn:
@@ -98,14 +110,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _check_seed(cls, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**64:
             cls._fail("seed", "be an integer in [-2^63, 2^64)", repr(seed))
 
     @classmethod
     def _count(cls, argument: str, value: int, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
             cls._fail(argument, f"be an integer of at least {least}", repr(value))
-        return value
+        return int(value)
 
     @classmethod
     def _flag(cls, argument: str, value: bool) -> bool:
@@ -120,10 +132,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._checked = False
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                self._fail("model", "have parameters with shapes (run one forward first)", "one without")
             if id(parameter) not in self._names:
                 self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
             if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -131,6 +144,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
             if self._rule.stochastic and parameter.dtype == torch.float16:
                 self._fail("stochastic", "be False for float16", f"True for {self._names[id(parameter)]}")
         self._numbers(group)
+        for name, value in group.items():
+            if isinstance(value, Real):  # NumPy's numbers could not be loaded from a state
+                group[name] = float(value)
 
     def _numbers(self, group: dict[str, Any]) -> Group:
         """The numbers of a parameter group, which schedulers and users may change at any time."""
@@ -139,11 +155,33 @@ class ForwardOptimizer(torch.optim.Optimizer):
             (self.SCALE, "be finite and above 0", lambda value: 0 < value < math.inf),
             ("weight_decay", "be finite and at least 0", lambda value: 0 <= value < math.inf),
         ):
-            if not isinstance(group[argument], Real | Tensor) or not good(group[argument]):
-                self._fail(argument, rule, repr(group[argument]))
-        numbers = Group(float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]))
+            value = group[argument]
+            if not isinstance(value, Real | Tensor) or isinstance(value, bool) or not good(value):
+                self._fail(argument, rule, repr(value))
+        numbers = Group(
+            float(group["lr"]), float(group[self.SCALE]), float(group["weight_decay"]), self._momentum(group)
+        )
         self._rule.factor(numbers)
         return numbers
+
+    def _momentum(self, group: dict[str, Any]) -> float | None:
+        """The momentum of a group, or its first beta, which schedulers may change too; None where the rule has none."""
+        rule = self._rule
+        for argument, own in (("momentum", rule.momentum), ("betas", rule.betas)):
+            if group.get(argument) and not own:
+                self._fail(argument, "be an argument of the optimiser where groups have their own", repr(own))
+        if rule.betas is not None:
+            first, *others = group.get("betas", rule.betas)
+            argument = "betas"
+            if others != [rule.betas[1]]:
+                self._fail("betas", f"keep its second number, {rule.betas[1]}", repr(group["betas"]))
+        elif rule.momentum:
+            argument, first = "momentum", group.get("momentum", rule.momentum)
+        else:
+            return None
+        if not isinstance(first, Real) or isinstance(first, bool) or not 0 <= float(first) < 1:
+            self._fail(argument, "be in [0, 1)", repr(group[argument]))
+        return float(first)
 
     # --- a subclass defines ------------------------------------------------------------------------------------------
 
@@ -175,7 +213,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
     def rule(self) -> Rule:
         """The part that all updates of this run share; with them and the base weights it rebuilds the run."""
         names = tuple(tuple(self._names[id(p)] for p in group["params"]) for group in self.param_groups)
-        return dataclasses.replace(self._rule, names=names)
+        padding = tuple((name, self._padding[name]) for group in names for name in group if name in self._padding)
+        return dataclasses.replace(self._rule, names=names, padding=padding)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
@@ -195,17 +234,21 @@ class ForwardOptimizer(torch.optim.Optimizer):
             self.accumulate(closure)
         if not self._losses:
             self._fail("closure", "be given where nothing was accumulated", None)
+        names = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
+        unused = [name not in self._used for name in names]
         if self.workers is None:
             collected = torch.stack(self._losses)
         else:
-            collected = self.workers.exchange(self._losses, self._forwards, self.steps)
+            collected, unused = self.workers.exchange(self._losses, self._forwards, self.steps, unused)
+        still = tuple(name for name, left_out in zip(names, unused, strict=True) if left_out)
+        self._warn_of(still)
         losses = collected.mean(0)
         loss, coefficients = self._coefficients_from(losses)
         # An overflow in one probe voids the estimate: the weights stay as they are, and the caller gets the loss.
         largest = max(abs(self._rule.factor(group)) for group in groups)
         finite = (coefficients * max(largest, 1.0)).isfinite().all()
         coefficients = torch.where(finite, coefficients, 0)
-        update = Update(self.steps, noise_contract.fold_in(self.seed, self.steps), coefficients, groups)
+        update = Update(self.steps, noise_contract.fold_in(self.seed, self.steps), coefficients, groups, still)
         self.apply(update)
         return loss
 
@@ -217,18 +260,19 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The mean over the probes that this process evaluates, a scalar; NaN where other ranks have them all.
         """
         forwards = self._forwards_of(1)
+        state, draws, used = self._begin()
         losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
-        state = ModuleState(self.model)
-        for forward in self._own(forwards):
-            with self._probing(state, forward) as perturbed:
-                loss = closure()
-            self._check_used(perturbed)
-            loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
-            if loss.numel() != 1:
-                self._fail("closure", "return one loss", list(loss.shape))
-            for place in forward.places:
-                losses[place] = loss
-        return self._collect(losses, forwards)
+        with refuse_other_threads(state.modules, f"ulr.optim.{type(self).__name__}"):
+            for forward in self._own(forwards):
+                with self._probing(state, draws, forward, used):
+                    loss = self._call(closure)
+                loss = torch.as_tensor(loss, dtype=torch.float32, device=self._device()).detach()
+                if loss.numel() != 1:
+                    self._fail("closure", "return one loss", list(loss.shape))
+                for place in forward.places:
+                    losses[place] = loss
+        draws.finish()
+        return self._collect(losses, forwards, self._check_used(used, state))
 
     @torch.no_grad()
     def accumulate_batch(self, x: Any, y: Any, loss_fn: LossFunction, chunk: int | None = None) -> Tensor:
@@ -250,48 +294,73 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
         probes, forwards = self._probes(), self._forwards_of(chunk)
+        state, draws, used = self._begin()
         rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
-        state = ModuleState(self.model)
-        for forward in self._own(forwards):
-            found = self._evaluate(forward, batch, loss_fn, state).to(self._device())
-            for place, losses in zip(forward.places, found.unbind(), strict=True):
-                rows[place] = losses
-            if len(forward.places) > 1 and batch.signature not in self._checked_batches:
-                self._check_apart(probes[forward.places[-1]], batch, loss_fn, found, state)
-        return self._collect(torch.stack(rows), forwards)
 
-    def _evaluate(self, forward: ProbeBatch, batch: Batch, loss_fn: LossFunction, state: ModuleState) -> Tensor:
-        """fp32 `[copies, samples]`: the losses of the probes of one forward."""
-        copies = len(forward.places)
-        with self._probing(state, forward, batch.samples * copies) as perturbed:
-            inputs = repeat(batch.x, copies)
-            perturbed.mark_samples((inputs, batch.y))
-            losses = batch.losses(apply(self.model, inputs), loss_fn, copies)
-        self._check_used(perturbed)
-        return losses
+        def evaluate(forward: ProbeBatch) -> Tensor:
+            """fp32 `[copies, samples]`: the losses of the probes of one forward."""
+            copies = len(forward.places)
+            with self._probing(state, draws, forward, used, batch.samples * copies) as perturbed:
+                inputs = repeat(batch.x, copies)
+                perturbed.mark_samples((inputs, batch.y))
+                return batch.losses(apply(self.model, inputs), loss_fn, copies).to(self._device())
+
+        with refuse_other_threads(state.modules, f"ulr.optim.{type(self).__name__}"):
+            for forward in self._own(forwards):
+                found = evaluate(forward)
+                for place, losses in zip(forward.places, found.unbind(), strict=True):
+                    rows[place] = losses
+                if len(forward.places) > 1 and batch.signature not in self._checked_batches:
+                    self._check_apart(probes[forward.places[-1]], evaluate, found)
+                    self._checked_batches.add(batch.signature)
+        draws.finish()
+        return self._collect(torch.stack(rows), forwards, self._check_used(used, state))
+
+    def _begin(self) -> tuple[ModuleState, SameDraws, _Used]:
+        """What the forwards of a micro-batch share: the modules' state before them, random numbers, and their use."""
+        state = ModuleState(self.model)
+        self._check_parameters(state)
+        return state, SameDraws({p.device for group in self.param_groups for p in group["params"]}), _Used()
 
     @contextlib.contextmanager
-    def _probing(self, state: ModuleState, forward: ProbeBatch, rows: int = 0) -> Iterator[PerturbedWeights]:
+    def _probing(
+        self, state: ModuleState, draws: SameDraws, forward: ProbeBatch, used: _Used, rows: int = 0
+    ) -> Iterator[PerturbedWeights]:
         """The model as a forward of the coming step sees it; after it the model's modules are as before."""
         try:
             state.drop_caches()
-            with eval_mode(self.model, state.modules), self._perturbed(forward.draws, forward.sign, rows) as perturbed:
+            with (
+                draws.forward(),
+                eval_mode(self.model, state.modules),
+                self._perturbed(forward.draws, forward.sign, rows) as perturbed,
+            ):
                 state.fill_caches()
                 yield perturbed
         finally:
             state.restore()
+        used.forwards += bool(forward.sign)
+        used.names |= perturbed.used
 
-    def _check_apart(
-        self, probe: Probe, batch: Batch, loss_fn: LossFunction, losses: Tensor, state: ModuleState
-    ) -> None:
+    def _call(self, closure: Closure) -> Any:
+        """The closure's loss, or an error that says what a closure here does not do."""
+        try:
+            return closure()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError(
+                f"ulr.optim.{type(self).__name__}: 'closure' must run the forward alone and return its loss, without "
+                f"backward(), got '{error}'"
+            ) from error
+
+    def _check_apart(self, probe: Probe, evaluate: Callable[[ProbeBatch], Tensor], losses: Tensor) -> None:
         """Raise if the last probe of a forward has other losses by itself than among others.
 
         It runs with the first batch of each shape. The limit is a twentieth of the difference between probes, which may
         be a thousandth of their losses, and their rounding. In narrow dtypes it is a quarter, and some per cent of the
         losses, as a product of other rows rounds otherwise there.
         """
-        forward = ProbeBatch(WeightDraws(probe.draw), probe.sign, [0])
-        alone = self._evaluate(forward, batch, loss_fn, state)[0].to(losses.device)
+        alone = evaluate(ProbeBatch(WeightDraws(probe.draw), probe.sign, [0]))[0]
         first, own, alone = (torch.nan_to_num(each) for each in (losses[0], losses[-1], alone))
         narrow = torch.is_autocast_enabled(self._device().type) or any(
             p.dtype != torch.float32 for p in self.model.parameters()
@@ -304,20 +373,21 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 "probe at a time)",
                 "other losses of a probe by itself than among others",
             )
-        self._checked_batches.add(batch.signature)
 
     def step_batch(self, x: Any, y: Any, loss_fn: LossFunction, chunk: int | None = None) -> Tensor:
         """`step` with many probes in one forward; the arguments are those of `accumulate_batch`."""
         self.accumulate_batch(x, y, loss_fn, chunk)
         return self.step()
 
-    def _collect(self, losses: Tensor, forwards: list[ProbeBatch]) -> Tensor:
+    def _collect(self, losses: Tensor, forwards: list[ProbeBatch], used: set[str]) -> Tensor:
+        """Keep the losses of a micro-batch, and which parameters it has used, for the step."""
         kept, places = self._reduce_losses(losses), [forward.places for forward in forwards]
         if self._losses and self._losses[0].shape != kept.shape:
             self._fail("closure", f"give losses {list(self._losses[0].shape)} as before", list(kept.shape))
         if self._losses and self.workers is not None and self._forwards != places:
             self._fail("chunk", "be one for all micro-batches of a step that ranks share", "another than before")
         self._losses.append(kept)
+        self._used |= used
         self._forwards = places
         # One by one: a list of places would be copied to the device, which the host waits for.
         own = [losses[place] for place in sorted(place for forward in self._own(forwards) for place in forward.places)]
@@ -347,12 +417,12 @@ class ForwardOptimizer(torch.optim.Optimizer):
         drop_gathered(self.model)
         self.last_update = update
         self.steps = update.step + 1
-        self._losses.clear()
+        self.forget()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget what was accumulated."""
+    def forget(self) -> None:
+        """Drop what was accumulated for the coming step, as after a `WorkerError`; `zero_grad` does not."""
         self._losses.clear()
-        super().zero_grad(set_to_none)
+        self._used.clear()
 
     # --- probing -----------------------------------------------------------------------------------------------------
 
@@ -364,27 +434,68 @@ class ForwardOptimizer(torch.optim.Optimizer):
         noised = []
         step_key = noise_contract.fold_in(self.seed, self.steps)
         for group in self.param_groups if sign else ():
-            named = {self._names[id(p)]: p for p in group["params"]}
+            named = {self._names[id(p)]: p for p in group["params"] if p.requires_grad}
             for device, names in by_device(named):
                 sigma = torch.full((), sign * group[self.SCALE], dtype=torch.float32, device=device)
                 for name, key in zip(names, site_keys(step_key, names, device).unbind(), strict=True):
                     rank = self._rule.rank if named[name].dim() > 1 else None
-                    noised.append(NoisedParameter(name, named[name], key, sigma, rank))
+                    noised.append(NoisedParameter(name, named[name], key, sigma, rank, self._padding.get(name)))
         return PerturbedWeights(self.model, noised, draws._replace(dist=self._rule.dist), rows)
 
-    def _check_used(self, perturbed: PerturbedWeights) -> None:
-        """Raise in the first noised forward if no function uses a trained parameter: it would only walk at random."""
-        if self._checked or not perturbed.noised:
-            return
-        unused = [each.name for each in perturbed.noised.values() if each.name not in perturbed.used]
-        if unused:
+    def _check_parameters(self, state: ModuleState) -> None:
+        """Raise if the model has other parameters now than the optimiser, or some that it cannot train."""
+        own = [p for group in self.param_groups for p in group["params"]]
+        if not any(p.requires_grad for p in own):
+            self._fail("model", "have a trained parameter (requires_grad)", "none")
+        held = {id(p) for module in state.modules for p in module._parameters.values()}
+        for p in own:
+            if is_sharded(p):  # whose module holds other objects while it runs
+                continue
+            if id(p) not in held:
+                self._fail(
+                    "model",
+                    "keep the parameters that the optimiser was made of (make a new one where a layer is replaced, or "
+                    "loaded with assign=True)",
+                    f"another in the place of {self._names[id(p)]}",
+                )
+            if p._backward_hooks or p._post_accumulate_grad_hooks:
+                self._fail(
+                    "model",
+                    "have no hooks on the gradients of its parameters, as there are no gradients (register_hook)",
+                    f"one on {self._names[id(p)]}",
+                )
+
+    def _check_used(self, used: _Used, state: ModuleState) -> set[str]:
+        """The parameters that a micro-batch's forwards have used; raise if they cannot all be seen."""
+        trained = {self._names[id(p)] for group in self.param_groups for p in group["params"] if p.requires_grad}
+        unused = [name for name in self._names.values() if name in trained - used.names] if used.forwards else []
+        if unused and len(unused) == len(trained):
+            self._fail(
+                "closure",
+                "use trained parameters in the thread that calls it, through torch functions (noise reaches no other "
+                "thread, and no result of an earlier forward)",
+                f"none of {_listed(unused)}",
+            )
+        if unused and state.tensors:
             self._fail(
                 "model",
-                "use each trained parameter in its forward, through torch functions (freeze others with "
-                "requires_grad_(False))",
-                f"none of {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}",
+                "hold no results of an earlier forward where a trained parameter is not used, as they may be computed "
+                "from it (register constants as buffers, freeze parameters by requires_grad_(False), or give params)",
+                f"tensors among its attributes, and none of {_listed(unused)}",
             )
-        self._checked = True
+        return used.names
+
+    def _warn_of(self, still: tuple[str, ...]) -> None:
+        """Name those that no function of this step has used, once for each."""
+        trained = {self._names[id(p)] for group in self.param_groups for p in group["params"] if p.requires_grad}
+        new = [name for name in still if name in trained and name not in self._warned]
+        if new:
+            self._warned.update(new)
+            warnings.warn(
+                f"ulr.optim.{type(self).__name__}: no function of step {self.steps} has used {_listed(new)}: they stay "
+                "as they are in such steps (no function in another thread is seen, nor a result of an earlier forward)",
+                stacklevel=4,
+            )
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -411,7 +522,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         check.keys("ulr.rule", own["rule"], mine["ulr"]["rule"])
         for group in state_dict["param_groups"]:
             check.keys("param_groups", group, dict.fromkeys(("lr", self.SCALE, "weight_decay")), more=True)
-            self._numbers(group)
+            self._numbers({name: value for name, value in group.items() if name not in ("momentum", "betas")})
         self._check_seed(own["seed"])
         self._count("steps", own["steps"], 0)
         self._check_settings(own["settings"])
@@ -429,14 +540,33 @@ class ForwardOptimizer(torch.optim.Optimizer):
             own_state = self.state[parameters[index]]
             own_state.update({name: value.to(parameters[index].device, copy=True) for name, value in values.items()})
         self.seed, self.steps, self._rule = own["seed"], own["steps"], rule
+        for argument in ("momentum", "betas"):  # which torch's schedulers look for
+            self.defaults.pop(argument, None)
+        if rule.state_names():
+            argument = "momentum" if rule.betas is None else "betas"
+            self.defaults[argument] = getattr(rule, argument)
         for name, value in own["settings"].items():
             setattr(self, name, value)
-        self._losses.clear()
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles, which go on with the model that was copied along, as torch's do."""
-        return {name: value for name, value in self.__dict__.items() if name != "_names"} | super().__getstate__()
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_names", "_padding")
+        } | super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._names = parameter_names(self.model)
+        self._names, self._padding = parameter_names(self.model), padding_rows(self.model)
+
+
+@dataclasses.dataclass
+class _Used:
+    """The use of parameters in the forwards of a micro-batch."""
+
+    forwards: int = 0  # with noise
+    names: set[str] = dataclasses.field(default_factory=set)  # of the parameters used in these
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ulr_kernels.optim.update import Rule
+from ulr_kernels.optim.update import SKIPPED, Rule
 
 
 class StateCheck:
@@ -45,6 +45,11 @@ class StateCheck:
             if str(index) not in numbers:
                 self._fail(f"number parameters from 0 to {len(parameters) - 1} in 'state'", repr(index))
             part, shape = f"state[{index}]", parameters[numbers[str(index)]].shape
+            counted = values.get(SKIPPED) if isinstance(values, Mapping) else None
+            if counted is not None:
+                if not isinstance(counted, Tensor) or counted.dtype != torch.float32 or counted.dim():
+                    self._fail(f"hold a float32 scalar as {SKIPPED!r} in {part!r}", repr(counted))
+                values = {name: value for name, value in values.items() if name != SKIPPED}
             self.keys(part, values, dict.fromkeys(rule.state_names() if values else ()))
             for name, value in values.items():
                 if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:

@@ -29,7 +29,11 @@ class Workers:
     same on all of them, and as in one process that accumulates the same micro-batches in that order.
 
     In a step a rank sends 16 bytes, and 4 for each loss of its probes and micro-batches, `bytes_sent` in all. ES sends
-    8 for each, and with `shaping="group"` 4 for each sample.
+    8 for each, and with `shaping="group"` 4 for each sample. Where every rank has left parameters unused, it sends a
+    byte for each parameter too: those that no rank has used stay as they are.
+
+    A loss that draws random numbers draws the same ones in all forwards of a micro-batch on one rank. Ranks that share
+    probes must begin each micro-batch with equal generators: seed them alike.
 
     Args:
         group: a process group of gloo or NCCL; None for the default one. Its time-out is how long a rank waits for
@@ -61,16 +65,20 @@ class Workers:
         share = rank % self.probe_ranks
         return range(share * forwards // self.probe_ranks, (share + 1) * forwards // self.probe_ranks)
 
-    def exchange(self, losses: Sequence[Tensor], forwards: Sequence[Sequence[int]], step: int) -> Tensor:
-        """The losses of all micro-batches, in their order.
+    def exchange(
+        self, losses: Sequence[Tensor], forwards: Sequence[Sequence[int]], step: int, unused: Sequence[bool]
+    ) -> tuple[Tensor, list[bool]]:
+        """The losses of all micro-batches, in their order, and the parameters that no rank has used.
 
         Args:
             losses: of this rank's micro-batches, `[probes, columns]` each; only its own forwards' rows count.
             forwards: of a micro-batch: the rows of each.
             step: where this rank is.
+            unused: of each parameter, whether this rank has not used it.
 
         Returns:
-            `[micro-batches, probes, columns]`, bitwise the same on every rank.
+            The losses `[micro-batches, probes, columns]`, bitwise the same on every rank, and whether each parameter
+            was used by no rank.
 
         Raises:
             WorkerError: a rank did not answer in time or has gone, or ranks are at different steps or have different
@@ -86,11 +94,15 @@ class Workers:
         mine[:, : len(own)] = torch.stack(list(losses))[:, own]
         # Headers first: ranks whose losses differ in size must not meet in one exchange. How many probes a forward has
         # at most says which rank has which.
+        # A negative count says that the rank has left parameters unused.
         sizes = [step & 0x7FFFFFFF, count, probes * columns, max(map(len, forwards))]
         header = torch.tensor(sizes, dtype=torch.int32, device="cpu")
+        sent = header.clone()
+        sent[1] *= -1 if any(unused) else 1
         lost = f"at step {step}; its weights are those before that step"
-        for rank, other in enumerate(self.gather(header, lost)):
-            if not torch.equal(other, header):
+        headers = self.gather(sent, lost)
+        for rank, other in enumerate(headers):
+            if not torch.equal(other.abs(), header):
                 raise WorkerError(
                     "ulr.optim: all ranks must be at one step with as many micro-batches, losses of each and probes in "
                     f"a forward, got {sizes} on rank {self.rank}, {other.tolist()} on rank {rank}"
@@ -99,7 +111,12 @@ class Workers:
         for rank, part in enumerate(self.gather(mine, lost)):
             rows = shares[rank % self.probe_ranks]
             result[:, rank // self.probe_ranks, rows] = part[:, : len(rows)]
-        return result.flatten(0, 1)
+        if all(other[1] < 0 for other in headers):
+            mask = torch.tensor(unused, dtype=torch.uint8, device=losses[0].device)
+            unused = torch.stack(self.gather(mask, lost)).amin(0).bool().tolist()
+        else:
+            unused = [False] * len(unused)
+        return result.flatten(0, 1), list(unused)
 
     def agree(self, values: Mapping[str, object]) -> None:
         """Check that all ranks have the same values, as their `repr` tells.
