@@ -214,6 +214,10 @@ def by_vmap(m, x):
     return torch.vmap(lambda w: x @ w)(m.w).sum(0)
 
 
+def by_vmap_too(m, x):
+    return torch.vmap(lambda row: row @ m.w[0])(x) + x @ m.w[0]
+
+
 def an_ensemble(m, x):
     base = linear()
 
@@ -227,6 +231,7 @@ def test_hidden_parameters_are_named():
     refused("thread", net(in_threads, a=linear(), b=linear()))
     refused("thread", net(in_a_thread_too, a=linear()))
     refused("vmap", net(by_vmap, w=(3, 5, 4)))
+    refused("vmap", net(by_vmap_too, w=(3, 5, 4)))
     refused("vmap", net(an_ensemble, w=(3, 4, 5), b=(3, 4)))
     body = filled(nn.Sequential(linear(), nn.Tanh(), linear(4, 4)))
     for module in (

@@ -124,7 +124,8 @@ class NoisedForward(LayerInterceptor):
             bits |= self.marks(tensor)
         if self._record is not None and any(isinstance(tensor, nn.Parameter) for tensor in given):
             self._note("weights", given)
-        result = self.perturbed.__torch_function__(func, types, args, kwargs)
+        with torch.set_grad_enabled(any(t.requires_grad and not isinstance(t, nn.Parameter) for t in given)):
+            result = self.perturbed.__torch_function__(func, types, args, kwargs)
         for tensor in flat((result,)):
             more = self.marks(tensor) if self.perturbed.copies > 1 else 0  # rows that a parameter was expanded to
             self._mark(tensor, bits | more)

@@ -121,7 +121,12 @@ class LayerInterceptor(Marked, TorchFunctionMode):
             args, kwargs = self.expand_copies(func, args, kwargs, marks)
         call = self._read(func, args, kwargs, derived) if derived else None
         if call is None:
-            result = func(*args, **kwargs)
+            hides = torch._C._are_functorch_transforms_active()  # parameters, which a graph will show
+            if marks and not hides and not any(t.requires_grad for t, _ in marks):
+                with torch.no_grad():  # no graph from parameters that this mode does not follow
+                    result = func(*args, **kwargs)
+            else:
+                result = func(*args, **kwargs)
             self.after_call(func, args, kwargs, marks, result)
         else:
             result, more = self.on_layer_call(call)

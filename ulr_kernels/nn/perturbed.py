@@ -220,8 +220,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
 
     def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
-        """Whether a layer's input has samples and no noise but that of layers before it."""
-        if id(input) in self.noised:
+        """Whether a layer's input has samples, no noise but that of layers before it, and no derivative of its own."""
+        if id(input) in self.noised or (input.requires_grad and torch.is_grad_enabled()):
             return False
         if self.copies == 1:
             return True
@@ -274,6 +274,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             copies = self._vectors[id(parameter)] = self._perturb(noised)
         return copies
 
+    @torch.no_grad()
     def _perturb(self, noised: NoisedParameter) -> Tensor:
         """All copies, by a lookup of every row: the perturbed embedding writes no weight."""
         parameter = noised.parameter
