@@ -328,6 +328,19 @@ def test_a_derivative_of_zero_is_named(function):
     assert not report.ok and "derivative" in report.verdict and "'l'" in report.verdict
 
 
+@pytest.mark.parametrize("noise", ["outputs", "weights"])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_row_of_padding_stays(kind, noise):
+    def forward(m, x):
+        return m.e(x) if kind is nn.EmbeddingBag else m.e(x).mean(1)
+
+    ids = torch.tensor([[0, 1, 2], [3, 0, 1], [2, 4, 0], [1, 1, 3], [4, 2, 0], [0, 3, 3]])
+    model = net(forward, e=kind(5, 4, padding_idx=0))
+    assert_right(model, x=ids, noise=noise, sigma=0.05)
+    ulr.ULR(model, copies=4, noise=noise).backward(ids, Y, squares)
+    assert not model.e.weight.grad[0].any() and model.e.weight.grad[1:].any()
+
+
 def standardised(m, x):
     weight = F.batch_norm(m.c.weight.reshape(1, 4, -1), None, None, training=True, momentum=0.0)
     return F.conv2d(x, weight.reshape_as(m.c.weight), m.c.bias).mean((2, 3)).exp()

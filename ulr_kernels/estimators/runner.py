@@ -123,7 +123,8 @@ class PassRunner:
             parameter = self.view.noised[name]
             sigma = self.settings.sigma_of(self.view.layers[id(parameter)])
             scale = torch.full((), sigma, dtype=torch.float32, device=parameter.device)
-            return NoisedParameter(name, parameter, keys[name].to(parameter.device), scale, None)
+            key, still = keys[name].to(parameter.device), self.view.padding.get(name)
+            return NoisedParameter(name, parameter, key, scale, None, still)
 
         return WeightNoise([noised(name) for name in pass_.weights], self.settings.antithetic, self.settings.dist)
 

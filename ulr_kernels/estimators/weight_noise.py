@@ -49,4 +49,7 @@ class WeightNoise(NamedTuple):
                 dist=self.dist,
                 positions=rows,
             )
-            gradient_buffer(parameter).add_(score.view(parameter.shape))
+            score = score.view(parameter.shape)
+            if noised.still is not None:
+                score[noised.still] = 0
+            gradient_buffer(parameter).add_(score)
