@@ -874,3 +874,68 @@ def test_schedulers_without_momentum_say_so():
     with pytest.raises(ValueError, match="cycle_momentum"):
         torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6, cycle_momentum=False)
+
+
+def test_caches_in_objects_of_slots():
+    class Holder:
+        __slots__ = ("kept",)
+
+    class Holding(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.holders = [Holder()]
+
+        def forward(self, x):
+            (holder,) = self.holders
+            if not hasattr(holder, "kept"):
+                holder.kept = self.weight.detach() * 2
+            return x @ holder.kept.T + self.bias
+
+    model = filled(Holding())
+    check_step(model, X, Y)
+    assert not hasattr(model.holders[0], "kept")
+
+
+def test_results_kept_outside_the_model_are_named():
+    class Outside(nn.Linear):
+        def forward(self, x):
+            if "weight" not in kept:
+                kept["weight"] = self.weight.detach() * 2
+            return x @ kept["weight"].T + self.bias
+
+    kept: dict = {}
+    model = filled(Outside(4, 3))
+    optimizer = MeZO(model, eps=EPS)
+    with pytest.warns(UserWarning, match="some forwards of step 0 have used weight and others have not"):
+        optimizer.step(lambda: F.cross_entropy(model(X), Y))
+    with pytest.warns(UserWarning, match="no function of step 1 has used weight"):
+        optimizer.step(lambda: F.cross_entropy(model(X), Y))
+    kept.clear()
+    with pytest.raises(ValueError, match="other losses of a probe by itself"):
+        MeZO(model, eps=EPS).step_batch(X, Y, cross_entropy)
+
+
+def test_padding_that_only_a_call_names_is_refused():
+    model = filled(nn.ParameterDict({"table": torch.empty(7, 4)}))
+    for function, more in ((F.embedding, {}), (F.embedding_bag, {"mode": "sum"})):
+        closure = lambda function=function, more=more: function(TOKENS, model["table"], padding_idx=2, **more).sum()  # noqa: E731
+        with pytest.raises(ValueError, match="'padding_idx' must be that of an nn.Embedding .* got 2 in a call with"):
+            MeZO(model, eps=EPS).step(closure)
+
+
+def test_a_model_that_became_double_is_refused():
+    model = filled(nn.Linear(4, 3))
+    optimizer = MeZO(model, eps=EPS)
+    model.double()
+    with pytest.raises(ValueError, match="ulr.optim.MeZO: 'weight' must be float32, .* got torch.float64"):
+        optimizer.step(lambda: model(X.double()).square().sum())
+
+
+def test_noise_on_weights_leaves_the_row_of_padding():
+    model, targets = filled(Padded("tied")), torch.tensor([6, 2, 0, 1])
+    exact = torch.autograd.grad(F.cross_entropy(model(TOKENS), targets), model.words.weight)[0]
+    estimator = ulr.ULR(model, sigma=0.01, copies=512, noise="weights", injection="joint")
+    estimator.backward(TOKENS, targets, cross_entropy)
+    found, others = model.words.weight.grad, torch.arange(7) != 2
+    assert not found[2].any()
+    assert F.cosine_similarity(found[others].flatten(), exact[others].flatten(), 0) > 0.9

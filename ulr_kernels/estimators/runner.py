@@ -18,6 +18,7 @@ from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, joined, repeat
 from ulr_kernels.nn.call import Noise
+from ulr_kernels.nn.names import padding_rows
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
 
 
@@ -32,6 +33,7 @@ class PassRunner:
 
     def __init__(self, view: ModelView, settings: Settings, log_sigma: Mapping[str, nn.Parameter]) -> None:
         self.view, self.settings, self.log_sigma = view, settings, log_sigma
+        self._padding = padding_rows(view.model)
 
     def sigma(self, layer: str) -> Tensor | float:
         """The noise scale of a layer: the setting, or the learnt one, fp32 `[features]` or `[]`."""
@@ -79,7 +81,9 @@ class PassRunner:
             parameter = self.view.noised[name]
             sigma = self.settings.sigma_of(self.view.layers[id(parameter)])
             scale = torch.full((), sigma, dtype=torch.float32, device=parameter.device)
-            return NoisedParameter(name, parameter, keys[name].to(parameter.device), scale, None)
+            return NoisedParameter(
+                name, parameter, keys[name].to(parameter.device), scale, None, self._padding.get(name)
+            )
 
         return WeightNoise([noised(name) for name in pass_.weights], self.settings.antithetic, self.settings.dist)
 

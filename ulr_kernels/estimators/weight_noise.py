@@ -49,4 +49,6 @@ class WeightNoise(NamedTuple):
                 dist=self.dist,
                 positions=rows,
             )
+            if noised.still is not None:
+                score[noised.still] = 0
             gradient_buffer(parameter).add_(score.view(parameter.shape))

@@ -197,7 +197,10 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         sparse: bool = False,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or max_norm is not None or not weight.numel():
+        if noised is None:
+            return NotImplemented
+        self._check_padding(noised, padding_idx)
+        if max_norm is not None or not weight.numel():
             return NotImplemented
         copies = self._draws.copies
         if self.reads((input,)):
@@ -218,6 +221,21 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         if samples:
             return y.view(*input.shape, weight.shape[1])
         return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
+
+    def _embedding_bag(self, *args: Any, **kwargs: Any) -> Any:
+        given = _BAG.bind(*args, **kwargs).arguments
+        for leaf in (given["input"], given["weight"]):  # the order of older versions is the other one
+            if (noised := self.noised.get(id(leaf))) is not None:
+                self._check_padding(noised, given.get("padding_idx"))
+        return NotImplemented
+
+    def _check_padding(self, noised: NoisedParameter, row: int | None) -> None:
+        """Raise for a row of padding that only a call names: noise and updates leave out those that modules name."""
+        if row is not None and row % len(noised.parameter) != noised.still:
+            raise ValueError(
+                "ulr.optim: 'padding_idx' must be that of an nn.Embedding or nn.EmbeddingBag which holds the table, "
+                f"got {row} in a call with {noised.name}"
+            )
 
     def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
         """Whether a layer's input has samples and no noise but that of layers before it."""
@@ -483,11 +501,13 @@ def _name(func: Callable) -> str:
 
 
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
+_BAG = inspect.signature(F.embedding_bag)
 
 _FUSED: dict[Callable, Callable] = {
     F.linear: PerturbedWeights._linear,
     F.conv2d: PerturbedWeights._conv2d,
     F.embedding: PerturbedWeights._embedding,
+    F.embedding_bag: PerturbedWeights._embedding_bag,
     F.multi_head_attention_forward: PerturbedWeights._attention,
     **{
         func: functools.partial(PerturbedWeights._recurrent, func=func)
