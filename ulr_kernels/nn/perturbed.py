@@ -72,6 +72,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
     Attributes:
         copies: of the batch in this forward.
         used: names of the parameters that the forward has used.
+        on_generator: called with each `generator` that a function of the forward gets, before it draws.
     """
 
     def __init__(self, model: nn.Module, noised: Sequence[NoisedParameter], draws: WeightDraws, rows: int = 0) -> None:
@@ -89,6 +90,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         self._buffers = {id(b) for b in model.buffers()} if draws.copies > 1 else set()
         self.copies = draws.copies
         self.used: set[str] = set()
+        self.on_generator: Callable[[torch.Generator], object] | None = None
 
     def mark_samples(self, value: Any) -> None:
         """Note that tensors hold samples: inputs and targets; needed where there are several copies."""
@@ -111,6 +113,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             return (
                 self._call_without_noise(func, args, kwargs, flat(args)) if self.copies > 1 else func(*args, **kwargs)
             )
+        if kwargs and self.on_generator is not None and kwargs.get("generator") is not None:
+            self.on_generator(kwargs["generator"])
         if self._shards:
             self._find_gathered(args, kwargs)
         given = flat(args) + flat(kwargs.values())
@@ -397,6 +401,12 @@ class PerturbedWeights(Marked, TorchFunctionMode):
                 values[id(leaf)] = self._perturbed(noised).unbind()
             elif id(leaf) in self._of_copies:
                 values[id(leaf)] = [leaf, *self._of_copies[id(leaf)].others]
+                axis = axes.get(id(leaf))
+                if axis is not None and leaf.shape[axis] == self._rows:  # expanded: each copy needs its own rows
+                    values[id(leaf)] = [
+                        value.unflatten(axis, (copies, -1)).select(axis, number)
+                        for number, value in enumerate(values[id(leaf)])
+                    ]
             elif (axis := axes.get(id(leaf), 0)) is not None and (id(leaf) in axes or self._holds_samples(leaf)):
                 if leaf.dim() <= axis or leaf.shape[axis] % self._rows:
                     raise ValueError(

@@ -145,9 +145,11 @@ class ForwardOptimizer(torch.optim.Optimizer):
             if self._rule.stochastic and parameter.dtype == torch.float16:
                 self._fail("stochastic", "be False for float16", f"True for {self._names[id(parameter)]}")
         self._numbers(group)
-        for name, value in group.items():
-            if isinstance(value, Real):  # NumPy's numbers could not be loaded from a state
-                group[name] = float(value)
+        for name in ("lr", self.SCALE, "weight_decay", "momentum"):
+            if isinstance(group.get(name), Real):  # NumPy's numbers could not be loaded from a state
+                group[name] = float(group[name])
+        if group.get("betas"):
+            group["betas"] = tuple(map(float, group["betas"]))
 
     def _numbers(self, group: dict[str, Any]) -> Group:
         """The numbers of a parameter group, which schedulers and users may change at any time."""
@@ -224,24 +226,29 @@ class ForwardOptimizer(torch.optim.Optimizer):
         Args:
             closure: runs the model's forward and returns its loss: a scalar tensor or a number, differentiable or not.
                 It is called once for each probe, with the model in eval mode (dropout off, BatchNorm's statistics
-                left alone), on the same batch. Without it the step uses what `accumulate` has collected.
+                left alone), on the same batch and with the same random numbers. It must run the model in its own
+                thread and call no `backward()`. Without it the step uses what `accumulate` has collected.
 
         Returns:
             The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
-            else the mean over the probes.
+            else the mean over the probes. Parameters that are frozen or that no forward has used stay as they are,
+            with their state; a warning names the latter once.
+
+        Raises:
+            ValueError: a number, the closure or the model breaks a rule; nothing has been changed.
         """
         groups = tuple(map(self._numbers, self.param_groups))
         if closure is not None:
             self.accumulate(closure)
         if not self._losses:
             self._fail("closure", "be given where nothing was accumulated", None)
-        names = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
-        unused = [name not in self._used for name in names]
+        parameters = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        unused = [name not in self._used or not p.requires_grad for name, p in parameters.items()]
         if self.workers is None:
             collected = torch.stack(self._losses)
         else:
             collected, unused = self.workers.exchange(self._losses, self._forwards, self.steps, unused)
-        still = tuple(name for name, left_out in zip(names, unused, strict=True) if left_out)
+        still = tuple(name for name, left_out in zip(parameters, unused, strict=True) if left_out)
         self._warn_of(still)
         losses = collected.mean(0)
         loss, coefficients = self._coefficients_from(losses)
@@ -335,6 +342,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 eval_mode(self.model, state.modules),
                 self._perturbed(forward.draws, forward.sign, rows) as perturbed,
             ):
+                perturbed.on_generator = draws.note
                 state.fill_caches()
                 yield perturbed
         finally:
@@ -461,7 +469,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 )
             if p.dtype not in DTYPES:
                 self._fail(self._names[id(p)], "be float32, bfloat16 or float16", p.dtype)
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
                 self._fail(
                     "model",
                     "have no hooks on the gradients of its parameters, as there are no gradients (register_hook)",
