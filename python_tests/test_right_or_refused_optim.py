@@ -362,8 +362,22 @@ class Queries(Learner):
         return self.cross(queries.expand(len(h), -1, -1), h, h, need_weights=False)[0] * self.norm
 
 
+class Starts(Learner):
+    """A recurrent layer with a learnt first state, and attention with samples on the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.start = nn.GRU(6, 6, batch_first=True), nn.Parameter(torch.empty(1, 1, 6))
+        self.cross = nn.MultiheadAttention(6, 2)
+
+    def mixed(self, h):
+        h = self.cells(h, self.start.expand(-1, len(h), -1).contiguous())[0]
+        queries = self.more.unsqueeze(1).repeat(1, len(h), 1)
+        return self.cross(queries, h.transpose(0, 1), h.transpose(0, 1))[0].transpose(0, 1) * self.norm
+
+
 @pytest.mark.parametrize("samples", [1, 2, 4])  # 4, 8 or 16 rows in one forward, of 8 tokens and 8 features
-@pytest.mark.parametrize("kind", [Positions, PositionsOfRows, ClassToken, Relative, Normed, Queries])
+@pytest.mark.parametrize("kind", [Positions, PositionsOfRows, ClassToken, Relative, Normed, Queries, Starts])
 def test_members_have_their_own_results_of_parameters_alone(kind, samples):
     with torch.random.fork_rng(devices=[]):
         model = filled(kind(), 0.7)
@@ -506,6 +520,11 @@ def test_parameters_frozen_later_stay_still(way):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
     assert moved == {"heads.0.weight", "heads.0.bias"}
     assert torch.equal(optimizer.state[model.body.weight]["momentum_buffer"], kept)
+    start = copies(model)
+    optimizer.accumulate(lambda: F.cross_entropy(model(X), Y))
+    model.heads[0].weight.requires_grad_(False)  # before the step that was to move it
+    optimizer.step()
+    assert {name for name, p in model.named_parameters() if not torch.equal(p, start[name])} == {"heads.0.bias"}
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="'model' must have a trained parameter"):
         take(optimizer, way)
@@ -751,6 +770,29 @@ def test_a_loss_that_draws_numbers_draws_the_same_in_every_probe(draw):
         assert after == (float(torch.rand(1)), float(numpy.random.rand()), random.random())
 
 
+@pytest.mark.parametrize("way", ["closure", "batch"])
+def test_generators_that_a_loss_brings_along(way):
+    model, generator = filled(nn.Linear(4, 3)), torch.Generator()
+
+    def scaled(h):
+        return h * torch.rand(len(h), 1, generator=generator)
+
+    def loss(own):
+        generator.manual_seed(5)
+        return F.cross_entropy(scaled(own(X)), Y)
+
+    expected = coefficients(model, loss, 2)
+    after = generator.get_state()
+    generator.manual_seed(5)
+    optimizer = MeZO(model, lr=0.0, eps=EPS, probes=2)
+    if way == "closure":
+        optimizer.step(lambda: F.cross_entropy(scaled(model(X)), Y))
+    else:
+        optimizer.step_batch(X, Y, lambda out, y: cross_entropy(scaled(out), y))
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    assert torch.equal(generator.get_state(), after)
+
+
 def test_micro_batches_and_steps_draw_anew():
     model, drawn = filled(nn.Linear(4, 3)), []
 
@@ -874,3 +916,87 @@ def test_schedulers_without_momentum_say_so():
     with pytest.raises(ValueError, match="cycle_momentum"):
         torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6, cycle_momentum=False)
+
+
+def test_caches_in_objects_of_slots():
+    class Holder:
+        __slots__ = ("kept",)
+
+    class Holding(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.holders = [Holder()]
+
+        def forward(self, x):
+            (holder,) = self.holders
+            if not hasattr(holder, "kept"):
+                holder.kept = self.weight.detach() * 2
+            return x @ holder.kept.T + self.bias
+
+    model = filled(Holding())
+    check_step(model, X, Y)
+    assert not hasattr(model.holders[0], "kept")
+
+
+def test_results_kept_outside_the_model_are_named():
+    class Outside(nn.Linear):
+        def forward(self, x):
+            if "weight" not in kept:
+                kept["weight"] = self.weight.detach() * 2
+            return x @ kept["weight"].T + self.bias
+
+    kept: dict = {}
+    model = filled(Outside(4, 3))
+    optimizer = MeZO(model, eps=EPS)
+    with pytest.warns(UserWarning, match="some forwards of step 0 have used weight and others have not"):
+        optimizer.step(lambda: F.cross_entropy(model(X), Y))
+    with pytest.warns(UserWarning, match="no function of step 1 has used weight"):
+        optimizer.step(lambda: F.cross_entropy(model(X), Y))
+    kept.clear()
+    with pytest.raises(ValueError, match="other losses of a probe by itself"):
+        MeZO(model, eps=EPS).step_batch(X, Y, cross_entropy)
+
+
+def test_padding_that_only_a_call_names_is_refused():
+    model = filled(nn.ParameterDict({"table": torch.empty(7, 4)}))
+    for function, more in ((F.embedding, {}), (F.embedding_bag, {"mode": "sum"})):
+        closure = lambda function=function, more=more: function(TOKENS, model["table"], padding_idx=2, **more).sum()  # noqa: E731
+        with pytest.raises(ValueError, match="'padding_idx' must be that of an nn.Embedding .* got 2 in a call with"):
+            MeZO(model, eps=EPS).step(closure)
+
+
+def test_a_model_that_became_double_is_refused():
+    model = filled(nn.Linear(4, 3))
+    optimizer = MeZO(model, eps=EPS)
+    model.double()
+    with pytest.raises(ValueError, match="ulr.optim.MeZO: 'weight' must be float32, .* got torch.float64"):
+        optimizer.step(lambda: model(X.double()).square().sum())
+
+
+def test_noise_on_weights_leaves_the_row_of_padding():
+    model, targets = filled(Padded("tied")), torch.tensor([6, 2, 0, 1])
+    exact = torch.autograd.grad(F.cross_entropy(model(TOKENS), targets), model.words.weight)[0]
+    estimator = ulr.ULR(model, sigma=0.01, copies=512, noise="weights", injection="joint")
+    estimator.backward(TOKENS, targets, cross_entropy)
+    found, others = model.words.weight.grad, torch.arange(7) != 2
+    assert not found[2].any()
+    assert F.cosine_similarity(found[others].flatten(), exact[others].flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize("other", [[True, False, True], [False, False, False]], ids=["some", "none"])
+def test_ranks_agree_on_what_stays_still(other):
+    """What no rank has used; here a rank that hears from another one."""
+
+    class Two(ulr.optim.Workers):
+        def __init__(self) -> None:
+            self.group, self.rank, self.size, self.probe_ranks, self.blocks, self.bytes_sent = None, 0, 2, 1, 2, 0
+
+        def gather(self, mine, when):
+            if mine.dtype == torch.int32:
+                assert mine[1] == -1  # of one micro-batch; this rank has left some unused
+                return [mine, mine * torch.tensor([1, 1 if any(other) else -1, 1, 1], dtype=torch.int32)]
+            return [mine, torch.tensor(other, dtype=torch.uint8) if mine.dtype == torch.uint8 else mine]
+
+    workers = Two()
+    losses, unused = workers.exchange([torch.ones(2, 1)], [[0], [1]], 3, [True, True, False])
+    assert losses.shape == (2, 2, 1) and unused == [all(pair) for pair in zip([True, True, False], other, strict=True)]

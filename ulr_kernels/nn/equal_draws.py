@@ -20,6 +20,7 @@ _OF_TENSORS = _FILLS | {
     F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.gumbel_softmax, F.rrelu,
 }  # fmt: skip
 _OF_SIZES = {torch.rand, torch.randn, torch.randint, torch.normal}
+_DRAWS = _OF_TENSORS | _OF_SIZES
 
 
 def draw_rows(
@@ -34,6 +35,8 @@ def draw_rows(
 
     A row count that is no number of samples is found by the comparison with a forward of one copy.
     """
+    if func not in _DRAWS:
+        return NotImplemented
     if func in _OF_SIZES and (sized := _with_rows(args, kwargs, rows, rows // copies)) is not None:
         own = func(*sized[0], **sized[1])
         return own.repeat(copies, *(1,) * (own.dim() - 1))

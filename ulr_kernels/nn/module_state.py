@@ -55,6 +55,7 @@ class ModuleState:
         self.modules = _modules(model)
         self._mappings = [module.__dict__ for module in self.modules]
         self._containers: list[tuple[Any, Any]] = []
+        self._slotted: list[tuple[Any, dict[str, Any]]] = []  # objects without a dict, their attributes
         self._copied: list[tuple[Tensor, Tensor, int]] = []  # tensor, alias of its memory, address
         self._values: list[Tensor] = []  # of `_copied`
         self._inference = False  # some of them can be written in inference mode only
@@ -105,6 +106,12 @@ class ModuleState:
             if not _same(container, saved):
                 container.clear()
                 container.update(saved) if isinstance(container, set) else container.extend(saved)
+        for value, attributes in self._slotted:
+            for name in _slots(type(value)):
+                if name in attributes:
+                    setattr(value, name, attributes[name])
+                elif hasattr(value, name):
+                    delattr(value, name)
         if self._copied:
             self._copy_back()
         for tensor, version, value in self._large:
@@ -151,6 +158,10 @@ class ModuleState:
             if type(own) is dict:
                 self._mappings.append(own)
                 inner = own.values()
+        elif hasattr(type(value), "__slots__") and not type(value).__module__.startswith(("torch", "builtins")):
+            own = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+            self._slotted.append((value, own))
+            inner = own.values()
         if set(map(type, inner)) - _VALUES:
             for each in inner:
                 self._keep(each, depth - 1)
@@ -207,6 +218,15 @@ def _same(found: Any, saved: Any) -> bool:
     if isinstance(found, set):
         return found == saved
     return len(found) == len(saved) and all(map(is_, found, saved))
+
+
+def _slots(kind: type) -> list[str]:
+    """The attributes that an object without a dict can have."""
+    found: list[str] = []
+    for each in kind.__mro__:
+        slots = each.__dict__.get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else slots
+    return [name for name in found if name not in ("__weakref__", "__dict__")]
 
 
 def _switches(train: Callable) -> bool:

@@ -72,6 +72,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
     Attributes:
         copies: of the batch in this forward.
         used: names of the parameters that the forward has used.
+        on_generator: called with each `generator` that a function of the forward gets, before it draws.
     """
 
     def __init__(self, model: nn.Module, noised: Sequence[NoisedParameter], draws: WeightDraws, rows: int = 0) -> None:
@@ -89,6 +90,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         self._buffers = {id(b) for b in model.buffers()} if draws.copies > 1 else set()
         self.copies = draws.copies
         self.used: set[str] = set()
+        self.on_generator: Callable[[torch.Generator], object] | None = None
 
     def mark_samples(self, value: Any) -> None:
         """Note that tensors hold samples: inputs and targets; needed where there are several copies."""
@@ -111,6 +113,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             return (
                 self._call_without_noise(func, args, kwargs, flat(args)) if self.copies > 1 else func(*args, **kwargs)
             )
+        if kwargs and self.on_generator is not None and kwargs.get("generator") is not None:
+            self.on_generator(kwargs["generator"])
         if self._shards:
             self._find_gathered(args, kwargs)
         given = flat(args) + flat(kwargs.values())
@@ -197,7 +201,10 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         sparse: bool = False,
     ) -> Any:
         noised = self.noised.get(id(weight))
-        if noised is None or max_norm is not None or not weight.numel():
+        if noised is None:
+            return NotImplemented
+        self._check_padding(noised, padding_idx)
+        if max_norm is not None or not weight.numel():
             return NotImplemented
         copies = self._draws.copies
         if self.reads((input,)):
@@ -218,6 +225,21 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         if samples:
             return y.view(*input.shape, weight.shape[1])
         return self._keep(y.view(copies, *input.shape, weight.shape[1]).unbind())
+
+    def _embedding_bag(self, *args: Any, **kwargs: Any) -> Any:
+        given = _BAG.bind(*args, **kwargs).arguments
+        for leaf in (given["input"], given["weight"]):  # the order of older versions is the other one
+            if (noised := self.noised.get(id(leaf))) is not None:
+                self._check_padding(noised, given.get("padding_idx"))
+        return NotImplemented
+
+    def _check_padding(self, noised: NoisedParameter, row: int | None) -> None:
+        """Raise for a row of padding that only a call names: noise and updates leave out those that modules name."""
+        if row is not None and row % len(noised.parameter) != noised.still:
+            raise ValueError(
+                "ulr.optim: 'padding_idx' must be that of an nn.Embedding or nn.EmbeddingBag which holds the table, "
+                f"got {row} in a call with {noised.name}"
+            )
 
     def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
         """Whether a layer's input has samples, no noise but that of layers before it, and no derivative of its own."""
@@ -380,6 +402,12 @@ class PerturbedWeights(Marked, TorchFunctionMode):
                 values[id(leaf)] = self._perturbed(noised).unbind()
             elif id(leaf) in self._of_copies:
                 values[id(leaf)] = [leaf, *self._of_copies[id(leaf)].others]
+                axis = axes.get(id(leaf))
+                if axis is not None and leaf.shape[axis] == self._rows:  # expanded: each copy needs its own rows
+                    values[id(leaf)] = [
+                        value.unflatten(axis, (copies, -1)).select(axis, number)
+                        for number, value in enumerate(values[id(leaf)])
+                    ]
             elif (axis := axes.get(id(leaf), 0)) is not None and (id(leaf) in axes or self._holds_samples(leaf)):
                 if leaf.dim() <= axis or leaf.shape[axis] % self._rows:
                     raise ValueError(
@@ -484,11 +512,13 @@ def _name(func: Callable) -> str:
 
 
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
+_BAG = inspect.signature(F.embedding_bag)
 
 _FUSED: dict[Callable, Callable] = {
     F.linear: PerturbedWeights._linear,
     F.conv2d: PerturbedWeights._conv2d,
     F.embedding: PerturbedWeights._embedding,
+    F.embedding_bag: PerturbedWeights._embedding_bag,
     F.multi_head_attention_forward: PerturbedWeights._attention,
     **{
         func: functools.partial(PerturbedWeights._recurrent, func=func)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import operator
 import pickle
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class SameDraws:
-    """The generators of torch on the CPU and on some devices, of Python, and of NumPy if it is imported.
+    """The generators of torch on the CPU and on some devices, of Python, of NumPy if it is imported, and those noted.
 
     Each forward of a micro-batch starts with their states at its beginning. After `finish` they are as after one
     forward, so that the next micro-batch draws anew.
@@ -36,13 +38,23 @@ class SameDraws:
                 self._generators.append(_Generator(get, put, torch.equal))
         self._start = [each.get() for each in self._generators]
         self._end: list[Any] | None = None  # after the first forward
+        self._noted: dict[int, _Noted] = {}
+
+    def note(self, generator: torch.Generator) -> None:
+        """Treat this generator, which a forward is about to draw from, in the same way."""
+        if id(generator) not in self._noted:
+            self._noted[id(generator)] = _Noted(generator, generator.get_state())
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """One forward runs in this block."""
         if self._end is not None:
             self._put(self._start)
+            for each in self._noted.values():
+                each.generator.set_state(each.start)
         yield
+        for each in self._noted.values():
+            each.end = each.generator.get_state() if each.end is None else each.end
         if self._end is None:  # from here on those count that the forward has drawn from
             states = [
                 (each, start, each.get())
@@ -56,10 +68,21 @@ class SameDraws:
         """Put the states after the first forward."""
         if self._end is not None:
             self._put(self._end)
+        for each in self._noted.values():
+            each.generator.set_state(each.start if each.end is None else each.end)
 
     def _put(self, states: list[Any]) -> None:
         for each, state in zip(self._generators, states, strict=True):
             each.put(state)
+
+
+@dataclasses.dataclass
+class _Noted:
+    """A generator of torch that a function got as an argument."""
+
+    generator: torch.Generator
+    start: Tensor  # its state before the first forward that draws from it
+    end: Tensor | None = None  # after this
 
 
 class _Generator(NamedTuple):

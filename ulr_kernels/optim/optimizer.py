@@ -28,6 +28,7 @@ from ulr_kernels.optim.states import StateCheck
 from ulr_kernels.optim.update import Group, Rule, Update, by_device, site_keys
 from ulr_kernels.optim.workers import Workers
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Closure = Callable[[], Any]  # one forward: the batch's loss, a scalar tensor or a number
 
 
@@ -92,7 +93,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         self._losses: list[Tensor] = []  # of the micro-batches so far
         self._forwards: list[list[int]] = []  # of each of them: the places of the probes of each forward
         self._used: set[str] = set()  # trained parameters that functions of the micro-batches so far have read
-        self._warned: set[str] = set()  # names of those that no function of a step has read
+        self._warned: set[tuple[str, str]] = set()  # names of parameters, with what a warning has said of them
         self._checked_batches: set[tuple] = set()
         if self._rule.betas is not None:
             defaults["betas"] = self._rule.betas
@@ -139,14 +140,16 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 self._fail("model", "have parameters with shapes (run one forward first)", "one without")
             if id(parameter) not in self._names:
                 self._fail("params", "be parameters of the model", f"one of shape {list(parameter.shape)} that is not")
-            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            if parameter.dtype not in DTYPES:
                 self._fail(self._names[id(parameter)], "be float32, bfloat16 or float16", parameter.dtype)
             if self._rule.stochastic and parameter.dtype == torch.float16:
                 self._fail("stochastic", "be False for float16", f"True for {self._names[id(parameter)]}")
         self._numbers(group)
-        for name, value in group.items():
-            if isinstance(value, Real):  # NumPy's numbers could not be loaded from a state
-                group[name] = float(value)
+        for name in ("lr", self.SCALE, "weight_decay", "momentum"):
+            if isinstance(group.get(name), Real):  # NumPy's numbers could not be loaded from a state
+                group[name] = float(group[name])
+        if group.get("betas"):
+            group["betas"] = tuple(map(float, group["betas"]))
 
     def _numbers(self, group: dict[str, Any]) -> Group:
         """The numbers of a parameter group, which schedulers and users may change at any time."""
@@ -223,24 +226,29 @@ class ForwardOptimizer(torch.optim.Optimizer):
         Args:
             closure: runs the model's forward and returns its loss: a scalar tensor or a number, differentiable or not.
                 It is called once for each probe, with the model in eval mode (dropout off, BatchNorm's statistics
-                left alone), on the same batch. Without it the step uses what `accumulate` has collected.
+                left alone), on the same batch and with the same random numbers. It must run the model in its own
+                thread and call no `backward()`. Without it the step uses what `accumulate` has collected.
 
         Returns:
             The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
-            else the mean over the probes.
+            else the mean over the probes. Parameters that are frozen or that no forward has used stay as they are,
+            with their state; a warning names the latter once.
+
+        Raises:
+            ValueError: a number, the closure or the model breaks a rule; nothing has been changed.
         """
         groups = tuple(map(self._numbers, self.param_groups))
         if closure is not None:
             self.accumulate(closure)
         if not self._losses:
             self._fail("closure", "be given where nothing was accumulated", None)
-        names = [self._names[id(p)] for group in self.param_groups for p in group["params"]]
-        unused = [name not in self._used for name in names]
+        parameters = {self._names[id(p)]: p for group in self.param_groups for p in group["params"]}
+        unused = [name not in self._used or not p.requires_grad for name, p in parameters.items()]
         if self.workers is None:
             collected = torch.stack(self._losses)
         else:
             collected, unused = self.workers.exchange(self._losses, self._forwards, self.steps, unused)
-        still = tuple(name for name, left_out in zip(names, unused, strict=True) if left_out)
+        still = tuple(name for name, left_out in zip(parameters, unused, strict=True) if left_out)
         self._warn_of(still)
         losses = collected.mean(0)
         loss, coefficients = self._coefficients_from(losses)
@@ -334,12 +342,13 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 eval_mode(self.model, state.modules),
                 self._perturbed(forward.draws, forward.sign, rows) as perturbed,
             ):
+                perturbed.on_generator = draws.note
                 state.fill_caches()
                 yield perturbed
         finally:
             state.restore()
-        used.forwards += bool(forward.sign)
-        used.names |= perturbed.used
+        if forward.sign:
+            used.add(perturbed.used)
 
     def _call(self, closure: Closure) -> Any:
         """The closure's loss, or an error that says what a closure here does not do."""
@@ -458,7 +467,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
                     "loaded with assign=True)",
                     f"another in the place of {self._names[id(p)]}",
                 )
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
+            if p.dtype not in DTYPES:
+                self._fail(self._names[id(p)], "be float32, bfloat16 or float16", p.dtype)
+            if p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks):
                 self._fail(
                     "model",
                     "have no hooks on the gradients of its parameters, as there are no gradients (register_hook)",
@@ -483,19 +494,30 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 "from it (register constants as buffers, freeze parameters by requires_grad_(False), or give params)",
                 f"tensors among its attributes, and none of {_listed(unused)}",
             )
+        if used.common != used.names:
+            self._warn(
+                [name for name in used.names if name not in used.common],
+                "some forwards of step {step} have used {names} and others have not, which is wrong if a forward keeps "
+                "results for the next one outside the model's modules",
+            )
         return used.names
 
     def _warn_of(self, still: tuple[str, ...]) -> None:
         """Name those that no function of this step has used, once for each."""
         trained = {self._names[id(p)] for group in self.param_groups for p in group["params"] if p.requires_grad}
-        new = [name for name in still if name in trained and name not in self._warned]
+        self._warn(
+            [name for name in still if name in trained],
+            "no function of step {step} has used {names}: they stay as they are in such steps (no function in another "
+            "thread is seen, nor a result of an earlier forward)",
+        )
+
+    def _warn(self, names: Sequence[str], text: str) -> None:
+        """Warn of parameters, once of each."""
+        new = [name for name in names if (name, text) not in self._warned]
         if new:
-            self._warned.update(new)
-            warnings.warn(
-                f"ulr.optim.{type(self).__name__}: no function of step {self.steps} has used {_listed(new)}: they stay "
-                "as they are in such steps (no function in another thread is seen, nor a result of an earlier forward)",
-                stacklevel=4,
-            )
+            self._warned.update((name, text) for name in new)
+            text = text.format(step=self.steps, names=_listed(new))
+            warnings.warn(f"ulr.optim.{type(self).__name__}: {text}", stacklevel=5)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -565,7 +587,13 @@ class _Used:
     """The use of parameters in the forwards of a micro-batch."""
 
     forwards: int = 0  # with noise
-    names: set[str] = dataclasses.field(default_factory=set)  # of the parameters used in these
+    names: set[str] = dataclasses.field(default_factory=set)  # of the parameters used in any of these
+    common: set[str] = dataclasses.field(default_factory=set)  # in all of these
+
+    def add(self, names: set[str]) -> None:
+        self.common = self.common & names if self.forwards else names
+        self.names |= names
+        self.forwards += 1
 
 
 def _listed(names: Sequence[str]) -> str:
