@@ -24,6 +24,8 @@ EXACT, PROBES = 64, 16  # coordinates of a sample up to which the Jacobian is co
 class CallRecorder(LayerInterceptor):
     """Keeps each call of a trained layer with its output, for autograd."""
 
+    keeps_graphs = True
+
     def __init__(self, view: ModelView, inputs: Any) -> None:
         super().__init__(view.layers, view.followed, inputs)
         self.calls: list[tuple[str, Call, Tensor]] = []

@@ -35,6 +35,8 @@ class LayerInterceptor(Marked, TorchFunctionMode):
         inputs: the model's input.
     """
 
+    keeps_graphs = False  # of functions of samples, for a subclass that differentiates the whole forward
+
     def __init__(self, layers: Mapping[int, str], parameters: Iterable[Tensor], inputs: Any) -> None:
         super().__init__()
         self._layers = layers
@@ -122,7 +124,7 @@ class LayerInterceptor(Marked, TorchFunctionMode):
         call = self._read(func, args, kwargs, derived) if derived else None
         if call is None:
             hides = torch._C._are_functorch_transforms_active()  # parameters, which a graph will show
-            if marks and not hides and not any(t.requires_grad for t, _ in marks):
+            if marks and not (self.keeps_graphs or hides) and not any(t.requires_grad for t, _ in marks):
                 with torch.no_grad():  # no graph from parameters that this mode does not follow
                     result = func(*args, **kwargs)
             else:
