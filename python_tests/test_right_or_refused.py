@@ -7,6 +7,7 @@ computes the same openly.
 import copy
 import functools
 import io
+import itertools
 import pickle
 import threading
 from collections import UserDict
@@ -243,13 +244,17 @@ def test_hidden_parameters_are_named():
 
 
 def forces(m, x):
+    train = torch.is_grad_enabled()
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(m.b(torch.tanh(m.a(x))).sum(), x)[0]
+        return torch.autograd.grad(m.b(torch.tanh(m.a(x))).sum(), x, create_graph=train)[0]
 
 
 def test_derivatives_inside_a_forward_are_refused():
-    refused("'noise' must be 'weights' for a model that differentiates", net(forces, a=linear(), b=linear(4, 1)), y=X)
+    model = net(forces, a=linear(bias=False), b=linear(4, 1, bias=False))
+    refused("'noise' must be 'weights' for a model that differentiates", model, y=X)
+    assert_right(model, y=X, noise="weights")
+    assert_right(model, y=X, noise="weights", injection="joint")
 
 
 # --- parameters that the loss depends on past all layers -------------------------------------------------------------
@@ -582,6 +587,23 @@ def test_mappings_and_numbers_of_numpy():
     model.zero_grad()
     refused("tuple of as many numbers may be either", model, x={"x": X, "size": (1, 2, 3, 4, 5, 6)})
     refused("dense tensors", model, x=X.to_sparse())
+
+
+def test_forwards_that_call_other_functions_before_the_noise():
+    """Chunks of copies share results from before the noise only while they call the same functions."""
+    turns = itertools.cycle([False] * 5 + [True])
+
+    def forward(m, x):
+        h = m.a(x)
+        if next(turns):
+            h = (h + 1) - 1
+        if (h > 100).any():
+            h = 2 * h
+        return m.c(m.b(h.sin()).tanh())
+
+    model = net(forward, a=linear(5, 5), b=linear(5, 5), c=linear())
+    openly = net(lambda m, x: m.c(m.b(m.a(x).sin()).tanh()), a=linear(5, 5), b=linear(5, 5), c=linear())
+    assert_right(model, openly=openly, steps=2, max_rows=2000)
 
 
 def test_windows_folded_into_the_batch():

@@ -156,7 +156,7 @@ class ModelTrace(LayerInterceptor):
             fail(
                 "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
             )
-        if func in DERIVATIVES and bits:
+        if func in DERIVATIVES and bits and self.covered:
             fail(
                 "noise",
                 "be 'weights' for a model that differentiates inside its forward: that derivative has the weights, but "
