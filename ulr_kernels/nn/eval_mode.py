@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -24,15 +24,14 @@ def _keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def eval_mode(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block, and each module's own flag again after it. Compiled parts run uncompiled.
 
     A compiled graph hides its calls. torch's compiler is set only if it is imported already: that takes seconds.
-    `modules` are the model's, where a caller has them already. No `train` method is called: `ModuleState` calls those
-    that modules have of their own.
+    No `train` method is called: `ModuleState` calls those that modules have of their own.
     """
     _keep_freed_memory()
-    training = [module for module in (model.modules() if modules is None else modules) if module.training]
+    training = [module for module in model.modules() if module.training]
     with contextlib.ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -268,9 +268,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
             The mean over the probes that this process evaluates, a scalar; NaN where other ranks have them all.
         """
         forwards = self._forwards_of(1)
-        state, draws, used = self._begin()
-        losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
-        with refuse_other_threads(state.modules, f"ulr.optim.{type(self).__name__}"):
+        with self._micro_batch() as (state, draws, used):
+            losses = torch.zeros(len(forwards), 1, dtype=torch.float32, device=self._device())
             for forward in self._own(forwards):
                 with self._probing(state, draws, forward, used):
                     loss = self._call(closure)
@@ -279,7 +278,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
                     self._fail("closure", "return one loss", list(loss.shape))
                 for place in forward.places:
                     losses[place] = loss
-        draws.finish()
         return self._collect(losses, forwards, self._check_used(used, state))
 
     @torch.no_grad()
@@ -302,8 +300,6 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """
         batch = Batch(x, y, f"ulr.optim.{type(self).__name__}")
         probes, forwards = self._probes(), self._forwards_of(chunk)
-        state, draws, used = self._begin()
-        rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
 
         def evaluate(forward: ProbeBatch) -> Tensor:
             """fp32 `[copies, samples]`: the losses of the probes of one forward."""
@@ -313,7 +309,8 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 perturbed.mark_samples((inputs, batch.y))
                 return batch.losses(apply(self.model, inputs), loss_fn, copies).to(self._device())
 
-        with refuse_other_threads(state.modules, f"ulr.optim.{type(self).__name__}"):
+        with self._micro_batch() as (state, draws, used):
+            rows = [torch.zeros(batch.samples, dtype=torch.float32, device=self._device())] * len(probes)
             for forward in self._own(forwards):
                 found = evaluate(forward)
                 for place, losses in zip(forward.places, found.unbind(), strict=True):
@@ -321,14 +318,18 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 if len(forward.places) > 1 and batch.signature not in self._checked_batches:
                     self._check_apart(probes[forward.places[-1]], evaluate, found)
                     self._checked_batches.add(batch.signature)
-        draws.finish()
         return self._collect(torch.stack(rows), forwards, self._check_used(used, state))
 
-    def _begin(self) -> tuple[ModuleState, SameDraws, _Used]:
-        """What the forwards of a micro-batch share: the modules' state before them, random numbers, and their use."""
-        state = ModuleState(self.model)
-        self._check_parameters(state)
-        return state, SameDraws({p.device for group in self.param_groups for p in group["params"]}), _Used()
+    @contextlib.contextmanager
+    def _micro_batch(self) -> Iterator[tuple[ModuleState, SameDraws, _Used]]:
+        """Eval mode, and what the forwards of a micro-batch share: the modules' state, random numbers, what is used."""
+        with eval_mode(self.model):
+            state = ModuleState(self.model)
+            self._check_parameters(state)
+            draws = SameDraws({p.device for group in self.param_groups for p in group["params"]})
+            with refuse_other_threads(state.modules, f"ulr.optim.{type(self).__name__}"):
+                yield state, draws, _Used()
+        draws.finish()
 
     @contextlib.contextmanager
     def _probing(
@@ -337,11 +338,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         """The model as a forward of the coming step sees it; after it the model's modules are as before."""
         try:
             state.drop_caches()
-            with (
-                draws.forward(),
-                eval_mode(self.model, state.modules),
-                self._perturbed(forward.draws, forward.sign, rows) as perturbed,
-            ):
+            with draws.forward(), self._perturbed(forward.draws, forward.sign, rows) as perturbed:
                 perturbed.on_generator = draws.note
                 state.fill_caches()
                 yield perturbed
