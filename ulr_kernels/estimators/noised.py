@@ -102,7 +102,10 @@ class NoisedForward(LayerInterceptor):
         self.calls: list[KeptCall] = []
 
     def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
-        outputs = super().run(model, inputs, state)
+        def of_samples(leaf: Any) -> Any:  # a model that differentiates inside its forward leaves a graph on these
+            return leaf.detach() if leaf.requires_grad and self.parameters_of(leaf) is None else leaf
+
+        outputs = _pytree.tree_map_only(Tensor, of_samples, super().run(model, inputs, state))
         if self._record is not None:
             for tensor in tensors(outputs):
                 self._note("outputs", [tensor])
