@@ -10,6 +10,7 @@ import io
 import itertools
 import pickle
 import threading
+import warnings
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -315,6 +316,13 @@ def test_parameters_that_are_written_into_tensors(forward, settings):
     assert_right(
         net(forward, l=linear(), p=(4,)) if forward is not a_stopped_scale else net(forward, l=linear()), **settings
     )
+
+
+def test_a_softmax_of_weights_is_no_step():
+    model = net(lambda m, x: F.linear(x, torch.softmax(m.l.weight, 1), m.l.bias), l=linear())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(model)
 
 
 def test_numbers_read_from_parameters_are_said_to_be_constants():

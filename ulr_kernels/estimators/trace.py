@@ -115,8 +115,9 @@ class ModelTrace(LayerInterceptor):
         trained = [p for p in derived.parameters if p.requires_grad]
         if derived.tensor.is_leaf or not derived.tensor.requires_grad:
             return
-        ones = torch.ones_like(derived.tensor)
-        found = torch.autograd.grad(derived.tensor, trained, ones, retain_graph=True, allow_unused=True)
+        places = torch.arange(derived.tensor.numel(), device=derived.tensor.device)
+        direction = torch.cos(places).view_as(derived.tensor).to(derived.tensor.dtype)  # no sum, which may be constant
+        found = torch.autograd.grad(derived.tensor, trained, direction, retain_graph=True, allow_unused=True)
         if not any(gradient is not None and gradient.any() for gradient in found):
             names = ", ".join(self._view.names[id(p)] for p in trained)
             self.notes.append(
