@@ -272,6 +272,26 @@ def test_the_gradient_past_all_layers_is_added(settings):
     assert_right(model, lambda outputs, y: squares(outputs[0], y) + outputs[1], **settings)
 
 
+@pytest.mark.parametrize("injection", ["layerwise", "joint"])
+def test_outputs_of_noised_weights_alone(injection):
+    """Each copy's penalty is that of its own weights."""
+    model = net(lambda m, x: (m.l(x), m.l.weight.square().mean()), l=linear())
+    assert_right(model, lambda outputs, y: squares(outputs[0], y) + outputs[1], noise="weights", injection=injection)
+
+    def left(m, x):
+        m.penalty = m.l.weight.square().mean()
+        return m.l(x)
+
+    model = net(left, l=linear())
+    openly = net(lambda m, x: (m.l(x), m.l.weight.square().mean()), l=linear())
+
+    def loss_fn(outputs, y):
+        return squares(outputs, y) + model.penalty
+
+    loss_fn.openly = lambda outputs, y: squares(outputs[0], y) + outputs[1]
+    assert_right(model, loss_fn, openly=openly)
+
+
 def test_the_gradient_past_all_layers_counts_once_in_parts_of_a_batch():
     model = net(lambda m, x: m.b(m.a(x)), a=linear(), b=linear(4, 4))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from ulr_kernels import ops
+from ulr_kernels.errors import RuleError
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.schedule import Pass
@@ -106,6 +107,8 @@ class NoisedForward(LayerInterceptor):
             return leaf.detach() if leaf.requires_grad and self.parameters_of(leaf) is None else leaf
 
         outputs = _pytree.tree_map_only(Tensor, of_samples, super().run(model, inputs, state))
+        if self.perturbed is not None and self.perturbed.copies > 1 and self.perturbed.reads(tensors(outputs)):
+            raise RuleError("ulr.ULR: an output of noised weights alone has no rows: each copy needs its own forward")
         if self._record is not None:
             for tensor in tensors(outputs):
                 self._note("outputs", [tensor])

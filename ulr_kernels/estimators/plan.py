@@ -71,8 +71,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
 
         record = Record(trial.copies * batch.samples)
         spec = ForwardSpec(together, keys, batch, trial.copies, noisy_rows=noisy_rows, record=record)
-        outputs = runner.run_pass(spec)[1]
-        return Tried(torch.nan_to_num(batch.losses(outputs, loss_fn, trial.copies)), record)
+        return Tried(torch.nan_to_num(runner.run_losses(spec, loss_fn)[1]), record)
 
     passes = list(_passes(outline, weights, s))
     if known is not None and is_known:
@@ -215,23 +214,21 @@ def settle(runner: PassRunner, plan: Plan, which: int, keys: Keys, batch: Batch,
     """
     pass_ = plan.passes[which]
     if not pass_.settled:
-        settled = (
-            _try_weights(runner, pass_, keys, batch) if pass_.weights else _try(runner, pass_, keys, batch, loss_fn)
-        )
-        settled = settled._replace(settled=True)
+        attempt = _try_weights if pass_.weights else _try
+        settled = attempt(runner, pass_, keys, batch, loss_fn)._replace(settled=True)
         pass_ = plan.passes[which] = _bounded(settled, plan.outline, runner.settings, runner.view.device)
     return pass_
 
 
 def _try(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Pass:
     spec = _spec(pass_, keys, batch)
-    forward, outputs = runner.run_pass(spec._replace(keep=True))
+    forward, losses = runner.run_losses(spec._replace(keep=True), loss_fn)
     pass_ = pass_._replace(shared_inputs=all(kept.call.shared for kept in forward.calls))
     # Rows of a parameter cannot be told from the parameter in a forward of one row, as one copy of a sample has.
     if pass_.hidden or any(kept.call.expands_rows for kept in forward.calls):
         return pass_
     assert spec.record is not None
-    expected = Tried(batch.losses(outputs, loss_fn, 2), spec.record)
+    expected = Tried(losses, spec.record)
     expand_late, reuses_prefix = can_expand_late(runner, pass_, keys, batch, loss_fn, expected)
     return pass_._replace(expand_late=expand_late, reuses_prefix=reuses_prefix)
 
@@ -251,25 +248,19 @@ def can_expand_late(
     noise: torch raises an error, or results differ. The second fails where results were written into tensors that
     each forward makes anew, or were changed after the noise.
     """
-    prefix = CleanPrefixCache()
-
-    def losses_of(outputs: Any) -> Tensor:
-        return batch.losses(outputs, loss_fn, 2)
-
-    spec = _spec(pass_._replace(expand_late=True), keys, batch)._replace(prefix=prefix)
-    late = _gives(runner, spec, expected, losses_of)
-    return late, late and _gives(runner, spec._replace(record=Record(2 * batch.samples)), expected, losses_of)
+    spec = _spec(pass_._replace(expand_late=True), keys, batch)._replace(prefix=CleanPrefixCache())
+    late = _gives(runner, spec, loss_fn, expected)
+    return late, late and _gives(runner, spec._replace(record=Record(2 * batch.samples)), loss_fn, expected)
 
 
-def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch) -> Pass:
+def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Pass:
     """A pass with noise on weights: a forward has several copies if that gives the results of one for each copy."""
     one_by_one = pass_._replace(layers=(), one_copy_per_forward=True)
     spec = _spec(one_by_one, keys, batch)
-    forward, _ = runner.run_pass(spec)
+    forward, losses = runner.run_losses(spec, loss_fn)
     _refuse_unused(pass_.weights, forward)
     assert spec.record is not None
-    expected = Tried(torch.zeros(2), spec.record)  # losses are those of outputs
-    if not _gives(runner, _spec(pass_._replace(layers=()), keys, batch), expected, lambda _: expected.losses):
+    if not _gives(runner, _spec(pass_._replace(layers=()), keys, batch), loss_fn, Tried(losses, spec.record)):
         if pass_.layers:
             rule = "be the same for all layers, or injection 'layerwise': some weights are used where no samples are"
             fail("noise", rule, runner.settings.noise)
@@ -283,10 +274,10 @@ def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch) -> P
     return pass_._replace(shared_inputs=all(kept.call.shared for kept in forward.calls))
 
 
-def _gives(runner: PassRunner, spec: ForwardSpec, expected: Tried, losses_of: Callable[[Any], Tensor]) -> bool:
+def _gives(runner: PassRunner, spec: ForwardSpec, loss_fn: LossFunction, expected: Tried) -> bool:
     """Whether a forward of two copies has the expected losses and record."""
     try:
-        losses = losses_of(runner.run_pass(spec)[1])
+        losses = runner.run_losses(spec, loss_fn)[1]
     except (CannotExpandLate, RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
         return False
     assert spec.record is not None

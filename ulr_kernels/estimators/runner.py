@@ -18,7 +18,7 @@ from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
-from ulr_kernels.nn.batch import Batch, LossFunction, joined, repeat
+from ulr_kernels.nn.batch import Batch, LossFunction, repeat
 from ulr_kernels.nn.call import Noise, gradient_buffer
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
@@ -60,8 +60,19 @@ class PassRunner:
 
     # --- forwards ----------------------------------------------------------------------------------------------------
 
-    def run_pass(self, spec: ForwardSpec) -> tuple[NoisedForward, Any]:
-        """Run one forward; returns it and the model's output, copies major."""
+    def run_pass(
+        self, spec: ForwardSpec, use: Callable[[Any, int], Any] = lambda *_: None
+    ) -> tuple[NoisedForward, list[Any]]:
+        """Run a pass of all copies: by one forward, or where the pass says so by one for each copy.
+
+        Args:
+            spec: what to run.
+            use: called with the model's output, copies major, and its number of copies after each forward, while the
+                modules still have what this forward left there.
+
+        Returns:
+            The (first) forward, and what `use` returned for each.
+        """
         pass_, keys, batch, copies = spec.pass_, spec.keys, spec.batch, spec.copies
         s, model = self.settings, self.view.model
         noises = {
@@ -72,32 +83,36 @@ class PassRunner:
             if layer not in pass_.shared_noise
         }
 
-        def run(perturbed: PerturbedWeights | None, inputs: Any, spec: ForwardSpec = spec) -> tuple[NoisedForward, Any]:
+        def run(perturbed: PerturbedWeights | None, inputs: Any, copies: int, spec: ForwardSpec = spec) -> tuple:
             forward = NoisedForward(self.view, spec, inputs, noises, perturbed)
-            return forward, forward.run(model, inputs, self.state)
+            return forward, use(forward.run(model, inputs, self.state), copies)
 
         if not pass_.weights:
-            return run(None, repeat(batch.x, 1 if pass_.expand_late else copies))
+            forward, result = run(None, repeat(batch.x, 1 if pass_.expand_late else copies), copies)
+            return forward, [result]
         weights = self._weight_noise(pass_, keys)
         if not pass_.one_copy_per_forward:
-            return run(weights.all_copies(model, copies, spec.draw, batch.samples), repeat(batch.x, copies))
+            mode = weights.all_copies(model, copies, spec.draw, batch.samples)
+            forward, result = run(mode, repeat(batch.x, copies), copies)
+            return forward, [result]
         records = [Record(batch.samples) for _ in range(copies)]
-        modes = zip(weights.by_copy(model, copies, spec.draw), records, strict=True)
         done = [
-            run(mode, repeat(batch.x, 1), spec._replace(record=record if spec.record else None))
-            for mode, record in modes
+            run(mode, repeat(batch.x, 1), 1, spec._replace(record=record if spec.record else None))
+            for mode, record in zip(weights.by_copy(model, copies, spec.draw), records, strict=True)
         ]
         if spec.record is not None:
             spec.record.add_copies(records)
-        return done[0][0], joined([outputs for _, outputs in done])
+        return done[0][0], [result for _, result in done]
+
+    def run_losses(self, spec: ForwardSpec, loss_fn: LossFunction) -> tuple[NoisedForward, Tensor]:
+        """Run a pass; returns the (first) forward and the losses, fp32 `[copies, samples]`, or with `affects` more."""
+        forward, found = self.run_pass(spec, lambda outputs, copies: spec.batch.losses(outputs, loss_fn, copies))
+        return forward, torch.cat(found)
 
     def clean_losses(self, pass_: Pass, batch: Batch, loss_fn: LossFunction) -> Tensor:
         """The losses without noise, fp32 `[samples]` or `[samples, losses]`; `pass_` bounds the memory."""
-        found = []
-        for rows in parts_of(batch.samples, pass_.max_samples):
-            part = batch.part(rows, rows.start)
-            found.append(part.losses(self.run_pass(ForwardSpec(pass_, {}, part, 1))[1], loss_fn, 1)[0])
-        return torch.cat(found)
+        parts = [batch.part(rows, rows.start) for rows in parts_of(batch.samples, pass_.max_samples)]
+        return torch.cat([self.run_losses(ForwardSpec(pass_, {}, part, 1), loss_fn)[1][0] for part in parts])
 
     def losses_and_direct_gradients(
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
@@ -161,16 +176,18 @@ class PassRunner:
         spec = ForwardSpec(pass_, keys, batch, pass_.copies, prefix=prefix)
         found, kept = [], None
         past_layers: list[tuple[dict[int, tuple[Tensor, Tensor]], float]] = []
+
+        def losses_of(outputs: Any, copies: int) -> Tensor:
+            if not direct:
+                return batch.losses(outputs, loss_fn, copies)
+            losses, gradients = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
+            past_layers.append((gradients, copies / pass_.copies))
+            return losses
+
         for draw, copies in chunks:
             keep = not recompute and kept is None  # all chunks read the same
-            forward, outputs = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep))
-            if direct:
-                losses, gradients = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
-                past_layers.append((gradients, copies / pass_.copies))
-            else:
-                losses = batch.losses(outputs, loss_fn, copies)
-            found.append(losses)
-            del outputs  # before the next chunk makes its own
+            forward, of_forwards = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep), losses_of)
+            found.append(torch.cat(of_forwards))
             kept = forward if keep else kept
         losses = in_order(found, s.antithetic)
         for gradients, share in past_layers:

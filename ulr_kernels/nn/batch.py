@@ -210,15 +210,6 @@ def repeat(value: Any, copies: int) -> Any:
     )  # the tree takes longer than a copy
 
 
-def joined(outputs: Sequence[Any]) -> Any:
-    """The outputs of several forwards as those of one: their rows one after the other."""
-
-    def one(*parts: Any) -> Any:
-        return torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
-
-    return _pytree.tree_map(one, *outputs)
-
-
 def apply(model: nn.Module, x: Any) -> Any:
     """The model's output: a tuple is its positional arguments, a dict its keyword arguments."""
     if isinstance(x, dict):
