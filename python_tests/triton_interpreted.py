@@ -5,6 +5,7 @@ Not collected by itself: `test_triton.py` runs it in a process of its own, with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +60,9 @@ def _patch_builtin_once(package, builder, scope) -> None:
 
 
 interpreter._patch_builtin = _patch_builtin_once
+# Its table is made anew at every call.
+_np_dtype = functools.cache(interpreter._get_np_dtype)
+interpreter._get_np_dtype = lambda of: _np_dtype(tl.uint64 if of.scalar.is_ptr() else of.scalar)
 
 # Samples of the ops on lists that together take every way through their kernel.
 LISTS = {
