@@ -730,3 +730,75 @@ def test_threads_may_run_estimators_of_their_own():
     for thread in threads:
         thread.join()
     torch.testing.assert_close(models[0].weight.grad, models[1].weight.grad)
+
+
+# --- more of these kinds ----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_counts_rows_is_refused():
+    refused("whatever the number of rows", filled(linear()), lambda outputs, y: squares(outputs, y) / len(outputs))
+    refused("whatever the number of rows", net(lambda m, x: m.l(x) / x.shape[0], l=linear()), injection="joint")
+
+
+def test_a_small_share_of_the_batch_is_seen():
+    def forward(m, x):
+        h = m.a(x)
+        return m.b(h + 0.4 * h.mean(0)), m.b(h).softmax(1).mean(0).square().sum().expand(len(x))
+
+    def loss_fn(outputs, y):
+        return squares(outputs[0], y) + 0.3 * outputs[1]
+
+    for samples in (6, 1024):
+        x, y = v(1, samples, 5), v(2, samples, 4)
+        for injection in ("layerwise", "joint"):
+            refused("sample", net(forward, a=linear(5, 5), b=linear()), loss_fn, x, y, injection=injection)
+
+
+def test_derivatives_by_other_functions_are_refused():
+    def energy(m, x):
+        return m.b(torch.tanh(m.a(x))).sum()
+
+    def by_vjp(m, x):
+        return torch.autograd.functional.vjp(lambda x: energy(m, x), x)[1]
+
+    def guarded(m, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            e = energy(m, x)
+            return torch.autograd.grad(e, x)[0] if e.requires_grad else torch.zeros_like(x)
+
+    for forward in (by_vjp, guarded):
+        refused("'noise' must be 'weights'", net(forward, a=linear(), b=linear(4, 1)), y=X)
+
+
+def test_a_hidden_reader_of_a_term():
+    def forward(m, x, read=scripted):
+        h = m.a(x)
+        return read(h), h + m.b(x)
+
+    openly = net(functools.partial(forward, read=HIDDEN["script"][1]), a=linear(), b=linear())
+    for settings in WAYS[:3]:
+        assert_right(net(forward, a=linear(), b=linear()), of_both, openly=openly, **settings)
+
+
+@pytest.mark.parametrize("noised", ["a", "b"])
+def test_a_penalty_with_noise_of_both_kinds_counts_once(noised):
+    def forward(m, x):
+        return m.b(m.a(x).tanh()), m.a.weight.square().sum() + m.b.weight.square().sum()
+
+    model = net(forward, a=linear(), b=linear(4, 4))
+    more = {"noise": {noised: "weights"}, "copies": 4096}
+    assert_right(model, lambda outputs, y: squares(outputs[0], y) + outputs[1], tolerance=0.35, **more)
+
+
+def test_noise_on_weights_refuses_hidden_uses():
+    refused("thread", net(in_a_thread_too, a=linear()), noise="weights")
+
+
+def test_masks_of_huge_numbers():
+    def forward(m, x):
+        bias = m.bias[torch.arange(4)[:, None] + torch.arange(4)[None]].expand(len(x), 4, 4)
+        scores = m.q(x) @ x.transpose(1, 2) + bias + torch.finfo(torch.float32).min * (torch.arange(4) == 3)
+        return (scores.softmax(-1) @ x).mean(1)
+
+    ulr.ULR(net(forward, q=linear(4, 4), bias=(7,)), copies=4).backward(v(1, 6, 4, 4), Y, squares)

@@ -16,6 +16,7 @@ from ulr_kernels.nn.affects import NoiseRows
 from ulr_kernels.nn.batch import Batch
 
 TRIED = 16  # losses of a sample for which it is tried whether the rows that are said not to affect them do
+FLIPS = 1e-4  # share of the change of noisy samples, by which a layer's noise may change others: a threshold that flips
 AT_ONCE = 10  # copies of a trial's forward, if max_rows allows so many
 
 
@@ -136,7 +137,7 @@ def refuse_influence(
         first = first or together
         suspects = trial.felt(together, clean, 0.0, rounding)
         for pass_ in passes if suspects else ():
-            seen = suspects & trial.felt(tried([pass_], trial), clean, 0.01, rounding)
+            seen = suspects & trial.felt(tried([pass_], trial), clean, FLIPS, rounding)
             if None in seen:
                 fail(
                     "model",

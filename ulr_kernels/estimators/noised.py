@@ -14,7 +14,7 @@ from torch.utils import _pytree
 from ulr_kernels import ops
 from ulr_kernels.errors import RuleError
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
-from ulr_kernels.estimators.record import Record
+from ulr_kernels.estimators.record import OUTPUTS, Record
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import RowWeights
@@ -111,7 +111,8 @@ class NoisedForward(LayerInterceptor):
             raise RuleError("ulr.ULR: an output of noised weights alone has no rows: each copy needs its own forward")
         if self._record is not None:
             for tensor in tensors(outputs):
-                self._note("outputs", [tensor])
+                if not self._note(OUTPUTS, [tensor]):  # also what only a hidden function has made of samples
+                    self._record.add(OUTPUTS, tensor, True)
         return outputs
 
     def marks(self, tensor: Tensor) -> int:
@@ -279,5 +280,5 @@ def _for_all_copies(args: tuple, copies: int, samples: int) -> tuple:
 
 def _loud(sigma: float | Tensor, clean: Tensor) -> float:
     """A scale of noise that is not small beside a layer's output."""
-    size = float(torch.nan_to_num(clean.to(torch.float32), posinf=0.0, neginf=0.0).square().mean().sqrt())
+    size = float(clean.detach().to(torch.float32).abs().clamp(max=1e4).nan_to_num().median())
     return max(float(torch.as_tensor(sigma).max()), size or 1.0)

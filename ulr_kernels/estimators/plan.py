@@ -14,7 +14,7 @@ from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.influence import Trial, Tried, refuse_influence, trials
 from ulr_kernels.estimators.noised import CannotExpandLate, ForwardSpec, Keys, NoisedForward
-from ulr_kernels.estimators.record import Record, alike, hidden
+from ulr_kernels.estimators.record import Record, alike, hidden, same_outputs
 from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.settings import Settings
@@ -88,6 +88,8 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         if not same(losses, clean.losses[:2]):
             rule = "compute the same in every forward, as each pass runs its own"
             fail("model", rule, "other losses the second time")
+        if not weights and to_try[0].copies == 2:  # others compare forwards of different numbers of rows anyway
+            _refuse_counting(runner, keys, batch, loss_fn, clean)
         if on_outputs:
             noisy = refuse_influence(to_try, on_outputs, tried, clean)
             for other in (trace.record, noisy):
@@ -100,6 +102,20 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
             _refuse_unused(every.weights, runner.run_pass(ForwardSpec(every, keys, batch, 1))[0])
     clean_pass = Pass((), (), 1, {}, {}, settled=True, shared_inputs=True)
     return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline, form, tuple(trace.notes))
+
+
+def _refuse_counting(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, clean: Tried) -> None:
+    """Raise if a forward of another number of copies than two has other outputs or losses."""
+    copies = 1 if batch.samples > 1 else 3  # a model may treat a single row differently, as `squeeze` does
+    record = Record(copies * batch.samples)
+    pass_ = Pass((), (), copies, {}, {})
+    losses = runner.run_losses(ForwardSpec(pass_, keys, batch, copies, record=record), loss_fn)[1]
+    if not (same(clean.losses[0], torch.nan_to_num(losses[0])) and same_outputs(record, clean.record, batch.samples)):
+        fail(
+            "model",
+            "compute each row from its sample, whatever the number of rows, and 'loss_fn' its loss",
+            f"other values in a forward of {copies} copies than in one of two",
+        )
 
 
 def _refuse_hidden_samples(clean: Record, other: Record) -> None:
@@ -307,8 +323,8 @@ def _bounded(pass_: Pass, outline: Outline, settings: Settings, device: torch.de
         return pass_
     else:
         begin = min(outline.begins[layer] for layer in pass_.layers) if pass_.expand_late else 0
-        rows = max(2, together, ACTIVATION // max(1, *outline.sizes[begin:]))
-        samples = max(1, ACTIVATION // max(1, *outline.sizes))
+        rows = max(2, together, ACTIVATION // max([1, *outline.sizes[begin:]]))
+        samples = max(1, ACTIVATION // max([1, *outline.sizes]))
     if not pass_.shared_inputs and settings.memory == "keep":  # copies in several forwards would all be run once more
         rows = max(rows, pass_.copies) if settings.max_rows is None else rows
         together = pass_.copies if pass_.copies <= rows else together

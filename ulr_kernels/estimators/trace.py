@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +56,9 @@ class ModelTrace(LayerInterceptor):
     """
 
     def __init__(self, view: ModelView, inputs: Any, samples: int) -> None:
-        super().__init__(view.layers, view.followed, inputs)
+        super().__init__(view.layers, view.parameters, inputs)
         self._view = view
+        self._noised = {id(p) for p in view.noised.values()}  # have noise themselves: no layers of the trace
         self._samples = samples
         self.record = Record(2 * samples)
         self.notes: list[str] = []
@@ -83,7 +84,10 @@ class ModelTrace(LayerInterceptor):
     def on_layer_call(self, call: Call) -> tuple[Any, int]:
         layer = self.trained_layer(call)
         if layer is None:
-            return call.clean(), 0
+            with torch.set_grad_enabled(any(x.requires_grad for x in call.given)):
+                return call.clean(), 0
+        if any(x.requires_grad for x in call.given):
+            self._refuse_derivative("requires_grad_() on tensors of samples")
         if torch._C._are_functorch_transforms_active():
             self.unsupported_uses.update((id(p), "a function inside torch.func or vmap") for p in call.parameters)
             return call.clean(), 0
@@ -109,6 +113,11 @@ class ModelTrace(LayerInterceptor):
             (own,) = self._sums.read([result])
             self._sums.add(terms[0], own, result)
         return result, 0
+
+    def trained_layer(self, call: Call) -> str | None:
+        """The name by the call's first parameter that has no noise itself, if any such is trained."""
+        own = [p for p in call.parameters if id(p) not in self._noised]
+        return self._layers[id(own[0])] if any(p.requires_grad for p in own) else None
 
     def _note_zeros(self, derived: DerivedParameter) -> None:
         """Say so where a tensor that is computed from parameters has a derivative of 0 in them, as signs have."""
@@ -158,26 +167,34 @@ class ModelTrace(LayerInterceptor):
                 "model", "normalise by running statistics (noise would enter those of the batch)", "batch_norm without"
             )
         if func in DERIVATIVES and bits and self.covered:
-            fail(
-                "noise",
-                "be 'weights' for a model that differentiates inside its forward: that derivative has the weights, but "
-                "not the noise on a layer's outputs",
-                f"'outputs', with {func.__name__}",
-            )
+            self._refuse_derivative(func.__name__)
+
+    @staticmethod
+    def _refuse_derivative(how: str) -> NoReturn:
+        fail(
+            "noise",
+            "be 'weights' for a model that differentiates inside its forward: that derivative has the weights, but not "
+            "the noise on a layer's outputs",
+            f"'outputs', with {how}",
+        )
+
+    def noises_outputs(self, given: list[Tensor]) -> bool:
+        return super().noises_outputs([t for t in given if id(t) not in self._noised])
 
     def on_parameters(self, func: Callable, derived: list[DerivedParameter], result: Any) -> None:
         name = getattr(func, "__name__", str(func))
         names = {self._view.names[id(p)]: p for each in derived for p in each.parameters if p.requires_grad}
         self._read_by.update((id(p), name) for p in names.values())
-        for tensor in tensors(result):
-            self.record.add_constant(f"{name} of {', '.join(names)}", tensor)
+        if any(id(p) not in self._noised for each in derived for p in each.parameters):
+            for tensor in tensors(result):
+                self.record.add_constant(f"{name} of {', '.join(names)}", tensor)
         if names and isinstance(result, float | int | list) and not (isinstance(result, bool) or only_describes(func)):
             self.notes.append(
                 f"{name} reads numbers of {', '.join(names)}: they are constants in the gradient, as for autograd"
             )
 
     def unseen(self, tensor: Tensor) -> None:
-        trained = {id(p): p for p in self._view.followed if p.requires_grad}
+        trained = {id(p): p for p in self._view.parameters if p.requires_grad}
         if found := [trained[id(leaf)] for leaf in leaves_of(tensor) if id(leaf) in trained]:
             fail(
                 "model",

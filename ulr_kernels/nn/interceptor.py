@@ -106,7 +106,9 @@ class LayerInterceptor(Marked, TorchFunctionMode):
         kwargs = kwargs or {}
         derived, marks, bits = self._sort(args, kwargs)
         if any(each.stopped for each in derived) and torch.is_grad_enabled():
-            args, kwargs, derived = _without_stopped(args, kwargs, derived)
+            # What was computed under no_grad is a constant outside of that, as for autograd.
+            args, kwargs = _with_constants(args, kwargs, [each.tensor for each in derived if each.stopped])
+            derived = [each for each in derived if not each.stopped]
         self.before_call(func, args, kwargs, bits)
         if derived and not bits & SAMPLE:
             return self._call_of_parameters(func, args, kwargs, derived)
@@ -172,6 +174,9 @@ class LayerInterceptor(Marked, TorchFunctionMode):
         self, func: Callable, args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
     ) -> Any:
         stopped = not torch.is_grad_enabled()
+        own = {id(each.tensor) for each in derived}
+        if others := [t for t in flat(args) + flat(kwargs.values()) if t.requires_grad and id(t) not in own]:
+            args, kwargs = _with_constants(args, kwargs, others)  # of parameters that this mode does not follow
         with torch.enable_grad():
             result = func(*args, **kwargs)
         parameters = tuple({id(p): p for each in derived for p in each.parameters}.values())
@@ -220,13 +225,10 @@ class LayerInterceptor(Marked, TorchFunctionMode):
         return call
 
 
-def _without_stopped(
-    args: tuple, kwargs: dict[str, Any], derived: list[DerivedParameter]
-) -> tuple[tuple, dict[str, Any], list[DerivedParameter]]:
-    """Arguments in which tensors that were computed from parameters under no_grad are constants, as for autograd."""
-    constants = {id(each.tensor): each.tensor.detach() for each in derived if each.stopped}
-    args, kwargs = _pytree.tree_map(lambda leaf: constants.get(id(leaf), leaf), (args, kwargs))
-    return args, kwargs, [each for each in derived if not each.stopped]
+def _with_constants(args: tuple, kwargs: dict[str, Any], given: Iterable[Tensor]) -> tuple[tuple, dict[str, Any]]:
+    """Arguments in which some tensors have no graph."""
+    constants = {id(tensor): tensor.detach() for tensor in given}
+    return _pytree.tree_map(lambda leaf: constants.get(id(leaf), leaf), (args, kwargs))
 
 
 def _has_rows(func: Callable, derived: DerivedParameter, result: Tensor) -> bool:
