@@ -109,7 +109,9 @@ def alike(mine: Record, expected: Record, copies: int) -> bool:
 
 def same_outputs(mine: Record, other: Record, samples: int) -> bool:
     """Whether two forwards have the same outputs for the first copy but for rounding, which may flip a threshold."""
-    pairs = zip(
-        *([e.rows[:samples] for e in record.entries if e.name == OUTPUTS] for record in (mine, other)), strict=False
-    )
+
+    def outputs(record: Record) -> list[Tensor]:
+        return [entry.rows[:samples] for entry in record.entries if entry.name == OUTPUTS]
+
+    pairs = zip(outputs(mine), outputs(other), strict=False)
     return all(bool((a - b).norm() <= 0.05 * b.norm()) for a, b in pairs)
