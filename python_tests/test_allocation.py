@@ -32,14 +32,14 @@ def loss_fn(outputs, targets):
     return cross_entropy(outputs + targets["far"].unsqueeze(1) * label, targets["label"])
 
 
-@pytest.mark.parametrize("copies, least, by_draw", [(32, 2, 2), (6, 4, 2), (33, 1, 1), (2, 2, 2), (64, 4, 2)])
-def test_copies_are_in_proportion_and_within_the_budget(copies, least, by_draw):
+@pytest.mark.parametrize("copies, least, copies_per_draw", [(32, 2, 2), (6, 4, 2), (33, 1, 1), (2, 2, 2), (64, 4, 2)])
+def test_copies_are_in_proportion_and_within_the_budget(copies, least, copies_per_draw):
     spreads = v(3, 200).abs() ** 3
-    found = groups(spreads, copies, least, by_draw)
+    found = groups(spreads, copies, least, copies_per_draw)
     assert torch.cat([group.samples for group in found]).sort().values.equal(torch.arange(200))
     of_sample = torch.empty(200)
     for group in found:
-        assert group.copies >= least and group.copies % by_draw == 0
+        assert group.copies >= least and group.copies % copies_per_draw == 0
         of_sample[group.samples] = group.copies
     assert of_sample.sum() <= 200 * copies
     if copies > least:

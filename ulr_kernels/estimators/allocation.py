@@ -37,7 +37,7 @@ def spread(losses: Tensor, antithetic: bool) -> Tensor:
     return losses.double().std(0) if len(losses) > 1 else torch.ones_like(losses[0])
 
 
-def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group]:
+def groups(spreads: Tensor, copies: int, least: int, copies_per_draw: int) -> list[Group]:
     """Groups of samples with the same number of copies, in proportion to their spreads.
 
     Numbers are rounded to halves and doubles of `copies`, so that there are few groups. Their mean over the samples is
@@ -48,11 +48,11 @@ def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group
             be a bias.
         copies: of each sample on average.
         least: copies that a sample has at least.
-        by_draw: copies that a draw makes; all numbers are multiples of it.
+        copies_per_draw: copies that a draw makes; all numbers are multiples of it.
     """
     spreads = torch.nan_to_num(spreads.double(), nan=0.0, posinf=0.0)
     count = len(spreads)
-    sizes = _sizes(copies, least, by_draw, count)
+    sizes = _sizes(copies, least, copies_per_draw, count)
     if not spreads.any() or len(sizes) == 1:
         return [Group(torch.arange(count), copies)]
     table = torch.tensor(sizes, dtype=torch.float64)
@@ -76,10 +76,10 @@ def groups(spreads: Tensor, copies: int, least: int, by_draw: int) -> list[Group
     return [Group(samples, size) for samples, size in found if len(samples)]
 
 
-def _sizes(copies: int, least: int, by_draw: int, samples: int) -> list[int]:
+def _sizes(copies: int, least: int, copies_per_draw: int, samples: int) -> list[int]:
     """Possible numbers: `copies`, its halves down to `least`, its doubles up to the number of all samples together."""
     sizes = [copies]
-    while (half := sizes[0] // 2 // by_draw * by_draw) > least:
+    while (half := sizes[0] // 2 // copies_per_draw * copies_per_draw) > least:
         sizes.insert(0, half)
     if least < sizes[0]:
         sizes.insert(0, least)

@@ -15,12 +15,14 @@ from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.nn.affects import NoiseRows
 from ulr_kernels.nn.batch import Batch
 
-TRIED = 16  # losses of a sample for which it is tried whether the rows that are said not to affect them do
-FLIPS = 1e-4  # share of the change of noisy samples, by which a layer's noise may change others: a threshold that flips
-AT_ONCE = 10  # copies of a trial's forward, if max_rows allows so many
+MOST_TRIED_LOSSES = 16  # losses of a sample for which it is tried whether the rows that are said not to affect them do
+FLIPPED_SHARE = (
+    1e-4  # share of the change of noisy samples, by which a layer's noise may change others: a threshold that flips
+)
+MOST_TRIAL_COPIES = 10  # copies of a trial's forward, if max_rows allows so many
 
 
-class Tried(NamedTuple):
+class TrialResult(NamedTuple):
     """The result of a trial's forward."""
 
     losses: Tensor  # fp32 `[copies, samples]` or `[copies, samples, losses]`
@@ -57,7 +59,7 @@ class Trial:
         others = self._batch.affects.unaffecting_rows(layer, call, self._losses, self._batch.samples, rows)
         return torch.cat([marks, others])
 
-    def felt(self, noisy: Tried, clean: Tried, share: float, rounding: float) -> set[int | None]:
+    def felt(self, noisy: TrialResult, clean: TrialResult, share: float, rounding: float) -> set[int | None]:
         """The losses that have felt noise which they must not feel; None: samples without noise, in their losses or in
         any tensor that a layer reads.
 
@@ -89,9 +91,11 @@ def trials(batch: Batch, max_rows: int | None) -> list[Trial]:
     if batch.affects is None:
         return [Trial(batch, True, ())]
     last = batch.affects.losses - 1
-    count = min(TRIED, last + 1)
+    count = min(MOST_TRIED_LOSSES, last + 1)
     losses = [last * which // max(1, count - 1) for which in range(count)]  # from the first to the last one
-    at_once = AT_ONCE if max_rows is None else min(AT_ONCE, max(2, max_rows // batch.samples // 2 * 2))
+    at_once = (
+        MOST_TRIAL_COPIES if max_rows is None else min(MOST_TRIAL_COPIES, max(2, max_rows // batch.samples // 2 * 2))
+    )
     forwards = -(-(count + 2) // at_once)
     copies = -(-(count + 2) // forwards)
     copies += copies % 2
@@ -103,8 +107,8 @@ def trials(batch: Batch, max_rows: int | None) -> list[Trial]:
 def refuse_influence(
     to_try: Sequence[Trial],
     passes: Sequence[Pass],
-    tried: Callable[[Sequence[Pass], Trial], Tried],
-    clean: Tried,
+    tried: Callable[[Sequence[Pass], Trial], TrialResult],
+    clean: TrialResult,
 ) -> Record:
     """Raise if noise on some samples changes the losses of others, or noise on rows a loss that they do not affect: the
     gradient would lack what it does there.
@@ -131,13 +135,13 @@ def refuse_influence(
         RuleError: a loss or a layer feels such noise.
     """
     rounding = 1e-5 * float(clean.losses[0].norm())
-    first: Tried | None = None
+    first: TrialResult | None = None
     for trial in to_try:
         together = tried(passes, trial)
         first = first or together
         suspects = trial.felt(together, clean, 0.0, rounding)
         for pass_ in passes if suspects else ():
-            seen = suspects & trial.felt(tried([pass_], trial), clean, FLIPS, rounding)
+            seen = suspects & trial.felt(tried([pass_], trial), clean, FLIPPED_SHARE, rounding)
             if None in seen:
                 fail(
                     "model",

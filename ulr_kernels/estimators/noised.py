@@ -61,7 +61,7 @@ class ForwardSpec(NamedTuple):
     # Of a layer and the number of its call, the rows that get the noise: bool `[copies * samples]` or
     # `[copies * samples * rows]` on the device; None: all. Not with `first_pass`, nor where a pass expands late.
     noisy_rows: Callable[[str, int], Tensor] | None = None
-    loud: bool = False  # the noise of a trial: at least as large as the layer's output, so that its effect shows
+    large_noise: bool = False  # the noise of a trial: at least as large as the layer's output, so that its effect shows
     record: Record | None = None  # of what the forward computes, to fill
 
 
@@ -95,7 +95,7 @@ class NoisedForward(LayerInterceptor):
         if perturbed is not None:
             perturbed.share_marks(self)
         self._prefix = spec.prefix  # until the noise is reached
-        self._noisy_rows, self._loud, self._record = spec.noisy_rows, spec.loud, spec.record
+        self._noisy_rows, self._large_noise, self._record = spec.noisy_rows, spec.large_noise, spec.record
         self._hidden, self._begun = spec.pass_.hidden, False
         self._counts: dict[str, int] = {}  # the keys of a layer's calls differ by them
         self._numbers: collections.Counter[str] = collections.Counter()
@@ -190,8 +190,8 @@ class NoisedForward(LayerInterceptor):
         if self._keep:
             self.calls.append(KeptCall(layer, number, call))
         noise = noise._replace(key=key.to(call.inputs[0].device))
-        if self._loud or self._noisy_rows is not None:
-            noise = noise._replace(sigma=_loud(noise.sigma, call.clean()))
+        if self._large_noise or self._noisy_rows is not None:
+            noise = noise._replace(sigma=_large_sigma(noise.sigma, call.clean()))
         from_branch, known = source != layer, self._known_losses(layer, number)
         last = self._first_pass is not None and len(self.order) == len(self._first_pass.order)
         silent = from_branch or last  # nothing reads the last one's noise
@@ -278,7 +278,7 @@ def _for_all_copies(args: tuple, copies: int, samples: int) -> tuple:
     return x, *([shape] if nested else shape)
 
 
-def _loud(sigma: float | Tensor, clean: Tensor) -> float:
+def _large_sigma(sigma: float | Tensor, clean: Tensor) -> float:
     """A scale of noise that is not small beside a layer's output."""
     size = float(clean.detach().to(torch.float32).abs().clamp(max=1e4).nan_to_num().median())
     return max(float(torch.as_tensor(sigma).max()), size or 1.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
-from ulr_kernels.estimators.influence import Trial, Tried, refuse_influence, trials
+from ulr_kernels.estimators.influence import Trial, TrialResult, refuse_influence, trials
 from ulr_kernels.estimators.noised import CannotExpandLate, ForwardSpec, Keys, NoisedForward
 from ulr_kernels.estimators.record import Record, alike, hidden, same_outputs
 from ulr_kernels.estimators.runner import PassRunner
@@ -22,7 +22,7 @@ from ulr_kernels.estimators.step_keys import StepKeys
 from ulr_kernels.estimators.trace import ModelTrace, Outline, fail_rows, same, two_copies
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat, tensors
 
-ACTIVATION = 4 * 2**20
+CPU_ACTIVATION_BYTES = 4 * 2**20
 """Bytes of a tensor on a CPU: a few of this size stay in its caches; much smaller ones cost more than that saves."""
 
 
@@ -49,7 +49,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         RuleError: the model, the loss or a setting breaks a rule.
     """
     view, s = runner.view, runner.settings
-    outline, losses, trace = _watch(runner, batch, loss_fn)
+    outline, losses, trace = _trace_clean_forward(runner, batch, loss_fn)
     form, weights = outline.form, view.noised_layers
     _check_settings(runner, outline, weights)
     if batch.affects is not None:
@@ -61,7 +61,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
     if known is not None and is_known:
         outline = outline._replace(hidden=known.outline.hidden, shared_noise=known.outline.shared_noise)
 
-    def tried(passes: Sequence[Pass], trial: Trial, noisy: bool = True) -> Tried:
+    def tried(passes: Sequence[Pass], trial: Trial, noisy: bool = True) -> TrialResult:
         layers = tuple(layer for pass_ in passes for layer in pass_.layers)
         together = Pass(layers, (), trial.copies, outline.shared_noise, outline.noise_rows)
 
@@ -71,14 +71,14 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
 
         record = Record(trial.copies * batch.samples)
         spec = ForwardSpec(together, keys, batch, trial.copies, noisy_rows=noisy_rows, record=record)
-        return Tried(torch.nan_to_num(runner.run_losses(spec, loss_fn)[1]), record)
+        return TrialResult(torch.nan_to_num(runner.run_losses(spec, loss_fn)[1]), record)
 
     passes = list(_passes(outline, weights, s))
     if known is not None and is_known:
         on_outputs = [pass_ for pass_ in passes if pass_.layers]
         if batch.affects is not None and on_outputs:  # each shape has a matrix of its own
             ends = Trial(batch, False, [0, batch.affects.losses - 1])
-            refuse_influence([ends], on_outputs, tried, Tried(torch.nan_to_num(losses), trace.record))
+            refuse_influence([ends], on_outputs, tried, TrialResult(torch.nan_to_num(losses), trace.record))
         taken = zip(passes, known.passes, strict=True)
         passes = [_bounded(_like(pass_, other, batch), outline, s, view.device) for pass_, other in taken]
     else:
@@ -89,7 +89,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
             rule = "compute the same in every forward, as each pass runs its own"
             fail("model", rule, "other losses the second time")
         if not weights and to_try[0].copies == 2:  # others compare forwards of different numbers of rows anyway
-            _refuse_counting(runner, keys, batch, loss_fn, clean)
+            _refuse_row_counting(runner, keys, batch, loss_fn, clean)
         if on_outputs:
             noisy = refuse_influence(to_try, on_outputs, tried, clean)
             for other in (trace.record, noisy):
@@ -104,7 +104,9 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
     return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline, form, tuple(trace.notes))
 
 
-def _refuse_counting(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, clean: Tried) -> None:
+def _refuse_row_counting(
+    runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, clean: TrialResult
+) -> None:
     """Raise if a forward of another number of copies than two has other outputs or losses."""
     copies = 1 if batch.samples > 1 else 3  # a model may treat a single row differently, as `squeeze` does
     record = Record(copies * batch.samples)
@@ -165,7 +167,7 @@ def _passes(outline: Outline, weights: dict[str, str], settings: Settings) -> It
 # --- rules of the model ----------------------------------------------------------------------------------------------
 
 
-def _watch(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Outline, Tensor, ModelTrace]:
+def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction) -> tuple[Outline, Tensor, ModelTrace]:
     """A forward of two copies without noise: its outline, losses and trace. Raises if the model or the loss breaks a
     rule."""
     view, both = runner.view, two_copies(batch)
@@ -244,18 +246,18 @@ def _try(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: Los
     if pass_.hidden or any(kept.call.expands_rows for kept in forward.calls):
         return pass_
     assert spec.record is not None
-    expected = Tried(losses, spec.record)
+    expected = TrialResult(losses, spec.record)
     expand_late, reuses_prefix = can_expand_late(runner, pass_, keys, batch, loss_fn, expected)
     return pass_._replace(expand_late=expand_late, reuses_prefix=reuses_prefix)
 
 
 def _spec(pass_: Pass, keys: Keys, batch: Batch) -> ForwardSpec:
     """A forward of two copies for a trial: its noise is large enough to be seen."""
-    return ForwardSpec(pass_, keys, batch, 2, loud=True, record=Record(2 * batch.samples))
+    return ForwardSpec(pass_, keys, batch, 2, large_noise=True, record=Record(2 * batch.samples))
 
 
 def can_expand_late(
-    runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction, expected: Tried
+    runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction, expected: TrialResult
 ) -> tuple[bool, bool]:
     """Whether two copies made at the first noised layer have the results of two copies made at the input, and whether
     a forward with cached results from before the noise has them too.
@@ -265,8 +267,8 @@ def can_expand_late(
     each forward makes anew, or were changed after the noise.
     """
     spec = _spec(pass_._replace(expand_late=True), keys, batch)._replace(prefix=CleanPrefixCache())
-    late = _gives(runner, spec, loss_fn, expected)
-    return late, late and _gives(runner, spec._replace(record=Record(2 * batch.samples)), loss_fn, expected)
+    late = _matches(runner, spec, loss_fn, expected)
+    return late, late and _matches(runner, spec._replace(record=Record(2 * batch.samples)), loss_fn, expected)
 
 
 def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Pass:
@@ -276,7 +278,7 @@ def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss
     forward, losses = runner.run_losses(spec, loss_fn)
     _refuse_unused(pass_.weights, forward)
     assert spec.record is not None
-    if not _gives(runner, _spec(pass_._replace(layers=()), keys, batch), loss_fn, Tried(losses, spec.record)):
+    if not _matches(runner, _spec(pass_._replace(layers=()), keys, batch), loss_fn, TrialResult(losses, spec.record)):
         if pass_.layers:
             rule = "be the same for all layers, or injection 'layerwise': some weights are used where no samples are"
             fail("noise", rule, runner.settings.noise)
@@ -290,7 +292,7 @@ def _try_weights(runner: PassRunner, pass_: Pass, keys: Keys, batch: Batch, loss
     return pass_._replace(shared_inputs=all(kept.call.shared for kept in forward.calls))
 
 
-def _gives(runner: PassRunner, spec: ForwardSpec, loss_fn: LossFunction, expected: Tried) -> bool:
+def _matches(runner: PassRunner, spec: ForwardSpec, loss_fn: LossFunction, expected: TrialResult) -> bool:
     """Whether a forward of two copies has the expected losses and record."""
     try:
         losses = runner.run_losses(spec, loss_fn)[1]
@@ -315,16 +317,16 @@ def _like(pass_: Pass, other: Pass, batch: Batch) -> Pass:
 
 
 def _bounded(pass_: Pass, outline: Outline, settings: Settings, device: torch.device) -> Pass:
-    """A pass whose memory is bounded: by `max_rows`, or on a CPU so that a tensor has about `ACTIVATION` bytes."""
-    together = min(settings.by_draw, pass_.copies)  # copies of a part that must share a forward
+    """A pass whose memory is bounded: by `max_rows`, or on a CPU by about `CPU_ACTIVATION_BYTES` for a tensor."""
+    together = min(settings.copies_per_draw, pass_.copies)  # copies of a part that must share a forward
     if settings.max_rows is not None:
         rows = samples = settings.max_rows
     elif device.type != "cpu":
         return pass_
     else:
         begin = min(outline.begins[layer] for layer in pass_.layers) if pass_.expand_late else 0
-        rows = max(2, together, ACTIVATION // max([1, *outline.sizes[begin:]]))
-        samples = max(1, ACTIVATION // max([1, *outline.sizes]))
+        rows = max(2, together, CPU_ACTIVATION_BYTES // max([1, *outline.sizes[begin:]]))
+        samples = max(1, CPU_ACTIVATION_BYTES // max([1, *outline.sizes]))
     if not pass_.shared_inputs and settings.memory == "keep":  # copies in several forwards would all be run once more
         rows = max(rows, pass_.copies) if settings.max_rows is None else rows
         together = pass_.copies if pass_.copies <= rows else together

@@ -63,10 +63,10 @@ class ResidualSums:
             return
         for term in (first, second):
             if term.tensor() is result:  # written in place: the term itself is gone
-                term.tensor = _gone
+                term.tensor = _dead
         self._sums.append((first, second, self.output(result, first.layer, first.feature_dim)))
 
-    def passed_on(self, result: object, tensors: list[Tensor]) -> bool:
+    def returned_unchanged(self, result: object, tensors: list[Tensor]) -> bool:
         """Whether a function returned its argument as it was, as dropout does in eval mode."""
         term = self._term(result)
         unchanged = term is not None and isinstance(result, Tensor) and term.version == result._version
@@ -91,5 +91,5 @@ class ResidualSums:
         return {layer: own for layer, own in source.items() if layer != own}
 
 
-def _gone() -> None:
+def _dead() -> None:
     """A reference to a tensor that is there no more."""

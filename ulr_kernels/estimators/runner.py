@@ -170,7 +170,7 @@ class PassRunner:
 
     def _run_part(self, part: Part, keys: Keys, clean: Tensor | None, loss_fn: LossFunction, direct: bool) -> Tensor:
         s, pass_, batch = self.settings, part.pass_, part.batch
-        chunks = chunks_of(pass_.copies, batch.samples, pass_.max_rows, s.by_draw)
+        chunks = chunks_of(pass_.copies, batch.samples, pass_.max_rows, s.copies_per_draw)
         recompute = bool(pass_.layers) and (s.memory == "recompute" or (len(chunks) > 1 and not pass_.shared_inputs))
         prefix = CleanPrefixCache() if pass_.reuses_prefix and len(chunks) > 1 else None
         spec = ForwardSpec(pass_, keys, batch, pass_.copies, prefix=prefix)

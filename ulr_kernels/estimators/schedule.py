@@ -65,7 +65,9 @@ def schedule(
         # A single draw has no baseline; it needs none where a pair of equal inputs cancels it, as for weights.
         cancels = settings.antithetic and pass_.shared_inputs and not settings.learn_sigma
         first = 0
-        for samples, copies in groups(known, pass_.copies, settings.by_draw * (1 if cancels else 2), settings.by_draw):
+        for samples, copies in groups(
+            known, pass_.copies, settings.copies_per_draw * (1 if cancels else 2), settings.copies_per_draw
+        ):
             many = len(samples) > 1  # a model may treat a single row differently, as `squeeze` does
             of_group = pass_._replace(
                 copies=copies,
@@ -84,15 +86,15 @@ def parts_of(samples: int, most: int | None) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
 
 
-def chunks_of(copies: int, samples: int, rows: int | None, by_draw: int) -> list[tuple[int, int]]:
+def chunks_of(copies: int, samples: int, rows: int | None, copies_per_draw: int) -> list[tuple[int, int]]:
     """The copies of a part in chunks of at most `rows` rows: the first draw of each, and its number of copies.
 
-    A draw makes `by_draw` copies: an antithetic chunk holds pairs, the copies of its draws, then their negatives.
+    A draw makes `copies_per_draw`: an antithetic chunk holds pairs, the copies of its draws, then their negatives.
     """
     if rows is None:
         return [(0, copies)]
-    draws, total = max(1, rows // (by_draw * samples)), copies // by_draw
-    return [(draw, by_draw * min(draws, total - draw)) for draw in range(0, total, draws)]
+    draws, total = max(1, rows // (copies_per_draw * samples)), copies // copies_per_draw
+    return [(draw, copies_per_draw * min(draws, total - draw)) for draw in range(0, total, draws)]
 
 
 def in_order(chunks: Sequence[Tensor], antithetic: bool) -> Tensor:

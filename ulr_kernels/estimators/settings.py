@@ -71,7 +71,7 @@ class Settings:
             isinstance(self.max_rows, bool) or not isinstance(self.max_rows, int) or self.max_rows < 1
         ):
             fail("max_rows", "be None or an integer above 0", repr(self.max_rows))
-        if self.max_rows is not None and self.max_rows < self.by_draw:
+        if self.max_rows is not None and self.max_rows < self.copies_per_draw:
             fail("max_rows", "have room for a pair of copies of a sample where antithetic is True", self.max_rows)
         if self.injection == "joint" and isinstance(self.copies, Mapping):
             fail("copies", "be one number where injection is 'joint' (all layers share one pass)", dict(self.copies))
@@ -109,7 +109,7 @@ class Settings:
             fail("baseline", f"be 'clean' where sampler is 'sobol' and {why}: a mean is biased", "'mean'")
 
     @property
-    def by_draw(self) -> int:
+    def copies_per_draw(self) -> int:
         """The number of copies that one draw makes."""
         return 2 if self.antithetic else 1
 

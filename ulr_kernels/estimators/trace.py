@@ -17,7 +17,7 @@ from ulr_kernels.nn.batch import Batch, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter
 from ulr_kernels.nn.generic import SUMS, AutogradCall
 from ulr_kernels.nn.interceptor import LayerInterceptor
-from ulr_kernels.nn.perturbed import only_describes
+from ulr_kernels.nn.perturbed import reads_only_metadata
 
 DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -188,7 +188,11 @@ class ModelTrace(LayerInterceptor):
         if any(id(p) not in self._noised for each in derived for p in each.parameters):
             for tensor in tensors(result):
                 self.record.add_constant(f"{name} of {', '.join(names)}", tensor)
-        if names and isinstance(result, float | int | list) and not (isinstance(result, bool) or only_describes(func)):
+        if (
+            names
+            and isinstance(result, float | int | list)
+            and not (isinstance(result, bool) or reads_only_metadata(func))
+        ):
             self.notes.append(
                 f"{name} reads numbers of {', '.join(names)}: they are constants in the gradient, as for autograd"
             )
@@ -209,7 +213,7 @@ class ModelTrace(LayerInterceptor):
         if given:
             self._note_size(result)
             self._functions.add(func)
-        if only_describes(func) or self._sums.passed_on(result, given):
+        if reads_only_metadata(func) or self._sums.returned_unchanged(result, given):
             return
         terms = self._sums.read(given)
         if len(terms) == 2 == len(args) and func in SUMS and not kwargs:

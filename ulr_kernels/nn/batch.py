@@ -61,7 +61,7 @@ class Batch:
         self.x, self.y = self._with_entries("x", x), self._with_entries("y", y)
 
     def _with_entries(self, argument: str, value: Any) -> Any:
-        """The same value with `Entries` in the place of whatever has an entry for each sample and is no tensor."""
+        """The same with `PerSampleValues` in the place of whatever has an entry for each sample and is no tensor."""
 
         def is_sequence(value: Any) -> bool:
             return isinstance(value, list | tuple | np.ndarray) and not tensors(value) and np.ndim(value) > 0
@@ -82,7 +82,7 @@ class Batch:
                 self._fail(
                     argument, rule + "model (functools.partial): a tuple of as many numbers may be either", value
                 )
-            return Entries(value)
+            return PerSampleValues(value)
 
         return _pytree.tree_map(one, value, is_leaf=is_sequence)
 
@@ -110,13 +110,13 @@ class Batch:
         if isinstance(rows, slice) and (rows.start, rows.stop) == (0, self.samples):
             return self
 
-        def of(leaf: Tensor | Entries) -> Tensor | Entries:
-            if isinstance(leaf, Entries):
+        def of(leaf: Tensor | PerSampleValues) -> Tensor | PerSampleValues:
+            if isinstance(leaf, PerSampleValues):
                 return leaf.part(rows)
             return leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)]
 
         part = copy.copy(self)
-        part.x, part.y = (_pytree.tree_map_only((Tensor, Entries), of, value) for value in (self.x, self.y))
+        part.x, part.y = (_pytree.tree_map_only((Tensor, PerSampleValues), of, value) for value in (self.x, self.y))
         part.affects = self.affects and self.affects.part(rows)
         part.samples = len(range(self.samples)[rows]) if isinstance(rows, slice) else len(rows)
         return part.located(self.first + first, self.share * part.samples / self.samples)
@@ -143,20 +143,20 @@ class Batch:
         fail(argument, rule, value, self.owner)
 
 
-class Entries:
+class PerSampleValues:
     """A list, tuple or array that has an entry for each sample."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
 
-    def part(self, rows: slice | Tensor) -> Entries:
+    def part(self, rows: slice | Tensor) -> PerSampleValues:
         """Those of some samples."""
         if isinstance(rows, slice):
-            return Entries(self.values[rows])
+            return PerSampleValues(self.values[rows])
         places = rows.tolist()
         if isinstance(self.values, np.ndarray):
-            return Entries(self.values[places])
-        return Entries(type(self.values)(self.values[place] for place in places))
+            return PerSampleValues(self.values[places])
+        return PerSampleValues(type(self.values)(self.values[place] for place in places))
 
     def repeated(self, copies: int) -> Any:
         """The values of copies of the samples, copy-major."""
@@ -199,7 +199,7 @@ def repeat(value: Any, copies: int) -> Any:
     """Copies of a batch, copy-major: row c * samples + i is sample i of copy c. Always new memory."""
 
     def one(leaf: Any) -> Any:
-        if isinstance(leaf, Entries):
+        if isinstance(leaf, PerSampleValues):
             return leaf.repeated(copies)
         if not isinstance(leaf, Tensor):
             return leaf

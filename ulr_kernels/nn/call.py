@@ -256,7 +256,7 @@ class _Sums(threading.local):
 
 
 _sums = _Sums()
-NARROW = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
@@ -268,7 +268,11 @@ def finished_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     such a parameter would get is added.
     """
     outer = _sums.unfinished
-    of = (p for p in parameters if p.requires_grad and (p.dtype in NARROW or p._backward_hooks or _later_hooks(p)))
+    of = (
+        p
+        for p in parameters
+        if p.requires_grad and (p.dtype in HALF_DTYPES or p._backward_hooks or _post_accumulate_hooks(p))
+    )
     _sums.unfinished = {id(p): [p, None] for p in of}
     try:
         yield
@@ -279,7 +283,7 @@ def finished_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
         _sums.unfinished = outer
 
 
-def _later_hooks(parameter: Tensor) -> Mapping[int, Callable]:
+def _post_accumulate_hooks(parameter: Tensor) -> Mapping[int, Callable]:
     return parameter._post_accumulate_grad_hooks or {}
 
 
@@ -292,7 +296,7 @@ def _finish(parameter: Tensor, total: Tensor) -> None:
         parameter.grad = total.to(parameter.dtype)
     else:
         parameter.grad.copy_(parameter.grad + total)
-    for hook in _later_hooks(parameter).values():
+    for hook in _post_accumulate_hooks(parameter).values():
         hook(parameter)
 
 
@@ -309,7 +313,7 @@ def gradient_buffer(parameter: Tensor) -> Tensor:
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, dtype=torch.float32 if tensor.dtype in NARROW else tensor.dtype)
+    return torch.zeros_like(tensor, dtype=torch.float32 if tensor.dtype in HALF_DTYPES else tensor.dtype)
 
 
 @contextlib.contextmanager
@@ -330,10 +334,10 @@ def gradient_buffers(*derived: DerivedParameter | None) -> Iterator[list[Tensor 
     yield buffers
     for each, buffer in zip(derived, buffers, strict=True):
         if each is not None and buffer is not None and not each.tensor.is_leaf:
-            pass_on(each.tensor, each.parameters, buffer)
+            backward_to_parameters(each.tensor, each.parameters, buffer)
 
 
-def pass_on(tensor: Tensor, parameters: tuple[Tensor, ...], gradient: Tensor) -> None:
+def backward_to_parameters(tensor: Tensor, parameters: tuple[Tensor, ...], gradient: Tensor) -> None:
     """Pass a gradient of a tensor on to `.grad` of the parameters that it was computed from."""
     trained = [p for p in parameters if p.requires_grad]
     found = torch.autograd.grad(tensor, trained, gradient.to(tensor.dtype), retain_graph=True, allow_unused=True)

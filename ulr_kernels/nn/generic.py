@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
-from ulr_kernels.nn.call import Call, DerivedParameter, gradient_buffers, pass_on
+from ulr_kernels.nn.call import Call, DerivedParameter, backward_to_parameters, gradient_buffers
 
 CHANNELS_FIRST = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
                   F.batch_norm, F.group_norm, F.instance_norm, F.prelu, torch.prelu}  # fmt: skip
@@ -25,10 +25,10 @@ ELEMENTWISE = SUMS | {torch.sub, torch.mul, torch.div, torch.where, torch.cat, t
                       Tensor.__imul__, Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__rdiv__,
                       Tensor.__itruediv__}  # fmt: skip
 """Functions that join a parameter that has a row for each sample, if there is one, with the samples row by row."""
-EXPANDS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.tile, torch.broadcast_to,
+EXPAND_FUNCTIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.tile, torch.broadcast_to,
            Tensor.broadcast_to}  # fmt: skip
 
-LIKES = {Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.to}
+METADATA_FUNCTIONS = {Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.to}
 """Functions that take no more from an argument than its shape, its dtype or its device."""
 
 
@@ -127,7 +127,7 @@ class RowsCall(Call):
         rows = self._shape[0]
         for score, _ in self._scores(loss_weight, draw, log_sigma):
             total[:rows].add_(score)
-        pass_on(self._derived.tensor, self._derived.parameters, total)
+        backward_to_parameters(self._derived.tensor, self._derived.parameters, total)
 
 
 def _out_of_place(func: Callable) -> tuple[Callable, bool]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from ulr_kernels.nn import COMPOSITES, LOOPS, READERS
+from ulr_kernels.nn import COMPOSITES, READERS, RECURRENT_FUNCTIONS
 from ulr_kernels.nn.autograd_function import AutogradFunction, overridable_autograd_functions
 from ulr_kernels.nn.batch import apply, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter
-from ulr_kernels.nn.generic import ELEMENTWISE, EXPANDS, LIKES, AutogradCall, RowsCall
+from ulr_kernels.nn.generic import ELEMENTWISE, EXPAND_FUNCTIONS, METADATA_FUNCTIONS, AutogradCall, RowsCall
 from ulr_kernels.nn.marks import NOISED, SAMPLE, Marked, flat
 from ulr_kernels.nn.module_state import ModuleState
 
@@ -141,7 +141,7 @@ class LayerInterceptor(Marked, TorchFunctionMode):
 
     def _call_composite(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The result of a function that hides layers, by the form that shows them; NotImplemented if it hides none."""
-        if func not in COMPOSITES or (func in LOOPS and not self.noises_outputs(flat(args))):
+        if func not in COMPOSITES or (func in RECURRENT_FUNCTIONS and not self.noises_outputs(flat(args))):
             return NotImplemented
         with self:
             return COMPOSITES[func](*args, **kwargs)
@@ -219,7 +219,7 @@ class LayerInterceptor(Marked, TorchFunctionMode):
     ) -> Call | None:
         reader = READERS.get(func)
         call = reader(args, kwargs, self.parameters_of) if reader is not None else None
-        if call is None and func not in LIKES and any(each.tensor.requires_grad for each in derived):
+        if call is None and func not in METADATA_FUNCTIONS and any(each.tensor.requires_grad for each in derived):
             samples = {id(t): t for t in flat(args) + flat(kwargs.values()) if self.marks(t) & SAMPLE}
             call = AutogradCall(func, args, kwargs, list(samples.values()), derived)
         return call
@@ -236,6 +236,6 @@ def _has_rows(func: Callable, derived: DerivedParameter, result: Tensor) -> bool
     given = derived.tensor
     if not result.dim():
         return False
-    if func in EXPANDS and (given.dim() < result.dim() or given.shape[0] == 1 < result.shape[0]):
+    if func in EXPAND_FUNCTIONS and (given.dim() < result.dim() or given.shape[0] == 1 < result.shape[0]):
         return True
     return derived.rows and given.shape[0] == result.shape[0]

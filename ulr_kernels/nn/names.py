@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_BY_FEATURE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+_PER_FEATURE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -74,7 +74,7 @@ def features(model: nn.Module) -> dict[int, torch.Size]:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             several_axes = isinstance(module, nn.LayerNorm | nn.RMSNorm) and parameter.dim() > 1
-            own = parameter.shape[:1] if isinstance(module, _BY_FEATURE) and not several_axes else torch.Size()
+            own = parameter.shape[:1] if isinstance(module, _PER_FEATURE_LAYERS) and not several_axes else torch.Size()
             found[id(parameter)] = own if found.get(id(parameter), own) == own else torch.Size()
     return found
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.nn.equal_draws import draw_rows
-from ulr_kernels.nn.generic import EXPANDS
+from ulr_kernels.nn.generic import EXPAND_FUNCTIONS
 from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.nn.shards import is_sharded, like, shard
@@ -45,7 +45,7 @@ class WeightDraws(NamedTuple):
     dist: str = "normal"
 
 
-class _OfCopies(NamedTuple):
+class _ResultsOfCopies(NamedTuple):
     """The tensors of all copies that a result of parameters alone stands for."""
 
     first: weakref.ref  # to that of the first copy, which the model has
@@ -85,7 +85,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         self._rows = rows
         self._vectors: dict[int, Tensor] = {}
         self._marks = {}
-        self._of_copies: dict[int, _OfCopies] = {}  # by the id of the first copy's tensor
+        self._of_copies: dict[int, _ResultsOfCopies] = {}  # by the id of the first copy's tensor
         self._written: dict[int, Tensor] = {}  # constants that each copy has its own values of now, by storage
         self._buffers = {id(b) for b in model.buffers()} if draws.copies > 1 else set()
         self.copies = draws.copies
@@ -107,7 +107,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if only_describes(func):
+        if reads_only_metadata(func):
             return func(*args, **kwargs)
         if func in _LIKES:
             return (
@@ -454,7 +454,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         """The first of the copies' tensors, which stands for all of them as long as it lives."""
         first, *others = tensors
         own = id(first)
-        self._of_copies[own] = _OfCopies(weakref.ref(first, lambda _: self._of_copies.pop(own, None)), others)
+        self._of_copies[own] = _ResultsOfCopies(weakref.ref(first, lambda _: self._of_copies.pop(own, None)), others)
         self._mark(first, 0)
         return first
 
@@ -527,7 +527,7 @@ _FUSED: dict[Callable, Callable] = {
 }
 
 # Functions that may make a row for each sample: of a tensor, or of one that stands in a list again and again.
-_REPEATS = EXPANDS | {Tensor.repeat_interleave, torch.repeat_interleave}
+_REPEATS = EXPAND_FUNCTIONS | {Tensor.repeat_interleave, torch.repeat_interleave}
 _TILES = {Tensor.repeat, Tensor.tile, torch.tile}
 _JOINS = {torch.stack, torch.cat, torch.concat}
 
@@ -547,7 +547,7 @@ _LIKES = {getattr(Tensor, f"new_{name}") for name in "empty full ones tensor zer
 }
 
 
-def only_describes(func: Callable) -> bool:
+def reads_only_metadata(func: Callable) -> bool:
     """Whether a torch function reads no value of its tensor."""
     if getattr(func, "__name__", "") == "__get__":
         return getattr(func.__self__, "__name__", "") not in _VALUES  # type: ignore[attr-defined]

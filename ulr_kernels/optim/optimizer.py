@@ -482,14 +482,14 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 "closure",
                 "use trained parameters in the thread that calls it, through torch functions (noise reaches no other "
                 "thread, and no result of an earlier forward)",
-                f"none of {_listed(unused)}",
+                f"none of {_shortened_list(unused)}",
             )
         if unused and state.tensors:
             self._fail(
                 "model",
                 "hold no results of an earlier forward where a trained parameter is not used, as they may be computed "
                 "from it (register constants as buffers, freeze parameters by requires_grad_(False), or give params)",
-                f"tensors among its attributes, and none of {_listed(unused)}",
+                f"tensors among its attributes, and none of {_shortened_list(unused)}",
             )
         if used.common != used.names:
             self._warn(
@@ -513,7 +513,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
         new = [name for name in names if (name, text) not in self._warned]
         if new:
             self._warned.update((name, text) for name in new)
-            text = text.format(step=self.steps, names=_listed(new))
+            text = text.format(step=self.steps, names=_shortened_list(new))
             warnings.warn(f"ulr.optim.{type(self).__name__}: {text}", stacklevel=5)
 
     # --- state -------------------------------------------------------------------------------------------------------
@@ -593,5 +593,5 @@ class _Used:
         self.forwards += 1
 
 
-def _listed(names: Sequence[str]) -> str:
+def _shortened_list(names: Sequence[str]) -> str:
     return f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
