@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -64,7 +63,7 @@ class Batch:
         """The same with `PerSampleValues` in the place of whatever has an entry for each sample and is no tensor."""
 
         def is_sequence(value: Any) -> bool:
-            return isinstance(value, list | tuple | np.ndarray) and not tensors(value) and np.ndim(value) > 0
+            return _is_array(value) or (isinstance(value, list | tuple) and not tensors(value))
 
         def one(value: Any) -> Any:
             if isinstance(value, str | bytes | dict) or not hasattr(value, "__len__") or len(value) != self.samples:
@@ -154,13 +153,18 @@ class PerSampleValues:
         if isinstance(rows, slice):
             return PerSampleValues(self.values[rows])
         places = rows.tolist()
-        if isinstance(self.values, np.ndarray):
+        if _is_array(self.values):
             return PerSampleValues(self.values[places])
         return PerSampleValues(type(self.values)(self.values[place] for place in places))
 
     def repeated(self, copies: int) -> Any:
         """The values of copies of the samples, copy-major."""
-        return np.concatenate([self.values] * copies) if isinstance(self.values, np.ndarray) else self.values * copies
+        return self.values[[*range(len(self.values))] * copies] if _is_array(self.values) else self.values * copies
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of NumPy, which this library does not need, with at least one axis."""
+    return type(value).__module__ == "numpy" and bool(getattr(value, "shape", ()))
 
 
 def _plain(value: Any) -> Any:
