@@ -92,7 +92,7 @@ def refused(message, model, loss_fn=squares, x=X, y=Y, **settings):
     assert not report.ok and ulr.check.__name__ == "check"
 
 
-# --- sums of layers' outputs, of which a term is seen elsewhere ------------------------------------------------------
+# --- sums of layers' outputs with a term that is seen elsewhere ------------------------------------------------------
 
 
 def of_both(outputs, targets):

@@ -16,9 +16,7 @@ from ulr_kernels.nn.affects import NoiseRows
 from ulr_kernels.nn.batch import Batch
 
 MOST_TRIED_LOSSES = 16  # losses of a sample for which it is tried whether the rows that are said not to affect them do
-FLIPPED_SHARE = (
-    1e-4  # share of the change of noisy samples, by which a layer's noise may change others: a threshold that flips
-)
+FLIPPED_SHARE = 1e-4  # of the change of noisy samples, by which others may change, as a threshold may flip
 MOST_TRIAL_COPIES = 10  # copies of a trial's forward, if max_rows allows so many
 
 
@@ -70,12 +68,11 @@ class Trial:
         """
         found: set[int | None] = set()
         change = noisy.losses - clean.losses
-        if len(self._marks):
+        if count := len(self._marks):
             quiet = torch.zeros(self.copies * self._batch.samples, dtype=torch.bool)
             quiet[: self._marks.numel()] = ~self._marks.flatten()
             if felt(noisy.record, clean.record, quiet.to(change.device), share):
                 found.add(None)
-        if count := len(self._marks):
             marks = self._marks.to(change.device)
             others, own = change[:count][~marks].norm(), change[:count][marks].norm()
             if others > share * own + math.sqrt(count) * rounding:

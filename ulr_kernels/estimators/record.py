@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 
 class Record:
-    """What a forward computes, in short. Where two forwards differ, it shows in two projections of each tensor too.
+    """The tensors of a forward, in short. Two forwards that differ also differ in two projections of each tensor.
 
     Args:
         samples: rows of the batch in this forward, all copies of it together.

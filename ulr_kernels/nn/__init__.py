@@ -21,6 +21,5 @@ READERS: dict[Any, Callable] = {
     **recurrent.READERS,
 }
 COMPOSITES: dict[Any, Callable] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
-RECURRENT_FUNCTIONS = (
-    recurrent.COMPOSITES.keys()
-)  # run by their form only for noise inside: torch's functions are faster
+# These run by their form only for noise inside: torch's functions are faster.
+RECURRENT_FUNCTIONS = recurrent.COMPOSITES.keys()

@@ -75,11 +75,11 @@ class Batch:
                     argument, "hold a tensor, list, tuple or array of what each sample has", type(value).__name__
                 )
             if argument == "x" and isinstance(value, tuple) and all(isinstance(each, int | float) for each in value):
-                rule = (
-                    f"hold a tensor or list of what each of the {self.samples} samples has, and bind constants to the "
-                )
                 self._fail(
-                    argument, rule + "model (functools.partial): a tuple of as many numbers may be either", value
+                    argument,
+                    f"hold a tensor or list of what each of the {self.samples} samples has, and bind constants to the "
+                    "model (functools.partial): a tuple of as many numbers may be either",
+                    value,
                 )
             return PerSampleValues(value)
 

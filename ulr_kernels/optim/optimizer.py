@@ -473,9 +473,13 @@ class ForwardOptimizer(torch.optim.Optimizer):
                     f"one on {self._names[id(p)]}",
                 )
 
+    def _trained(self) -> set[str]:
+        """The names of the parameters that are trained now."""
+        return {self._names[id(p)] for group in self.param_groups for p in group["params"] if p.requires_grad}
+
     def _check_used(self, used: _Used, state: ModuleState) -> set[str]:
         """The parameters that a micro-batch's forwards have used; raise if they cannot all be seen."""
-        trained = {self._names[id(p)] for group in self.param_groups for p in group["params"] if p.requires_grad}
+        trained = self._trained()
         unused = [name for name in self._names.values() if name in trained - used.names] if used.forwards else []
         if unused and len(unused) == len(trained):
             self._fail(
@@ -501,7 +505,7 @@ class ForwardOptimizer(torch.optim.Optimizer):
 
     def _warn_of(self, still: tuple[str, ...]) -> None:
         """Name those that no function of this step has used, once for each."""
-        trained = {self._names[id(p)] for group in self.param_groups for p in group["params"] if p.requires_grad}
+        trained = self._trained()
         self._warn(
             [name for name in still if name in trained],
             "no function of step {step} has used {names}: they stay as they are in such steps (no function in another "
