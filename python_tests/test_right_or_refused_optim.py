@@ -39,6 +39,16 @@ def at(model: nn.Module, draw: int, scale: float, names=None, step: int = 0) -> 
     return moved.eval()
 
 
+def assert_both_steps_give(expected, model, x, y):
+    """The coefficients of `step` and of `step_batch`, which leave the weights where they are."""
+    optimizer = MeZO(model, lr=0.0, eps=EPS)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    optimizer = MeZO(model, lr=0.0, eps=EPS)
+    optimizer.step_batch(x, y, cross_entropy)
+    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+
+
 def coefficients(model: nn.Module, loss, probes: int = 1, names=None, step: int = 0) -> Tensor:
     """MeZO's, from forwards of weights that are moved by hand."""
     with torch.no_grad():
@@ -169,12 +179,7 @@ def test_a_cache_of_an_earlier_forward_is_not_used(kind):
     kept = model.ab if kind == "train" else model.nested["kept"]["row"]
     model.biases.data.mul_(3.0)
     expected = coefficients(fresh(model), lambda moved: F.cross_entropy(moved.train().eval()(x), y))
-    optimizer = MeZO(model, lr=0.0, eps=EPS)
-    optimizer.step(lambda: F.cross_entropy(model(x), y))
-    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
-    optimizer = MeZO(model, lr=0.0, eps=EPS)
-    optimizer.step_batch(x, y, cross_entropy)
-    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    assert_both_steps_give(expected, model, x, y)
     assert kept is (model.ab if kind == "train" else model.nested["kept"]["row"])
 
 
@@ -204,12 +209,7 @@ def test_adapters_that_eval_mode_merges(training):
     expected = coefficients(model, lambda moved: F.cross_entropy(moved(x), y))
     model.train(training)
     start = copies(model)
-    optimizer = MeZO(model, lr=0.0, eps=EPS)
-    optimizer.step(lambda: F.cross_entropy(model(x), y))
-    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
-    optimizer = MeZO(model, lr=0.0, eps=EPS)
-    optimizer.step_batch(x, y, cross_entropy)
-    torch.testing.assert_close(optimizer.last_update.coefficients, expected, rtol=2e-3, atol=2e-6)
+    assert_both_steps_give(expected, model, x, y)
     assert model.merged is not training and all(torch.equal(p, start[n]) for n, p in model.named_parameters())
 
 

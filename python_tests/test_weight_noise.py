@@ -202,7 +202,7 @@ def test_what_noise_on_weights_cannot_do_is_named():
 
     class Deciding(Recurrent):
         def forward(self, x):
-            return super().forward(x) + self.start.square().sum().item()  # a number, of which copies share one
+            return super().forward(x) + self.start.square().sum().item()  # a number, which all copies share
 
     with pytest.raises(ValueError, match="'noise' must be the same for all layers, or injection 'layerwise'"):
         gradients(filled(Deciding()), noise=dict.fromkeys((*UNREACHED, "start"), "weights"), injection="joint")
