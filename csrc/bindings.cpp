@@ -36,12 +36,13 @@ ulr_tensor tensor_of(py::handle object) {
     return result;
 }
 
-// (key, sobol, dist, antithetic, draw, row_offset, col_offset, positions, width), or None.
+// (key, sobol, dist, antithetic, draw, row_offset, col_offset, positions, width, hadamard), or None.
 ulr_noise_spec noise_of(const py::tuple& fields) {
-    return ulr_noise_spec{
-        pointer<const int64_t>(fields[0]), pointer<const uint32_t>(fields[1]), fields[2].cast<int32_t>(),
-        fields[3].cast<int32_t>(),         fields[4].cast<int64_t>(),          fields[5].cast<int64_t>(),
-        fields[6].cast<int64_t>(),         fields[7].cast<int64_t>(),          fields[8].cast<int64_t>()};
+    return ulr_noise_spec{pointer<const int64_t>(fields[0]), pointer<const uint32_t>(fields[1]),
+                          fields[2].cast<int32_t>(),         fields[3].cast<int32_t>(),
+                          fields[4].cast<int64_t>(),         fields[5].cast<int64_t>(),
+                          fields[6].cast<int64_t>(),         fields[7].cast<int64_t>(),
+                          fields[8].cast<int64_t>(),         fields[9].cast<int32_t>()};
 }
 
 int launch(uintptr_t address, py::object noise, py::tuple tensors, const std::vector<int64_t>& numbers, int threads,

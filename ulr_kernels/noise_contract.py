@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ulr_kernels import noise_tables
 
 CONTRACT_VERSION = 1
 DISTRIBUTIONS = ("normal", "laplace", "rademacher")
-SAMPLERS = ("iid", "sobol")
+SAMPLERS = ("iid", "sobol", "hadamard")
 
 WORD = 0xFFFFFFFF
 FOLD_IN_COUNTER = 0x666F6C64  # "fold": keeps the counters of key derivation apart from those of noise
@@ -29,6 +30,8 @@ LOW_RANK_STREAMS = (1, 2)
 ROUNDING_STREAM = 3
 MAX_SOBOL_DIMENSIONS = torch.quasirandom.SobolEngine.MAXDIM
 MAX_SOBOL_DRAWS = 2**30
+ALL_ROWS = 2**32  # as positions: a parameter's rows are those of one sample
+HADAMARD_BITS = 16  # of a draw, and of a slot: 2^16 draws are orthogonal
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -211,6 +214,43 @@ def _sobol_points(rows: Tensor, cols: Tensor, draw: Tensor | int, positions: int
     return point
 
 
+def hadamard_slots(rows: Tensor, cols: Tensor, positions: int, width: int) -> Tensor:
+    """The slot of each coordinate: the number of its Walsh function. The odd stride parts neighbouring rows."""
+    return ((rows % positions) * (width | 1) + cols) & (2**HADAMARD_BITS - 1)
+
+
+def _hadamard(rows: Tensor, cols: Tensor, draw: Tensor | int, key: Tensor, positions: int, width: int) -> Tensor:
+    """Signs that all 2^16 draws of a block share, times the Walsh function of the slot."""
+    draw = torch.as_tensor(draw, device=cols.device)
+    bits = hadamard_slots(rows, cols, positions, width) & draw
+    for shift in (8, 4, 2, 1):
+        bits = bits ^ (bits >> shift)
+    return _signs(rows, cols, draw >> HADAMARD_BITS, key) * (1.0 - 2.0 * (bits & 1).float())
+
+
+def hadamard_blocks(draw: int, draws: int) -> Iterator[tuple[int, int, slice]]:
+    """How a sum over draws is cut into aligned blocks: of each its first draw, its size 2^m, and which draws it holds.
+
+    The size is the smallest power of two that holds all of the draws, at most 2^16.
+    """
+    size = min(1 << max(draws - 1, 0).bit_length(), 1 << HADAMARD_BITS)
+    for first in range(draw // size * size, draw + draws, size):
+        yield first, size, slice(max(first - draw, 0), min(first + size - draw, draws))
+
+
+def walsh_hadamard(weights: Tensor) -> Tensor:
+    """H[s] = sum over c of weights[c] (-1)^popcount(c & s), fp32, over the last axis, whose size is a power of two.
+
+    Butterflies in ascending strides: the order of the sums is the contract's.
+    """
+    half, size = 1, weights.shape[-1]
+    while half < size:
+        low, high = weights.unflatten(-1, (-1, 2, half)).unbind(-2)
+        weights = torch.stack((low + high, low - high), -2).flatten(-3)
+        half *= 2
+    return weights
+
+
 def noise_at(
     rows: Tensor,
     cols: Tensor,
@@ -222,7 +262,12 @@ def noise_at(
     positions: int = 1,
     width: int = 0,
 ) -> Tensor:
-    """Noise, fp32, at coordinates (int64, broadcast against one another); `width` counts all columns, for Sobol."""
+    """Noise, fp32, at coordinates (int64, broadcast against one another).
+
+    `positions` and `width` count a sample's rows and all columns, for the samplers other than "iid".
+    """
+    if sampler == "hadamard":
+        return _hadamard(rows, cols, draw, key, positions, width)
     if dist == "rademacher":
         return _signs(rows, cols, draw, key)
     if sampler == "sobol":
@@ -242,6 +287,7 @@ def noise_grid(
     positions: int = 1,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
 ) -> Tensor:
     """Noise of a block: fp32 `[len(draws), rows, cols]`; `draws` is int64 `[D]`, `key` an int64 scalar tensor."""
     device = draws.device
@@ -255,17 +301,28 @@ def noise_grid(
         dist=dist,
         sampler=sampler,
         positions=positions,
-        width=col_offset + cols,
+        width=width or col_offset + cols,
     )
 
 
-def parameter_noise(rows: Tensor, cols: Tensor, rank: int | None, draw: int, key: Tensor, *, dist: str) -> Tensor:
-    """A parameter's noise, fp32 `[R, C]`, at any rows [R] and columns [C].
+def parameter_noise(
+    rows: Tensor,
+    cols: Tensor,
+    rank: int | None,
+    draw: int,
+    key: Tensor,
+    *,
+    dist: str,
+    sampler: str = "iid",
+    width: int = 0,
+) -> Tensor:
+    """A parameter's noise, fp32 `[R, C]`, at any rows [R] and columns [C]; `width` counts all columns.
 
     Of low rank it is E = A B^T / sqrt(rank), summed by fma from A's first column on; None: of full rank.
     """
     if rank is None:
-        return noise_at(rows[:, None], cols[None], draw, key, dist=dist)
+        places = {"positions": ALL_ROWS, "width": width}
+        return noise_at(rows[:, None], cols[None], draw, key, dist=dist, sampler=sampler, **places)
     by_row, by_col = low_rank_factors(rows, cols, rank, draw, key, dist=dist)
     total = torch.zeros(len(rows), len(cols), dtype=torch.float32, device=key.device)
     for a, b in zip(by_row, by_col, strict=True):

@@ -99,10 +99,15 @@ class ChannelTile {
     }
 
     void make_signs(const Extent& at) {
-        make_words(at, at.draw, at.draws, kSignColumns);
         pitch_ = (at.rows + kLanes - 1) / kLanes * kLanes;
+        if (spec_.hadamard) return make_orthogonal(at);
+        make_words(at, at.draw, at.draws, kSignColumns);
+        words_to_signs(at, at.draws);
+    }
+
+    void words_to_signs(const Extent& at, int64_t draws) {
         const U one = set(0x3f800000u), sign = set(0x80000000u);
-        for (int64_t d = 0; d < at.draws; ++d) {
+        for (int64_t d = 0; d < draws; ++d) {
             for (int64_t c = 0; c < at.cols; ++c) {
                 const int64_t place = lead_ + c, word = place % kSignColumns / 32;
                 const uint32_t* from = words_ + word * plane_ + (d * blocks_ + place / kSignColumns) * at.rows;
@@ -110,6 +115,30 @@ class ChannelTile {
                 float* to = values_ + (d * at.cols + c) * pitch_;
                 for (int64_t r = 0; r < at.rows; r += kLanes)
                     store(to + r, as_float(subtract_where(not_less(load(from + r) & bit, bit), one, sign)));
+            }
+        }
+    }
+
+    // The signs that a block of 2^16 draws shares, once; from one draw to the next those change whose slot has an odd
+    // number of the bits that change in the draw: half of the time the lowest bit alone.
+    void make_orthogonal(const Extent& at) {
+        const U sign = set(0x80000000u);
+        alignas(64) uint32_t slots[kMostRows + kLanes] = {};
+        make_words(at, at.draw >> kHadamardBits, 1, kSignColumns);
+        words_to_signs(at, 1);
+        for (int64_t c = 0; c < at.cols; ++c) {
+            for (int64_t r = 0; r < at.rows; ++r) slots[r] = hadamard_slot(spec_, at.row + r, at.col + c);
+            for (int64_t d = 0; d < at.draws; ++d) {
+                const auto draw = static_cast<uint32_t>(at.draw + d);
+                const uint32_t changed = (d ? draw ^ (draw - 1) : draw) & ((1u << kHadamardBits) - 1);
+                float* to = values_ + (d * at.cols + c) * pitch_;
+                const float* from = d ? to - at.cols * pitch_ : to;
+                for (int64_t r = 0; r < at.rows; r += kLanes) {
+                    U flips = set(0u);
+                    for (uint32_t rest = changed, bit = 0; rest; rest >>= 1, ++bit)
+                        if (rest & 1u) flips = flips ^ shift_left(load(slots + r), 31 - bit);
+                    store(to + r, as_float(bits(load(from + r)) ^ (flips & sign)));
+                }
             }
         }
     }

@@ -19,7 +19,7 @@ constexpr int64_t kColumnAxes = 4;        // after the first one, of a parameter
 // A tensor of the list, its place in the whole noise, and how it is cut into tiles.
 struct Parameter {
     const ulr_tensor* tensors;  // itself, then its states
-    int64_t key, row_offset, col_offset, rank;
+    int64_t key, row_offset, col_offset, rank, whole_width;
     int64_t rows, cols, width, height, across;
     int64_t first, last;  // tiles, counted over the list
 
@@ -50,6 +50,7 @@ class Parameters {
             p.row_offset = numbers[kRowOffset];
             p.col_offset = numbers[kColOffset];
             p.rank = numbers[kRank];
+            p.whole_width = numbers[kWidth];
             p.rows = tensors->size[0];
             p.cols = tensors->size[1] * tensors->size[2] * tensors->size[3] * tensors->size[4];
             const int64_t most = p.rank ? kLowRankColumns : kListColumns, parts = (p.cols + most - 1) / most;
@@ -98,8 +99,8 @@ class ParameterNoise {
           row_key_(fold_in(p.key, kRowFactorStream)),
           col_key_(p.rank ? fold_in(p.key, kColFactorStream) : p.key),
           scale_(low_rank_scale(std::max<int64_t>(p.rank, 1))),
-          row_spec_(of_key(spec, &row_key_)),
-          col_spec_(of_key(spec, &col_key_)),
+          row_spec_(of(spec, p, &row_key_)),
+          col_spec_(of(spec, p, &col_key_)),
           by_row_(row_spec_),
           by_col_(col_spec_) {}
 
@@ -115,8 +116,9 @@ class ParameterNoise {
     }
 
   private:
-    static ulr_noise_spec of_key(ulr_noise_spec spec, const int64_t* key) {
+    static ulr_noise_spec of(ulr_noise_spec spec, const Parameter& p, const int64_t* key) {
         spec.key = key;
+        spec.width = p.whole_width;
         return spec;
     }
 

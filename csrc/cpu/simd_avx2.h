@@ -34,6 +34,7 @@ template <int n>
 U shift_left(U a) {
     return {_mm256_slli_epi32(a.v, n)};
 }
+inline U shift_left(U a, uint32_t n) { return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(n)))}; }
 inline M not_less(U a, U b) { return _mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v); }
 inline U subtract_where(M m, U a, U b) { return {_mm256_sub_epi32(a.v, _mm256_and_si256(m, b.v))}; }
 

@@ -34,6 +34,7 @@ template <int n>
 U shift_left(U a) {
     return {_mm512_slli_epi32(a.v, n)};
 }
+inline U shift_left(U a, uint32_t n) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(static_cast<int>(n)))}; }
 inline M not_less(U a, U b) { return _mm512_cmpge_epu32_mask(a.v, b.v); }
 inline U subtract_where(M m, U a, U b) { return {_mm512_mask_sub_epi32(a.v, m, a.v, b.v)}; }
 

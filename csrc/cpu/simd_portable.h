@@ -53,6 +53,9 @@ template <int n>
 U shift_left(U a) {
     return each<uint32_t>([&](int i) { return a.v[i] << n; });
 }
+inline U shift_left(U a, uint32_t n) {
+    return each<uint32_t>([&](int i) { return a.v[i] << n; });
+}
 inline M not_less(U a, U b) {
     return each<bool>([&](int i) { return a.v[i] >= b.v[i]; });
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 from torch import Tensor
 
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
+from ulr_kernels.noise_contract import ALL_ROWS
 from ulr_kernels.ops._op import NoiseSpec
-from ulr_kernels.ops._parameters import ListNoise, by_row
+from ulr_kernels.ops._parameters import ListNoise, by_row, rows_cols
 from ulr_kernels.ops.combine_ import Combine
 from ulr_kernels.ops.noise import FoldIn, Noise, Philox
 from ulr_kernels.ops.perturb_ import Perturb
@@ -32,13 +31,18 @@ def noise(out: Tensor, a: Noise) -> Arguments:
 
 
 def _view(noise: ListNoise, keys: Tensor) -> tuple:
-    return _native.noise_view(NoiseSpec(keys, dist=noise.dist, draw=noise.draw))
+    return _native.noise_view(
+        NoiseSpec(keys, dist=noise.dist, sampler=noise.sampler, positions=ALL_ROWS, draw=noise.draw)
+    )
 
 
 def _places(tensors: list[Tensor], noise: ListNoise) -> tuple[int, ...]:
-    """Row offset, column offset and rank (0: full) of each tensor."""
-    ranks = (0 if noise.rank is None or t.dim() < 2 else noise.rank for t in tensors)
-    return tuple(itertools.chain(*((*noise.offsets(i), rank) for i, rank in enumerate(ranks))))
+    """Row offset, column offset, rank (0: full) and whole width of each tensor."""
+    numbers: list[int] = []
+    for i, tensor in enumerate(tensors):
+        rank = 0 if noise.rank is None or tensor.dim() < 2 else noise.rank
+        numbers += (*noise.offsets(i), rank, noise.width_of(i, rows_cols(tensor)[1]))
+    return tuple(numbers)
 
 
 def perturb_(a: Perturb) -> Arguments:

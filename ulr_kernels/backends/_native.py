@@ -134,10 +134,11 @@ def noise_view(noise: NoiseSpec, cols: int = 0, draw: int = 0, row: int = 0, col
 
     Args:
         noise: of the whole call.
-        cols: of the whole call; needed for Sobol alone.
+        cols: of the whole call.
         draw, row, col: where in the call the launch starts.
     """
-    key, antithetic, dist, sampler, positions, first_draw, row_offset, col_offset = noise
+    key, antithetic, dist, sampler, positions, first_draw, row_offset, col_offset, width = noise
     directions = noise_contract.sobol_directions(key.device).data_ptr() if sampler == "sobol" else 0
     which = (key.data_ptr(), directions, DISTRIBUTIONS[dist], antithetic)
-    return (*which, first_draw + draw, row_offset + row, col_offset + col, positions, col_offset + cols)
+    offsets = (first_draw + draw, row_offset + row, col_offset + col)
+    return (*which, *offsets, positions, width or col_offset + cols, sampler == "hadamard")

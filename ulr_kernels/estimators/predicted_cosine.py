@@ -18,7 +18,8 @@ from ulr_kernels.nn.module_state import ModuleState
 
 # E[score^2] and E[score^2 eps^2]; E[eps^2] and E[score eps] are 1.
 MOMENTS = {"normal": (1.0, 3.0), "laplace": (2.0, 2.0), "rademacher": (1.0, 1.0)}
-EXACT, PROBES = 64, 16  # coordinates of a sample up to which the Jacobian is computed; random directions beyond
+EXACT = 64  # coordinates of a sample up to which its Jacobian is computed
+PROBES = 256  # random directions beyond: in all samples together, since their sum is what counts
 
 
 class CallRecorder(LayerInterceptor):
@@ -101,16 +102,21 @@ class AutogradReference:
     def terms(self, name: str) -> Iterator[Terms]:
         """The terms of each sample."""
         signs = torch.Generator("cpu").manual_seed(0)
+        probes = max(2, -(-PROBES // self.samples))
         for sample in range(self.samples):
             outputs, gradients = [], []
             for call, gradient in self.calls[name]:
                 outputs.append(call.of_sample(sample, self.samples))
                 gradients.append(gradient.unflatten(0, (self.samples, -1))[sample])
-            yield self._terms(outputs, gradients, self.parameters[name], signs)
+            yield self._terms(outputs, gradients, self.parameters[name], probes, signs)
 
     @staticmethod
     def _terms(
-        outputs: list[Tensor], gradients: list[Tensor], parameters: list[Tensor], signs: torch.Generator
+        outputs: list[Tensor],
+        gradients: list[Tensor],
+        parameters: list[Tensor],
+        probes: int,
+        signs: torch.Generator,
     ) -> Terms:
         def square(*directions: Tensor) -> float:
             """|J^T direction|^2."""
@@ -132,10 +138,10 @@ class AutogradReference:
                     j += of_unit
                     diagonal += of_unit * float(gradient.reshape(-1)[index]) ** 2
             return Terms(g, j, projected, diagonal)
-        probes = [signed() for _ in range(PROBES)]  # E[|J^T u|^2] = |J|^2 for random signs u
-        j = sum(square(*probe) for probe in probes) / PROBES
-        weighed = [[u * gradient for u, gradient in zip(probe, gradients, strict=True)] for probe in probes]
-        return Terms(g, j, projected, sum(square(*each) for each in weighed) / PROBES)
+        directions = [signed() for _ in range(probes)]  # E[|J^T u|^2] = |J|^2 for random signs u
+        j = sum(square(*each) for each in directions) / probes
+        weighed = [[u * gradient for u, gradient in zip(each, gradients, strict=True)] for each in directions]
+        return Terms(g, j, projected, sum(square(*each) for each in weighed) / probes)
 
 
 def predicted_cosine(estimator: ULR, shared_noise: Mapping[str, str], name: str, reference: AutogradReference) -> float:

@@ -196,6 +196,7 @@ def copies_of_noise(noise: NoiseSpec, sizes: Sizes) -> Iterator[tuple[int, Tenso
             positions=noise.positions,
             row_offset=noise.row_offset,
             col_offset=noise.col_offset,
+            width=noise.width,
         )[0]
         yield copy, eps * signs[copy]
 

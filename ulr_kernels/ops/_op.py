@@ -17,7 +17,9 @@ from ulr_kernels import dispatch, noise_contract
 from ulr_kernels.ops._overlap import refuse_overlap, tensors_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NOISE_SCHEMA = 'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0'
+NOISE_SCHEMA = (
+    'str dist="normal", str sampler="iid", int positions=1, int draw=0, int row_offset=0, int col_offset=0, int width=0'
+)
 
 # The contract's indices are below these powers of two.
 DRAW_BITS, ROW_BITS, COL_BITS = 32, 32, 34
@@ -54,6 +56,7 @@ class NoiseSpec(NamedTuple):
     draw: int = 0
     row_offset: int = 0
     col_offset: int = 0
+    width: int = 0  # columns of the whole noise; 0: this block's are the last ones
 
     def draws(self, copies: int) -> int:
         """The number of draws of `copies` copies."""
@@ -235,6 +238,22 @@ class Check:
         if dist not in noise_contract.DISTRIBUTIONS:
             self.fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}", repr(dist))
 
+    def sampler(self, sampler: str, dist: str) -> None:
+        if sampler not in noise_contract.SAMPLERS:
+            self.fail("sampler", f"be one of {', '.join(noise_contract.SAMPLERS)}", repr(sampler))
+        if sampler == "sobol" and dist == "rademacher":
+            self.fail("sampler", "be 'iid' or 'hadamard' where dist is 'rademacher'", "'sobol'")
+        if sampler == "hadamard" and dist != "rademacher":
+            self.fail("dist", "be 'rademacher' where sampler is 'hadamard'", repr(dist))
+
+    def width(self, argument: str, width: int, col_offset: int, cols: int, needed: bool) -> None:
+        """The rules of the number of all columns; `needed`: coordinates of the sampler depend on it."""
+        if width and width < col_offset + cols:
+            self.fail(argument, f"be at least {col_offset + cols} (col_offset + columns), or 0", width)
+        if needed and col_offset and not width:
+            rule = "count the columns of the whole noise where col_offset is given and the sampler is not 'iid'"
+            self.fail(argument, rule, width)
+
     def room(self, argument: str, value: int, extent: int, bits: int) -> None:
         """Check that `extent` indices of the contract from `value` on are in range."""
         if value < 0:
@@ -244,27 +263,24 @@ class Check:
 
     def noise(self, noise: NoiseSpec, rows: int, cols: int, draws: int) -> None:
         """The index rules of the contract, for a block of rows x cols and a number of draws."""
-        key, _, dist, sampler, positions, draw, row_offset, col_offset = noise
+        key, _, dist, sampler, positions, draw, row_offset, col_offset, width = noise
         if key.dtype != torch.int64 or key.dim() != 0:
             self.fail("key", "be an int64 scalar tensor", f"{key.dtype} {list(key.shape)}")
         self.dist(dist)
-        if sampler not in noise_contract.SAMPLERS:
-            self.fail("sampler", f"be one of {', '.join(noise_contract.SAMPLERS)}", repr(sampler))
+        self.sampler(sampler, dist)
         if positions < 1:
             self.fail("positions", "be at least 1", positions)
         self.room("draw", draw, draws, DRAW_BITS)
         self.room("row_offset", row_offset, rows, ROW_BITS)
         self.room("col_offset", col_offset, cols, COL_BITS)
+        self.width("width", width, col_offset, cols, sampler != "iid" and positions > 1)
         if sampler == "sobol":
-            if dist == "rademacher":
-                self.fail("sampler", "be 'iid' where dist is 'rademacher'", "'sobol'")
-            if positions > 1 and col_offset:
-                self.fail("col_offset", "be 0 where sampler is 'sobol' and positions > 1", col_offset)
-            if positions * (col_offset + cols) > noise_contract.MAX_SOBOL_DIMENSIONS:
+            width = width or col_offset + cols
+            if positions * width > noise_contract.MAX_SOBOL_DIMENSIONS:
                 self.fail(
                     "sampler",
                     f"be 'iid' beyond {noise_contract.MAX_SOBOL_DIMENSIONS} dimensions (positions x columns)",
-                    f"'sobol' with {positions} x {col_offset + cols}",
+                    f"'sobol' with {positions} x {width}",
                 )
             if draw + draws > noise_contract.MAX_SOBOL_DRAWS:
                 self.fail("draw", f"leave room for {draws} below 2^30 where sampler is 'sobol'", draw)

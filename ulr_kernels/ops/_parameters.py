@@ -13,12 +13,13 @@ from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import COL_BITS, DRAW_BITS, FLOATS, ROW_BITS, Check, key_tensor
 
 LIST_SCHEMA = (
-    'str dist="normal", int? rank=None, bool stochastic=False, int draw=0, int[] row_offset=[], int[] col_offset=[]'
+    'str dist="normal", int? rank=None, bool stochastic=False, int draw=0, int[] row_offset=[], int[] col_offset=[], '
+    'str sampler="iid", int[] width=[]'
 )
 
 
 class ListNoise(NamedTuple):
-    """The noise of each tensor of a list: its keys and LIST_SCHEMA. A list of offsets may be empty: all 0."""
+    """The noise of each tensor of a list: its keys and LIST_SCHEMA. A list of offsets or widths may be empty: all 0."""
 
     keys: Tensor
     dist: str
@@ -27,10 +28,16 @@ class ListNoise(NamedTuple):
     draw: int
     row_offset: list[int]
     col_offset: list[int]
+    sampler: str = "iid"
+    width: list[int] = []  # noqa: RUF012  the schema's default
 
     def offsets(self, i: int) -> tuple[int, int]:
         """The row and the column at which tensor i starts in the whole parameter."""
         return self.row_offset[i] if self.row_offset else 0, self.col_offset[i] if self.col_offset else 0
+
+    def width_of(self, i: int, cols: int) -> int:
+        """The columns of the whole parameter, where tensor i has `cols`."""
+        return (self.width[i] if self.width else 0) or self.offsets(i)[1] + cols
 
 
 COLUMN_AXES = 4  # axes after the rows of a parameter, for launchers
@@ -87,15 +94,16 @@ def by_row(*tensors: Tensor) -> list[Tensor]:
 
 def check_list(rules: Check, tensors: list[Tensor], noise: ListNoise, draws: int) -> None:
     """The rules that all ops on lists have in common."""
-    keys, dist, rank, stochastic, draw, row_offset, col_offset = noise
+    keys, dist, rank, stochastic, draw, row_offset, col_offset, sampler, width = noise
     count = len(tensors)
     rules.dtype("keys", keys, (torch.int64,))
     rules.shape("keys", keys, (count,), f"{count} tensors")
     rules.dist(dist)
+    check_sampler(rules, sampler, dist, rank)
     if rank is not None and rank < 1:
         rules.fail("rank", "be at least 1, or None", rank)
     rules.room("draw", draw, draws, DRAW_BITS)
-    for argument, offsets in (("row_offset", row_offset), ("col_offset", col_offset)):
+    for argument, offsets in (("row_offset", row_offset), ("col_offset", col_offset), ("width", width)):
         if len(offsets) not in (0, count):
             rules.fail(argument, f"have one number for each of {count} tensors, or none", f"{len(offsets)}")
     for i, tensor in enumerate(tensors):
@@ -108,7 +116,18 @@ def check_list(rules: Check, tensors: list[Tensor], noise: ListNoise, draws: int
         rows, cols = rows_cols(tensor)
         rules.room(f"row_offset[{i}]", row_offset[i] if row_offset else 0, rows, ROW_BITS)
         rules.room(f"col_offset[{i}]", col_offset[i] if col_offset else 0, cols, COL_BITS)
+        whole = width[i] if width else 0
+        rules.width(f"width[{i}]", whole, noise.offsets(i)[1], cols, sampler == "hadamard" and tensor.dim() > 1)
         check_strides(rules, f"tensors[{i}]", tensor)
+
+
+def check_sampler(rules: Check, sampler: str, dist: str, rank: int | None) -> None:
+    """The rules of the sampler of a parameter's noise."""
+    if sampler == "sobol":
+        rules.fail("sampler", "be 'iid' or 'hadamard' for noise on parameters", "'sobol'")
+    rules.sampler(sampler, dist)
+    if sampler == "hadamard" and rank is not None:
+        rules.fail("rank", "be None where sampler is 'hadamard': products of its factors are not orthogonal", rank)
 
 
 def check_strides(rules: Check, argument: str, *tensors: Tensor) -> None:
@@ -127,8 +146,10 @@ class Block:
     `values(t)` are the block's elements of a tensor `[rows, cols]`, a view.
     """
 
-    def __init__(self, rows: slice, cols: slice, key: Tensor, offsets: tuple[int, int], matrix: bool) -> None:
-        self.rows, self.cols, self.key, self.matrix = rows, cols, key, matrix
+    def __init__(
+        self, rows: slice, cols: slice, key: Tensor, offsets: tuple[int, int], width: int, matrix: bool
+    ) -> None:
+        self.rows, self.cols, self.key, self.width, self.matrix = rows, cols, key, width, matrix
         row, col = (torch.arange(part.start, part.stop, device=key.device) for part in (rows, cols))
         self.row, self.col = row + offsets[0], col + offsets[1]  # in the whole parameter
 
@@ -138,7 +159,24 @@ class Block:
     def noise(self, which: ListNoise, draw: int) -> Tensor:
         """fp32 `[rows, cols]`; a parameter of fewer than two axes has noise of full rank."""
         rank = which.rank if self.matrix else None
-        return noise_contract.parameter_noise(self.row, self.col, rank, draw, self.key, dist=which.dist)
+        return noise_contract.parameter_noise(
+            self.row, self.col, rank, draw, self.key, dist=which.dist, sampler=which.sampler, width=self.width
+        )
+
+    def noise_sum(self, which: ListNoise, coefficients: Tensor) -> Tensor:
+        """fp32 `[rows, cols]`: the sum of coefficients[p] * eps(draw + p), in the contract's order."""
+        total = torch.zeros(len(self.row), len(self.col), device=self.key.device)
+        if which.sampler != "hadamard":
+            for p, coefficient in enumerate(coefficients):
+                total = noise_contract.fma(coefficient, self.noise(which, which.draw + p), total)
+            return total
+        slots = noise_contract.hadamard_slots(self.row[:, None], self.col[None], noise_contract.ALL_ROWS, self.width)
+        for first, size, held in noise_contract.hadamard_blocks(which.draw, len(coefficients)):
+            weights = coefficients.new_zeros(size)
+            weights[which.draw + held.start - first :][: held.stop - held.start] = coefficients[held]
+            sums = noise_contract.walsh_hadamard(weights)[slots % size]
+            total = total + self.noise(which, first) * sums
+        return total
 
     def store(self, flat: Tensor, new: Tensor, which: ListNoise) -> None:
         """Round fp32 `new` to the dtype of the tensor and write it."""
@@ -155,7 +193,7 @@ def blocks(tensor: Tensor, i: int, noise: ListNoise) -> Iterator[Block]:
     for row in range(0, rows, height):
         for col in range(0, cols, width):
             extent = slice(row, min(rows, row + height)), slice(col, min(cols, col + width))
-            yield Block(*extent, noise.keys[i], noise.offsets(i), tensor.dim() > 1)
+            yield Block(*extent, noise.keys[i], noise.offsets(i), noise.width_of(i, cols), tensor.dim() > 1)
 
 
 def flat_view(tensor: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import Check, NoiseSpec, fp32_tensor, key_tensor, needs_gradient
-from ulr_kernels.ops._parameters import rows_cols
+from ulr_kernels.ops._parameters import check_sampler, rows_cols
 
 COPIES_SCHEMA = (
     'int copies=1, bool antithetic=False, int? rank=None, str dist="normal", int draw=0, int row_offset=0, '
-    "int col_offset=0, Tensor? mask=None"
+    'int col_offset=0, Tensor? mask=None, str sampler="iid", int width=0'
 )
 REFERENCE_BLOCK = 2**18  # elements: the contract in torch holds about twenty int64 temporaries of each
 
@@ -26,7 +26,7 @@ REFERENCE_BLOCK = 2**18  # elements: the contract in torch holds about twenty in
 class WeightNoise(NamedTuple):
     """Copies of a weight with noise: the key and COPIES_SCHEMA.
 
-    mask: bool or uint8 of the weight's shape; noise only where it is set. The noise is always "iid".
+    mask: bool or uint8 of the weight's shape; noise only where it is set. All rows of the weight belong to one sample.
     """
 
     noise: NoiseSpec
@@ -37,6 +37,11 @@ class WeightNoise(NamedTuple):
     @property
     def draws(self) -> int:
         return self.noise.draws(self.copies)
+
+    def placed(self, weight: Tensor) -> WeightNoise:
+        """The same with the coordinates of a weight: how many rows a sample has, and columns the whole noise."""
+        width = self.noise.width or self.noise.col_offset + rows_cols(weight)[1]
+        return self._replace(noise=self.noise._replace(positions=noise_contract.ALL_ROWS, width=width))
 
     def which(self, copy: int) -> tuple[int, float]:
         """The draw and the sign of a copy's noise."""
@@ -52,7 +57,8 @@ def check_copies(check: Check, weight: Tensor, sigma: Tensor, how: WeightNoise) 
     if sigma.dim():
         check.fail("sigma", "be a scalar", list(sigma.shape))
     draws = check.copies(how.copies, how.noise.antithetic)
-    check.noise(how.noise, *rows_cols(weight), draws)
+    check_sampler(check, how.noise.sampler, how.noise.dist, how.rank)
+    check.noise(how.noise._replace(positions=noise_contract.ALL_ROWS), *rows_cols(weight), draws)
     if how.rank is not None and how.rank < 1:
         check.fail("rank", "be None or at least 1", how.rank)
     if how.mask is not None:
@@ -79,11 +85,15 @@ def copy_noise(rows: Tensor, cols: int, how: WeightNoise, copy: int) -> Tensor:
     draw, sign = how.which(copy)
     noise = how.noise
     rows, columns = rows + noise.row_offset, torch.arange(cols, device=rows.device) + noise.col_offset
-    return noise_contract.parameter_noise(rows, columns, how.rank, draw, noise.key, dist=noise.dist) * sign
+    eps = noise_contract.parameter_noise(
+        rows, columns, how.rank, draw, noise.key, dist=noise.dist, sampler=noise.sampler, width=noise.width
+    )
+    return eps * sign
 
 
 def copy_weight(weight: Tensor, sigma: Tensor, how: WeightNoise, copy: int) -> Tensor:
     """W' of a copy, in the weight's shape and dtype."""
+    how = how.placed(weight)
     rows, cols = rows_cols(weight)
     result = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     block = max(1, REFERENCE_BLOCK // max(1, cols))
@@ -143,16 +153,17 @@ class _Pathwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name, layer, shared_dims, key, own, how, *tensors):
-        ctx.save_for_backward(key, how[-1], *tensors)
-        ctx.layer, ctx.shared_dims, ctx.how = layer, shared_dims, how[:-1]
+        *ctx.how, mask, ctx.sampler, ctx.width = how
+        ctx.save_for_backward(key, mask, *tensors)
+        ctx.layer, ctx.shared_dims = layer, shared_dims
         return getattr(torch.ops.ulr, name).default(*tensors, key, *own, *how)
 
     @staticmethod
     def backward(ctx, grad):
         key, mask, *tensors = ctx.saved_tensors
         copies, antithetic, rank, dist, draw, row_offset, col_offset = ctx.how
-        noise = NoiseSpec(key, antithetic, dist, draw=draw, row_offset=row_offset, col_offset=col_offset)
-        how = WeightNoise(noise, copies, rank)
+        noise = NoiseSpec(key, antithetic, dist, ctx.sampler, 1, draw, row_offset, col_offset, ctx.width)
+        how = WeightNoise(noise, copies, rank).placed(tensors[1])
         wanted = ctx.needs_input_grad[-len(tensors) :]
         leaves: list[Any] = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)

@@ -35,6 +35,8 @@ def combine_(
     stochastic: bool = False,
     row_offset: Sequence[int] = (),
     col_offset: Sequence[int] = (),
+    sampler: str = "iid",
+    width: Sequence[int] = (),
 ) -> None:
     """Step along a sum of probes' noise, g = sum_p coefficients[p] * eps(draw + p), in one pass over each tensor.
 
@@ -60,7 +62,7 @@ def combine_(
         exp_avgs, exp_avg_sqs: likewise, for Adam.
         step: Adam's, counted from 1: an integer, or int64 `[]` on the tensors' device, which a graph can advance.
         draw: of the first probe; probe p has `draw + p`.
-        dist, rank, stochastic, row_offset, col_offset: as in `perturb_`.
+        dist, rank, stochastic, row_offset, col_offset, sampler, width: as in `perturb_`.
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices do not match, a number or index is out of range, states of two
@@ -76,7 +78,7 @@ def combine_(
         states = (list(momentum_buffers), list(exp_avgs), list(exp_avg_sqs))
         rate = None if lr is None else fp32_tensor("combine_", "lr", lr, device)
         rule = (rate, _step_tensor(step, device), weight_decay, momentum, *betas, epsilon)
-        which = (dist, rank, stochastic, draw, list(row_offset), list(col_offset))
+        which = (dist, rank, stochastic, draw, list(row_offset), list(col_offset), sampler, list(width))
         torch.ops.ulr.combine_.default(tensors, keys, coefficients, *states, *rule, *which)
 
 
@@ -190,9 +192,7 @@ def reference(a: Combine) -> None:
         flat = _parameters.flat_view(tensor)
         for block in _parameters.blocks(tensor, i, a.noise):
             old = block.values(flat).float()
-            g = torch.zeros_like(old)
-            for p, coefficient in enumerate(a.coefficients):
-                g = noise_contract.fma(coefficient, block.noise(a.noise, a.noise.draw + p), g)
+            g = block.noise_sum(a.noise, a.coefficients)
             kept = noise_contract.fma(-decay, old, old)
             here = [block.values(state) for state in states]
             if a.momentum_buffers:

@@ -29,6 +29,7 @@ def foreach_noisy_linear_grad_(
     draw: int = 0,
     row_offset: Sequence[int] = (),
     col_offset: Sequence[int] = (),
+    width: Sequence[int] = (),
 ) -> None:
     """`noisy_linear_grad_` (ULR, arXiv 2305.08960, Theorem 1) for each of the layers, in one launch on a CUDA device.
 
@@ -45,7 +46,7 @@ def foreach_noisy_linear_grad_(
         keys: of each layer's noise, int64 scalar tensors.
         antithetic, dist, sampler, draw: as in `noisy_linear`, for all layers.
         positions: of each layer, rows per sample; none: 1 for all.
-        row_offset, col_offset: of each layer, as in `noisy_linear`; none: 0 for all.
+        row_offset, col_offset, width: of each layer, as in `noisy_linear`; none: 0 for all.
 
     Raises:
         ValueError: a shape, dtype, device, scale or index breaks the rules above, or a buffer overlaps another
@@ -59,7 +60,7 @@ def foreach_noisy_linear_grad_(
         for layer, sigma in enumerate(sigmas)
     ]
     lists = (list(grad_weights), biases, list(xs), list(loss_weights), scales, list(keys))
-    places = (list(positions), draw, list(row_offset), list(col_offset))
+    places = (list(positions), draw, list(row_offset), list(col_offset), list(width))
     torch.ops.ulr.foreach_noisy_linear_grad_.default(*lists, antithetic, dist, sampler, *places)
 
 
@@ -79,15 +80,17 @@ class LinearGradients(NamedTuple):
     draw: int
     row_offset: list[int]
     col_offset: list[int]
+    width: list[int]
 
     def layers(self) -> Iterator[LinearGradient]:
         """The arguments of `noisy_linear_grad_` for one layer after another."""
         ones, zeros = [1] * len(self.xs), [0] * len(self.xs)
-        places = zip(self.positions or ones, self.row_offset or zeros, self.col_offset or zeros, strict=True)
+        offsets = (self.row_offset or zeros, self.col_offset or zeros, self.width or zeros)
+        places = zip(self.positions or ones, *offsets, strict=True)
         biases = (bias if bias.numel() else None for bias in self.grad_biases)
         layers = zip(self.grad_weights, biases, self.xs, self.loss_weights, self.sigmas, self.keys, places, strict=True)
-        for weight, bias, x, loss_weight, sigma, key, (positions, row, col) in layers:
-            noise = NoiseSpec(key, self.antithetic, self.dist, self.sampler, positions, self.draw, row, col)
+        for weight, bias, x, loss_weight, sigma, key, (positions, *offsets) in layers:
+            noise = NoiseSpec(key, self.antithetic, self.dist, self.sampler, positions, self.draw, *offsets)
             yield LinearGradient(weight, bias, None, x, loss_weight, sigma, noise)
 
 
@@ -96,7 +99,7 @@ def check(a: LinearGradients) -> None:
     for argument in ("grad_weights", "grad_biases", "loss_weights", "sigmas", "keys"):
         if len(given := getattr(a, argument)) != len(a.xs):
             rules.fail(argument, f"have {len(a.xs)} entries, one per layer", len(given))
-    for argument in ("positions", "row_offset", "col_offset"):
+    for argument in ("positions", "row_offset", "col_offset", "width"):
         if len(given := getattr(a, argument)) not in (0, len(a.xs)):
             rules.fail(argument, f"have {len(a.xs)} entries, one per layer", len(given))
     for layer, x in enumerate(a.xs):
@@ -119,6 +122,6 @@ def cost(a: LinearGradients) -> Cost:
 SCHEMA = (
     "(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor[] xs, Tensor[] loss_weights, "
     "Tensor[] sigmas, Tensor[] keys, bool antithetic=False, str dist='normal', str sampler='iid', "
-    "int[] positions=[], int draw=0, int[] row_offset=[], int[] col_offset=[]) -> ()"
+    "int[] positions=[], int draw=0, int[] row_offset=[], int[] col_offset=[], int[] width=[]) -> ()"
 )
 register(Op(foreach_noisy_linear_grad_, SCHEMA, LinearGradients, check, reference, cost, autocast=(2,)))

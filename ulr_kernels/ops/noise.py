@@ -137,6 +137,7 @@ def noise(
     positions: int = 1,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """A block of noise: mean 0, variance 1, a pure function of key, draw, row and column (docs/noise.md).
@@ -146,9 +147,12 @@ def noise(
         key: 64 bits: an integer in [-2^63, 2^64) or an int64 scalar tensor on `device`.
         draw: number of the copy, member of a population or probe.
         dist: "normal", "laplace" or "rademacher".
-        sampler: "iid", or "sobol": over `draw`, each element is one dimension of a shifted Sobol sequence.
-        positions: rows per sample, for Sobol's dimensions.
+        sampler: "iid"; "sobol": over `draw`, each element is one dimension of a shifted Sobol sequence; "hadamard",
+            with dist="rademacher": orthogonal signs of 2^m aligned draws (docs/noise.md).
+        positions: rows per sample, for Sobol's dimensions and Hadamard's slots.
         row_offset, col_offset: where in the whole noise this block starts.
+        width: columns of the whole noise, where they count (those two samplers, positions > 1); 0: this block's are the
+            last ones.
         device: of the result; the key's, if that is a tensor, else the CPU.
 
     Returns:
@@ -161,22 +165,26 @@ def noise(
     if device is None:
         device = key.device if isinstance(key, Tensor) else torch.device("cpu")
     key = key_tensor("noise", key, torch.device(device))
-    return torch.ops.ulr.noise.default(key, shape, dist, sampler, positions, draw, row_offset, col_offset)
+    return torch.ops.ulr.noise.default(key, shape, dist, sampler, positions, draw, row_offset, col_offset, width)
 
 
-def noise_like(parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str = "normal") -> Tensor:
+def noise_like(
+    parameter: Tensor, key: int | Tensor, *, draw: int = 0, dist: str = "normal", sampler: str = "iid"
+) -> Tensor:
     """Weight noise of a parameter: fp32 of its shape, its rows `shape[0]`, its columns the flattened rest.
 
     Args:
         parameter: any shape; a vector is one row, a scalar 1 x 1. Its device is the result's.
-        key, draw, dist: as in `noise`.
+        key, draw, dist, sampler: as in `noise`; all rows are those of one sample.
 
     Raises:
         ValueError: as in `noise`.
     """
     shape = list(parameter.shape)
     flat = [shape[0], parameter[0].numel() if shape[0] else 0] if len(shape) >= 2 else shape
-    return noise(flat, key, draw=draw, dist=dist, device=parameter.device).view(shape)
+    rows = max(1, _rows_cols(flat)[0])
+    made = noise(flat, key, draw=draw, dist=dist, sampler=sampler, positions=rows, device=parameter.device)
+    return made.view(shape)
 
 
 def _rows_cols(shape: Sequence[int]) -> tuple[int, int]:
@@ -201,8 +209,9 @@ def _noise_check(a: Noise) -> Output:
 def _noise_reference(out: Tensor, a: Noise) -> None:
     rows, cols = _rows_cols(a.shape)
     flat = out.view(rows, cols)
-    key, _, dist, sampler, positions, draw, row_offset, col_offset = a.noise
-    which: dict[str, Any] = {"dist": dist, "sampler": sampler, "positions": positions, "col_offset": col_offset}
+    key, _, dist, sampler, positions, draw, row_offset, col_offset, width = a.noise
+    which: dict[str, Any] = {"dist": dist, "sampler": sampler, "positions": positions}
+    which |= {"col_offset": col_offset, "width": width}
     block = max(1, 2**20 // max(1, cols))  # the reference holds about twenty int64 temporaries an element
     for start in range(0, rows, block):
         part, draws = flat[start : start + block], torch.tensor([draw], device=key.device)

@@ -40,6 +40,7 @@ def noise_add(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
 ) -> Tensor:
     """y[c] = x[c] + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960) for any output x.
 
@@ -56,7 +57,7 @@ def noise_add(
         copies: C; x's first axis where `shared` is False.
         shared: x has no copy axis, and is the same in all copies.
         antithetic: the second half of the copies uses the first half's noise, negated; C must be even.
-        dist, sampler, draw, row_offset, col_offset: which noise, as in `ulr.noise`; copy c uses draw + c.
+        dist, sampler, draw, row_offset, col_offset, width: which noise, as in `ulr.noise`; copy c uses draw + c.
         positions: rows per sample, for Sobol's dimensions.
 
     Returns:
@@ -68,7 +69,7 @@ def noise_add(
         NotImplementedError: an input carries a forward-mode tangent.
     """
     key, scale = key_and_sigma("noise_add", key, sigma, x.device, zero=True)
-    which = (feature_dim, copies, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (feature_dim, copies, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     if needs_gradient("noise_add", "ulr.noise", x, scale):
         return _Pathwise.apply(x, scale, key, *which)
     return torch.ops.ulr.noise_add.default(x, scale, key, *which)

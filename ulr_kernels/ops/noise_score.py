@@ -29,6 +29,7 @@ def noise_score(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
 ) -> Tensor:
     """The score of ULR (arXiv 2305.08960, Theorem 1), weighted by the losses and summed over the copies:
 
@@ -47,7 +48,7 @@ def noise_score(
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`, N the size of the feature axis.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         feature_dim: as in `noise_add`.
-        antithetic, dist, sampler, draw, row_offset, col_offset: as in `noise_add`.
+        antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noise_add`.
         positions: rows per sample; must divide R.
 
     Returns:
@@ -57,7 +58,7 @@ def noise_score(
         ValueError: a shape, dtype, device, scale or index breaks the rules above.
     """
     key, sigma = key_and_sigma("noise_score", key, sigma, loss_weight.device)
-    which = (feature_dim, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (feature_dim, antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     return torch.ops.ulr.noise_score.default(loss_weight, sigma, key, list(shape), *which)
 
 

@@ -31,6 +31,7 @@ def noisy_conv2d(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
 ) -> Tensor:
     """y[c] = conv(x[c], weight) + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960).
 
@@ -49,8 +50,8 @@ def noisy_conv2d(
         transposed, output_padding: set for a convolution as in `F.conv_transpose2d`.
         copies: C.
         antithetic: the second half of the copies uses the first half's noise, negated; C must be even.
-        dist, sampler, draw, row_offset, col_offset: which noise, as in `ulr.noise`; copy c uses draw + c. Image b of a
-            larger batch starts at row_offset = b * H' * W'.
+        dist, sampler, draw, row_offset, col_offset, width: which noise, as in `ulr.noise`; copy c uses draw + c. Image
+            b of a larger batch starts at row_offset = b * H' * W'.
         positions: rows per sample, for Sobol's dimensions; None: H' * W', one image.
 
     Returns:
@@ -68,7 +69,7 @@ def noisy_conv2d(
     window = _conv.resolve_window(rules, kernel, stride, padding, dilation, groups, transposed, output_padding)
     key, scale = key_and_sigma("noisy_conv2d", key, sigma, x.device, zero=True)
     positions = _conv.resolve_positions(window, x, kernel, positions)
-    which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     if needs_gradient("noisy_conv2d", "F.conv2d and ulr.noise", x, weight, bias, scale):
         return _linear.Pathwise.apply("noisy_conv2d", window.backward, window, which, x, weight, bias, scale, key)
     return torch.ops.ulr.noisy_conv2d.default(x, weight, bias, scale, key, *window, *which)

@@ -32,6 +32,7 @@ def noisy_conv2d_grad_(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
     grad_log_sigma: Tensor | None = None,
 ) -> None:
     """Add the gradients of ULR (arXiv 2305.08960, Theorem 1, for a convolution) to their buffers, as raw sums.
@@ -56,7 +57,7 @@ def noisy_conv2d_grad_(
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         kernel_size: kh and kw, needed where grad_weight is None.
         stride, padding, dilation, groups, transposed, output_padding: the convolution, as in `noisy_conv2d`.
-        antithetic, dist, sampler, draw, row_offset, col_offset: as in `noisy_conv2d`.
+        antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noisy_conv2d`.
         positions: rows per sample, which must divide B * H' * W'; None: H' * W', one image.
         grad_log_sigma: `[]` or `[O]`, fp32 or x's dtype, or None; an error for Rademacher noise, which has no density.
 
@@ -72,7 +73,7 @@ def noisy_conv2d_grad_(
     key, sigma = key_and_sigma(op, key, sigma, x.device)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
-    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     torch.ops.ulr.noisy_conv2d_grad_.default(*buffers, x, loss_weight, sigma, key, kernel, *window, *which)
 
 

@@ -34,6 +34,7 @@ def noisy_conv2d_recompute_(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
     grad_log_sigma: Tensor | None = None,
 ) -> Tensor:
     """`noisy_conv2d` and `noisy_conv2d_grad_` in one pass over the noise.
@@ -46,7 +47,7 @@ def noisy_conv2d_recompute_(
         x, weight, bias: as in `noisy_conv2d`; the number of copies is loss_weight's.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[O]`.
         stride, padding, dilation, groups, transposed, output_padding: the convolution, as in `noisy_conv2d`.
-        key, antithetic, dist, sampler, draw, row_offset, col_offset: as in both.
+        key, antithetic, dist, sampler, draw, row_offset, col_offset, width: as in both.
 
     Returns:
         `[C, B, O, H', W']` of x's dtype, channels last where x or the weight is.
@@ -63,7 +64,7 @@ def noisy_conv2d_recompute_(
     key, sigma = key_and_sigma(op, key, sigma, x.device)
     positions = _conv.resolve_positions(window, x, kernel, positions)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
-    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     return torch.ops.ulr.noisy_conv2d_recompute_.default(
         *buffers, x, weight, bias, loss_weight, sigma, key, *window, *which
     )

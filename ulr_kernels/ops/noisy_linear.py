@@ -27,6 +27,7 @@ def noisy_linear(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
 ) -> Tensor:
     """y[c] = x[c] W^T + b + sigma * eps_c for each copy c: ULR's noised module (arXiv 2305.08960) for a linear layer.
 
@@ -40,7 +41,7 @@ def noisy_linear(
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         copies: C.
         antithetic: the second half of the copies uses the first half's noise, negated; C must be even.
-        dist, sampler, draw, row_offset, col_offset: which noise, as in `ulr.noise`; copy c uses draw + c.
+        dist, sampler, draw, row_offset, col_offset, width: which noise, as in `ulr.noise`; copy c uses draw + c.
         positions: rows per sample (rows of a sample follow one another), for Sobol's dimensions.
 
     Returns:
@@ -51,7 +52,7 @@ def noisy_linear(
         NotImplementedError: an input carries a forward-mode tangent.
     """
     key, scale = key_and_sigma("noisy_linear", key, sigma, x.device, zero=True)
-    which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (copies, antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     if needs_gradient("noisy_linear", "F.linear and ulr.noise", x, weight, bias, scale):
         return _linear.Pathwise.apply("noisy_linear", _backward, (), which, x, weight, bias, scale, key)
     return torch.ops.ulr.noisy_linear.default(x, weight, bias, scale, key, *which)

@@ -25,6 +25,7 @@ def noisy_linear_grad_(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
     grad_log_sigma: Tensor | None = None,
 ) -> None:
     """Add the gradients of ULR (arXiv 2305.08960, Theorem 1, for a linear layer) to their buffers, as raw sums.
@@ -44,7 +45,7 @@ def noisy_linear_grad_(
             for a mean.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
-        antithetic, dist, sampler, draw, row_offset, col_offset: as in `noisy_linear`.
+        antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noisy_linear`.
         positions: rows per sample; must divide R.
         grad_log_sigma: `[]` or `[N]`, fp32 or x's dtype, or None; an error for Rademacher noise, which has no density.
 
@@ -54,7 +55,7 @@ def noisy_linear_grad_(
     """
     key, sigma = key_and_sigma("noisy_linear_grad_", key, sigma, x.device)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
-    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     torch.ops.ulr.noisy_linear_grad_.default(*buffers, x, loss_weight, sigma, key, *which)
 
 

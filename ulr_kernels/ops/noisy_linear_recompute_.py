@@ -28,6 +28,7 @@ def noisy_linear_recompute_(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
     grad_log_sigma: Tensor | None = None,
 ) -> Tensor:
     """`noisy_linear` and `noisy_linear_grad_` in one pass over the noise.
@@ -39,7 +40,7 @@ def noisy_linear_recompute_(
         grad_weight, grad_bias, loss_weight, grad_log_sigma: as in `noisy_linear_grad_`.
         x, weight, bias: as in `noisy_linear`; the number of copies is loss_weight's.
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`.
-        key, antithetic, dist, sampler, positions, draw, row_offset, col_offset: as in both.
+        key, antithetic, dist, sampler, positions, draw, row_offset, col_offset, width: as in both.
 
     Returns:
         `[C, R, N]` of x's dtype.
@@ -49,7 +50,7 @@ def noisy_linear_recompute_(
     """
     key, sigma = key_and_sigma("noisy_linear_recompute_", key, sigma, x.device)
     buffers = (grad_weight, grad_bias, grad_log_sigma)
-    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     return torch.ops.ulr.noisy_linear_recompute_.default(*buffers, x, weight, bias, loss_weight, sigma, key, *which)
 
 

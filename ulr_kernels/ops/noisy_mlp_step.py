@@ -50,6 +50,7 @@ def noisy_mlp_step(
     dist: str = "normal",
     draw: int = 0,
     row_offset: int = 0,
+    sampler: str = "iid",
 ) -> Tensor:
     """Add the ULR gradient (arXiv 2305.08960, Theorem 1) of an MLP's mean noised loss to its buffers: a whole step.
 
@@ -79,6 +80,7 @@ def noisy_mlp_step(
         label_smoothing: of the cross-entropy, in [0, 1]: how much of a target is spread over all classes alike.
         baseline: "mean": of the sample's other copies or pairs; "clean": its loss without noise; "none".
         dist, draw, row_offset: which noise, as in `noisy_linear`; rows are samples.
+        sampler: "iid", or "hadamard" with dist="rademacher".
 
     Returns:
         The losses, fp32 `[P, C, R]`, of P passes: L where injection is layer-wise, else 1.
@@ -91,7 +93,7 @@ def noisy_mlp_step(
     if not isinstance(sigma, Tensor):
         scale = scale.expand(len(weights))
     lists = (list(grad_weights), list(grad_biases), x, target, list(weights), list(biases))
-    how = (copies, antithetic, injection, activation, loss, label_smoothing, baseline, dist, draw, row_offset)
+    how = (copies, antithetic, injection, activation, loss, label_smoothing, baseline, dist, draw, row_offset, sampler)
     return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how)
 
 
@@ -116,6 +118,7 @@ class MlpStep(NamedTuple):
     dist: str
     draw: int
     row_offset: int
+    sampler: str
 
     @property
     def joint(self) -> bool:
@@ -123,7 +126,7 @@ class MlpStep(NamedTuple):
 
     def noise(self, key: Tensor, row: int = 0) -> NoiseSpec:
         """The noise of a layer, or of all layers by their keys, for the samples from `row` on."""
-        return NoiseSpec(key, self.antithetic, self.dist, "iid", 1, self.draw, self.row_offset + row)
+        return NoiseSpec(key, self.antithetic, self.dist, self.sampler, 1, self.draw, self.row_offset + row)
 
     def gradient(self, layer: int, a: Tensor, loss_weight: Tensor, row: int = 0) -> LinearGradient:
         """A layer's gradient for the samples from `row` on; `a` is the layer's input."""
@@ -143,6 +146,9 @@ def check(a: MlpStep) -> Output:
             rules.fail(argument, f"be one of {', '.join(allowed)}", repr(value))
     check_loss(rules, a.loss, a.label_smoothing)
     rules.dist(a.dist)
+    if a.sampler == "sobol":
+        rules.fail("sampler", "be 'iid' or 'hadamard'", "'sobol'")
+    rules.sampler(a.sampler, a.dist)
     if not 1 <= len(weights) <= MOST_LAYERS:
         rules.fail("weights", f"hold 1 to {MOST_LAYERS} layers", f"{len(weights)}")
     rules.dtype("x", x, DTYPES)
@@ -231,6 +237,6 @@ SCHEMA = (
     "(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
     "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
-    "str dist='normal', int draw=0, int row_offset=0) -> Tensor"
+    "str dist='normal', int draw=0, int row_offset=0, str sampler='iid') -> Tensor"
 )
 register(Op(noisy_mlp_step, SCHEMA, MlpStep, check, reference, cost, autocast=(2, 4, 5)))

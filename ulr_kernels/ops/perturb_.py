@@ -25,6 +25,8 @@ def perturb_(
     stochastic: bool = False,
     row_offset: Sequence[int] = (),
     col_offset: Sequence[int] = (),
+    sampler: str = "iid",
+    width: Sequence[int] = (),
 ) -> None:
     """Add noise to parameters: `t <- round(fma(scale, eps, t))` for each tensor t of the list, in one launch.
 
@@ -44,6 +46,8 @@ def perturb_(
         stochastic: round to bf16 up or down at random, without bias, by the parameter's rounding stream; fp32 tensors
             are not affected, fp16 ones refused.
         row_offset, col_offset: where each tensor starts in the whole parameter, if it is a shard; none: all 0.
+        sampler: "iid", or "hadamard" with dist="rademacher" and full rank: orthogonal over draws (docs/noise.md).
+        width: columns of each whole parameter, which "hadamard" needs where col_offset is given.
 
     Raises:
         ValueError: lengths, dtypes or devices do not match, an index is out of range, or tensors share memory; nothing
@@ -53,7 +57,7 @@ def perturb_(
     device = tensors[0].device if tensors else torch.device("cpu")
     with torch.no_grad():
         keys, scale = _parameters.keys_tensor("perturb_", keys, device), fp32_tensor("perturb_", "scale", scale, device)
-        which = (dist, rank, stochastic, draw, list(row_offset), list(col_offset))
+        which = (dist, rank, stochastic, draw, list(row_offset), list(col_offset), sampler, list(width))
         torch.ops.ulr.perturb_.default(tensors, keys, scale, *which)
 
 

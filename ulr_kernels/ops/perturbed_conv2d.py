@@ -35,6 +35,8 @@ def perturbed_conv2d(
     row_offset: int = 0,
     col_offset: int = 0,
     mask: Tensor | None = None,
+    sampler: str = "iid",
+    width: int = 0,
 ) -> Tensor:
     """y[c] = conv2d(x[c], W'_c) + b for each copy c, W'_c = round_to_dtype(fma(sigma, eps_c, W)).
 
@@ -45,7 +47,8 @@ def perturbed_conv2d(
         weight: `[O, I / groups, kh, kw]`, of x's dtype; any strides.
         bias: `[O]`, or `[C, O]` with one for each copy, of x's dtype, or None. The caller perturbs it.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding also "same" or "valid".
-        sigma, key, copies, antithetic, rank, dist, draw, row_offset, col_offset: as in `perturbed_linear`.
+        sigma, key, copies, antithetic, rank, dist, draw, row_offset, col_offset, sampler, width: as in
+            `perturbed_linear`.
         mask: bool or uint8 of weight's shape: noise only where it is set; not with `rank`.
 
     Returns:
@@ -59,7 +62,7 @@ def perturbed_conv2d(
     rules = Check("perturbed_conv2d")
     _conv.check_kernel(rules, "weight", weight, False)
     window = _conv.resolve_window(rules, weight.shape[2:], stride, padding, dilation, groups, False, 0)
-    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask, sampler, width)
     return _perturbed.call("perturbed_conv2d", window.convolve, 4, (x, weight, bias), sigma, key, window[:4], how)
 
 

@@ -27,6 +27,8 @@ def perturbed_embedding(
     row_offset: int = 0,
     col_offset: int = 0,
     mask: Tensor | None = None,
+    sampler: str = "iid",
+    width: int = 0,
 ) -> Tensor:
     """y[c, r] = W'_c[indices[r]], W'_c = round_to_dtype(fma(sigma, eps_c, W)): an embedding with weight noise.
 
@@ -36,7 +38,8 @@ def perturbed_embedding(
     Args:
         indices: int64 `[R]`, shared by the copies, or `[C, R]`: rows of the weight.
         weight: `[V, D]`; fp32, bf16 or fp16; any strides.
-        sigma, key, copies, antithetic, rank, dist, draw, row_offset, col_offset, mask: as in `perturbed_linear`.
+        sigma, key, copies, antithetic, rank, dist, draw, row_offset, col_offset, mask, sampler, width: as in
+            `perturbed_linear`.
 
     Returns:
         `[C, R, D]` of weight's dtype. Differentiable in weight and sigma (pathwise).
@@ -46,7 +49,7 @@ def perturbed_embedding(
             on a GPU are not read on the host: there the row of one that is out of range is NaN, or the device asserts.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask, sampler, width)
     return _perturbed.call("perturbed_embedding", F.embedding, 1, (indices, weight), sigma, key, (), how)
 
 
@@ -84,9 +87,10 @@ def check_range(indices: Tensor, weight: Tensor) -> None:
 
 def reference(y: Tensor, a: PerturbedEmbedding) -> None:
     check_range(a.indices, a.weight)
-    for copy in range(a.how.copies):
+    how = a.how.placed(a.weight)
+    for copy in range(how.copies):
         rows = _perturbed.of_copy(a.indices, copy, 1)
-        eps = _perturbed.copy_noise(rows, a.weight.shape[1], a.how, copy)
+        eps = _perturbed.copy_noise(rows, a.weight.shape[1], how, copy)
         mask = None if a.how.mask is None else a.how.mask[rows]
         y[copy] = _perturbed.perturbed(a.weight[rows], a.sigma, eps, mask)
 

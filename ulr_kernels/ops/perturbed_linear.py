@@ -29,6 +29,8 @@ def perturbed_linear(
     row_offset: int = 0,
     col_offset: int = 0,
     mask: Tensor | None = None,
+    sampler: str = "iid",
+    width: int = 0,
 ) -> Tensor:
     """y[c] = x[c] W'_c^T + b for each copy c, W'_c = round_to_dtype(fma(sigma, eps_c, W)).
 
@@ -53,6 +55,8 @@ def perturbed_linear(
         draw: copy c uses draw + c, or of antithetic copies draw + c mod C/2.
         row_offset, col_offset: where in the noise of the whole weight this one's rows and columns start.
         mask: bool or uint8 `[N, K]`: noise only where it is set; not with `rank`.
+        sampler: "iid", or "hadamard" with dist="rademacher" and full rank: orthogonal over draws (docs/noise.md).
+        width: columns of the whole weight, which "hadamard" needs where col_offset is given.
 
     Returns:
         `[C, R, N]` of x's dtype. Sums are fp32. Differentiable in x, weight, bias and sigma (pathwise).
@@ -61,7 +65,7 @@ def perturbed_linear(
         ValueError: a shape, dtype, device, scale or index breaks the rules above; nothing has been computed.
         NotImplementedError: an input carries a forward-mode tangent.
     """
-    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask)
+    how = (copies, antithetic, rank, dist, draw, row_offset, col_offset, mask, sampler, width)
     return _perturbed.call("perturbed_linear", F.linear, 2, (x, weight, bias), sigma, key, (), how)
 
 

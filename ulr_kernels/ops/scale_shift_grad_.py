@@ -32,6 +32,7 @@ def scale_shift_grad_(
     draw: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    width: int = 0,
     grad_log_sigma: Tensor | None = None,
 ) -> None:
     """Add the gradients of ULR (arXiv 2305.08960, Theorem 1) for y = weight * x + bias, feature by feature.
@@ -56,7 +57,7 @@ def scale_shift_grad_(
         sigma: noise scale, > 0: a float, or fp32 `[]` or `[N]`.
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         feature_dim, shared: as in `noise_add`.
-        antithetic, dist, sampler, draw, row_offset, col_offset: as in `noise_add`.
+        antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noise_add`.
         positions: rows per sample; must divide R.
         grad_log_sigma: `[]` or `[N]`, fp32 or x's dtype, or None; an error for Rademacher noise, which has no density.
 
@@ -65,7 +66,7 @@ def scale_shift_grad_(
             argument; nothing has been written.
     """
     key, sigma = key_and_sigma("scale_shift_grad_", key, sigma, x.device)
-    which = (feature_dim, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset)
+    which = (feature_dim, shared, antithetic, dist, sampler, positions, draw, row_offset, col_offset, width)
     torch.ops.ulr.scale_shift_grad_.default(grad_weight, grad_bias, grad_log_sigma, x, loss_weight, sigma, key, *which)
 
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define ULR_ABI_VERSION 2
+#define ULR_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -44,8 +44,9 @@ typedef struct {
     int32_t dist;           // ULR_NORMAL ...
     int32_t antithetic;     // copies come as two halves, the second negated
     int64_t draw, row_offset, col_offset;
-    int64_t positions;  // rows per sample: of the Sobol dimension, and of the loss weights
-    int64_t width;      // all columns (col_offset + cols): the Sobol dimension is (row % positions) * width + col
+    int64_t positions;  // rows per sample: of a Sobol dimension or a Hadamard slot, and of the loss weights
+    int64_t width;      // all columns of the noise: the Sobol dimension is (row % positions) * width + col
+    int32_t hadamard;   // of ULR_RADEMACHER: the draws' lower bits choose a Walsh function; else 0
 } ulr_noise_spec;
 
 #ifdef __cplusplus

@@ -11,10 +11,10 @@ inline namespace ULR_ISA {
 
 enum class Rule { kSum, kMomentum, kAdam };
 
-// The integers of the two ops on lists; rank 0 is full rank. After kFirst come three for each tensor, whose own rank is
-// 0 where it is no matrix.
+// The integers of the two ops on lists; rank 0 is full rank. After kFirst come kTensorNumbers for each tensor, whose
+// own rank is 0 where it is no matrix.
 enum StepNumber { kStochastic, kRule, kWeightDecay, kMomentumFactor, kBeta1, kBeta2, kEpsilon, kListRank, kFirst };
-enum TensorNumber { kRowOffset, kColOffset, kRank, kTensorNumbers };
+enum TensorNumber { kRowOffset, kColOffset, kRank, kWidth, kTensorNumbers };
 
 constexpr int64_t kRoundingStream = 3;  // folded into a parameter's key; 1 and 2 are the factors of low-rank noise
 constexpr int64_t kRowFactorStream = 1, kColFactorStream = 2;

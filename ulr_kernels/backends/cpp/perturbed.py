@@ -35,6 +35,7 @@ PANEL = 2**20  # elements of a panel of W', and of a copy of x
 def perturbed_linear(output: Output, a: PerturbedLinear) -> Tensor:
     """If one product makes all of y, it becomes the output."""
     x, weight, bias, sigma, how = a
+    how = how.placed(weight)
     if not output.numel():
         return output.allocate(x.device)
     if how.copies == 1 and how.rank is None and _in_one_panel(x, weight):
@@ -154,6 +155,7 @@ def _low_rank(
 
 def perturbed_conv2d(y: Tensor, a: PerturbedConv) -> Tensor | None:
     x, weight, bias, sigma, window, how = a
+    how = how.placed(weight)
     if not y.numel():
         return None
     parts = list(_filter_parts(weight, window))
@@ -186,6 +188,7 @@ def _filter_parts(weight: Tensor, window: Window) -> Iterator[tuple[slice, slice
 
 def perturbed_embedding(y: Tensor, a: PerturbedEmbedding) -> None:
     indices, weight, sigma, how = a
+    how = how.placed(weight)
     check_range(indices, weight)
     own = (indices, None) if indices.dim() == 1 else halves(indices, how.noise.antithetic)
     _launch("perturbed_weight", how, (*halves(y, how.noise.antithetic), weight, sigma, how.mask, *own))

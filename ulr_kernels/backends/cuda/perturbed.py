@@ -18,16 +18,16 @@ def _bias_rows(bias: Tensor | None) -> Tensor | None:
 
 def perturbed_linear(y: Tensor, a: PerturbedLinear) -> Arguments:
     tensors = (y, a.x, a.weight, _bias_rows(a.bias), a.sigma, a.how.mask)
-    return Arguments(_native.noise_view(a.how.noise), tensors, (a.how.rank or 0,))
+    return Arguments(_native.noise_view(a.how.placed(a.weight).noise), tensors, (a.how.rank or 0,))
 
 
 def perturbed_conv2d(y: Tensor, a: PerturbedConv) -> Arguments:
     images = a.x if a.x.dim() == 5 else a.x[None]
     tensors = (y, images, a.weight, _bias_rows(a.bias), a.sigma, a.how.mask)
     numbers = (*conv.window_numbers(a.window, a.weight.shape[2:], a.weight.shape[1]), a.how.rank or 0)
-    return Arguments(_native.noise_view(a.how.noise), tensors, numbers)
+    return Arguments(_native.noise_view(a.how.placed(a.weight).noise), tensors, numbers)
 
 
 def perturbed_embedding(y: Tensor, a: PerturbedEmbedding) -> Arguments:
     tensors = (y, a.indices, a.weight, a.sigma, a.how.mask)
-    return Arguments(_native.noise_view(a.how.noise), tensors, (a.how.rank or 0,))
+    return Arguments(_native.noise_view(a.how.placed(a.weight).noise), tensors, (a.how.rank or 0,))
