@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from bench import rivals, rows
 from bench.rows import noise
 from bench.rows.row import key_of, normal
-from ulr_kernels import dispatch, onednn
+from ulr_kernels import dispatch, products
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,8 +116,8 @@ def cpu_ceilings() -> dict[str, dict[str, Any]]:
         }
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             a, b = square.to(dtype), bias.to(dtype)
-            products = [F.linear] + [rivals.onednn_linear] * onednn.supports(dtype)
-            seconds = min(median_seconds(lambda i, product=product, a=a, b=b: product(a, a, b)) for product in products)
+            rivals_here = [F.linear] + [rivals.onednn_linear] * products.supports(dtype)
+            seconds = min(median_seconds(lambda i, f=f, a=a, b=b: f(a, a, b)) for f in rivals_here)
             ceilings[f"flops {kind}"] = 2 * 1024**3 / seconds
         for dist in ("normal", "laplace", "rademacher"):
             seconds = median_seconds(lambda i, dist=dist: noise.fill(out, key, dist), 0.1)

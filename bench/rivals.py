@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ulr_kernels import onednn
+from ulr_kernels import products
 
 PACKAGES = {"torcheggroll": "torcheggroll", "eggroll-es": "eggroll", "EvoX": "evox"}  # rival -> its module
 
@@ -60,7 +60,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Raises:
         RivalAbsent: oneDNN has no product of this dtype here, as bf16 on a CPU without AVX-512.
     """
-    if not onednn.supports(x.dtype):
+    if not products.supports(x.dtype):
         raise RivalAbsent(f"oneDNN multiplies no {str(x.dtype).removeprefix('torch.')} on this CPU")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

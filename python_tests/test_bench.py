@@ -236,7 +236,7 @@ def test_bench_from_one_end_to_the_other(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_rival_that_the_machine_lacks_is_a_dash_with_its_reason(monkeypatch) -> None:
-    monkeypatch.setattr(rivals.onednn, "supports", lambda dtype: False)
+    monkeypatch.setattr(rivals.products, "supports", lambda dtype: False)
     with pytest.raises(rivals.RivalAbsent, match="oneDNN multiplies no bfloat16 on this CPU") as reason:
         rivals.onednn_linear(*(normal(i, 2, 2).bfloat16() for i in (1, 2)), None)
     absent = Measurement("row", "a row", "rival", 0, None, cost(10**6), "2", absent=str(reason.value))
@@ -248,7 +248,7 @@ def test_a_rival_that_the_machine_lacks_is_a_dash_with_its_reason(monkeypatch) -
 
 def test_ceilings_of_products_need_no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without AVX-512 has no oneDNN product of bf16."""
-    monkeypatch.setattr(rivals.onednn, "supports", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(rivals.products, "supports", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(machine, "median_seconds", lambda call, budget=0.0: call(0) is None or 1.0)
     for ceilings in machine.cpu_ceilings().values():
         assert ceilings["flops bf16"] == ceilings["flops fp32"] == 2 * 1024**3

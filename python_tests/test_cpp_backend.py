@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ulr_kernels as ulr
-from ulr_kernels import dispatch, onednn
+from ulr_kernels import dispatch, products
 from ulr_kernels.backends import _native, cpp
 from ulr_kernels.backends.cpp import linear
 
@@ -182,13 +182,14 @@ def test_strided_operands_are_copied_by_tiles_only(forward: bool) -> None:
 def test_onednn_gets_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any other stride takes its reference implementation, thousands of times slower."""
     seen = []
-    call = onednn._call
+    call = products._call
 
     def checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(weight.is_contiguous() or weight.T.is_contiguous())
         return call(x, weight, bias)
 
-    monkeypatch.setattr(onednn, "_call", checked)
+    monkeypatch.setattr(products, "_call", checked)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda dtype: True)
     for weight in (strided(64, 48), values(64, 96)[:, :48], values(48, 64).T, values(48, 128).T[:64]):
         for x in (strided(40, 48), values(48, 40).T):
             ulr.ops.noisy_linear(x, weight, None, 0.1, 3)
@@ -200,7 +201,7 @@ def test_onednn_gets_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_bias_may_have_any_stride(bias: Tensor) -> None:
     """oneDNN reads as many numbers as there are features from its first one on."""
     x, weight = values(20, 6), values(5, 6, key=2)
-    torch.testing.assert_close(onednn.linear(x, weight, bias), x @ weight.T + bias)
+    torch.testing.assert_close(products.linear(x, weight, bias), x @ weight.T + bias)
 
 
 def test_a_product_of_parameters_records_no_graph() -> None:

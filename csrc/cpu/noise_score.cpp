@@ -4,6 +4,7 @@
 
 #include "dispatch.h"
 #include "grid.h"
+#include "orthogonal.h"
 #include "parallel.h"
 #include "tile.h"
 
@@ -67,6 +68,7 @@ class Pass {
         x_.load(copy, unit.row, unit.rows, unit.col, unit.cols, unit.x, pitch_);
     }
     void add_draws(Unit& unit, int64_t draw, int64_t draws) const;
+    void add_orthogonal(Unit& unit, const OrthogonalSums& weights) const;
     void add_own_x(Unit& unit, int64_t draw, int64_t draws, int64_t copy, float sign) const;
     void finish_tile(Unit& unit) const;
 
@@ -94,6 +96,22 @@ void Pass::add_draws(Unit& unit, int64_t draw, int64_t draws) const {
                 const F value = load(eps + c), term = value * score(value, laplace) - one;
                 store(unit.sums[2] + c, fma(both, term, load(unit.sums[2] + c)));
             }
+        }
+    }
+}
+
+// All draws, where they are orthogonal: one transform of a sample's weights stands for them.
+void Pass::add_orthogonal(Unit& unit, const OrthogonalSums& weights) const {
+    for (int64_t block = 0; block < weights.blocks(); ++block) {
+        unit.tile.make(
+            {weights.first(block), spec_.row_offset + unit.row, spec_.col_offset + unit.col, 1, unit.rows, unit.cols});
+        for (int64_t r = 0; r < unit.rows; ++r) {
+            const uint32_t slot = hadamard_slot(spec_, spec_.row_offset + unit.row + r, spec_.col_offset + unit.col);
+            const float* h = weights.from(block, (unit.row + r) / spec_.positions, slot);
+            const float* eps = unit.tile.row(0, r);
+            float* to = unit.scores + r * pitch_;
+            for (int64_t c = 0; c < unit.cols; c += kLanes)
+                store(to + c, fma(load(h + c), load(eps + c), load(to + c)));
         }
     }
 }
@@ -140,6 +158,13 @@ int Pass::run(int threads) {
     // Each piece has sums over its rows, which are added up in the order of rows, whichever thread made them.
     const Scratch partial(scores_.given() ? 0 : kKinds * down * cols_);
     if (!scores_.given() && !partial.data()) return ULR_OUT_OF_MEMORY;
+    const bool orthogonal = spec_.hadamard && (!has(kWeightSums) || shared_);
+    OrthogonalSums weights(spec_.draw, draws_, orthogonal ? rows_ / spec_.positions : 0, width_);
+    if (weights.failed()) return ULR_OUT_OF_MEMORY;
+    weights.make(threads, [&](int64_t sample, int64_t d) {
+        const float minus = spec_.antithetic ? *at<float>(t_[kLossWeight], 0, d + draws_, sample) : 0.0f;
+        return *at<float>(t_[kLossWeight], 0, d, sample) - minus;  // the score is odd
+    });
     const int64_t grain = kWorthWaking / (width_ * height_ * tiles_of_piece * draws_) + 1;
     parallel(threads, across * down, grain, [&](int64_t first, int64_t last) {
         Unit unit(spec_);
@@ -154,7 +179,8 @@ int Pass::run(int threads) {
                 unit.row = tile * height_;
                 unit.rows = std::min(height_, rows_ - unit.row);
                 memset(unit.scores, 0, static_cast<size_t>(unit.rows * pitch_) * sizeof(float));
-                for (int64_t draw = 0; draw < draws_; draw += depth_) {
+                if (orthogonal) add_orthogonal(unit, weights);
+                for (int64_t draw = 0; !orthogonal && draw < draws_; draw += depth_) {
                     const int64_t draws = std::min(depth_, draws_ - draw);
                     unit.tile.make({spec_.draw + draw, spec_.row_offset + unit.row, spec_.col_offset + unit.col, draws,
                                     unit.rows, unit.cols});

@@ -33,6 +33,7 @@ class ChannelPass : public NoisyPass<ChannelPass> {
         alignas(64) float scores[kTileFloats];     // [cols, pitch]: loss_weight * score over the draws
         alignas(64) float log_sigma[kTileFloats];  // [cols, pitch]: loss_weight * (eps * score - 1), likewise
         alignas(64) float plus[kMostRows], minus[kMostRows];  // of each row: the loss weights of a draw
+        OrthogonalDraws orthogonal;
     };
 
     void open(Unit& unit, bool is_new) const;
@@ -40,6 +41,9 @@ class ChannelPass : public NoisyPass<ChannelPass> {
     template <typename Y, typename Base, typename Noise>
     void forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const;
     void gradient(Unit& unit, int64_t draw, int64_t draws) const;
+    template <typename Y, typename Base>
+    void forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const;
+    void add_orthogonal(Unit& unit, const OrthogonalSums& weights, int64_t block) const;
     void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
   private:
@@ -59,6 +63,7 @@ class ChannelPass : public NoisyPass<ChannelPass> {
         }
     }
 
+    void load_slots(const Unit& unit, int64_t col, int64_t row, int64_t count, uint32_t* to) const;
     void load_weights(NoisyArgument a, int64_t draw, const Unit& unit, float* to) const;
 
     int64_t pixels_ = 0;
@@ -152,6 +157,66 @@ inline float sum_of(const float* values, int64_t count) {
     float sum = 0.0f;
     for (float part : parts) sum += part;
     return sum;
+}
+
+// The slots of `count` rows of a column, from a row of the unit on.
+void ChannelPass::load_slots(const Unit& unit, int64_t col, int64_t row, int64_t count, uint32_t* to) const {
+    const auto step = static_cast<uint32_t>(spec_.width | 1);
+    for (int64_t r = 0; r < count;) {
+        const int64_t at_row = spec_.row_offset + unit.row + row + r;
+        const int64_t end = std::min(count, r + spec_.positions - at_row % spec_.positions);
+        uint32_t slot = hadamard_slot(spec_, at_row, spec_.col_offset + unit.col + col);
+        for (; r < end; ++r, slot += step) to[r] = slot;
+    }
+}
+
+template <typename Y, typename Base>
+void ChannelPass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const {
+    const U sign = set(0x80000000u);
+    OrthogonalDraws& noise = unit.orthogonal;
+    const int64_t skipped = draw - spec_.draw;
+    for (int64_t c = 0; c < unit.cols; ++c) {
+        const F sigma = set(unit.sigma[c]);
+        const float* eps = unit.tile.channel(0, c);
+        runs(unit, [&](int64_t image, int64_t first, int64_t row, int64_t count) {
+            for (int64_t done = 0; done < count; done += kPlaces) {
+                const int64_t places = std::min(kPlaces, count - done), r = row + done, pixel = first + done;
+                load_slots(unit, c, r, places, noise.slots());
+                for (int64_t i = 0; i < places; i += kLanes) store(noise.values() + i, sigma * load(eps + r + i));
+                const auto place = [&](NoisyArgument a, int64_t d, auto element) {
+                    return channel<decltype(element)>(a, d, unit.col + c) + image * t_[a].stride[1] + pixel;
+                };
+                noise.use(draw, draws, places, [&](int64_t d) __attribute__((always_inline)) {
+                    const int64_t copy = skipped + d;
+                    Y *const y = place(kY, copy, Y{}), *const minus_y =
+                                                           antithetic_ ? place(kMinusY, copy, Y{}) : nullptr;
+                    const Base* const base = place(kBase, copy, Base{});
+                    const Base* const minus_base = has(kMinusBase) ? place(kMinusBase, copy, Base{}) : base;
+                    return [=](int64_t i, int64_t n, F value) __attribute__((always_inline)) {
+                        const F clean = load_part(base + i, n), minus = minus_y ? load_part(minus_base + i, n) : clean;
+                        store_part(y + i, clean + value, n);
+                        if (minus_y) store_part(minus_y + i, minus + as_float(bits(value) ^ sign), n);
+                    };
+                });
+            }
+        });
+    }
+}
+
+void ChannelPass::add_orthogonal(Unit& unit, const OrthogonalSums& weights, int64_t block) const {
+    uint32_t slots[kMostRows];
+    const auto mask = static_cast<uint32_t>(weights.size() - 1);
+    for (int64_t c = 0; c < unit.cols; ++c) {
+        const float* eps = unit.tile.channel(0, c);
+        float* scores = unit.scores + c * unit.pitch;
+        load_slots(unit, c, 0, unit.rows, slots);
+        for (int64_t r = 0; r < unit.rows;) {
+            const int64_t sample = (unit.row + r) / spec_.positions;
+            const int64_t end = std::min(unit.rows, (sample + 1) * spec_.positions - unit.row);
+            const float* h = weights.at(block, sample);
+            for (; r < end; ++r) scores[r] = fmaf(h[slots[r] & mask], eps[r], scores[r]);
+        }
+    }
 }
 
 // Scores that are summed over draws, and this unit's sums over its rows.

@@ -18,7 +18,7 @@ class Pass : public NoisyPass<Pass> {
     Pass(const ulr_noise_spec& spec, const ulr_tensor* tensors) : NoisyPass(spec, tensors) {
         const bool scores = has(kLossWeight);
         rows_ = t_[scores ? kScores : kY].size[1];
-        width_ = std::clamp<int64_t>(cols_, 1, scores ? kScoreColumns : kTileColumns);
+        width_ = std::clamp<int64_t>(cols_, 1, scores ? kScoreColumns : spec.hadamard ? kPlaces : kTileColumns);
         const int64_t fits = Tile::capacity(spec, width_);
         height_ = std::min({rows_, fits, kTileFloats / pitch()});
         depth_ = std::max<int64_t>(1, fits / std::max<int64_t>(1, height_));
@@ -30,6 +30,7 @@ class Pass : public NoisyPass<Pass> {
         alignas(64) float sigma[kTileColumns];
         alignas(64) float score_sums[kTileFloats];  // [rows, pitch]: loss_weight * score over the draws
         alignas(64) float log_sigma_sums[kScoreColumns];
+        OrthogonalDraws orthogonal;
     };
 
     void open(Unit& unit, bool is_new) const;
@@ -37,11 +38,18 @@ class Pass : public NoisyPass<Pass> {
     template <typename Y, typename Base, typename Noise>
     void forward(const Unit& unit, int64_t draw, int64_t draws, Noise noise) const;
     void gradient(Unit& unit, int64_t draw, int64_t draws) const;
+    template <typename Y, typename Base>
+    void forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const;
+    void add_orthogonal(Unit& unit, const OrthogonalSums& weights, int64_t block) const;
     void finish_gradient(Unit& unit, float* bias_sums, float* log_sigma_sums) const;
 
   private:
     // The split into units is that of the widest lanes, so that all instruction sets sum in one order.
     int64_t pitch() const { return (width_ + 15) / 16 * 16; }
+    int64_t rows_together(const Unit& unit) const;
+    uint32_t slot(const Unit& unit, int64_t row) const {
+        return hadamard_slot(spec_, spec_.row_offset + unit.row + row, spec_.col_offset + unit.col);
+    }
     float weight(NoisyArgument a, int64_t draw, int64_t row) const {
         return *at<float>(t_[a], 0, draw, row / spec_.positions);
     }
@@ -130,6 +138,55 @@ void Pass::gradient(Unit& unit, int64_t draw, int64_t draws) const {
             write(kScores, plus);
             if (antithetic_) write(kMinusScores, -minus);
         }
+    }
+}
+
+// Rows that follow one another in all tensors are one run of places.
+int64_t Pass::rows_together(const Unit& unit) const {
+    for (const NoisyArgument a : {kY, kMinusY, kBase, kMinusBase})
+        if (has(a) && t_[a].stride[1] != unit.cols) return 1;
+    return std::max<int64_t>(1, kPlaces / unit.cols);
+}
+
+template <typename Y, typename Base>
+void Pass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const {
+    const U sign = set(0x80000000u);
+    OrthogonalDraws& noise = unit.orthogonal;
+    const bool own_base = t_[kBase].size[0] > 1;
+    const int64_t skipped = draw - spec_.draw, together = rows_together(unit);
+    for (int64_t first = 0; first < unit.rows; first += together) {
+        const int64_t rows = std::min(together, unit.rows - first);
+        for (int64_t r = 0; r < rows; ++r) {
+            uint32_t* slots = noise.slots() + r * unit.cols;
+            float* values = noise.values() + r * unit.cols;
+            const auto from = slot(unit, first + r);
+            for (int64_t c = 0; c < unit.cols; ++c) slots[c] = from + static_cast<uint32_t>(c);
+            for (int64_t c = 0; c < unit.cols; c += kLanes)  // past its end a row is overwritten by the next one
+                store(values + c, load(unit.sigma + c) * load(unit.tile.row(0, first + r) + c));
+        }
+        const auto place = [&](NoisyArgument a, int64_t d, auto element) {
+            return at<decltype(element)>(t_[a], d, unit.row + first, unit.col);
+        };
+        noise.use(draw, draws, rows * unit.cols, [&](int64_t d) __attribute__((always_inline)) {
+            const int64_t copy = skipped + d, of = own_base ? copy : 0;
+            Y *const y = place(kY, copy, Y{}), *const minus_y = antithetic_ ? place(kMinusY, copy, Y{}) : nullptr;
+            const Base* const base = place(kBase, of, Base{});
+            const Base* const minus_base = has(kMinusBase) ? place(kMinusBase, of, Base{}) : base;
+            return [=](int64_t c, int64_t n, F value) __attribute__((always_inline)) {
+                const F clean = load_part(base + c, n), minus = minus_y ? load_part(minus_base + c, n) : clean;
+                store_part(y + c, clean + value, n);
+                if (minus_y) store_part(minus_y + c, minus + as_float(bits(value) ^ sign), n);
+            };
+        });
+    }
+}
+
+void Pass::add_orthogonal(Unit& unit, const OrthogonalSums& weights, int64_t block) const {
+    for (int64_t r = 0; r < unit.rows; ++r) {
+        const float* h = weights.from(block, (unit.row + r) / spec_.positions, slot(unit, r));
+        const float* eps = unit.tile.row(0, r);
+        float* to = unit.score_sums + r * pitch();
+        for (int64_t c = 0; c < unit.cols; c += kLanes) store(to + c, fma(load(h + c), load(eps + c), load(to + c)));
     }
 }
 

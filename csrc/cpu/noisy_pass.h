@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "noisy.h"
+#include "orthogonal.h"
 #include "parallel.h"
 #include "pass.h"
 #include "tile.h"
@@ -22,6 +23,9 @@ struct NoisyUnit {
 //     changed prefetch, gradient(unit, draw, draws)      for draws before, and after, their noise is in the tile
 //     forward<Y, Base>(unit, draw, draws, noise) likewise, with the tile's noise()
 //     finish_gradient(unit, bias_sums, log_sigma_sums)
+// and for orthogonal draws, with the signs that they share in the tile:
+//     forward_orthogonal<Y, Base>(unit, draw, draws)
+//     add_orthogonal(unit, weights, block)       adds a block's weighted draws to the scores
 template <typename Derived>
 class NoisyPass {
   public:
@@ -29,12 +33,20 @@ class NoisyPass {
         if (!rows_ || !cols_) return ULR_OK;
         const auto pieces = [](int64_t extent, int64_t size) { return (extent + size - 1) / size; };
         const int64_t across = pieces(cols_, width_), down = pieces(rows_, height_);
-        const int64_t draws_of_unit = has(kLossWeight) ? draws_ : depth_;  // sums over draws stay in a thread, in order
+        const bool all = has(kLossWeight) || spec_.hadamard;  // sums over draws stay in a thread, in order
+        const int64_t draws_of_unit = all ? draws_ : depth_;
         const int64_t count = across * down * pieces(draws_, draws_of_unit);
         const bool sums = has(kBiasSums) || has(kLogSigmaSums);
         // Each unit has sums over its rows, which are added up in the order of rows, whichever thread made them.
         const Scratch partial(sums ? 2 * down * cols_ : 0);
         if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
+        const int64_t samples = orthogonal_sums() ? rows_ / spec_.positions : 0;
+        OrthogonalSums weights(spec_.draw, draws_, samples, width_);
+        if (weights.failed()) return ULR_OUT_OF_MEMORY;
+        weights.make(threads, [&](int64_t sample, int64_t d) {
+            const float minus = antithetic_ ? *at<float>(t_[kMinusLossWeight], 0, d, sample) : 0.0f;
+            return *at<float>(t_[kLossWeight], 0, d, sample) - minus;  // the score is odd
+        });
         const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit) + 1;
         parallel(threads, count, grain, [&](int64_t first, int64_t last) {
             typename Derived::Unit unit(spec_);
@@ -47,7 +59,10 @@ class NoisyPass {
                 unit.rows = std::min(height_, rows_ - unit.row);
                 unit.cols = std::min(width_, cols_ - col);
                 derived().open(unit, is_new);
-                make(unit, draw, std::min(draw + draws_of_unit, draws_));
+                if (has(kLossWeight) ? orthogonal_sums() : spec_.hadamard != 0)
+                    make_orthogonal(unit, weights);
+                else
+                    make(unit, draw, std::min(draw + draws_of_unit, draws_));
                 if (!has(kLossWeight)) continue;
                 float* sums_of_piece = sums ? partial.data() + 2 * row_piece * cols_ + col : nullptr;
                 derived().finish_gradient(unit, has(kBiasSums) ? sums_of_piece : nullptr,
@@ -96,12 +111,39 @@ class NoisyPass {
         }
     }
 
+    // Whether scores are sums over orthogonal draws.
+    bool orthogonal_sums() const { return spec_.hadamard && summed_; }
+
+    // All draws of a unit.
+    template <typename Unit>
+    void make_orthogonal(Unit& unit, const OrthogonalSums& weights) const {
+        const auto shared_signs = [&](int64_t draw) {
+            unit.tile.make({draw, spec_.row_offset + unit.row, spec_.col_offset + unit.col, 1, unit.rows, unit.cols});
+        };
+        for (int64_t block = 0; orthogonal_sums() && block < weights.blocks(); ++block) {
+            shared_signs(weights.first(block));
+            derived().add_orthogonal(unit, weights, block);
+        }
+        if (!has(kY)) return;
+        for_each_block(spec_.draw, draws_, [&](int64_t draw, int64_t draws) {
+            shared_signs(block_of(draw));
+            by_dtype([&](auto y, auto base) {
+                derived().template forward_orthogonal<decltype(y), decltype(base)>(unit, draw, draws);
+            });
+        });
+    }
+
     template <typename Unit, typename Noise>
     void forward(const Unit& unit, int64_t draw, int64_t draws, const Noise& noise) const {
-        const bool wide = t_[kBase].dtype == ULR_F32;
-        const auto as = [&](auto y, auto base) {
+        by_dtype([&](auto y, auto base) {
             derived().template forward<decltype(y), decltype(base)>(unit, draw, draws, noise);
-        };
+        });
+    }
+
+    // as(y, base): values of the elements' types.
+    template <typename Body>
+    void by_dtype(Body as) const {
+        const bool wide = t_[kBase].dtype == ULR_F32;
         switch (t_[kY].dtype) {
             case ULR_F32:
                 return as(float{}, float{});

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulr_kernels import onednn, ops
+from ulr_kernels import ops, products
 from ulr_kernels.nn.call import Call, KnownLosses, ParametersOf, gradient_buffers
 
 
@@ -31,8 +31,8 @@ class LinearCall(Call):
         (x,), weight, bias = inputs, self._w, self._b
         plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
         fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else F.linear raises its own error
-        if plain and fits and x.device.type == "cpu" and onednn.dense(weight):
-            return onednn.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
+        if plain and fits and x.device.type == "cpu" and products.dense(weight):
+            return products.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight, bias)
 
     def _rows(self) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ulr_kernels import onednn
+from ulr_kernels import products
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp.tiles import halves, part, row_tiles, store, sums_of
 from ulr_kernels.ops._conv import Conv, ConvGradient, Window
@@ -130,6 +130,6 @@ def _product(
     A bf16 product is rounded to bf16 before the noise is added, because oneDNN's output has its inputs' dtype. An fp16
     product is fp32 where oneDNN has no fp16.
     """
-    dtype = x.dtype if onednn.supports(x.dtype) else _FP32
+    dtype = x.dtype if products.supports(x.dtype) else _FP32
     made = window.convolve(x.flatten(0, 1).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return made.contiguous(memory_format=memory_format).unflatten(0, x.shape[:2])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ulr_kernels import onednn
+from ulr_kernels import products
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp.tiles import halves, narrow, part, row_tiles, store, sums_of
 from ulr_kernels.dispatch import allocating
@@ -35,7 +35,7 @@ def noisy_linear(output: Output, a: Linear) -> Tensor:
     x = a.x
     if (a.copies == 1 or x.dim() == 3) and _in_one_product(x, a.weight):
         add_noise = _noise_adder(output, a.sigma, a.noise)
-        product = onednn.linear(x if x.dim() == 2 else x.view(-1, x.shape[-1]), a.weight, a.bias)
+        product = products.linear(x if x.dim() == 2 else x.view(-1, x.shape[-1]), a.weight, a.bias)
         made = product.view(output.shape)
         add_noise(made.data_ptr())
         return made
@@ -131,7 +131,7 @@ def _linear(
 
 
 def _in_one_product(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() > 0 and x.is_contiguous() and onednn.supports(x.dtype) and onednn.dense(weight)
+    return x.numel() > 0 and x.is_contiguous() and products.supports(x.dtype) and products.dense(weight)
 
 
 def _noise_adder(output: Output, sigma: Tensor, noise: NoiseSpec) -> Callable[[int], None]:
@@ -171,10 +171,10 @@ def _tile_sizes(x: Tensor, weight: Tensor | None, grad_weight: Tensor | None, gr
     tile = GRADIENT_TILE if gradient else FORWARD_TILE
     longest = _even(features, max(FEWEST, tile // max(inputs, 1)))
     all_features = not gradient or (rows * features <= tile and (grad_weight is None or grad_weight.dtype == _FP32))
-    if weight is not None and not (onednn.dense(weight) and onednn.supports(weight.dtype)):
+    if weight is not None and not (products.dense(weight) and products.supports(weight.dtype)):
         all_features = False
     tile_features = features if all_features else longest
-    copied = not x.is_contiguous() or not onednn.supports(x.dtype) or (gradient and x.dtype != _FP32)
+    copied = not x.is_contiguous() or not products.supports(x.dtype) or (gradient and x.dtype != _FP32)
     tile_rows = max(FEWEST, tile // max(tile_features, inputs if copied else 1))
     return _Sizes(tile_rows, tile_features, min(longest, tile_features))
 
@@ -193,9 +193,9 @@ def _even(extent: int, limit: int) -> int:
 
 def _operands(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias for oneDNN: dense, and fp32 where it does not multiply the dtype."""
-    if not onednn.supports(weight.dtype):
+    if not products.supports(weight.dtype):
         return weight.float().contiguous(), bias if bias is None else bias.float()
-    return weight if onednn.dense(weight) else weight.contiguous(), bias
+    return weight if products.dense(weight) else weight.contiguous(), bias
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -205,7 +205,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product is fp32 where oneDNN has no fp16.
     """
     rows = x.flatten(0, 1).to(weight.dtype)
-    return onednn.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
+    return products.linear(rows, weight, bias).view(*x.shape[:2], weight.shape[0])
 
 
 def _add_product(sums: Tensor, scores: Tensor, x: Tensor, step: int) -> None:
@@ -214,4 +214,4 @@ def _add_product(sums: Tensor, scores: Tensor, x: Tensor, step: int) -> None:
     scores = scores.flatten(0, 1)
     for n in range(0, scores.shape[1], step):
         cols = slice(n, n + step)
-        sums[cols].add_(onednn.linear(scores[:, cols].T, rows.T))
+        products.add_outer_(sums[cols], scores[:, cols], rows)

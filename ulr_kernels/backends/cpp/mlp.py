@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ulr_kernels import onednn
+from ulr_kernels import products
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp import linear
 from ulr_kernels.backends.cpp.tiles import store, sums_of
@@ -34,8 +34,8 @@ class _Model:
     def product(self, layer: int, x: Tensor) -> Tensor:
         """x W^T + b in fp32, with no noise."""
         weight, bias = self.a.weights[layer], self.biases[layer]
-        weight = weight.float() if onednn.dense(weight) else weight.float().contiguous()
-        return onednn.linear(x.float(), weight, bias if bias is None else bias.float())
+        weight = weight.float() if products.dense(weight) else weight.float().contiguous()
+        return products.linear(x.float(), weight, bias if bias is None else bias.float())
 
     def clean(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Without noise: the input of each layer, and its product."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ulr_kernels import onednn
+from ulr_kernels import products
 from ulr_kernels.backends import _native
 from ulr_kernels.backends.cpp.tiles import halves
 from ulr_kernels.dispatch import allocating
@@ -46,7 +46,7 @@ def perturbed_linear(output: Output, a: PerturbedLinear) -> Tensor:
     if x.shape[-2] <= FEW_ROWS:
         xs, biases = _by_sign(x, 2, how), _by_sign(bias, 1, how)
         _launch("perturbed_linear", how, (*halves(y, how.noise.antithetic), *xs, *biases, weight, sigma, how.mask))
-    elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT.get(x.dtype, 0) and onednn.supports(x.dtype):
+    elif how.draws > 1 and 0 < weight.nbytes <= SMALL_WEIGHT.get(x.dtype, 0) and products.supports(x.dtype):
         _by_batches(y, x, weight, bias, sigma, how)
     else:
         _by_panels(y, x, weight, bias, sigma, how)
@@ -58,13 +58,13 @@ def perturbed_linear(output: Output, a: PerturbedLinear) -> Tensor:
 
 
 def _in_one_panel(x: Tensor, weight: Tensor) -> bool:
-    return x.shape[-2] > FEW_ROWS and 0 < weight.numel() <= PANEL and onednn.supports(x.dtype)
+    return x.shape[-2] > FEW_ROWS and 0 < weight.numel() <= PANEL and products.supports(x.dtype)
 
 
 def _one_panel(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, how: WeightNoise) -> Tensor:
     panel = weight.new_empty(weight.shape)
     _launch("perturbed_weight", how, (panel, None, weight, sigma, how.mask, None, None))
-    product = onednn.linear(x, panel, bias if bias is None else bias.view(-1))
+    product = products.linear(x, panel, bias if bias is None else bias.view(-1))
     return product if x.dim() == 3 else product[None]
 
 
@@ -107,9 +107,9 @@ def _feature_parts(weight: Tensor) -> list[slice]:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, features: slice) -> Tensor:
     bias = bias if bias is None else bias[features]
-    if onednn.supports(x.dtype):
-        return onednn.linear(x, weight, bias)
-    return onednn.linear(x.float(), weight.float(), bias if bias is None else bias.float())
+    if products.supports(x.dtype):
+        return products.linear(x, weight, bias)
+    return products.linear(x.float(), weight.float(), bias if bias is None else bias.float())
 
 
 class _Panels:
@@ -136,8 +136,8 @@ def _low_rank(
     own = bias if bias is not None and bias.dim() == 2 else None  # one for each copy, added by the pass
     shared = bias if own is None else None
     in_place = x.dim() == 3 or how.copies == 1  # else the copies share the plain product
-    if x.is_contiguous() and x.numel() and onednn.dense(weight) and onednn.supports(x.dtype):
-        base = onednn.linear(x.view(-1, x.shape[-1]), weight, shared)
+    if x.is_contiguous() and x.numel() and products.dense(weight) and products.supports(x.dtype):
+        base = products.linear(x.view(-1, x.shape[-1]), weight, shared)
         base = base.view(-1, x.shape[-2], len(weight))
         y = base if in_place else output.allocate(x.device)
     else:
