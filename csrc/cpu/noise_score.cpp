@@ -15,7 +15,7 @@ namespace {
 enum Argument {
     kScores,        // fp32 [1, a, N, b, c]: sum over copies of loss_weight * score / sigma
     kX,             // [1 or C, a, N, b, c]
-    kLossWeight,    // [1, C, rows / positions], fp32
+    kLossWeight,    // fp32 [1, C, weights]; each is that of rows / weights rows, which follow one another
     kSigma,         // [1, 1, N], fp32
     kWeightSums,    // fp32 [1, 1, N] += loss_weight * score / sigma * x, summed over copies and rows
     kBiasSums,      // likewise, without x
@@ -61,8 +61,9 @@ class Pass {
     };
 
     bool has(Argument a) const { return t_[a].data != nullptr; }
+    int64_t rows_of_weight() const { return rows_ / t_[kLossWeight].size[2]; }
     float weight(int64_t copy, int64_t row) const {
-        return *at<float>(t_[kLossWeight], 0, copy, row / spec_.positions);
+        return *at<float>(t_[kLossWeight], 0, copy, row / rows_of_weight());
     }
     void load_x(Unit& unit, int64_t copy) const {
         x_.load(copy, unit.row, unit.rows, unit.col, unit.cols, unit.x, pitch_);
@@ -107,7 +108,7 @@ void Pass::add_orthogonal(Unit& unit, const OrthogonalSums& weights) const {
             {weights.first(block), spec_.row_offset + unit.row, spec_.col_offset + unit.col, 1, unit.rows, unit.cols});
         for (int64_t r = 0; r < unit.rows; ++r) {
             const uint32_t slot = hadamard_slot(spec_, spec_.row_offset + unit.row + r, spec_.col_offset + unit.col);
-            const float* h = weights.from(block, (unit.row + r) / spec_.positions, slot);
+            const float* h = weights.from(block, (unit.row + r) / rows_of_weight(), slot);
             const float* eps = unit.tile.row(0, r);
             float* to = unit.scores + r * pitch_;
             for (int64_t c = 0; c < unit.cols; c += kLanes)
@@ -159,11 +160,11 @@ int Pass::run(int threads) {
     const Scratch partial(scores_.given() ? 0 : kKinds * down * cols_);
     if (!scores_.given() && !partial.data()) return ULR_OUT_OF_MEMORY;
     const bool orthogonal = spec_.hadamard && (!has(kWeightSums) || shared_);
-    OrthogonalSums weights(spec_.draw, draws_, orthogonal ? rows_ / spec_.positions : 0, width_);
+    OrthogonalSums weights(spec_.draw, draws_, orthogonal ? t_[kLossWeight].size[2] : 0, width_);
     if (weights.failed()) return ULR_OUT_OF_MEMORY;
-    weights.make(threads, [&](int64_t sample, int64_t d) {
-        const float minus = spec_.antithetic ? *at<float>(t_[kLossWeight], 0, d + draws_, sample) : 0.0f;
-        return *at<float>(t_[kLossWeight], 0, d, sample) - minus;  // the score is odd
+    weights.make(threads, [&](int64_t i, int64_t d) {
+        const float minus = spec_.antithetic ? *at<float>(t_[kLossWeight], 0, d + draws_, i) : 0.0f;
+        return *at<float>(t_[kLossWeight], 0, d, i) - minus;  // the score is odd
     });
     const int64_t grain = kWorthWaking / (width_ * height_ * tiles_of_piece * draws_) + 1;
     parallel(threads, across * down, grain, [&](int64_t first, int64_t last) {

@@ -14,7 +14,7 @@ enum NoisyArgument {
     kBase,  // the clean product and bias, in y's dtype or fp32; [1, R, N] where the draws share it; may be y itself
     kMinusBase,        // absent: the second copies of draws share kBase
     kSigma,            // [N], fp32
-    kLossWeight,       // [D, R / positions], fp32
+    kLossWeight,       // fp32 [D, weights]; each is that of R / weights rows, which follow one another
     kMinusLossWeight,  // likewise
     kScores,           // fp32 loss_weight * score / sigma; [1, R, N]: summed over all copies, else [D, R, N]
     kMinusScores,      // the second copies', where they are not summed

@@ -103,9 +103,9 @@ void ChannelPass::forward(const Unit& unit, int64_t draw, int64_t draws, Noise n
 // The loss weight of each of the unit's rows, zeros up to the pitch.
 void ChannelPass::load_weights(NoisyArgument a, int64_t draw, const Unit& unit, float* to) const {
     for (int64_t r = 0; r < unit.rows;) {
-        const int64_t sample = (unit.row + r) / spec_.positions;
-        const int64_t end = std::min(unit.rows, (sample + 1) * spec_.positions - unit.row);
-        std::fill(to + r, to + end, *at<float>(t_[a], 0, draw, sample));
+        const int64_t weight = (unit.row + r) / rows_of_weight();
+        const int64_t end = std::min(unit.rows, (weight + 1) * rows_of_weight() - unit.row);
+        std::fill(to + r, to + end, *at<float>(t_[a], 0, draw, weight));
         r = end;
     }
     std::fill(to + unit.rows, to + unit.pitch, 0.0f);
@@ -211,9 +211,9 @@ void ChannelPass::add_orthogonal(Unit& unit, const OrthogonalSums& weights, int6
         float* scores = unit.scores + c * unit.pitch;
         load_slots(unit, c, 0, unit.rows, slots);
         for (int64_t r = 0; r < unit.rows;) {
-            const int64_t sample = (unit.row + r) / spec_.positions;
-            const int64_t end = std::min(unit.rows, (sample + 1) * spec_.positions - unit.row);
-            const float* h = weights.at(block, sample);
+            const int64_t weight = (unit.row + r) / rows_of_weight();
+            const int64_t end = std::min(unit.rows, (weight + 1) * rows_of_weight() - unit.row);
+            const float* h = weights.at(block, weight);
             for (; r < end; ++r) scores[r] = fmaf(h[slots[r] & mask], eps[r], scores[r]);
         }
     }

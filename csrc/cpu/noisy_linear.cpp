@@ -51,7 +51,7 @@ class Pass : public NoisyPass<Pass> {
         return hadamard_slot(spec_, spec_.row_offset + unit.row + row, spec_.col_offset + unit.col);
     }
     float weight(NoisyArgument a, int64_t draw, int64_t row) const {
-        return *at<float>(t_[a], 0, draw, row / spec_.positions);
+        return *at<float>(t_[a], 0, draw, row / rows_of_weight());
     }
 };
 
@@ -183,7 +183,7 @@ void Pass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const {
 
 void Pass::add_orthogonal(Unit& unit, const OrthogonalSums& weights, int64_t block) const {
     for (int64_t r = 0; r < unit.rows; ++r) {
-        const float* h = weights.from(block, (unit.row + r) / spec_.positions, slot(unit, r));
+        const float* h = weights.from(block, (unit.row + r) / rows_of_weight(), slot(unit, r));
         const float* eps = unit.tile.row(0, r);
         float* to = unit.score_sums + r * pitch();
         for (int64_t c = 0; c < unit.cols; c += kLanes) store(to + c, fma(load(h + c), load(eps + c), load(to + c)));

@@ -40,12 +40,12 @@ class NoisyPass {
         // Each unit has sums over its rows, which are added up in the order of rows, whichever thread made them.
         const Scratch partial(sums ? 2 * down * cols_ : 0);
         if (sums && !partial.data()) return ULR_OUT_OF_MEMORY;
-        const int64_t samples = orthogonal_sums() ? rows_ / spec_.positions : 0;
-        OrthogonalSums weights(spec_.draw, draws_, samples, width_);
+        const int64_t count_of_weights = orthogonal_sums() ? t_[kLossWeight].size[2] : 0;
+        OrthogonalSums weights(spec_.draw, draws_, count_of_weights, width_);
         if (weights.failed()) return ULR_OUT_OF_MEMORY;
-        weights.make(threads, [&](int64_t sample, int64_t d) {
-            const float minus = antithetic_ ? *at<float>(t_[kMinusLossWeight], 0, d, sample) : 0.0f;
-            return *at<float>(t_[kLossWeight], 0, d, sample) - minus;  // the score is odd
+        weights.make(threads, [&](int64_t i, int64_t d) {
+            const float minus = antithetic_ ? *at<float>(t_[kMinusLossWeight], 0, d, i) : 0.0f;
+            return *at<float>(t_[kLossWeight], 0, d, i) - minus;  // the score is odd
         });
         const int64_t grain = kWorthWaking / (width_ * height_ * draws_of_unit) + 1;
         parallel(threads, count, grain, [&](int64_t first, int64_t last) {
@@ -83,6 +83,7 @@ class NoisyPass {
           antithetic_(spec.antithetic),
           summed_(has(kLossWeight) && !has(kMinusScores) && t_[kScores].size[0] == 1) {}
 
+    int64_t rows_of_weight() const { return rows_ / t_[kLossWeight].size[2]; }
     bool has(NoisyArgument a) const { return t_[a].data != nullptr; }
 
     const ulr_noise_spec& spec_;

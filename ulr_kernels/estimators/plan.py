@@ -134,8 +134,9 @@ def _refuse_hidden_samples(clean: Record, other: Record) -> None:
 def _check_settings(runner: PassRunner, outline: Outline, weights: dict[str, str]) -> None:
     """Raise `RuleError` if a setting does not fit the layers of a model."""
     s = runner.settings
-    if s.sampler == "sobol" and s.baseline == "mean" and max(outline.calls.values(), default=0) > 1:
-        fail("baseline", "be 'clean' where sampler is 'sobol' and a layer is called twice: a mean is biased", "'mean'")
+    if s.sampler != "iid" and s.baseline == "mean" and max(outline.calls.values(), default=0) > 1:
+        rule = f"be 'clean' where sampler is {s.sampler!r} and a layer is called twice: a mean is biased"
+        fail("baseline", rule, "'mean'")
     for layer, log_sigma in runner.log_sigma.items():
         if log_sigma.dim() and (others := outline.columns.get(layer, set()) - {len(log_sigma)}):
             rule = f"be False where a layer's calls have different numbers of features, as those of {layer!r}"

@@ -134,6 +134,8 @@ class PassRunner:
         return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}
 
     def _weight_noise(self, pass_: Pass, keys: Keys) -> WeightNoise:
+        s = self.settings
+
         def noised(name: str) -> NoisedParameter:
             parameter = self.view.noised[name]
             sigma = self.settings.sigma_of(self.view.layers[id(parameter)])
@@ -141,7 +143,7 @@ class PassRunner:
             key, still = keys[name].to(parameter.device), self.view.padding.get(name)
             return NoisedParameter(name, parameter, key, scale, None, still)
 
-        return WeightNoise([noised(name) for name in pass_.weights], self.settings.antithetic, self.settings.dist)
+        return WeightNoise([noised(name) for name in pass_.weights], s.antithetic, s.dist, s.sampler)
 
     # --- gradients ---------------------------------------------------------------------------------------------------
 

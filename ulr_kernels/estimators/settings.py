@@ -78,35 +78,39 @@ class Settings:
         if self.dist == "rademacher" and self.learn_sigma:
             fail("learn_sigma", "be False where dist is 'rademacher', which has no density", True)
         if self.dist == "rademacher" and self.sampler == "sobol":
-            fail("sampler", "be 'iid' where dist is 'rademacher'", repr(self.sampler))
+            fail("sampler", "be 'iid' or 'hadamard' where dist is 'rademacher'", repr(self.sampler))
+        if self.dist != "rademacher" and self.sampler == "hadamard":
+            fail("dist", "be 'rademacher' where sampler is 'hadamard'", repr(self.dist))
         if self.allocation != "even":
             got = repr(self.allocation)
             if self.injection == "joint":
                 fail("allocation", "be 'even' where injection is 'joint', as one pass tells the next", got)
             if self.baseline == "none":
                 fail("allocation", "be 'even' where baseline is 'none' (the loss itself is then noise)", got)
-        self._check_sobol_baseline()
+        self._check_dependent_copies()
         if "weights" in _values(self.noise):
             if self.learn_sigma:
                 fail("learn_sigma", "be False where noise is 'weights'", True)
             if self.sampler == "sobol":
-                fail("sampler", "be 'iid' where noise is 'weights'", repr(self.sampler))
+                fail("sampler", "be 'iid' or 'hadamard' where noise is 'weights'", repr(self.sampler))
 
-    def _check_sobol_baseline(self) -> None:
-        """Raise where a mean over Sobol's copies is biased: they are stratified, so one depends on the others.
+    def _check_dependent_copies(self) -> None:
+        """Raise where a mean over copies is biased because one copy depends on the others.
 
-        In the limit the scores of all copies sum to 0, and with them the sum over c of b_c * score_c is no longer 0 on
-        average: the mean of the others scales the estimate by about C / (C - 1). In an antithetic pair that shares the
-        layer's input the baseline cancels exactly; it does not for ln sigma (whose factor is even in the noise), nor
-        where the inputs of a pair differ, as under joint injection.
+        The scores of a Sobol or Hadamard sequence of copies sum to about 0, and with them the sum over c of b_c *
+        score_c is no longer 0 on average: the mean of the others scales the estimate by about C / (C - 1). Where all
+        of Hadamard's copies have the same sign, it leaves nothing. In an antithetic pair that shares the layer's input
+        the baseline cancels exactly; it does not for ln sigma (whose factor is even in the noise), nor where the inputs
+        of a pair differ, as under joint injection.
         """
-        if self.sampler != "sobol" or self.baseline != "mean":
+        if self.sampler == "iid" or self.baseline != "mean":
             return
+        of = f"sampler is {self.sampler!r}"
         if not self.antithetic:
-            fail("baseline", "be 'clean' (or antithetic=True) where sampler is 'sobol': a mean is biased", "'mean'")
+            fail("baseline", f"be 'clean' (or antithetic=True) where {of}: a mean is biased", "'mean'")
         if self.learn_sigma or self.injection == "joint":
             why = "sigma is learnt" if self.learn_sigma else "injection is 'joint'"
-            fail("baseline", f"be 'clean' where sampler is 'sobol' and {why}: a mean is biased", "'mean'")
+            fail("baseline", f"be 'clean' where {of} and {why}: a mean is biased", "'mean'")
 
     @property
     def copies_per_draw(self) -> int:

@@ -64,7 +64,9 @@ class ULR:
             have it on their outputs, and layers with fewer weights than outputs; or a mapping from layer names to
             either, in which the others have "outputs". sigma is then in units of the weights.
         dist: "normal", "laplace" or "rademacher".
-        sampler: "iid", or "sobol": the copies of a sample are a scrambled Sobol sequence.
+        sampler: "iid"; "sobol": the copies of a sample are a scrambled Sobol sequence; "hadamard", with
+            dist="rademacher": orthogonal signs (docs/noise.md). Their error is (d - M) / M of the gradient's square
+            instead of (d + 1) / M, for M directions of d coordinates, none where M is a power of two of at least d.
         baseline: "mean": of the other copies or pairs of the sample; 0 if there are none, so that a single copy needs
             "clean", or its estimates vary with all of the loss; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). The noise depends on seed, step and layer name alone.

@@ -19,10 +19,13 @@ class WeightNoise(NamedTuple):
     parameters: list[NoisedParameter]  # with their keys and scales
     antithetic: bool  # copies come as pairs
     dist: str
+    sampler: str
 
     def all_copies(self, model: nn.Module, copies: int, draw: int, samples: int) -> PerturbedWeights:
         """The mode for one forward in which the rows of each copy have its weights."""
-        draws = WeightDraws(draw, copies, self.antithetic and copies > 1, self.dist)  # the clean pass has one copy
+        draws = WeightDraws(
+            draw, copies, self.antithetic and copies > 1, self.dist, self.sampler
+        )  # the clean pass has one copy
         return PerturbedWeights(model, self.parameters, draws, copies * samples)
 
     def by_copy(self, model: nn.Module, copies: int, draw: int) -> Iterator[PerturbedWeights]:
@@ -30,7 +33,7 @@ class WeightNoise(NamedTuple):
         draws = copies // 2 if self.antithetic and copies > 1 else copies
         for copy in range(copies):
             minus = [each._replace(sigma=-each.sigma) for each in self.parameters] if copy >= draws else self.parameters
-            yield PerturbedWeights(model, minus, WeightDraws(draw + copy % draws, dist=self.dist))
+            yield PerturbedWeights(model, minus, WeightDraws(draw + copy % draws, dist=self.dist, sampler=self.sampler))
 
     def add_gradients(self, loss_weight: Tensor) -> None:
         """Add sum over c of (sum over samples of loss_weight[c]) * score(eps_c) / sigma to `.grad`.
@@ -47,6 +50,7 @@ class WeightNoise(NamedTuple):
                 noised.key,
                 antithetic=self.antithetic,
                 dist=self.dist,
+                sampler=self.sampler,
                 positions=rows,
             )
             score = score.view(parameter.shape)

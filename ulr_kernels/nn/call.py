@@ -165,10 +165,11 @@ class Call:
     def _spec(self, positions: int, loss_weight: Tensor | None = None) -> dict[str, Any]:
         """The noise arguments of an op, the same in a forward and in its gradient.
 
-        Where rows have weights of their own, an op takes each row for a sample (the noise is the same, except Sobol's).
+        Where rows have weights of their own, an op takes each row for a sample: the noise is the same, except for those
+        samplers whose coordinates depend on a sample's rows.
         """
         noise = self.noise
-        by_row = loss_weight is not None and loss_weight.shape[1] > self._samples
+        by_row = noise.sampler == "iid" and loss_weight is not None and loss_weight.shape[1] > self._samples
         return {
             "antithetic": noise.antithetic,
             "dist": noise.dist,

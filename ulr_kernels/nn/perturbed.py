@@ -43,6 +43,7 @@ class WeightDraws(NamedTuple):
     copies: int = 1
     antithetic: bool = False
     dist: str = "normal"
+    sampler: str = "iid"
 
 
 class _ResultsOfCopies(NamedTuple):
@@ -283,8 +284,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
     # --- perturbed copies --------------------------------------------------------------------------------------------
 
     def _spec(self) -> dict[str, Any]:
-        draws = self._draws
-        return {"draw": draws.draw, "copies": draws.copies, "antithetic": draws.antithetic, "dist": draws.dist}
+        """The draws by the names of the ops' arguments."""
+        return self._draws._asdict()
 
     def _perturbed(self, noised: NoisedParameter) -> Tensor:
         """`[copies, *shape]`: the parameter with the noise of each copy."""
@@ -324,9 +325,11 @@ class PerturbedWeights(Marked, TorchFunctionMode):
             noised.sigma,
             draw=self._draws.draw,
             dist=self._draws.dist,
+            sampler=self._draws.sampler,
             rank=noised.rank,
             row_offset=[part.row_offset],
             col_offset=[part.col_offset],
+            width=[part.width],
         )
         if noised.still is not None and 0 <= (row := noised.still - part.row_offset) < len(local):
             local[row] = part.tensor[row]

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 
 class Shard(NamedTuple):
-    """The part of a parameter that this process holds, and its first row and column in the whole one's noise."""
+    """The part of a parameter that this process holds, and its first row and column in the whole one's noise.
+
+    width: the columns of the whole one's noise; 0: as many as the part has.
+    """
 
     tensor: Tensor
     row_offset: int = 0
     col_offset: int = 0
+    width: int = 0
 
 
 def is_sharded(parameter: Tensor) -> TypeIs[DTensor]:
@@ -50,10 +54,11 @@ def shard(parameter: Tensor) -> Shard:
         starts[placement.dim] += start
         sizes[placement.dim] = min(size, sizes[placement.dim] - start)
     if parameter.dim() < 2:
-        return Shard(parameter.to_local(), 0, sum(starts))
+        return Shard(parameter.to_local(), 0, sum(starts), parameter.numel())
     if any(size != whole for size, whole in zip(sizes[2:], parameter.shape[2:], strict=True)):
         _refuse(parameter)
-    return Shard(parameter.to_local(), starts[0], starts[1] * math.prod(parameter.shape[2:]))
+    col_offset, width = starts[1] * math.prod(parameter.shape[2:]), math.prod(parameter.shape[1:])
+    return Shard(parameter.to_local(), starts[0], col_offset, width)
 
 
 def _refuse(parameter: DTensor) -> NoReturn:

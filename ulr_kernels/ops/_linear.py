@@ -119,8 +119,9 @@ def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: i
     samples = rows // max(positions, 1)
     if rows % max(positions, 1):
         check.fail("positions", f"divide the {rows} rows", positions)
-    if loss_weight.dim() != 2 or loss_weight.shape[1] != samples:
-        check.fail("loss_weight", f"be [copies, {samples}], one per sample of x", list(loss_weight.shape))
+    if loss_weight.dim() != 2 or loss_weight.shape[1] not in (samples, rows):
+        others = f", or [copies, {rows}], one per row" if rows != samples else ""
+        check.fail("loss_weight", f"be [copies, {samples}], one per sample of x{others}", list(loss_weight.shape))
 
 
 def check_gradient(check: Check, a: LinearGradient) -> None:
@@ -212,6 +213,11 @@ def forward_reference(y: Tensor, a: Linear | LinearGradient) -> None:
         y[copy].copy_(clean + a.sigma * eps)
 
 
+def by_row(loss_weight: Tensor, rows: int) -> Tensor:
+    """`[copies, rows]`: the weight of each row's sample, or its own."""
+    return loss_weight.repeat_interleave(rows // max(1, loss_weight.shape[1]), dim=1)
+
+
 def _outer(scores: Tensor, x: Tensor) -> Tensor:
     return scores.T @ x.float()
 
@@ -225,7 +231,7 @@ def gradient_reference(a: Gradient, product: Callable[[Tensor, Tensor], Tensor] 
     by_weight = None if a.grad_weight is None else loss_weight.new_zeros(a.grad_weight.shape)
     by_bias = loss_weight.new_zeros(sizes.features)
     by_log_sigma = loss_weight.new_zeros(sizes.features)
-    weights = loss_weight.repeat_interleave(a.noise.positions, dim=1)
+    weights = by_row(loss_weight, sizes.rows)
     reduced = loss_weight.new_zeros(sizes.rows, sizes.features)
     for copy, eps in copies_of_noise(a.noise, sizes):
         score = noise_contract.score(eps, a.noise.dist)

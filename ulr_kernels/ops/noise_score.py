@@ -49,7 +49,7 @@ def noise_score(
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         feature_dim: as in `noise_add`.
         antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noise_add`.
-        positions: rows per sample; must divide R.
+        positions: rows per sample; must divide R. A weight for each row, `[C, R]`, is taken too.
 
     Returns:
         fp32 of `shape`, contiguous.
@@ -87,7 +87,7 @@ def check(a: NoiseScore) -> Output:
 
 def reference(out: Tensor, a: NoiseScore) -> None:
     rows, cols, axis = axes_of(Check("noise_score"), "shape", a.shape, a.feature_dim)
-    weights = a.loss_weight.repeat_interleave(a.noise.positions, dim=1)
+    weights = _linear.by_row(a.loss_weight, rows)
     total = out.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, True)):
         total += weights[copy, :, None] * noise_contract.score(eps, a.noise.dist)

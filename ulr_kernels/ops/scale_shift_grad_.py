@@ -58,7 +58,7 @@ def scale_shift_grad_(
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         feature_dim, shared: as in `noise_add`.
         antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noise_add`.
-        positions: rows per sample; must divide R.
+        positions: rows per sample; must divide R. A weight for each row, `[C, R]`, is taken too.
         grad_log_sigma: `[]` or `[N]`, fp32 or x's dtype, or None; an error for Rademacher noise, which has no density.
 
     Raises:
@@ -110,7 +110,7 @@ def check(a: ScaleShiftGradient) -> None:
 
 def reference(a: ScaleShiftGradient) -> None:
     rows, cols, axis = axes_of(Check("scale_shift_grad_"), "x", one_copy(a.x, a.shared), a.feature_dim)
-    weights = a.loss_weight.repeat_interleave(a.noise.positions, dim=1)
+    weights = _linear.by_row(a.loss_weight, rows)
     by_weight, by_bias, by_log_sigma = (a.loss_weight.new_zeros(cols) for _ in range(3))
     reduced = a.loss_weight.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, a.shared)):

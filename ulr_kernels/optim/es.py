@@ -61,6 +61,9 @@ class ES(ForwardOptimizer):
         self.population, self.antithetic = int(population), antithetic
         self.shaping, self.maximize = shaping, maximize
         super().__init__(model, lr, sigma, dist, rank, seed, common)
+        if self._rule.sampler == "hadamard" and not antithetic:
+            # Weights that sum to 0 cancel where all members have the same sign: 1 / population of the coordinates.
+            self._fail("antithetic", "be True where sampler is 'hadamard'", antithetic)
 
     @classmethod
     def _check_settings(cls, settings: Mapping[str, Any]) -> None:

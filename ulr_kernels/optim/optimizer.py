@@ -42,6 +42,8 @@ class Common(TypedDict, total=False):
     betas: Adam's decays, which make Adam of g; None for none.
     adam_eps: what Adam adds to the square root; 1e-8.
     stochastic: weights in bf16 are rounded at random, without bias, so that steps below their last place count.
+    sampler: of the noise: "iid", or with dist="rademacher" and full rank "hadamard": orthogonal signs, which cost a
+        step one sign a weight however many probes it has (docs/noise.md).
     workers: the ranks that share the probes and micro-batches; None for one process.
     """
 
@@ -51,6 +53,7 @@ class Common(TypedDict, total=False):
     betas: tuple[float, float] | None
     adam_eps: float
     stochastic: bool
+    sampler: str
     workers: Workers | None
 
 
@@ -446,7 +449,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 for name, key in zip(names, site_keys(step_key, names, device).unbind(), strict=True):
                     rank = self._rule.rank if named[name].dim() > 1 else None
                     noised.append(NoisedParameter(name, named[name], key, sigma, rank, self._padding.get(name)))
-        return PerturbedWeights(self.model, noised, draws._replace(dist=self._rule.dist), rows)
+        return PerturbedWeights(
+            self.model, noised, draws._replace(dist=self._rule.dist, sampler=self._rule.sampler), rows
+        )
 
     def _check_parameters(self, state: ModuleState) -> None:
         """Raise if the model has other parameters now than the optimiser, or some that it cannot train."""

@@ -62,6 +62,7 @@ class Rule:
     Attributes:
         names: of the parameters of each group, as `ulr_kernels.nn.names.parameter_names` has them.
         dist: of the noise.
+        sampler: of the noise, "iid" or "hadamard".
         rank: of the noise of matrices; None for full rank. Vectors have a noise value of their own per element.
         momentum: b = momentum * b + g replaces g; 0 for none.
         betas: of Adam; None for none.
@@ -78,6 +79,7 @@ class Rule:
     adam_eps: float = 1e-8
     stochastic: bool = False
     padding: tuple[tuple[str, int], ...] = ()
+    sampler: str = "iid"
 
     def __post_init__(self) -> None:
         def fail(argument: str, rule: str) -> NoReturn:
@@ -85,6 +87,12 @@ class Rule:
 
         if self.dist not in noise_contract.DISTRIBUTIONS:
             fail("dist", f"be one of {', '.join(noise_contract.DISTRIBUTIONS)}")
+        if self.sampler not in ("iid", "hadamard"):
+            fail("sampler", "be 'iid' or 'hadamard'")
+        if self.sampler == "hadamard" and self.dist != "rademacher":
+            fail("dist", "be 'rademacher' where sampler is 'hadamard'")
+        if self.sampler == "hadamard" and self.rank is not None:
+            fail("rank", "be None where sampler is 'hadamard'")
         if self.rank is not None and (
             isinstance(self.rank, bool) or not isinstance(self.rank, Integral) or self.rank < 1
         ):
@@ -250,10 +258,12 @@ class Rule:
             exp_avg_sqs=states.get("exp_avg_sq", ()),
             step=step if self.betas else None,
             dist=self.dist,
+            sampler=self.sampler,
             rank=self.rank,
             stochastic=self.stochastic,
             row_offset=[part.row_offset for part in shards],
             col_offset=[part.col_offset for part in shards],
+            width=[part.width for part in shards],
         )
 
 

@@ -41,7 +41,7 @@ def _conv(
     grad_weight, grad_bias, grad_log_sigma = gradient_of.buffers if gradient_of else (None, None, None)
     loss_weight = gradient_of.loss_weight if gradient_of else None
     x, weight, bias, window, noise = a.x, a.weight, a.bias, a.window, a.noise
-    antithetic, positions = noise.antithetic, noise.positions
+    antithetic = noise.antithetic
     if not x.shape[-4]:
         return
     draws = noise.draws(copies)
@@ -58,9 +58,12 @@ def _conv(
 
     launch = _native.launcher("cpp", "noisy_linear" if last else "noisy_channels")
     pixels, threads = height * width, torch.get_num_threads()
-    for copy, image in _chunks(x, draws if own_x else 1, features * pixels, pixels, positions):
+    weight_rows = (
+        noise.positions if loss_weight is None else x.shape[1] * pixels // loss_weight.shape[1]
+    )  # of one weight
+    for copy, image in _chunks(x, draws if own_x else 1, features * pixels, pixels, weight_rows):
         use = copy if own_x else slice(0, draws)
-        sample = slice(image.start * pixels // positions, -(-image.stop * pixels // positions))
+        weighed = slice(image.start * pixels // weight_rows, -(-image.stop * pixels // weight_rows))
         x_chunks = [part(half, copy, image) for half in xs]
         bases: list[Tensor | None] = [None, None]
         if weight is not None:
@@ -73,7 +76,7 @@ def _conv(
             *(_laid_out(part(half, use, image), last) for half in ys),
             *(_laid_out(base, last) for base in bases),
             a.sigma.expand(features),
-            *(part(half, use, sample) for half in loss_weights),
+            *(part(half, use, weighed) for half in loss_weights),
             *(_laid_out(score, last) for score in scores),
             bias_sums,
             None if log_sigma is None else log_sigma.expand(features),  # a scalar's has stride 0

@@ -70,10 +70,11 @@ def _linear(
     """The forward where there is y, the gradient where there is `gradient_of`."""
     grad_weight, grad_bias, grad_log_sigma = gradient_of.buffers if gradient_of else (None, None, None)
     loss_weight = gradient_of.loss_weight if gradient_of else None
-    antithetic, positions = noise.antithetic, noise.positions
+    antithetic = noise.antithetic
     features = next(t.shape[0] for t in (weight, grad_weight, grad_bias) if t is not None)
     if not x.shape[-2] or not features:
         return
+    weight_rows = noise.positions if loss_weight is None else x.shape[-2] // loss_weight.shape[1]  # of one weight
     draws = noise.draws(copies)
     own_x = x.dim() == 3 and copies > 1  # each copy has its own; a single copy is the shared case
     x = x if x.dim() == 3 else x[None]
@@ -92,9 +93,9 @@ def _linear(
         operands = None if weight is None else _operands(narrow(weight, cols), part(bias, cols))
         buffer = part(grad_weight, cols)
         weight_sums = None if buffer is None else sums_of(buffer)
-        for copy, row in row_tiles(draws if own_x else 1, x.shape[1], sizes.rows, positions):
+        for copy, row in row_tiles(draws if own_x else 1, x.shape[1], sizes.rows, weight_rows):
             use = copy if own_x else slice(0, draws)
-            sample = slice(row.start // positions, -(-row.stop // positions))
+            weighed = slice(row.start // weight_rows, -(-row.stop // weight_rows))
             y_tiles = [part(half, use, row, cols) for half in ys]
             x_tiles = [part(half, copy, row) for half in xs]
             bases: list[Tensor | None] = [None, None]
@@ -107,7 +108,7 @@ def _linear(
                 *y_tiles,
                 *bases,
                 narrow(sigma, cols),
-                *(part(half, use, sample) for half in loss_weights),
+                *(part(half, use, weighed) for half in loss_weights),
                 *scores,
                 part(bias_sums, cols),
                 part(log_sigma_sums, cols),
