@@ -11,6 +11,7 @@
     X(set, low_rank_linear)       \
     X(set, noise)                 \
     X(set, noise_add)             \
+    X(set, noise_dot)             \
     X(set, noise_score)           \
     X(set, noisy_channels)        \
     X(set, noisy_linear)          \

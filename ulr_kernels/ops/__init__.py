@@ -7,6 +7,7 @@ from ulr_kernels.ops.combine_ import combine_
 from ulr_kernels.ops.foreach_noisy_linear_grad_ import foreach_noisy_linear_grad_
 from ulr_kernels.ops.noise import fold_in, noise, noise_like, philox4x32
 from ulr_kernels.ops.noise_add import noise_add
+from ulr_kernels.ops.noise_dot import noise_dot
 from ulr_kernels.ops.noise_score import noise_score
 from ulr_kernels.ops.noisy_conv2d import noisy_conv2d
 from ulr_kernels.ops.noisy_conv2d_grad_ import noisy_conv2d_grad_
@@ -28,6 +29,7 @@ __all__ = [
     "noise_add",
     "scale_shift_grad_",
     "noise_like",
+    "noise_dot",
     "noise_score",
     "noisy_conv2d",
     "noisy_conv2d_grad_",

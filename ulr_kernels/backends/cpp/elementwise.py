@@ -1,4 +1,4 @@
-"""noise_add, noise_score and scale_shift_grad_ of the cpp back end: one pass over the noise each, for any rank."""
+"""noise_add, noise_dot, noise_score and scale_shift_grad_ of the cpp back end: one pass over the noise each, for any rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native
 from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
+from ulr_kernels.ops.noise_dot import NoiseDot
 from ulr_kernels.ops.noise_score import NoiseScore
 from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
@@ -19,6 +20,16 @@ def noise_add(y: Tensor, a: NoiseAdd) -> None:
     features = y.shape[axis + 1]
     tensors = (*images(axis, y, a.x[None] if a.shared else a.x), a.sigma.expand(features))
     _native.launch_cpu("noise_add", _native.noise_view(a.noise, features), tensors)
+
+
+def noise_dot(out: Tensor, a: NoiseDot) -> None:
+    if not a.x.numel():
+        out.zero_()
+        return
+    axis = a.feature_dim % a.x.dim()
+    features = a.x.shape[axis]
+    tensors = (out, *images(axis, a.x[None]), a.sigma.expand(features))
+    _native.launch_cpu("noise_dot", _native.noise_view(a.noise, features), tensors)
 
 
 def noise_score(out: Tensor, a: NoiseScore) -> None:
