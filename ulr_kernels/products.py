@@ -52,8 +52,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_outer_(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """`sums [N, K] += a^T b`, all fp32, for `a [R, N]` and a contiguous `b [R, K]`."""
-    if onednn_is_faster(torch.float32):
+    """`sums [N, K] += a^T b`, for fp32 `a [R, N]` and a contiguous fp32 `b [R, K]`."""
+    if sums.dtype != torch.float32:
+        sums.add_(a.T @ b)
+    elif sums.device.type == "cpu" and onednn_is_faster(torch.float32):
         sums.add_(linear(a.T, b.T))
     else:
         sums.addmm_(a.T, b)

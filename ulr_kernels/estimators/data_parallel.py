@@ -32,6 +32,11 @@ class DataParallelBatch:
         sizes = torch.stack(gathered).tolist()
         return batch.located(sum(sizes[: dist.get_rank(group)]), batch.samples * len(sizes) / sum(sizes))
 
+    def sum_(self, tensors: list[torch.Tensor]) -> None:
+        """Make each tensor its sum over the ranks."""
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=self._model.process_group)
+
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Make `.grad` the mean over the ranks, unless inside `no_sync()`.
 

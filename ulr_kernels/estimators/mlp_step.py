@@ -41,7 +41,14 @@ def run_mlp_step(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunc
         return None
     names, s = [runner.view.layers[id(layer.weight)] for layer in mlp.layers], runner.settings
     copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
-    if len(copies) > 1 or s.sampler == "sobol" or s.allocation != "even" or s.learn_sigma or runner.view.noised:
+    if (
+        len(copies) > 1
+        or s.sampler == "sobol"
+        or s.allocation != "even"
+        or s.guide
+        or s.learn_sigma
+        or runner.view.noised
+    ):
         return None
     sigma: float | Tensor = sigmas[0]
     if len(set(sigmas)) > 1:  # filled on the device: nothing is copied from the host

@@ -19,7 +19,7 @@ from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, tensors
-from ulr_kernels.nn.call import Call, DerivedParameter, KnownLosses, Noise
+from ulr_kernels.nn.call import Call, DerivedParameter, KnownLosses, Noise, NoiseSite
 from ulr_kernels.nn.interceptor import NOISED, SAMPLE, LayerInterceptor, flat
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import PerturbedWeights
@@ -33,6 +33,7 @@ class FirstPass(NamedTuple):
     weights: RowWeights  # of the rows of noise in the gradient
     log_sigma: Mapping[str, Tensor]  # layer -> its learnt ln sigma
     order: Sequence[str]  # the layers of the noised calls; the output of the last one is not needed again
+    guides: Mapping[tuple[str, int], Tensor]  # layer and number of a call -> the gradient of its output to add
 
 
 class KeptCall(NamedTuple):
@@ -78,6 +79,7 @@ class NoisedForward(LayerInterceptor):
     Attributes:
         order: the layers of the noised calls, in their order.
         calls: these calls, if they are kept.
+        sites: layer and number of each call that has noise of its own -> this noise.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class NoisedForward(LayerInterceptor):
         self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []
         self.calls: list[KeptCall] = []
+        self.sites: dict[tuple[str, int], NoiseSite] = {}
 
     def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
         def of_samples(leaf: Any) -> Any:  # a model that differentiates inside its forward leaves a graph on these
@@ -196,6 +199,8 @@ class NoisedForward(LayerInterceptor):
         last = self._first_pass is not None and len(self.order) == len(self._first_pass.order)
         silent = from_branch or last  # nothing reads the last one's noise
         result = call.noised(noise, self._samples, x_copies, shared=shared, silent=silent, known=known)
+        if not from_branch:
+            self.sites[layer, number] = call.site()
         if last:  # the rest of the forward runs on as many copies as this layer's input has
             return result, 0
         if self._noisy_rows is not None and not from_branch:
@@ -223,7 +228,9 @@ class NoisedForward(LayerInterceptor):
         if self._first_pass is None:
             return None
         self.check_order(self._first_pass.order[: len(self.order)])
-        return KnownLosses(self._first_pass.weights.of(layer, number), self._first_pass.log_sigma.get(layer))
+        source = self._shared_noise.get(layer, layer)
+        guide = self._first_pass.guides.get((source, number))
+        return KnownLosses(self._first_pass.weights.of(layer, number), self._first_pass.log_sigma.get(layer), guide)
 
     def check_order(self, expected: Sequence[str]) -> None:
         """Raise if the noised layers are others than in the first pass, before anything is added for them."""

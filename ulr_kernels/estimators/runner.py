@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
+from ulr_kernels.estimators.guides import CleanPass, GuideForward, Guides, error_features
 from ulr_kernels.estimators.noised import CannotExpandLate, FirstPass, ForwardSpec, Keys, NoisedForward
 from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.schedule import Part, Pass, chunks_of, in_order, of_chunk, parts_of
@@ -19,7 +20,7 @@ from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat
-from ulr_kernels.nn.call import Noise, gradient_buffer
+from ulr_kernels.nn.call import Noise, NoiseSite, gradient_buffer
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
@@ -114,6 +115,25 @@ class PassRunner:
         parts = [batch.part(rows, rows.start) for rows in parts_of(batch.samples, pass_.max_samples)]
         return torch.cat([self.run_losses(ForwardSpec(pass_, {}, part, 1), loss_fn)[1][0] for part in parts])
 
+    def guided_clean_pass(self, pass_: Pass, batch: Batch, loss_fn: LossFunction, guides: Guides) -> CleanPass:
+        """A forward without noise: losses, features of the samples' errors, and gates; `pass_` bounds the memory."""
+        found = []
+        for rows in parts_of(batch.samples, pass_.max_samples):
+            part = batch.part(rows, rows.start)
+            inputs = repeat(part.x, 1)
+            forward = GuideForward(self.view.layers, self.view.followed, inputs)
+            outputs = forward.run(self.view.model, inputs, self.state)
+            losses, features = error_features(outputs, part, loss_fn, guides.features)
+            found.append(CleanPass(losses, features, forward.gates()))
+        if len(found) == 1:
+            return found[0]
+        losses, features, gates = zip(*found, strict=True)
+        joined = {
+            site: None if any(each.get(site) is None for each in gates) else torch.cat([each[site] for each in gates])
+            for site in gates[0]
+        }
+        return CleanPass(torch.cat(losses), torch.cat(features), joined)
+
     def losses_and_direct_gradients(
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
@@ -148,7 +168,13 @@ class PassRunner:
     # --- gradients ---------------------------------------------------------------------------------------------------
 
     def run_part(
-        self, part: Part, keys: Keys, clean: Tensor | None, loss_fn: LossFunction, direct: bool = False
+        self,
+        part: Part,
+        keys: Keys,
+        clean: Tensor | None,
+        loss_fn: LossFunction,
+        direct: bool = False,
+        guides: Guides | None = None,
     ) -> Tensor:
         """Run all forwards of a part and add its gradients to `.grad`.
 
@@ -158,6 +184,7 @@ class PassRunner:
             clean: the losses of the whole batch without noise, for the baseline "clean".
             loss_fn: the user's.
             direct: add the gradient of the part of the loss that depends on parameters past all layers too.
+            guides: of this step, if there are any.
 
         Returns:
             The losses, fp32 `[copies, samples]` or `[copies, samples, losses]`.
@@ -165,12 +192,20 @@ class PassRunner:
         if part.pass_.layers in self._early:
             part = part._replace(pass_=part.pass_._replace(expand_late=False, reuses_prefix=False))
         try:
-            return self._run_part(part, keys, clean, loss_fn, direct)
+            return self._run_part(part, keys, clean, loss_fn, direct, guides)
         except CannotExpandLate:  # from a first forward: nothing has been added
             self._early.add(part.pass_.layers)
-            return self.run_part(part, keys, clean, loss_fn, direct)
+            return self.run_part(part, keys, clean, loss_fn, direct, guides)
 
-    def _run_part(self, part: Part, keys: Keys, clean: Tensor | None, loss_fn: LossFunction, direct: bool) -> Tensor:
+    def _run_part(
+        self,
+        part: Part,
+        keys: Keys,
+        clean: Tensor | None,
+        loss_fn: LossFunction,
+        direct: bool,
+        guides: Guides | None,
+    ) -> Tensor:
         s, pass_, batch = self.settings, part.pass_, part.batch
         chunks = chunks_of(pass_.copies, batch.samples, pass_.max_rows, s.copies_per_draw)
         recompute = bool(pass_.layers) and (s.memory == "recompute" or (len(chunks) > 1 and not pass_.shared_inputs))
@@ -197,21 +232,55 @@ class PassRunner:
                 gradient_buffer(parameter).add_(gradient, alpha=share * batch.share)
         if clean is not None:
             clean = clean[part.rows if isinstance(part.rows, slice) else part.rows.to(clean.device)]
-        weights = loss_weights(losses, clean, s.baseline, s.antithetic)
-        weights *= batch.share
+        weights, added, deltas = self._guided(part, forward.sites, losses, clean, guides)
         row_weights = self._row_weights(pass_, batch, weights)
         if pass_.weights:
             self._weight_noise(pass_, keys).add_gradients(row_weights.of_samples)
         if kept is not None:
-            self._add_gradients(kept, pass_, row_weights)
+            self._add_gradients(kept, pass_, row_weights, added, deltas)
         elif len(forward.order) == 1:  # its inputs have no noise: one forward serves all copies
             spec = spec._replace(pass_=pass_._replace(expand_late=True), prefix=None)
-            self._recompute(spec, weights, forward.order)
+            self._recompute(spec, weights, forward.order, added)
         else:
             for draw, copies in chunks:
                 of_draws = of_chunk(weights, draw, copies, s.antithetic)
-                self._recompute(spec._replace(copies=copies, draw=draw, prefix=None), of_draws, forward.order)
+                of_copies = {site: gradient * (copies / pass_.copies) for site, gradient in added.items()}
+                chunk = spec._replace(copies=copies, draw=draw, prefix=None)
+                self._recompute(chunk, of_draws, forward.order, of_copies)
         return losses
+
+    def _guided(
+        self,
+        part: Part,
+        sites: Mapping[tuple[str, int], NoiseSite],
+        losses: Tensor,
+        clean: Tensor | None,
+        guides: Guides | None,
+    ) -> tuple[Tensor, dict[tuple[str, int], Tensor], dict[tuple[str, int], Tensor]]:
+        """Use the guides, and let them learn.
+
+        Returns:
+            The weights of the losses less what guides explain of them; the gradients of outputs that guides add; and
+            with these the estimates of those gradients, summed over copies.
+        """
+        s, batch, copies = self.settings, part.batch, part.pass_.copies
+        explained: Tensor | float = 0.0
+        added: dict[tuple[str, int], Tensor] = {}
+        if guides is not None and sites:
+            own = loss_weights(losses, clean, s.baseline, s.antithetic) * losses.numel()  # less the baseline
+            explained = torch.zeros_like(losses)
+            for name, site in sites.items():
+                guess, coefficient = guides.guess(name, part.rows, site.shape)
+                dots = site.dot(guess, copies)
+                guides.fit(name, site.shape, own, dots)
+                explained.add_(coefficient * dots)
+                added[name] = guess * (coefficient * (batch.share / batch.samples))
+        weights = loss_weights(losses - explained, clean, s.baseline, s.antithetic) * batch.share
+        deltas = {name: sites[name].score(weights) + gradient for name, gradient in added.items()}
+        for name, delta in deltas.items():
+            assert guides is not None
+            guides.learn(name, part.rows, delta * (batch.samples / batch.share))
+        return weights, added, deltas
 
     @staticmethod
     def _row_weights(pass_: Pass, batch: Batch, loss_weight: Tensor) -> RowWeights:
@@ -221,13 +290,29 @@ class PassRunner:
         """The ln sigma that a pass gives gradients: a layer that has another's noise has no scale of its own."""
         return {layer: value for layer, value in self.log_sigma.items() if layer not in pass_.shared_noise}
 
-    def _add_gradients(self, forward: NoisedForward, pass_: Pass, weights: RowWeights) -> None:
-        """Add the gradients of kept calls, of many in one launch where their layer type can do so."""
+    def _add_gradients(
+        self,
+        forward: NoisedForward,
+        pass_: Pass,
+        weights: RowWeights,
+        added: Mapping[tuple[str, int], Tensor],
+        deltas: Mapping[tuple[str, int], Tensor],
+    ) -> None:
+        """Add the gradients of kept calls, of many in one launch where their layer type can do so.
+
+        `added`, `deltas`: by `_guided`.
+        """
         for kept in forward.calls:
             kept.call.check_unchanged()
         log_sigma = self._learnt(pass_)
         together: dict[Callable, list[tuple[Any, Tensor]]] = {}
         for layer, number, call in forward.calls:
+            site = pass_.shared_noise.get(layer, layer), number
+            if site in deltas and call.shared and layer not in log_sigma:
+                call.add_output_gradient(deltas[site])
+                continue
+            if site in added:
+                call.add_output_gradient(added[site])
             if call.add_together is None or layer in log_sigma:
                 call.add_gradient(weights.of(layer, number), 0, log_sigma.get(layer))
             else:
@@ -235,8 +320,10 @@ class PassRunner:
         for add_together, calls in together.items():
             add_together(calls, 0)
 
-    def _recompute(self, spec: ForwardSpec, weights: Tensor, order: list[str]) -> None:
+    def _recompute(
+        self, spec: ForwardSpec, weights: Tensor, order: list[str], guides: Mapping[tuple[str, int], Tensor]
+    ) -> None:
         """Run a forward once more, with known losses; each layer adds its gradients as it runs."""
-        first = FirstPass(self._row_weights(spec.pass_, spec.batch, weights), self._learnt(spec.pass_), order)
+        first = FirstPass(self._row_weights(spec.pass_, spec.batch, weights), self._learnt(spec.pass_), order, guides)
         forward, _ = self.run_pass(spec._replace(first_pass=first))
         forward.check_order(order)

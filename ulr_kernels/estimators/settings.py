@@ -17,6 +17,7 @@ from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 
 MEMORIES = ("keep", "recompute")
 NOISES = ("outputs", "weights")
+GUIDES = (None, "feedback", "function")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Settings:
     max_rows: int | None = None
     memory: str = "keep"
     allocation: str = "even"
+    guide: str | None = None
 
     def __post_init__(self) -> None:
         for argument, allowed in (
@@ -87,6 +89,8 @@ class Settings:
                 fail("allocation", "be 'even' where injection is 'joint', as one pass tells the next", got)
             if self.baseline == "none":
                 fail("allocation", "be 'even' where baseline is 'none' (the loss itself is then noise)", got)
+        if self.guide not in GUIDES:
+            fail("guide", "be None, 'feedback' or a function of outputs and targets", repr(self.guide))
         self._check_dependent_copies()
         if "weights" in _values(self.noise):
             if self.learn_sigma:

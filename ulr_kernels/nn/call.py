@@ -38,10 +38,34 @@ class DerivedParameter(NamedTuple):
 
 
 class KnownLosses(NamedTuple):
-    """The result of a first pass for a call: loss weights as in `add_gradient`, and the learnt ln sigma or None."""
+    """The result of a first pass for a call: loss weights as in `add_gradient`, and the learnt ln sigma or None.
+
+    guide: the gradient of the output to add, as in `add_output_gradient`; None where there is none.
+    """
 
     loss_weight: Tensor
     log_sigma: Tensor | None
+    guide: Tensor | None = None
+
+
+class NoiseSite(NamedTuple):
+    """The noise of a call's output, from which it can be made again."""
+
+    noise: Noise
+    grid: tuple[int, ...]  # the output's shape as rows and columns
+    shape: torch.Size  # the shape of one copy of the output
+    feature_dim: int
+    spec: dict[str, Any]  # further arguments of the ops
+
+    def dot(self, x: Tensor, copies: int) -> Tensor:
+        """sigma <eps_c, x> of each sample, fp32 `[copies, samples]`, for x of one copy's shape."""
+        how = {"copies": copies, "feature_dim": self.feature_dim, **self.spec}
+        return ops.noise_dot(x.reshape(self.grid), self.noise.sigma, self.noise.key, **how)
+
+    def score(self, loss_weight: Tensor) -> Tensor:
+        """The sum over copies of loss_weight * score / sigma, fp32 of one copy's shape."""
+        how = {"feature_dim": self.feature_dim, **self.spec}
+        return ops.noise_score(self.grid, loss_weight, self.noise.sigma, self.noise.key, **how).view(self.shape)
 
 
 ParametersOf = Callable[[Any], DerivedParameter | None]  # the parameters that a tensor was computed from
@@ -133,10 +157,13 @@ class Call:
             self._shape = torch.Size((y.shape[0] // x_copies, *y.shape[1:]))
             if known is not None:
                 self.add_gradient(known.loss_weight, noise.draw, known.log_sigma)
-            return y
-        y = self._noised() if known is None else self._noised_with_gradient(known)
-        self._shape = y.shape[1:]
-        return y.flatten(0, 1)
+        else:
+            y = self._noised() if known is None else self._noised_with_gradient(known)
+            self._shape = y.shape[1:]
+            y = y.flatten(0, 1)
+        if known is not None and known.guide is not None:
+            self.add_output_gradient(known.guide)
+        return y
 
     def _noised(self) -> Tensor:
         """`[copies, samples of one copy, ...]`."""
@@ -219,6 +246,27 @@ class Call:
             log_sigma: the learnt ln sigma, which gets its gradient too, or None.
         """
         raise NotImplementedError
+
+    def add_output_gradient(self, gradient: Tensor) -> None:
+        """Add J^T gradient to `.grad` of this call's trained parameters; of copies with own inputs the mean.
+
+        `gradient`: fp32, of the shape of one copy's output.
+        """
+        trained = [each.tensor for each in self.derived if each.tensor.requires_grad]
+        if not self._shared:
+            gradient = gradient.expand(self.noise.copies, *gradient.shape).flatten(0, 1) / self.noise.copies
+        with gradient_buffers(*self.derived) as given:
+            with torch.enable_grad(), self._as_called():
+                y = self.forward(*self._operands)
+            found = torch.autograd.grad(y, trained, gradient.to(y.dtype), allow_unused=True)
+            buffers = (buffer for buffer in given if buffer is not None)
+            for buffer, part in zip(buffers, found, strict=True):
+                if part is not None:
+                    buffer.add_(part)
+
+    def site(self) -> NoiseSite:
+        """The noise of this call, once it has been added."""
+        return NoiseSite(self.noise, self._grid, self._shape, self.feature_dim, self._spec(self._positions))
 
     def _scores(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
         """Yield loss_weight * score / sigma, fp32, which takes the place of the output's gradient, and its inputs.

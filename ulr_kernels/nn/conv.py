@@ -66,7 +66,9 @@ class ConvCall(Call):
     def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
         (x, window), two = self._arguments(), self._w.dim() == 4
         own_weight = self._w if two else self._w.unsqueeze(2)
-        spec = self._gradient_spec(self._forward_spec(x, known.loss_weight), self.noise.draw, *known)
+        spec = self._gradient_spec(
+            self._forward_spec(x, known.loss_weight), self.noise.draw, known.loss_weight, known.log_sigma
+        )
         with self._buffers() as (weight, bias):
             y = ops.noisy_conv2d_recompute_(weight, bias, x, own_weight, self._b, **window, **spec)
         return y if two else y.squeeze(-2)

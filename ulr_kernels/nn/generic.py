@@ -122,6 +122,11 @@ class RowsCall(Call):
         with torch.enable_grad():
             return self._derived.tensor.unflatten(0, (samples, -1))[sample]
 
+    def add_output_gradient(self, gradient: Tensor) -> None:
+        total = torch.zeros_like(self._derived.tensor, dtype=torch.float32)
+        total[: len(gradient)] += gradient
+        backward_to_parameters(self._derived.tensor, self._derived.parameters, total)
+
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         total = torch.zeros_like(self._derived.tensor, dtype=torch.float32)
         rows = self._shape[0]

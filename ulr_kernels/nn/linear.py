@@ -54,7 +54,7 @@ class LinearCall(Call):
     def _noised_with_gradient(self, known: KnownLosses) -> Tensor:
         rows = self._rows()
         spec = self._spec(rows.shape[-2] // self._samples, known.loss_weight)
-        spec = self._gradient_spec(spec, self.noise.draw, *known)
+        spec = self._gradient_spec(spec, self.noise.draw, known.loss_weight, known.log_sigma)
         with self._buffers() as (weight, bias):
             y = ops.noisy_linear_recompute_(weight, bias, rows, self._w, self._b, **spec)
         return self._like_input(y)
@@ -89,6 +89,16 @@ class LinearCall(Call):
         known = {id(p) for call in others for p in call.parameters}
         (x,), (y,) = self._operands, others[0]._operands
         return (x.dtype, x.device) == (y.dtype, y.device) and not any(id(p) in known for p in self.parameters)
+
+    def add_output_gradient(self, gradient: Tensor) -> None:
+        if not self._shared:
+            return super().add_output_gradient(gradient)
+        rows, flat = self._rows().float(), gradient.flatten(0, -2)
+        with self._buffers() as (weight, bias):
+            if weight is not None:
+                products.add_outer_(weight, flat, rows)
+            if bias is not None:
+                bias += flat.sum(0)
 
     def add_gradient(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> None:
         rows = self._rows()

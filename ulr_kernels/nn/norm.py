@@ -24,8 +24,13 @@ class NormCall(Call):
         shift: Tensor | None,
         parameters_of: ParametersOf,
         feature_dim: int,
+        elementwise: bool,
     ) -> None:
-        """`normalise(x, gain, shift)` -> the output; gain, shift: `[features]`, or None."""
+        """`normalise(x, gain, shift)` -> the output; gain, shift: `[features]`, or None.
+
+        `elementwise`: each element is normalised by constants, as by running statistics.
+        """
+        self.elementwise = elementwise
         self._normalise, self._w, self._b = normalise, gain, shift
         self._gain, self._shift = parameters_of(gain), parameters_of(shift)
         self.feature_dim = feature_dim
@@ -56,7 +61,8 @@ def _reader(func: Callable[..., Tensor], feature_dim: int) -> Callable:
         def normalise(x: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
             return func(x, weight=gain, **({"bias": shift} if "bias" in signature.parameters else {}), **given)
 
-        return NormCall(x, normalise, gain, shift, parameters_of, feature_dim)
+        elementwise = func is F.batch_norm and not given.get("training", False)
+        return NormCall(x, normalise, gain, shift, parameters_of, feature_dim, elementwise)
 
     return read
 

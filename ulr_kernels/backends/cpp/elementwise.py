@@ -1,4 +1,4 @@
-"""noise_add, noise_dot, noise_score and scale_shift_grad_ of the cpp back end: one pass over the noise each, for any rank."""
+"""noise_add, noise_dot, noise_score, scale_shift_grad_ of the cpp back end: a pass over the noise, for any rank."""
 
 from __future__ import annotations
 
