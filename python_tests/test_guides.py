@@ -1,0 +1,248 @@
+"""Guides (ulr.ULR(guide=...)): never biased, never harmful, worth what |delta - g|^2 says; state, chunks, memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import small_models
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from z_test import assert_unbiased, estimates
+
+import ulr_kernels as ulr
+from ulr_kernels import ops
+from ulr_kernels.estimators.guides import GuideForward
+from ulr_kernels.nn.module_state import ModuleState
+
+modules_may_draw = small_models.modules_may_draw  # used by every test of this file
+ORTHOGONAL = {"dist": "rademacher", "sampler": "hadamard"}
+SIGNS = {**ORTHOGONAL, "antithetic": False, "baseline": "clean"}
+KINDS = [{"antithetic": False}, {"dist": "laplace"}, SIGNS, {"injection": "joint", **SIGNS}]
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().sum(-1)
+
+
+def linear() -> tuple[nn.Module, Tensor, Tensor]:
+    """With a squared loss: the gradient of the smoothed loss is that of the loss, for any noise."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), torch.randn(4), torch.randn(3)
+
+
+def set_guides(estimator: ulr.ULR, x: Tensor, y: Tensor, weight) -> None:
+    """Give each layer's guide a weight, with the coefficient 1: one step makes the guides, and is taken back."""
+    model, step = estimator.model, estimator.step
+    estimator.backward(x, y, squared)
+    model.zero_grad()
+    estimator.step = step
+    for (layer, *_), learnt in estimator._guides._learnt.items():
+        learnt.weight = weight(layer, learnt.weight)
+        learnt.fit = torch.tensor([1.0, 1.0])
+
+
+class Guided(ulr.ULR):
+    """With guides that stay as they were set."""
+
+    def __init__(self, *args, weight, samples: tuple[Tensor, Tensor], **settings) -> None:
+        super().__init__(*args, guide="feedback", **settings)
+        set_guides(self, *samples, weight)
+        self._guides.finish = lambda sum_over_ranks: None
+
+
+@pytest.mark.parametrize("kind", ["random", "ten times too large"])
+@pytest.mark.parametrize("how", KINDS, ids=str)
+def test_a_wrong_guide_leaves_the_mean(how: dict, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = linear()
+    sigma, generator = 0.3, torch.Generator().manual_seed(0)
+    squared(model(x), y).backward()
+    if "injection" in how:  # the second layer's inputs have the first one's noise
+        model[1].weight.grad += 2 * sigma**2 * model[1].weight.detach()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    right = {"0": model[1].weight.detach().T, "1": torch.eye(3)}
+
+    def weight(layer: str, present: Tensor) -> Tensor:
+        return torch.randn(present.shape, generator=generator) if kind == "random" else 10 * right[layer]
+
+    def make(model, **settings):
+        return Guided(model, weight=weight, samples=(x[None], y[None]), **settings)
+
+    monkeypatch.setattr(ulr, "ULR", make)
+    found = estimates(
+        model, x, y, squared, copies=8, sigma=sigma, noised_rows=2**17 if kind == "random" else 2**18, **how
+    )
+    assert_unbiased(found, expected)
+
+
+def digits(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network of two hidden layers, and classes that depend on the inputs."""
+    torch.manual_seed(seed)
+    x = torch.randn(64, 20)
+    y = (x @ torch.randn(20, 5)).argmax(-1)
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 5)), x, y
+
+
+cross_entropy = nn.CrossEntropyLoss(reduction="none")
+
+
+def gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(cross_entropy(model(x), y).mean(), model.parameters())])
+
+
+def squared_errors(model: nn.Module, x: Tensor, y: Tensor, estimator: ulr.ULR, steps: int) -> Tensor:
+    """|estimate - gradient|^2 of each parameter, the mean over steps."""
+    expected, totals = torch.autograd.grad(cross_entropy(model(x), y).mean(), model.parameters()), []
+    for _ in range(steps):
+        model.zero_grad()
+        estimator.backward(x, y, cross_entropy)
+        pairs = zip(model.parameters(), expected, strict=True)
+        totals.append(torch.stack([(p.grad - g).square().sum() for p, g in pairs]))
+    return torch.stack(totals).mean(0)
+
+
+@pytest.mark.parametrize("how", [{"antithetic": False}, SIGNS], ids=str)
+def test_a_learnt_guide_gains_what_it_explains(how: dict) -> None:
+    """The error falls by |delta|^2 / |delta - g|^2, within 15 %, in the first layer, whose inputs are fixed."""
+    model, x, y = digits()
+    plain, guided = (ulr.ULR(model, 0.02, 16, guide=guide, **how) for guide in (None, "feedback"))
+    for _ in range(60):
+        guided.backward(x, y, cross_entropy)
+    learnt = copy.deepcopy(guided._guides)
+    guided._guides.finish = lambda sum_over_ranks: None  # learns no more
+    without, with_guide = (squared_errors(model, x, y, each, 60)[0] for each in (plain, guided))
+    batch, runner = guided._batch(x, y, None), guided._runner
+    with runner.forwards():
+        clean = runner.guided_clean_pass(guided.plan(x, y, cross_entropy).clean, batch, cross_entropy, learnt)
+    learnt.begin(clean)
+    v = model[0](x).detach().requires_grad_()
+    cross_entropy(model[1:](v), y).sum().backward()
+    guess, coefficient = learnt.guess(("0", 0), slice(0, 64), v.shape)
+    explained = v.grad.square().sum() / (v.grad - coefficient * guess).square().sum()
+    assert explained > 1.5
+    assert without / with_guide == pytest.approx(float(explained), rel=0.15)
+
+
+def meaningless(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.randn(64, 6, generator=torch.Generator().manual_seed(3))
+
+
+def large(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.full((64, 1), 1e4)
+
+
+@pytest.mark.parametrize("features", [meaningless, large])
+def test_a_useless_guide_does_no_harm(features) -> None:
+    model, x, y = digits()
+    plain, guided = (ulr.ULR(model, 0.02, 16, guide=guide, **SIGNS) for guide in (None, features))
+    for _ in range(20):
+        guided.backward(x, y, cross_entropy)
+    without, with_guide = (squared_errors(model, x, y, each, 40).sum() for each in (plain, guided))
+    assert with_guide < 1.05 * without
+
+
+def after(steps: int, **settings) -> Tensor:
+    """The gradient of one more step."""
+    model, x, y = digits()
+    estimator = ulr.ULR(model, 0.1, 8, guide="feedback", **settings)
+    for _ in range(steps):
+        estimator.backward(x, y, cross_entropy)
+    model.zero_grad()
+    estimator.backward(x, y, cross_entropy)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("how", [{"injection": "joint"}, {}], ids=str)
+@pytest.mark.parametrize("split", [{"max_rows": 128}, {"max_rows": 40}, {"memory": "recompute"}], ids=str)
+def test_chunks_and_recomputing_change_nothing(split: dict, how: dict) -> None:
+    torch.testing.assert_close(after(3, **how, **split, **SIGNS), after(3, **how, **SIGNS), atol=2e-5, rtol=1e-3)
+
+
+def test_a_state_goes_on() -> None:
+    model, x, y = digits()
+    whole = ulr.ULR(model, 0.1, 8, guide="feedback", **SIGNS)
+    for _ in range(3):
+        whole.backward(x, y, cross_entropy)
+    resumed = ulr.ULR(model)
+    resumed.load_state_dict(whole.state_dict())
+    found = []
+    for estimator in (whole, copy.deepcopy(whole), resumed):
+        estimator.model.zero_grad()
+        estimator.backward(x, y, cross_entropy)
+        found.append(torch.cat([p.grad.flatten() for p in estimator.model.parameters()]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_loss_without_derivative_has_outputs_and_targets_as_features() -> None:
+    model, x, y = digits()
+    estimator = ulr.ULR(model, 0.3, 8, guide="feedback", **SIGNS)
+    for _ in range(5):
+        estimator.backward(x, y, lambda outputs, targets: (outputs.argmax(-1) != targets).float())
+    assert {weight.shape[1] for _, weight in estimator._guides.weights()} == {5 + 5 + 1}
+    assert all(weight.any() for _, weight in estimator._guides.weights())
+
+
+class Block(nn.Module):
+    """A residual block with batch normalisation and a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.after = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.conv(x)) + x)
+        return torch.tanh(self.after(F.max_pool2d(h, 2).flatten(1)))
+
+
+def test_gates_are_the_derivatives_of_what_reads_an_output() -> None:
+    torch.manual_seed(0)
+    model = Block().eval()
+    model.norm.weight.data.uniform_(0.5, 2)
+    x = torch.randn(3, 2, 4, 4)
+    forward = GuideForward(
+        {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}, model.parameters(), x
+    )
+    forward.run(model, x, ModuleState(model))
+    gates = forward.gates()
+    v = model.conv(x).detach().requires_grad_()
+    F.max_pool2d(F.relu(model.norm(v) + x), 2).sum().backward()
+    torch.testing.assert_close(gates["conv", 0], v.grad)
+    o = model.after(F.max_pool2d(F.relu(model.norm(model.conv(x)) + x), 2).flatten(1))
+    torch.testing.assert_close(gates["after", 0], 1 - torch.tanh(o).square())
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=pytest.mark.pair("cpp/cpu"))])
+@pytest.mark.parametrize("how", [{}, ORTHOGONAL, {"dist": "laplace", "antithetic": True}], ids=str)
+def test_noise_dot(backend: str, how: dict) -> None:
+    x, sigma = torch.randn(3, 40, 4, 5, generator=torch.Generator().manual_seed(0)), torch.rand(40)
+    with ulr.use_backend(backend):
+        for positions in (1, 20, 60):
+            at = {"positions": positions, "draw": 5, "row_offset": 20, **how}
+            found = ops.noise_dot(x, sigma, 7, copies=6, feature_dim=1, **at)
+            noise = ops.noise_add(torch.zeros_like(x), sigma, 7, copies=6, feature_dim=1, shared=True, **at)
+            products = (noise.double() * x).movedim(2, -1).sum(-1).flatten(1).unflatten(1, (-1, positions)).sum(-1)
+            torch.testing.assert_close(found.double(), products, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda m, x, y: ulr.ULR(m, guide="magic"), "ulr.ULR: 'guide' must be None, 'feedback' or a function"),
+        (
+            lambda m, x, y: ulr.ULR(m, guide=lambda o, t: o[:3]).backward(x, y, cross_entropy),
+            r"'guide' must return \[64, features\] of outputs and targets, got \[3, 5\]",
+        ),
+        (
+            lambda m, x, y: ulr.ULR(m, guide="feedback").backward(x, y, cross_entropy, torch.ones(1, 1)),
+            "'affects' must be None where there is a guide",
+        ),
+        (
+            lambda m, x, y: ops.noise_dot(x, 1.0, 3, positions=5),
+            "'positions' must divide the 64 rows, got 5",
+        ),
+    ],
+)
+def test_bad_input(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*digits())
