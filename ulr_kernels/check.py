@@ -33,7 +33,7 @@ class LayerCheck:
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
         predicted_cosine: the cosine that the numbers of copies and noise coordinates predict for small sigma; NaN with
-            `affects`, and where the allocation is not even.
+            `affects`, a guide, and where the allocation is not even.
         agreement: mean cosine of the estimates of two steps, the cosine's square if unbiased; needs no gradient.
         agreement_error: the standard error of that mean.
 
@@ -92,6 +92,7 @@ def check(
     *,
     affects: Affects = None,
     steps: int = 16,
+    state: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Report:
     """Compare the estimator with autograd of the loss without noise, on one batch, and name the problems.
@@ -104,6 +105,7 @@ def check(
         model, x, y, loss_fn, affects: as for `ulr.ULR` and its `backward`. Gradients and training flags are left as
             they were.
         steps: estimates to make, at least 2; each has its own noise.
+        state: `state_dict()` of the estimator to check, for what its guides and sigmas have learnt; None: a new one.
         settings: of `ulr.ULR`; noise on weights of some layers only layer-wise, as one pass of both kinds has no
             prediction.
 
@@ -117,6 +119,8 @@ def check(
     if steps < 2:
         raise ValueError(f"ulr.check: 'steps' must be at least 2, got {steps}")
     estimator = ULR(model, **settings)
+    if state is not None:
+        estimator.load_state_dict({**state, "seed": estimator.seed, "step": 0})
     kinds = {estimator.settings.noise_of(layer) for layer in estimator.view.layers.values()}
     if len(kinds) > 1 and estimator.settings.injection == "joint":
         raise ValueError(
@@ -151,7 +155,7 @@ def check(
 
 def _predicted(estimator: ULR, plan: Plan, reference: AutogradReference, affects: Affects) -> dict[str, float]:
     """The predicted cosine of each layer that autograd has a gradient of; none if rows or samples count differently."""
-    if affects is not None or estimator.settings.allocation != "even":
+    if affects is not None or estimator.settings.allocation != "even" or estimator.settings.guide:
         return {}
     shared = plan.outline.shared_noise
     return {name: predicted_cosine(estimator, shared, name, reference) for name in reference.gradients}

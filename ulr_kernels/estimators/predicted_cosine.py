@@ -94,6 +94,12 @@ class AutogradReference:
             if all(g is not None and torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients):
                 self.gradients[name] = torch.cat([g.flatten().double() for g in gradients])
 
+    def coordinates(self, name: str) -> int:
+        """The numbers of noise of a sample in a call of a layer, or of a layer's weights."""
+        if name in self.calls:
+            return self.calls[name][0][1].numel() // self.samples
+        return self.gradients[name].numel()
+
     def loss_change(self, name: str) -> Tensor:
         """|g|^2 of each sample."""
         squares = (gradient.double().square().reshape(self.samples, -1).sum(1) for _, gradient in self.calls[name])
@@ -172,6 +178,9 @@ def predicted_cosine(estimator: ULR, shared_noise: Mapping[str, str], name: str,
         )
         if not centred:
             variance += s * loss**2 * here.j / _mean_square(sigma)
+    if settings.sampler == "hadamard":  # only coordinates of one slot, modulo the directions, are not orthogonal
+        units = reference.coordinates(name)
+        variance *= max(0.0, units - directions) / max(1, units - 1)
     return (1 + variance / (directions * gradient)) ** -0.5
 
 

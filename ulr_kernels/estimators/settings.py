@@ -18,6 +18,16 @@ from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 MEMORIES = ("keep", "recompute")
 NOISES = ("outputs", "weights")
 GUIDES = (None, "feedback", "function")
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {
+        "dist": "rademacher",
+        "sampler": "hadamard",
+        "antithetic": False,
+        "baseline": "clean",
+        "guide": "feedback",
+    }
+}
+"""By name: settings that replace the defaults."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,17 @@ class Settings:
     memory: str = "keep"
     allocation: str = "even"
     guide: str | None = None
+
+    @classmethod
+    def of_preset(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
+        """The given settings; a preset replaces those that are the defaults."""
+        if preset is None:
+            return cls(**given)
+        if preset not in PRESETS:
+            fail("preset", f"be None or {' or '.join(map(repr, PRESETS))}", repr(preset))
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        replaced = {name: value for name, value in PRESETS[preset].items() if given[name] == defaults[name]}
+        return cls(**{**given, **replaced})
 
     def __post_init__(self) -> None:
         for argument, allowed in (

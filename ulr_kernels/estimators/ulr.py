@@ -95,6 +95,8 @@ class ULR:
             the derivative of the loss in the clean outputs, or where it has none the outputs and the targets; or a
             function `guide(outputs, targets)` -> e, `[samples, features]`. It makes the error of an estimate several
             times smaller and never biases it. A step runs one forward without noise more. Noise on weights has none.
+        preset: None; "best": the settings that docs/networks.md found best, in the place of those that are left at
+            their defaults: orthogonal signs in single copies, the clean loss as baseline, and the guide.
 
     Attributes:
         model: without wrappers.
@@ -124,8 +126,9 @@ class ULR:
         memory: str = "keep",
         allocation: str = "even",
         guide: str | Features | None = None,
+        preset: str | None = None,
     ) -> None:
-        self.settings = Settings(
+        given = dict(
             sigma=sigma,
             copies=copies,
             antithetic=antithetic,
@@ -140,6 +143,7 @@ class ULR:
             allocation=allocation,
             guide="function" if callable(guide) else guide,
         )
+        self.settings = Settings.of_preset(preset, given)
         self._features = guide if callable(guide) else None
         if not isinstance(model, nn.Module):
             fail("model", "be a torch.nn.Module", type(model).__name__)
@@ -147,7 +151,7 @@ class ULR:
         parallel = [each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)]
         self._parallel = DataParallelBatch(parallel[0]) if parallel else None
         self._keys = StepKeys(seed)
-        self._guides = Guides(self._keys.seed, self._features) if guide is not None else None
+        self._guides = Guides(self._keys.seed, self._features) if self.settings.guide is not None else None
         self._said: set[str] = set()  # notes of plans
         self.log_sigma: dict[str, nn.Parameter] = {}
         self._view_model()

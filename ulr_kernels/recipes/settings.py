@@ -74,6 +74,12 @@ class Settings:
     allocation: str = setting(
         "as many copies of each image, or more of those whose loss moves further", "even", choices=ALLOCATIONS
     )
+    guide: str = setting("a learnt guess of each output's gradient", "none", choices=("none", "feedback"))
+    preset: str = setting(
+        "best: orthogonal signs, a clean forward and the guide, in the place of defaults",
+        "none",
+        choices=("none", "best"),
+    )
     device: str = setting("the device", "cpu", choices=("cpu", "cuda"), group="where")
     threads: int = setting("CPU threads; 0 leaves the choice to torch", 0, rule=rules.at_least(0))
 
@@ -84,4 +90,5 @@ class Settings:
     def estimator(self) -> dict:
         """The keyword arguments of `ulr.ULR`, less its seed."""
         names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline", "memory", "allocation")
-        return {name: getattr(self, name) for name in names} | {"max_rows": self.max_rows or None}
+        none = {name: None if getattr(self, name) == "none" else getattr(self, name) for name in ("guide", "preset")}
+        return {name: getattr(self, name) for name in names} | none | {"max_rows": self.max_rows or None}

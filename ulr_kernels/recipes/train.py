@@ -73,15 +73,14 @@ class Trainer:
         self.commands: list[str] = []
 
     def _estimator(self) -> ULR:
-        """The estimator, tried on one image, so that it refuses a model before a run begins."""
+        """The estimator; another one is tried on one image, so that it refuses a model before a run begins."""
+        make = functools.partial(ULR, self.model, seed=self.settings.seed, **self.settings.estimator)
         try:
-            estimator = ULR(self.model, seed=self.settings.seed, **self.settings.estimator)
-            estimator.backward(self.inputs(self.train.images[:1]), self.train.labels[:1], self.loss_per_row)
+            make().backward(self.inputs(self.train.images[:1]), self.train.labels[:1], self.loss_per_row)
         except (TypeError, ValueError) as error:
             raise JobError(str(error)) from error
-        estimator.step = 0
         self.optimizer.zero_grad()
-        return estimator
+        return make()
 
     @property
     def epoch(self) -> int:
@@ -161,7 +160,7 @@ class Trainer:
             record[f"{name}_loss"], record[f"{name}_accuracy"] = self.evaluate(split)
             self._check_finite(record[f"{name}_loss"])
         if self.estimator:
-            record["cosines"] = self._cosines()
+            record["cosines"] = self._cosines(self.estimator)
         self.history.append(record)
         self.partial = {}
 
@@ -216,7 +215,7 @@ class Trainer:
             right += (outputs.argmax(1) == labels).sum()
         return loss.item() / len(split), right.item() / len(split)
 
-    def _cosines(self) -> dict[str, dict[str, float | None]]:
+    def _cosines(self, estimator: ULR) -> dict[str, dict[str, float | None]]:
         """By layer: how far estimates point along the true gradient, and what the law expects.
 
         Measured on test images spread evenly over the set, with noise of their own.
@@ -226,7 +225,14 @@ class Trainer:
         x, y = self.inputs(self.test.images[rows]), self.test.labels[rows]
         seed = noise_contract.fold_in(noise_contract.fold_in(self.settings.seed, _COSINES), self.epoch)
         found = check(
-            self.model, x, y, self.loss_per_row, steps=_COSINE_STEPS, seed=seed, **self.settings.estimator
+            self.model,
+            x,
+            y,
+            self.loss_per_row,
+            steps=_COSINE_STEPS,
+            state=estimator.state_dict(),
+            seed=seed,
+            **self.settings.estimator,
         ).layers
         return {
             layer.layer: {
