@@ -298,6 +298,27 @@ def test_it_scales_and_adds_like_any_loss():
     torch.testing.assert_close(both, first + 3 * second)
 
 
+def test_outputs_of_any_strides():
+    outputs = v(1, 6, 4, 3)
+    for dist in ("normal", "logistic"):
+        whole = gradient(outputs, None, lambda o, _: o.flatten(1).cos().sum(1), 0.5, 8, key=1, dist=dist)
+        strided = outputs.movedim(0, 2).contiguous().movedim(2, 0)
+        assert not strided.is_contiguous()
+        torch.testing.assert_close(
+            gradient(strided, None, lambda o, _: o.flatten(1).cos().sum(1), 0.5, 8, key=1, dist=dist), whole
+        )
+
+
+def test_functional_gradients():
+    weight, x, y = v(1, 4, 3), v(2, 6, 4), torch.arange(6) % 3
+
+    def loss(weight):
+        return ulr.output_loss(x @ weight, y, is_wrong, 0.5, 8, key=1)
+
+    leaf = weight.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(weight), torch.autograd.grad(loss(leaf), leaf)[0])
+
+
 def test_second_derivative():
     outputs = v(1, 6, 3).requires_grad_()
     loss = ulr.output_loss(outputs, None, lambda o, _: o.sum(1), 0.5, 8, key=1)

@@ -58,7 +58,7 @@ def output_loss(
             value and the gradient so, as with torch's losses; nothing looks for it, as that would synchronise.
         sigma: noise scale in units of the outputs, > 0: a number, or fp32 `[]` or `[N]`, N the size of the last axis.
             It gets no gradient.
-        copies: noised copies of each sample.
+        copies: noised copies of each sample. All are in memory at once.
         key: of this step's noise: an integer in [-2^63, 2^64) or an int64 scalar tensor on the outputs' device. Each
             step needs its own, such as `ulr.fold_in(seed, step)`.
         antithetic: copies come as pairs eps, -eps; their number must be even.
