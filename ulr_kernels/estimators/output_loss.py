@@ -51,7 +51,7 @@ def output_loss(
     Args:
         outputs: `[samples, ...]`, fp32, bf16 or fp16. If they need no gradient, the value is all there is.
         targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry for
-            each sample; or None.
+            each sample; or None. They get no gradient.
         loss_fn: `loss_fn(noised_outputs, targets)` -> the loss of each row, `[rows]`, of any dtype and on any device.
             It runs once, on all copies of all samples, without autograd. It gets fp32 `[copies * samples, ...]`, row
             c * samples + i for sample i, and as many copies of the targets. A loss that is infinite or NaN makes the
