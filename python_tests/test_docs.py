@@ -1,4 +1,4 @@
-"""The Python code of README.md and docs/networks.md runs as it is printed, and what it makes trains."""
+"""The Python code of README.md and of pages in docs/ runs as it is printed, and what it makes trains."""
 
 import re
 from pathlib import Path
@@ -57,3 +57,10 @@ def test_networks():
         loss = names["estimator"].backward(*graph_step, affects)
         optimizer.step()
     assert loss < names["loss"] - 0.5
+
+
+def test_output_loss():
+    names = run("docs/output-loss.md")
+    with torch.no_grad():
+        assert names["is_wrong"](names["model"](names["x"]), names["y"]).float().mean() < 0.1  # 0.75 at the start
+    assert names["loss"].requires_grad and names["loss"] < 0.4

@@ -4,7 +4,7 @@ from ulr_kernels import ops, optim
 from ulr_kernels.check import check
 from ulr_kernels.dispatch import BackendError, use_backend
 from ulr_kernels.doctor import describe
-from ulr_kernels.estimators import ULR
+from ulr_kernels.estimators import ULR, output_loss
 from ulr_kernels.noise_contract import fold_in
 from ulr_kernels.ops import noise, noise_like, philox4x32
 
@@ -18,6 +18,7 @@ __all__ = [
     "noise_like",
     "ops",
     "optim",
+    "output_loss",
     "philox4x32",
     "use_backend",
 ]

@@ -26,6 +26,7 @@ class Batch:
         x, y: inputs and targets; `y` may be None.
         owner: the name that errors begin with.
         affects: the losses that each row's noise can change, if samples have many losses; None: a sample has one.
+        names: of `x` and `y` in errors.
 
     Attributes:
         samples: their number.
@@ -38,12 +39,19 @@ class Batch:
             a value with as many entries as samples cannot be told from a constant.
     """
 
-    def __init__(self, x: Any, y: Any, owner: str = "ulr.ULR", affects: AffectedLosses | None = None) -> None:
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        owner: str = "ulr.ULR",
+        affects: AffectedLosses | None = None,
+        names: tuple[str, str] = ("x", "y"),
+    ) -> None:
         x, y = _plain(x), _plain(y)
         self.owner, self.affects = owner, affects
         self.first, self.share = 0, 1.0
         self.samples = 0
-        for argument, value in (("x", x), ("y", y)):
+        for argument, value in zip(names, (x, y), strict=True):
             for leaf in tensors(value):
                 if leaf.is_nested or leaf.layout != torch.strided:
                     got = "a nested one" if leaf.is_nested else leaf.layout
@@ -56,8 +64,8 @@ class Batch:
                 if not self.samples:
                     self._fail(argument, "have at least one sample", list(leaf.shape))
         if not tensors(x):
-            self._fail("x", "be or hold a tensor", type(x).__name__)
-        self.x, self.y = self._with_entries("x", x), self._with_entries("y", y)
+            self._fail(names[0], "be or hold a tensor", type(x).__name__)
+        self.x, self.y = self._with_entries(names[0], x), self._with_entries(names[1], y)
 
     def _with_entries(self, argument: str, value: Any) -> Any:
         """The same with `PerSampleValues` in the place of whatever has an entry for each sample and is no tensor."""
