@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import dispatch
+from ulr_kernels.baselines import loss_weights
+from ulr_kernels.estimators.guides import CleanPass, Guides, error_features
 from ulr_kernels.estimators.noised import Keys
 from ulr_kernels.estimators.runner import PassRunner
+from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import gradient_buffer
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step
@@ -28,7 +31,9 @@ class _Mlp(NamedTuple):
     flattens: bool
 
 
-def run_mlp_step(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor | None:
+def run_mlp_step(
+    runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, guides: Guides | None = None
+) -> Tensor | None:
     """Add a whole step's gradients to `.grad` by one op, if it computes this model, loss and settings.
 
     Noise and gradients are those of the passes, to rounding.
@@ -41,21 +46,18 @@ def run_mlp_step(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunc
         return None
     names, s = [runner.view.layers[id(layer.weight)] for layer in mlp.layers], runner.settings
     copies, sigmas = {s.copies_of(name) for name in names}, [s.sigma_of(name) for name in names]
-    if (
-        len(copies) > 1
-        or s.sampler == "sobol"
-        or s.allocation != "even"
-        or s.guide
-        or s.learn_sigma
-        or runner.view.noised
-    ):
+    if len(copies) > 1 or s.sampler == "sobol" or s.allocation != "even" or s.learn_sigma or runner.view.noised:
         return None
+    copies_of_all = copies.pop()
     sigma: float | Tensor = sigmas[0]
     if len(set(sigmas)) > 1:  # filled on the device: nothing is copied from the host
         sigma = torch.stack([torch.full((), each, dtype=torch.float32, device=batch.x.device) for each in sigmas])
+    if guides is not None and (s.injection == "joint" or batch.x.device.type != "cpu"):
+        return None
     weights = [layer.weight for layer in mlp.layers]
     biases = [layer.bias for layer in mlp.layers if layer.bias is not None]
-    return noisy_mlp_step(
+    guided = _Guided(guides, mlp, names, batch, loss_fn, copies_of_all) if guides is not None else None
+    losses = noisy_mlp_step(
         [gradient_buffer(weight) for weight in weights],
         [gradient_buffer(bias) for bias in biases],
         batch.x.flatten(1),
@@ -64,7 +66,7 @@ def run_mlp_step(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunc
         biases,
         sigma,
         torch.stack([keys[name] for name in names]),
-        copies=copies.pop(),
+        copies=copies_of_all,
         antithetic=s.antithetic,
         injection=s.injection,
         activation=mlp.activation,
@@ -73,7 +75,69 @@ def run_mlp_step(runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunc
         dist=s.dist,
         row_offset=batch.first,
         sampler=s.sampler,
+        **(guided.arguments if guided is not None else {}),
     )
+    if guided is not None:
+        guided.learn(losses, s)
+    return losses
+
+
+class _Guided:
+    """The guides of a step: what the op gets, and what they learn of its results."""
+
+    def __init__(
+        self, guides: Guides, mlp: _Mlp, names: list[str], batch: Batch, loss_fn: LossFunction, copies: int
+    ) -> None:
+        self._guides, self._all = guides, slice(0, batch.samples)
+        self._sites = [(name, 0) for name in names]
+        value = batch.x.flatten(1)
+        gates: list[Tensor | None] = []
+        for layer in mlp.layers:
+            v = layer(value)
+            value, gate = _DERIVATIVES[mlp.activation](v)
+            gates.append(gate)
+        self._clean, features = error_features(v, batch, loss_fn, guides.features)
+        gates[-1] = None  # nothing reads the last layer
+        guides.begin(CleanPass(self._clean, features, dict(zip(self._sites, gates, strict=True))))
+        self._features = [layer.out_features for layer in mlp.layers]
+        shapes = (torch.Size((batch.samples, count)) for count in self._features)
+        found = [guides.guess(site, self._all, shape) for site, shape in zip(self._sites, shapes, strict=True)]
+        guesses = torch.cat([guess for guess, _ in found], 1)
+        self._deltas = torch.empty_like(guesses)
+        self._dots = guesses.new_empty(len(mlp.layers), copies, batch.samples)
+        self.arguments: dict[str, Any] = {
+            "guides": guesses,
+            "coefficients": torch.stack([coefficient for _, coefficient in found]),
+            "deltas": self._deltas,
+            "dots": self._dots,
+        }
+
+    def learn(self, losses: Tensor, settings: Settings) -> None:
+        """`losses`: of the passes, fp32 `[layers, copies, samples]`."""
+        deltas = self._deltas.split(self._features, 1)
+        for site, of_pass, dots, delta in zip(self._sites, losses, self._dots, deltas, strict=True):
+            own = loss_weights(of_pass, self._clean, settings.baseline, settings.antithetic) * of_pass.numel()
+            self._guides.fit(site, delta.shape, own, dots)
+            self._guides.learn(site, self._all, delta)
+        self._guides.finish(None)
+
+
+def _relu(v: Tensor) -> tuple[Tensor, Tensor]:
+    return v.relu(), (v > 0).float()
+
+
+def _tanh(v: Tensor) -> tuple[Tensor, Tensor]:
+    y = v.tanh()
+    return y, 1 - y.float().square()
+
+
+def _sigmoid(v: Tensor) -> tuple[Tensor, Tensor]:
+    y = v.sigmoid()
+    return y, (y * (1 - y)).float()
+
+
+_DERIVATIVES = {"relu": _relu, "tanh": _tanh, "sigmoid": _sigmoid}
+"""By activation: its value and its derivative."""
 
 
 def _label_smoothing(loss_fn: LossFunction) -> float | None:

@@ -239,7 +239,7 @@ class ULR:
         plan = self._plan(batch, loss_fn)
         keys = self._keys.of_sites(plan.names, plan.sites)
         with finished_gradients([*self.view.parameters, *self.parameters()]):
-            losses = run_mlp_step(self._runner, keys, batch, loss_fn)
+            losses = run_mlp_step(self._runner, keys, batch, loss_fn, self._guides)
             mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._parallel is not None:
             self._parallel.average([*self.view.parameters, *self.parameters()])

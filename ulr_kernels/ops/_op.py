@@ -174,8 +174,9 @@ def register(op: Op) -> None:
         bound = bind(*args)
         output, device = op.check(bound), device_of(args)
         if mutates:
-            written = [t for i in mutates for t in tensors_of(args[i])]
-            refuse_overlap(name, mutates, args)
+            given = [i for i in mutates if i < len(args)]  # torch leaves out trailing arguments at their defaults
+            written = [t for i in given for t in tensors_of(args[i])]
+            refuse_overlap(name, given, args)
             # Providers write through raw pointers; without this autograd would not notice (and compute wrong values).
             torch.autograd.graph.increment_version(written)
         provider = dispatch.lookup(name, device)

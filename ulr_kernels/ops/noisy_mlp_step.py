@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ulr_kernels import noise_contract
 from ulr_kernels.baselines import BASELINES, loss_weights
 from ulr_kernels.ops import _linear
-from ulr_kernels.ops._linear import Linear, LinearGradient
+from ulr_kernels.ops._linear import Linear, LinearGradient, Sizes
 from ulr_kernels.ops._losses import ACTIVATIONS, activate_, check_loss, check_target, losses_of
 from ulr_kernels.ops._op import (
     COL_BITS,
@@ -51,6 +52,10 @@ def noisy_mlp_step(
     draw: int = 0,
     row_offset: int = 0,
     sampler: str = "iid",
+    guides: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    deltas: Tensor | None = None,
+    dots: Tensor | None = None,
 ) -> Tensor:
     """Add the ULR gradient (arXiv 2305.08960, Theorem 1) of an MLP's mean noised loss to its buffers: a whole step.
 
@@ -81,6 +86,13 @@ def noisy_mlp_step(
         baseline: "mean": of the sample's other copies or pairs; "clean": its loss without noise; "none".
         dist, draw, row_offset: which noise, as in `noisy_linear`; rows are samples.
         sampler: "iid", or "hadamard" with dist="rademacher".
+        guides: None, or guesses g_l of each sample's gradient in each layer's output, fp32 `[R, N_1 + ... + N_L]`, for
+            layer-wise noise on the CPU. Then sigma_l <eps_lc, k_l g_l> is subtracted from the losses of a pass, and
+            k_l g_l / R added to the output's gradient: that changes the estimate's error and not its mean (a control
+            variate, arXiv 1511.05176).
+        coefficients: with guides, fp32 `[L]`: k.
+        deltas: with guides, a buffer like them, which gets the estimates of the gradients that they guess.
+        dots: with guides, a buffer, fp32 `[L, C, R]`, which gets sigma_l <eps_lc, g_l>.
 
     Returns:
         The losses, fp32 `[P, C, R]`, of P passes: L where injection is layer-wise, else 1.
@@ -94,7 +106,8 @@ def noisy_mlp_step(
         scale = scale.expand(len(weights))
     lists = (list(grad_weights), list(grad_biases), x, target, list(weights), list(biases))
     how = (copies, antithetic, injection, activation, loss, label_smoothing, baseline, dist, draw, row_offset, sampler)
-    return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how)
+    guided = (guides, coefficients, deltas, dots)
+    return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how, *guided)
 
 
 class MlpStep(NamedTuple):
@@ -119,6 +132,10 @@ class MlpStep(NamedTuple):
     draw: int
     row_offset: int
     sampler: str
+    guides: Tensor | None
+    coefficients: Tensor | None
+    deltas: Tensor | None
+    dots: Tensor | None
 
     @property
     def joint(self) -> bool:
@@ -127,6 +144,14 @@ class MlpStep(NamedTuple):
     def noise(self, key: Tensor, row: int = 0) -> NoiseSpec:
         """The noise of a layer, or of all layers by their keys, for the samples from `row` on."""
         return NoiseSpec(key, self.antithetic, self.dist, self.sampler, 1, self.draw, self.row_offset + row)
+
+    def guide(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A layer's parts of guides, coefficients, deltas and dots."""
+        assert self.guides is not None and self.deltas is not None
+        assert self.coefficients is not None and self.dots is not None
+        features = [weight.shape[0] for weight in self.weights]
+        guides, deltas = (t.split(features, 1)[layer] for t in (self.guides, self.deltas))
+        return guides, self.coefficients[layer], deltas, self.dots[layer]
 
     def gradient(self, layer: int, a: Tensor, loss_weight: Tensor, row: int = 0) -> LinearGradient:
         """A layer's gradient for the samples from `row` on; `a` is the layer's input."""
@@ -160,12 +185,29 @@ def check(a: MlpStep) -> Output:
     for argument, tensor in (("sigma", a.sigma), ("keys", a.keys)):
         rules.shape(argument, tensor, (len(weights),), "one per layer")
     check_target(rules, a.loss, a.target, x.shape[0], weights[-1].shape[0], x.dtype)
+    _check_guides(rules, a)
     rules.device("x", x.device, target=a.target, sigma=a.sigma, keys=a.keys)
     rules.room("draw", a.draw, draws, DRAW_BITS)
     rules.room("row_offset", a.row_offset, x.shape[0], ROW_BITS)
     for weight in weights:
         rules.room("weights", 0, weight.shape[0], COL_BITS)
     return Output((1 if a.joint else len(weights), a.copies, x.shape[0]), torch.float32)
+
+
+def _check_guides(rules: Check, a: MlpStep) -> None:
+    given = (a.guides, a.coefficients, a.deltas, a.dots)
+    if all(each is None for each in given):
+        return
+    rows, layers, features = a.x.shape[0], len(a.weights), sum(weight.shape[0] for weight in a.weights)
+    shapes = ((rows, features), (layers,), (rows, features), (layers, a.copies, rows))
+    for argument, each, shape in zip(("guides", "coefficients", "deltas", "dots"), given, shapes, strict=True):
+        if each is None:
+            rules.fail(argument, "be given where guides, coefficients, deltas or dots are", None)
+        rules.dtype(argument, each, (torch.float32,))
+        rules.shape(argument, each, shape, "of layers, copies, samples and features")
+    if a.joint or a.x.device.type != "cpu":
+        got = f"one with injection {a.injection!r} on {a.x.device}"
+        rules.fail("guides", "be None where injection is 'joint' or x on a GPU", got)
 
 
 def _check_layers(rules: Check, a: MlpStep) -> None:
@@ -215,9 +257,29 @@ def reference(losses: Tensor, a: MlpStep) -> None:
     for number, noised in enumerate([layers] if a.joint else [[layer] for layer in layers]):
         logits, inputs = forward(noised)
         losses[number] = losses_of(logits, a.target, a.loss, a.label_smoothing)
+        if a.guides is not None:
+            _guided_gradient(a, number, inputs[number], losses[number], clean)
+            continue
         weight = loss_weights(losses[number], clean, a.baseline, a.antithetic)
         for layer in noised:
             _linear.gradient_reference(a.gradient(layer, inputs[layer], weight))
+
+
+def _guided_gradient(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | None) -> None:
+    """Add a layer's gradients with its guide; `x` is the layer's input."""
+    guide, coefficient, deltas, dots = a.guide(layer)
+    sizes = Sizes(a.copies, len(x), 0, guide.shape[1], True)
+    copies = [eps for _, eps in _linear.copies_of_noise(a.noise(a.keys[layer]), sizes)]
+    for copy, eps in enumerate(copies):
+        dots[copy] = a.sigma[layer] * (eps * guide).sum(1)
+    weight = loss_weights(losses - coefficient * dots, clean, a.baseline, a.antithetic)
+    delta = coefficient * guide / len(x)
+    for of_copy, eps in zip(weight, copies, strict=True):
+        delta += of_copy[:, None] * noise_contract.score(eps, a.dist) / a.sigma[layer]
+    a.grad_weights[layer].add_(delta.T @ x.float())
+    if a.biases:
+        a.grad_biases[layer].add_(delta.sum(0))
+    deltas.copy_(delta * len(x))
 
 
 def cost(a: MlpStep) -> Cost:
@@ -237,6 +299,7 @@ SCHEMA = (
     "(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor x, Tensor target, Tensor[] weights, "
     "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
     "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
-    "str dist='normal', int draw=0, int row_offset=0, str sampler='iid') -> Tensor"
+    "str dist='normal', int draw=0, int row_offset=0, str sampler='iid', Tensor? guides=None, "
+    "Tensor? coefficients=None, Tensor(c!)? deltas=None, Tensor(d!)? dots=None) -> Tensor"
 )
 register(Op(noisy_mlp_step, SCHEMA, MlpStep, check, reference, cost, autocast=(2, 4, 5)))

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ulr_kernels import products
 from ulr_kernels.backends import _native
-from ulr_kernels.backends.cpp import linear
+from ulr_kernels.backends.cpp import elementwise, linear
 from ulr_kernels.backends.cpp.tiles import store, sums_of
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.ops._losses import ACTIVATIONS, LOSSES, activate_, losses_of
+from ulr_kernels.ops.noise_dot import NoiseDot
+from ulr_kernels.ops.noise_score import NoiseScore
 from ulr_kernels.ops.noisy_mlp_step import MlpStep
 
 TILE = 2**18  # elements of a tile's widest activation, all copies: they stay in the second-level caches
@@ -103,7 +105,25 @@ def noisy_mlp_step(losses: Tensor, a: MlpStep) -> None:
     else:
         for layer in range(count):
             model.run(layer, 1, products[layer], [None] * (count - layer), losses[layer], all_rows)
+            if a.guides is not None:
+                _guided(into_sums, layer, inputs[layer], losses[layer], clean)
+                continue
             weight = loss_weights(losses[layer], clean, a.baseline, a.antithetic)
             linear.noisy_linear_grad_(into_sums.gradient(layer, inputs[layer], weight))
     for gradient, sums in zip((*a.grad_weights, *a.grad_biases), (*weight_sums, *bias_sums), strict=True):
         store(sums, gradient)
+
+
+def _guided(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | None) -> None:
+    """Add a layer's gradients with its guide; `x` is the layer's input."""
+    guide, coefficient, delta, dots = a.guide(layer)
+    noise, sigma = a.noise(a.keys[layer]), a.sigma[layer]
+    elementwise.noise_dot(dots, NoiseDot(guide, sigma, a.copies, -1, noise))
+    weight = loss_weights(losses - coefficient * dots, clean, a.baseline, a.antithetic)
+    scores = guide.new_empty(guide.shape)
+    elementwise.noise_score(scores, NoiseScore(weight, sigma, list(guide.shape), -1, noise))
+    scores += guide * (coefficient / len(x))
+    delta.copy_(scores).mul_(len(x))
+    products.add_outer_(a.grad_weights[layer], scores, x.float().contiguous())
+    if a.biases:
+        a.grad_biases[layer].add_(scores.sum(0))
