@@ -92,7 +92,8 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for steps in args.trained:
         problems = [Problem(args, seed, steps) for seed in range(args.seeds)]
-        for name, technique in TECHNIQUES.items():
+        for name in args.techniques:
+            technique = TECHNIQUES[name]
             for copies in args.copies:
                 each = [problem.errors(technique, copies, args, seed) for seed, problem in enumerate(problems)]
                 layers = {layer: statistics.median(one[layer] for one in each) for layer in each[0]}
@@ -116,7 +117,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for down, steps in enumerate(trained):
         for across, layer in enumerate(layers):
             panel = panels[down][across]
-            for name in TECHNIQUES:
+            for name in dict.fromkeys(row["technique"] for row in rows):
                 points = [row for row in rows if (row["trained"], row["technique"]) == (steps, name)]
                 panel.loglog(
                     [p["copies"] for p in points], [max(p["errors"][layer], 1e-6) for p in points], ".-", label=name
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="of the training set")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--copies", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--techniques", nargs="+", default=list(TECHNIQUES), choices=list(TECHNIQUES))
     parser.add_argument("--trained", type=int, nargs="+", default=[0, 100], help="steps of backpropagation before")
     parser.add_argument("--learn", type=int, default=60, help="steps in which a guide learns")
     parser.add_argument("--steps", type=int, default=8, help="estimates of a measurement")

@@ -424,3 +424,15 @@ def test_errors(arguments, text):
     given = {"outputs": v(1, 3, 4), "targets": torch.arange(3), "loss_fn": cross_entropy, "sigma": 0.5, "copies": 8}
     with pytest.raises(ValueError, match=f"^ulr::output_loss: {text}"):
         ulr.output_loss(**{**given, "key": 1, **arguments})
+
+
+def test_without_a_key_the_noise_depends_on_the_outputs_alone():
+    outputs = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    other = outputs.detach().clone()
+    other[5, 2] += 1e-6
+    found = []
+    for given in (outputs, outputs.detach().clone().requires_grad_(), other.requires_grad_()):
+        ulr.output_loss(given, None, lambda o, t: o.square().sum(-1), 0.5, 8).backward()
+        found.append(given.grad)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-3)

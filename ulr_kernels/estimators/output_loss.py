@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ulr_kernels import noise_contract, ops
 from ulr_kernels.baselines import BASELINES, loss_weights
 from ulr_kernels.estimators.output_noise import OutputNoise
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.ops._op import FLOATS, Check, key_tensor, sigma_tensor
 
 OP = "output_loss"
+OUTPUTS = noise_contract.site_id("ulr_kernels.output_loss")  # folded into keys that are made of outputs
 
 
 def output_loss(
@@ -23,7 +25,7 @@ def output_loss(
     sigma: float | Tensor,
     copies: int = 32,
     *,
-    key: int | Tensor,
+    key: int | Tensor | None = None,
     antithetic: bool = False,
     dist: str = "normal",
     df: float = 5.0,
@@ -60,7 +62,8 @@ def output_loss(
             It gets no gradient.
         copies: noised copies of each sample. All are in memory at once.
         key: of this step's noise: an integer in [-2^63, 2^64) or an int64 scalar tensor on the outputs' device. Each
-            step needs its own, such as `ulr.fold_in(seed, step)`.
+            step needs its own, such as `ulr.fold_in(seed, step)`. None: one made of the bits of the outputs, so that
+            other outputs have other noise; micro-batches are then no slices of one noise.
         antithetic: copies come as pairs eps, -eps; their number must be even.
         dist: "normal", "laplace", "rademacher", "logistic" or "student_t"; all of variance 1.
         df: degrees of freedom of "student_t", > 2. They change nothing for others.
@@ -87,7 +90,8 @@ def output_loss(
     batch = Batch(outputs, targets, f"ulr::{OP}", names=("outputs", "targets"))
     columns = outputs.shape[-1] if outputs.dim() > 1 else 1
     shape = (batch.samples, math.prod(outputs.shape[1:-1]), columns)
-    sigma, key = _sigma(rules, sigma, outputs.device), key_tensor(OP, key, outputs.device)
+    key = _key_of(outputs) if key is None else key_tensor(OP, key, outputs.device)
+    sigma = _sigma(rules, sigma, outputs.device)
     noise = OutputNoise(shape, dist, df, antithetic, sampler, row_offset)
     noise.check(rules, copies, key)
     if sigma.dim() and sigma.shape != (columns,):
@@ -102,6 +106,14 @@ def output_loss(
         without = batch.losses(clean, loss_fn, 1)[0].to(outputs.device) if baseline == "clean" else None
         weights = loss_weights(losses, without, baseline, antithetic)
     return _MeanLoss.apply(outputs, losses, weights, sigma, key, noise)
+
+
+@torch.no_grad()
+def _key_of(outputs: Tensor) -> Tensor:
+    """A key that depends on each bit of the outputs, and on nothing else."""
+    bits = outputs.detach().to(torch.float32).reshape(-1).contiguous().view(torch.int32).to(torch.int64)
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: a bit's share does not vanish modulo 2^64
+    return ops.fold_in((bits * places).sum(), OUTPUTS)
 
 
 class _MeanLoss(torch.autograd.Function):
