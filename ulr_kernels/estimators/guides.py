@@ -7,7 +7,8 @@ With L_c - sigma <eps_c, g> in the place of the loss and g added to the estimate
 Here g = a * gate * (B e). e are features of a sample's error at the model's outputs, gate is the derivative of the
 elementwise functions that read the layer's output, and B, a row for each unit of the output, is the regression of
 earlier estimates on gate * e. The coefficient a, 0 to 1, is the regression of earlier losses on sigma <eps_c, gate *
-(B e)>, so that a bad guide does no harm.
+(B e)>, so that a bad guide does no harm. Where the baseline is the loss without noise, the mean that noise has added to
+it in earlier steps is subtracted, too: a pair of copies would cancel it, single copies do not.
 """
 
 from __future__ import annotations
@@ -144,6 +145,10 @@ class Guides:
         self._learnt: dict[tuple[str, int, int], _Learnt] = {}  # by layer, call and units
         self._gram: Tensor | None = None  # fp64: the decayed sum of e (outer) e
         self._count = torch.zeros((), dtype=torch.float64)  # of the samples in it
+        self._shifts: dict[
+            tuple[str, ...], Tensor
+        ] = {}  # by pass: decayed sums of losses less the clean one, and count
+        self._step_shifts: dict[tuple[str, ...], Tensor] = {}
         self._clean: CleanPass | None = None
 
     def begin(self, clean: CleanPass) -> None:
@@ -194,9 +199,20 @@ class Guides:
         learnt.step_cross.addmm_(delta.T, features)
 
     def fit(self, site: Site, shape: torch.Size, losses: Tensor, dots: Tensor) -> None:
-        """Add the losses less their baseline, and the guess's share in them, fp32 `[copies, samples]`."""
+        """Add the losses, and the guess's share in them, fp32 `[copies, samples]`, less their means over copies."""
         learnt = self._of(site, shape[1:].numel(), dots.device)
+        losses, dots = losses - losses.mean(0), dots - dots.mean(0)
         learnt.step_fit += torch.stack([(losses * dots).sum(), dots.square().sum()]).nan_to_num(0.0, 0.0, 0.0)
+
+    def shift(self, layers: tuple[str, ...], device: torch.device) -> Tensor:
+        """The mean that noise in these layers has added to a loss, fp32 `[]`."""
+        total, count = self._shifts.get(layers, torch.zeros(2, device=device))
+        return (total / count).nan_to_num(0.0, 0.0, 0.0)
+
+    def learn_shift(self, layers: tuple[str, ...], change: Tensor) -> None:
+        """Add losses less those without noise, fp32 `[copies, samples]`."""
+        step = torch.stack([change.sum(), change.new_full((), change.numel())]).nan_to_num(0.0, 0.0, 0.0)
+        self._step_shifts[layers] = self._step_shifts.get(layers, torch.zeros_like(step)) + step
 
     def finish(self, sum_over_ranks: Callable[[list[Tensor]], None] | None) -> None:
         """End a step: make the weights that the next one uses."""
@@ -206,6 +222,7 @@ class Guides:
         parts = [gram, count]
         for learnt in self._learnt.values():
             parts += (learnt.step_cross, learnt.step_power, learnt.step_fit)
+        parts += self._step_shifts.values()
         if sum_over_ranks is not None:
             sum_over_ranks(parts)
         self._gram = gram if self._gram is None else FORGETTING * self._gram + gram
@@ -220,7 +237,9 @@ class Guides:
             share = (learnt.power / self._count).float().unsqueeze(1)
             learnt.weight = ((learnt.cross @ vectors) / (share * values + ridge)) @ vectors.T
             learnt.clear()
-        self._clean = None
+        for layers, shift in self._step_shifts.items():
+            self._shifts[layers] = FIT_FORGETTING * self._shifts.get(layers, torch.zeros_like(shift)) + shift
+        self._step_shifts, self._clean = {}, None
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -230,12 +249,14 @@ class Guides:
             {"site": list(name), **{part: getattr(learnt, part).clone() for part in _Learnt.NAMES}}
             for name, learnt in self._learnt.items()
         ]
-        return {"gram": self._gram, "count": self._count, "sites": sites}
+        shifts = {layers: shift.clone() for layers, shift in self._shifts.items()}
+        return {"gram": self._gram, "count": self._count, "sites": sites, "shifts": shifts}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over a state."""
         gram = state["gram"]
         self._gram, self._count = None if gram is None else gram.to(device), state["count"].to(device)
+        self._shifts = {layers: shift.to(device).clone() for layers, shift in state["shifts"].items()}
         self._learnt = {}
         for each in state["sites"]:
             layer, number, units = each["site"]

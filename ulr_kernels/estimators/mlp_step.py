@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import dispatch
-from ulr_kernels.baselines import loss_weights
 from ulr_kernels.estimators.guides import CleanPass, Guides, error_features
 from ulr_kernels.estimators.noised import Keys
 from ulr_kernels.estimators.runner import PassRunner
@@ -102,12 +101,13 @@ class _Guided:
         self._features = [layer.out_features for layer in mlp.layers]
         shapes = (torch.Size((batch.samples, count)) for count in self._features)
         found = [guides.guess(site, self._all, shape) for site, shape in zip(self._sites, shapes, strict=True)]
-        guesses = torch.cat([guess for guess, _ in found], 1)
+        guesses, coefficients = torch.cat([guess for guess, _ in found], 1), [each for _, each in found]
+        shifts = [guides.shift((name,), guesses.device) for name in names]
         self._deltas = torch.empty_like(guesses)
         self._dots = guesses.new_empty(len(mlp.layers), copies, batch.samples)
         self.arguments: dict[str, Any] = {
             "guides": guesses,
-            "coefficients": torch.stack([coefficient for _, coefficient in found]),
+            "coefficients": torch.stack([torch.stack(each) for each in zip(coefficients, shifts, strict=True)]),
             "deltas": self._deltas,
             "dots": self._dots,
         }
@@ -116,8 +116,9 @@ class _Guided:
         """`losses`: of the passes, fp32 `[layers, copies, samples]`."""
         deltas = self._deltas.split(self._features, 1)
         for site, of_pass, dots, delta in zip(self._sites, losses, self._dots, deltas, strict=True):
-            own = loss_weights(of_pass, self._clean, settings.baseline, settings.antithetic) * of_pass.numel()
-            self._guides.fit(site, delta.shape, own, dots)
+            if settings.baseline == "clean":
+                self._guides.learn_shift(site[:1], of_pass - self._clean)
+            self._guides.fit(site, delta.shape, of_pass, dots)
             self._guides.learn(site, self._all, delta)
         self._guides.finish(None)
 

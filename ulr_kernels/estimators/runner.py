@@ -267,12 +267,14 @@ class PassRunner:
         explained: Tensor | float = 0.0
         added: dict[tuple[str, int], Tensor] = {}
         if guides is not None and sites:
-            own = loss_weights(losses, clean, s.baseline, s.antithetic) * losses.numel()  # less the baseline
             explained = torch.zeros_like(losses)
+            if clean is not None:
+                explained += guides.shift(part.pass_.layers, losses.device)
+                guides.learn_shift(part.pass_.layers, losses - clean)
             for name, site in sites.items():
                 guess, coefficient = guides.guess(name, part.rows, site.shape)
                 dots = site.dot(guess, copies)
-                guides.fit(name, site.shape, own, dots)
+                guides.fit(name, site.shape, losses, dots)
                 explained.add_(coefficient * dots)
                 added[name] = guess * (coefficient * (batch.share / batch.samples))
         weights = loss_weights(losses - explained, clean, s.baseline, s.antithetic) * batch.share

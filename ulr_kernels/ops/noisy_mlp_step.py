@@ -87,10 +87,10 @@ def noisy_mlp_step(
         dist, draw, row_offset: which noise, as in `noisy_linear`; rows are samples.
         sampler: "iid", or "hadamard" with dist="rademacher".
         guides: None, or guesses g_l of each sample's gradient in each layer's output, fp32 `[R, N_1 + ... + N_L]`, for
-            layer-wise noise on the CPU. Then sigma_l <eps_lc, k_l g_l> is subtracted from the losses of a pass, and
+            layer-wise noise on the CPU. Then sigma_l <eps_lc, k_l g_l> + b_l is subtracted from the losses of a pass and
             k_l g_l / R added to the output's gradient: that changes the estimate's error and not its mean (a control
             variate, arXiv 1511.05176).
-        coefficients: with guides, fp32 `[L]`: k.
+        coefficients: with guides, fp32 `[L, 2]`: k and b.
         deltas: with guides, a buffer like them, which gets the estimates of the gradients that they guess.
         dots: with guides, a buffer, fp32 `[L, C, R]`, which gets sigma_l <eps_lc, g_l>.
 
@@ -199,7 +199,7 @@ def _check_guides(rules: Check, a: MlpStep) -> None:
     if all(each is None for each in given):
         return
     rows, layers, features = a.x.shape[0], len(a.weights), sum(weight.shape[0] for weight in a.weights)
-    shapes = ((rows, features), (layers,), (rows, features), (layers, a.copies, rows))
+    shapes = ((rows, features), (layers, 2), (rows, features), (layers, a.copies, rows))
     for argument, each, shape in zip(("guides", "coefficients", "deltas", "dots"), given, shapes, strict=True):
         if each is None:
             rules.fail(argument, "be given where guides, coefficients, deltas or dots are", None)
@@ -267,12 +267,12 @@ def reference(losses: Tensor, a: MlpStep) -> None:
 
 def _guided_gradient(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | None) -> None:
     """Add a layer's gradients with its guide; `x` is the layer's input."""
-    guide, coefficient, deltas, dots = a.guide(layer)
+    guide, (coefficient, shift), deltas, dots = a.guide(layer)
     sizes = Sizes(a.copies, len(x), 0, guide.shape[1], True)
     copies = [eps for _, eps in _linear.copies_of_noise(a.noise(a.keys[layer]), sizes)]
     for copy, eps in enumerate(copies):
         dots[copy] = a.sigma[layer] * (eps * guide).sum(1)
-    weight = loss_weights(losses - coefficient * dots, clean, a.baseline, a.antithetic)
+    weight = loss_weights(losses - shift - coefficient * dots, clean, a.baseline, a.antithetic)
     delta = coefficient * guide / len(x)
     for of_copy, eps in zip(weight, copies, strict=True):
         delta += of_copy[:, None] * noise_contract.score(eps, a.dist) / a.sigma[layer]

@@ -116,10 +116,10 @@ def noisy_mlp_step(losses: Tensor, a: MlpStep) -> None:
 
 def _guided(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | None) -> None:
     """Add a layer's gradients with its guide; `x` is the layer's input."""
-    guide, coefficient, delta, dots = a.guide(layer)
+    guide, (coefficient, shift), delta, dots = a.guide(layer)
     noise, sigma = a.noise(a.keys[layer]), a.sigma[layer]
     elementwise.noise_dot(dots, NoiseDot(guide, sigma, a.copies, -1, noise))
-    weight = loss_weights(losses - coefficient * dots, clean, a.baseline, a.antithetic)
+    weight = loss_weights(losses - shift - coefficient * dots, clean, a.baseline, a.antithetic)
     scores = guide.new_empty(guide.shape)
     elementwise.noise_score(scores, NoiseScore(weight, sigma, list(guide.shape), -1, noise))
     scores += guide * (coefficient / len(x))
