@@ -102,17 +102,18 @@ class ChannelTile {
         pitch_ = (at.rows + kLanes - 1) / kLanes * kLanes;
         if (spec_.hadamard) return make_orthogonal(at);
         make_words(at, at.draw, at.draws, kSignColumns);
-        words_to_signs(at, at.draws);
+        words_to_signs(at, at.draws, 0);
     }
 
-    void words_to_signs(const Extent& at, int64_t draws) {
+    // `first`: of the tile's draws, to write.
+    void words_to_signs(const Extent& at, int64_t draws, int64_t first) {
         const U one = set(0x3f800000u), sign = set(0x80000000u);
         for (int64_t d = 0; d < draws; ++d) {
             for (int64_t c = 0; c < at.cols; ++c) {
                 const int64_t place = lead_ + c, word = place % kSignColumns / 32;
                 const uint32_t* from = words_ + word * plane_ + (d * blocks_ + place / kSignColumns) * at.rows;
                 const U bit = set(1u << place % 32);
-                float* to = values_ + (d * at.cols + c) * pitch_;
+                float* to = values_ + ((first + d) * at.cols + c) * pitch_;
                 for (int64_t r = 0; r < at.rows; r += kLanes)
                     store(to + r, as_float(subtract_where(not_less(load(from + r) & bit, bit), one, sign)));
             }
@@ -124,22 +125,27 @@ class ChannelTile {
     void make_orthogonal(const Extent& at) {
         const U sign = set(0x80000000u);
         alignas(64) uint32_t slots[kMostRows + kLanes] = {};
-        make_words(at, at.draw >> kHadamardBits, 1, kSignColumns);
-        words_to_signs(at, 1);
-        for (int64_t c = 0; c < at.cols; ++c) {
-            for (int64_t r = 0; r < at.rows; ++r) slots[r] = hadamard_slot(spec_, at.row + r, at.col + c);
-            for (int64_t d = 0; d < at.draws; ++d) {
-                const auto draw = static_cast<uint32_t>(at.draw + d);
-                const uint32_t changed = (d ? draw ^ (draw - 1) : draw) & ((1u << kHadamardBits) - 1);
-                float* to = values_ + (d * at.cols + c) * pitch_;
-                const float* from = d ? to - at.cols * pitch_ : to;
-                for (int64_t r = 0; r < at.rows; r += kLanes) {
-                    U flips = set(0u);
-                    for (uint32_t rest = changed, bit = 0; rest; rest >>= 1, ++bit)
-                        if (rest & 1u) flips = flips ^ shift_left(load(slots + r), 31 - bit);
-                    store(to + r, as_float(bits(load(from + r)) ^ (flips & sign)));
+        for (int64_t first = 0; first < at.draws;) {  // the draws of one block
+            const int64_t block = (at.draw + first) >> kHadamardBits;
+            const int64_t end = std::min(at.draws, ((block + 1) << kHadamardBits) - at.draw);
+            make_words(at, block, 1, kSignColumns);
+            words_to_signs(at, 1, first);
+            for (int64_t c = 0; c < at.cols; ++c) {
+                for (int64_t r = 0; r < at.rows; ++r) slots[r] = hadamard_slot(spec_, at.row + r, at.col + c);
+                for (int64_t d = first; d < end; ++d) {
+                    const auto draw = static_cast<uint32_t>(at.draw + d);
+                    const uint32_t changed = (d > first ? draw ^ (draw - 1) : draw) & ((1u << kHadamardBits) - 1);
+                    float* to = values_ + (d * at.cols + c) * pitch_;
+                    const float* from = d > first ? to - at.cols * pitch_ : to;
+                    for (int64_t r = 0; r < at.rows; r += kLanes) {
+                        U flips = set(0u);
+                        for (uint32_t rest = changed, bit = 0; rest; rest >>= 1, ++bit)
+                            if (rest & 1u) flips = flips ^ shift_left(load(slots + r), 31 - bit);
+                        store(to + r, as_float(bits(load(from + r)) ^ (flips & sign)));
+                    }
                 }
             }
+            first = end;
         }
     }
 

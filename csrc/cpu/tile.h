@@ -371,23 +371,24 @@ class Tile {
 
     void make_signs(const Extent& at) {
         // Orthogonal draws share their words.
-        const int64_t draws = spec_.hadamard ? 1 : at.draws, draw = spec_.hadamard ? at.draw >> kHadamardBits : at.draw;
-        const int64_t words_of_row = make_words(at, draw, draws, kSignColumns) * 4;
+        const int64_t draw = spec_.hadamard ? at.draw >> kHadamardBits : at.draw;
+        const int64_t last = spec_.hadamard ? (at.draw + at.draws - 1) >> kHadamardBits : draw + at.draws - 1;
+        const int64_t words_of_row = make_words(at, draw, last - draw + 1, kSignColumns) * 4;
         const int64_t lead = at.col % kSignColumns, shift = lead % 32, pitch = (at.cols + kLanes - 1) / kLanes * kLanes;
         lead_ = 0;
         pitch_ = pitch;
         for (int64_t row = 0; row < at.draws * at.rows; ++row) {
-            const int64_t shared = spec_.hadamard ? row % at.rows : row;
+            const int64_t of_row = at.draw + row / at.rows;
+            const int64_t shared = spec_.hadamard ? ((of_row >> kHadamardBits) - draw) * at.rows + row % at.rows : row;
             const uint32_t* word = words_ + shared * words_of_row + lead / 32;
-            const auto of_row = static_cast<uint32_t>(at.draw + row / at.rows);
-            const uint32_t slot = spec_.hadamard ? hadamard_slot(spec_, at.row + shared, at.col) : 0;
+            const uint32_t slot = spec_.hadamard ? hadamard_slot(spec_, at.row + row % at.rows, at.col) : 0;
             float* to = values_ + row * pitch;
             // A word at a time: values beyond the row's end are overwritten by the next row, or lie in the room after
             // the last one.
             for (int64_t c = 0; c < pitch; c += 32, ++word) {
                 const uint64_t window = word[0] | static_cast<uint64_t>(word[1]) << 32;
                 auto bits = static_cast<uint32_t>(window >> shift);
-                if (spec_.hadamard) bits ^= walsh_word(of_row, slot + static_cast<uint32_t>(c));
+                if (spec_.hadamard) bits ^= walsh_word(static_cast<uint32_t>(of_row), slot + static_cast<uint32_t>(c));
                 for (int lane = 0; lane < 32; lane += kLanes) store(to + c + lane, signs(bits >> lane));
             }
         }

@@ -87,9 +87,9 @@ def noisy_mlp_step(
         dist, draw, row_offset: which noise, as in `noisy_linear`; rows are samples.
         sampler: "iid", or "hadamard" with dist="rademacher".
         guides: None, or guesses g_l of each sample's gradient in each layer's output, fp32 `[R, N_1 + ... + N_L]`, for
-            layer-wise noise on the CPU. Then sigma_l <eps_lc, k_l g_l> + b_l is subtracted from the losses of a pass and
-            k_l g_l / R added to the output's gradient: that changes the estimate's error and not its mean (a control
-            variate, arXiv 1511.05176).
+            layer-wise noise on the CPU. Then sigma_l <eps_lc, k_l g_l> + b_l is subtracted from the losses of a pass,
+            and k_l g_l / R added to the output's gradient: that changes the estimate's error and not its mean (a
+            control variate, arXiv 1511.05176).
         coefficients: with guides, fp32 `[L, 2]`: k and b.
         deltas: with guides, a buffer like them, which gets the estimates of the gradients that they guess.
         dots: with guides, a buffer, fp32 `[L, C, R]`, which gets sigma_l <eps_lc, g_l>.
