@@ -108,7 +108,7 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
             const uint32_t draw = static_cast<uint32_t>(p.noise.draw + out.product);
             if (p.passes == 2) {
                 float eps[8], value[8];
-                octet.make(eps, draw, 0);
+                octet.make(eps, draw, 0, StaticBool<false>{});
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     value[i] = fmaf(sigma[col + i], eps[i], clean[i]);

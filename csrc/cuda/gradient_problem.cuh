@@ -24,7 +24,10 @@ struct Gradient {
     float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
     int64_t features;
     int copies, draws;  // draws: the number of copies with noise of their own
-    bool shared;        // one x for all copies
+    // Orthogonal draws whose copies share x: a block of so many draws counts as one, and loss_weight holds the
+    // transforms [draws, samples, walsh_size] of the weights (walsh_sums.cuh). 0: there are none.
+    int walsh_size;
+    bool shared;  // one x for all copies
     int64_t feature_tiles, panels;
 };
 
@@ -35,9 +38,9 @@ __device__ __forceinline__ int64_t first_feature_of(const Gradient<Layer>& p, in
 }
 
 // The tensors that all ops with gradients have: grad_weight, grad_bias and grad_log_sigma, which may be absent; x;
-// loss_weight [1, C, samples]; sigma; partials, fp32.
+// loss_weight [1, C, samples]; sigma; partials, fp32; walsh_sums, of walsh_sums.cuh or absent.
 struct GradientTensors {
-    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
+    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials, &walsh_sums;
 };
 
 template <typename Layer>
@@ -48,7 +51,7 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
     const int copies = static_cast<int>(t.loss_weight.size[1]);
     const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
     const bool weighted = t.grad_weight.data != nullptr && x.cols > 0;
-    return Gradient<Layer>{noise,
+    Gradient<Layer> result{noise,
                            x,
                            weight,
                            shared ? 0 : t.x.stride[0],
@@ -66,9 +69,19 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
                            features,
                            copies,
                            noise.antithetic ? copies / 2 : copies,
+                           0,
                            shared,
                            (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures,
                            weighted ? (x.cols + kPanel - 1) / kPanel : 1};
+    if (const ulr_tensor& sums = t.walsh_sums; sums.data != nullptr) {
+        result.walsh_size = static_cast<int>(sums.size[2]);
+        result.noise.draw -= noise.draw % result.walsh_size;
+        result.loss_weight = static_cast<const float*>(sums.data);
+        result.loss_copy_stride = sums.size[1] * sums.size[2];
+        result.loss_sample_stride = sums.size[2];
+        result.draws = static_cast<int>(sums.size[0]);
+    }
+    return result;
 }
 
 template <typename T, bool recompute>
@@ -97,16 +110,22 @@ __device__ __forceinline__ float score_scale(const Gradient<Layer>& p, float* sc
         return 1.0f;
     } else {
         float largest = 0.0f;
-        for (int64_t i = threadIdx.x; i < p.copies * p.loss_samples; i += kGradThreads)
-            largest = fmaxf(largest, fabsf(p.loss_weight[i / p.loss_samples * p.loss_copy_stride +
-                                                         i % p.loss_samples * p.loss_sample_stride]));
+        const bool transformed = p.walsh_size != 0;
+        const int64_t weights = transformed ? p.draws * p.loss_copy_stride : p.copies * p.loss_samples;
+        for (int64_t i = threadIdx.x; i < weights; i += kGradThreads) {
+            const int64_t at = i / p.loss_samples * p.loss_copy_stride + i % p.loss_samples * p.loss_sample_stride;
+            largest = fmaxf(largest, fabsf(p.loss_weight[transformed ? i : at]));
+        }
         for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
         if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = largest;
         __syncthreads();
         for (int warp = 0; warp < kWarps; ++warp) largest = fmaxf(largest, scratch[warp]);
         __syncthreads();
         constexpr float kLargestScore = 16.0f;  // of any distribution of the contract
-        const float bound = largest * kLargestScore * static_cast<float>(p.shared ? p.copies : 1);
+        const float bound = largest * kLargestScore *
+                            static_cast<float>(transformed ? p.draws
+                                               : p.shared  ? p.copies
+                                                           : 1);
         if (!(bound > 1e-30f && bound < 1e30f)) return 1.0f;
         int exponent_of_bound;
         frexpf(bound, &exponent_of_bound);

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
 #pragma unroll 1
             for (int step = 0; step < kSignStages - 1; ++step) load(step);
 
-            const auto make_scores = [&](auto paired) {
+            const auto make_scores = [&](auto paired, auto orthogonal) {
 #pragma unroll 1
                 for (int row = threadIdx.x; row < steps_of_side * kSignDepth; row += kGradThreads) {
                     const uint32_t sample =
@@ -89,15 +89,24 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
                     uint32_t weights[2] = {};  // rows past the last are zero, with any sign
                     if (row < rows) weights[0] = twice<T>(loss[0] * scale);
                     if (paired && row < rows) weights[1] = twice<T>(loss[p.draws * p.loss_copy_stride] * -scale);
-                    const Words signs = noise.sign_words(static_cast<uint32_t>(p.noise.row_offset + first_row + row),
-                                                         block_of_signs, static_cast<uint32_t>(p.noise.draw + group));
+                    const Words signs =
+                        noise.sign_words(static_cast<uint32_t>(p.noise.row_offset + first_row + row), block_of_signs,
+                                         static_cast<uint32_t>(p.noise.draw + group), orthogonal);
                     store_signed<paired>(memory.score, row, signs, weights);
                 }
             };
-            if (p.noise.antithetic) {
-                make_scores(StaticBool<true>{});
+            // A loop for each case, so that none holds instructions of another.
+            const auto make_pairs = [&](auto orthogonal) {
+                if (p.noise.antithetic) {
+                    make_scores(StaticBool<true>{}, orthogonal);
+                } else {
+                    make_scores(StaticBool<false>{}, orthogonal);
+                }
+            };
+            if (p.noise.hadamard) {
+                make_pairs(StaticBool<true>{});
             } else {
-                make_scores(StaticBool<false>{});
+                make_pairs(StaticBool<false>{});
             }
 
 #pragma unroll 1
