@@ -120,7 +120,7 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
             const Noised<kind> noised(clean, sigma + col);
             const auto store_copies = [&](auto whole, auto paired) {
                 T *to = y.of(out.product), *to_second = y.of(p.draws);
-#pragma unroll 1
+#pragma unroll(kind == Kind::kSigns ? 4 : 1)  // a word of signs serves four draws
                 for (uint32_t copy = 0; copy < p.draws_of_product; ++copy) {
                     float value[8], mirrored[8];
                     noised.make(value, mirrored, paired, octet, draw, copy);

@@ -229,14 +229,15 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                             const uint32_t slot =
                                 noise.slot(static_cast<uint32_t>(p.noise.row_offset + row),
                                            static_cast<uint32_t>(p.noise.col_offset + first_feature + octet_col));
+                            const float* of_sample = p.loss_weight + (loss - p.loss_weight) * p.walsh_size;
 #pragma unroll 1
                             for (int block = 0; block < draws; ++block) {
                                 float eps[8];
                                 octet.make(eps, first_draw + block * p.walsh_size, 0, StaticBool<false>{});
 #pragma unroll
                                 for (int i = 0; i < 8; ++i)
-                                    sums[0][i] = fmaf(loss[(slot + i) & within], eps[i], sums[0][i]);
-                                loss += p.loss_copy_stride;
+                                    sums[0][i] = fmaf(of_sample[(slot + i) & within], eps[i], sums[0][i]);
+                                of_sample += p.loss_copy_stride;
                             }
                         }
                     };

@@ -24,8 +24,8 @@ struct Gradient {
     float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
     int64_t features;
     int copies, draws;  // draws: the number of copies with noise of their own
-    // Orthogonal draws whose copies share x: a block of so many draws counts as one, and loss_weight holds the
-    // transforms [draws, samples, walsh_size] of the weights (walsh_sums.cuh). 0: there are none.
+    // Orthogonal draws whose copies share x: a block of so many draws counts as one draw and copy, and loss_weight
+    // holds the transforms [draws, samples * walsh_size] of the weights (walsh_sums.cuh). 0: there are none.
     int walsh_size;
     bool shared;  // one x for all copies
     int64_t feature_tiles, panels;
@@ -77,9 +77,9 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
         result.walsh_size = static_cast<int>(sums.size[2]);
         result.noise.draw -= noise.draw % result.walsh_size;
         result.loss_weight = static_cast<const float*>(sums.data);
-        result.loss_copy_stride = sums.size[1] * sums.size[2];
-        result.loss_sample_stride = sums.size[2];
-        result.draws = static_cast<int>(sums.size[0]);
+        result.loss_samples = result.loss_copy_stride = sums.size[1] * sums.size[2];
+        result.loss_sample_stride = 1;
+        result.copies = result.draws = static_cast<int>(sums.size[0]);
     }
     return result;
 }
@@ -110,22 +110,16 @@ __device__ __forceinline__ float score_scale(const Gradient<Layer>& p, float* sc
         return 1.0f;
     } else {
         float largest = 0.0f;
-        const bool transformed = p.walsh_size != 0;
-        const int64_t weights = transformed ? p.draws * p.loss_copy_stride : p.copies * p.loss_samples;
-        for (int64_t i = threadIdx.x; i < weights; i += kGradThreads) {
-            const int64_t at = i / p.loss_samples * p.loss_copy_stride + i % p.loss_samples * p.loss_sample_stride;
-            largest = fmaxf(largest, fabsf(p.loss_weight[transformed ? i : at]));
-        }
+        for (int64_t i = threadIdx.x; i < p.copies * p.loss_samples; i += kGradThreads)
+            largest = fmaxf(largest, fabsf(p.loss_weight[i / p.loss_samples * p.loss_copy_stride +
+                                                         i % p.loss_samples * p.loss_sample_stride]));
         for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
         if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = largest;
         __syncthreads();
         for (int warp = 0; warp < kWarps; ++warp) largest = fmaxf(largest, scratch[warp]);
         __syncthreads();
         constexpr float kLargestScore = 16.0f;  // of any distribution of the contract
-        const float bound = largest * kLargestScore *
-                            static_cast<float>(transformed ? p.draws
-                                               : p.shared  ? p.copies
-                                                           : 1);
+        const float bound = largest * kLargestScore * static_cast<float>(p.shared ? p.copies : 1);
         if (!(bound > 1e-30f && bound < 1e30f)) return 1.0f;
         int exponent_of_bound;
         frexpf(bound, &exponent_of_bound);

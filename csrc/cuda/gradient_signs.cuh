@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_signed(char (*score)[kGradRows * kSignRowB
     }
 }
 
-template <typename T>
+template <typename T, bool orthogonal>
 __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const Gradient<Linear<T>> p) {
     auto& memory = *dynamic_shared<SignMemory>();
     __shared__ NoiseTable table;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
 #pragma unroll 1
             for (int step = 0; step < kSignStages - 1; ++step) load(step);
 
-            const auto make_scores = [&](auto paired, auto orthogonal) {
+            const auto make_scores = [&](auto paired) {
 #pragma unroll 1
                 for (int row = threadIdx.x; row < steps_of_side * kSignDepth; row += kGradThreads) {
                     const uint32_t sample =
@@ -91,22 +91,14 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
                     if (paired && row < rows) weights[1] = twice<T>(loss[p.draws * p.loss_copy_stride] * -scale);
                     const Words signs =
                         noise.sign_words(static_cast<uint32_t>(p.noise.row_offset + first_row + row), block_of_signs,
-                                         static_cast<uint32_t>(p.noise.draw + group), orthogonal);
+                                         static_cast<uint32_t>(p.noise.draw + group), StaticBool<orthogonal>{});
                     store_signed<paired>(memory.score, row, signs, weights);
                 }
             };
-            // A loop for each case, so that none holds instructions of another.
-            const auto make_pairs = [&](auto orthogonal) {
-                if (p.noise.antithetic) {
-                    make_scores(StaticBool<true>{}, orthogonal);
-                } else {
-                    make_scores(StaticBool<false>{}, orthogonal);
-                }
-            };
-            if (p.noise.hadamard) {
-                make_pairs(StaticBool<true>{});
+            if (p.noise.antithetic) {
+                make_scores(StaticBool<true>{});
             } else {
-                make_pairs(StaticBool<false>{});
+                make_scores(StaticBool<false>{});
             }
 
 #pragma unroll 1
@@ -153,8 +145,8 @@ int launch_signs_gradient(Gradient<Linear<T>> p, const ulr_launch& launch) {
     if (p.x.rows == 0 || p.features == 0) return ULR_OK;
     p.feature_tiles = (p.noise.col_offset % kSignFeatures + p.features + kSignFeatures - 1) / kSignFeatures;
     p.panels = p.grad_weight.data == nullptr ? 1 : max((p.x.cols + kSignPanel - 1) / kSignPanel, int64_t{1});
-    return launch_kernel(signs_gradient_kernel<T>, p.feature_tiles * p.panels, dim3(kGradThreads), sizeof(SignMemory),
-                         launch, p);
+    const auto kernel = p.noise.hadamard ? signs_gradient_kernel<T, true> : signs_gradient_kernel<T, false>;
+    return launch_kernel(kernel, p.feature_tiles * p.panels, dim3(kGradThreads), sizeof(SignMemory), launch, p);
 }
 
 }  // namespace ulr

@@ -95,7 +95,7 @@ class Noise {
     // eps of columns 4 quad ... 4 quad + 3 of a row (all counted in the whole noise).
     __device__ __forceinline__ void quad(float (&eps)[4], uint32_t row, uint32_t quad, uint32_t draw) const {
         if constexpr (kind == Kind::kSigns) {
-            signs_to_floats(eps, sign_word(row, quad >> 3, draw) >> 4 * (quad & 7));
+            sign_quad(eps, row, quad, draw, orthogonal());
         } else {
             Words words = philox4x32(Words{{quad, row, kind == Kind::kSobol ? 0u : draw, 0u}}, key_);
             if constexpr (kind == Kind::kSobol) add_points(words, row, quad, draw);
@@ -104,23 +104,35 @@ class Noise {
         }
     }
 
+    // The same of signs. Orthogonal: whether draws are; it may be a constant.
+    template <typename Orthogonal>
+    __device__ __forceinline__ void sign_quad(float (&eps)[4], uint32_t row, uint32_t quad, uint32_t draw,
+                                              Orthogonal orthogonal) const {
+        signs_to_floats(eps, sign_word(row, quad >> 3, draw, orthogonal) >> 4 * (quad & 7));
+    }
+
     // Whether the draws are orthogonal: each block of 2^16 draws shares its calls of Philox.
     __device__ __forceinline__ bool orthogonal() const { return spec_.hadamard != 0; }
 
     // The slot of a coordinate of orthogonal signs; 16 bits of it count. As 32 bits the 2^32 positions of a parameter,
     // whose rows are all of one sample, are 0.
     __device__ __forceinline__ uint32_t slot(uint32_t row, uint32_t col) const {
-        const uint32_t positions = static_cast<uint32_t>(spec_.positions), position = positions ? row % positions : row;
+        return slot(row, col, static_cast<uint32_t>(spec_.positions));
+    }
+    __device__ __forceinline__ uint32_t slot(uint32_t row, uint32_t col, uint32_t positions) const {
+        const uint32_t position = positions == 0 ? row : row % positions;
         return position * static_cast<uint32_t>(spec_.width | 1) + col;
     }
 
-    // The signs of columns 128 index ... 128 index + 127 of a row. Orthogonal: whether draws are; it may be a constant.
+    // The signs of columns 128 index ... 128 index + 127 of a row.
     template <typename Orthogonal>
     __device__ __forceinline__ Words sign_words(uint32_t row, uint32_t index, uint32_t draw,
                                                 Orthogonal orthogonal) const {
         Words words = made_words(row, index, orthogonal ? draw >> kHadamardBits : draw);
         if (orthogonal) {
-            const uint32_t first = slot(row, 128 * index);
+            // Opaque: kept from one row to the next, parts of it would take registers.
+            const uint32_t positions = static_cast<uint32_t>(opaque(spec_.positions));
+            const uint32_t first = slot(row, 128 * opaque(static_cast<int>(index)), positions);
 #pragma unroll
             for (int i = 0; i < 4; ++i) words.w[i] ^= walsh_word(draw, first + 32 * i);
         }
@@ -128,9 +140,11 @@ class Noise {
     }
 
     // The signs of columns 32 index ... 32 index + 31 of a row.
-    __device__ __forceinline__ uint32_t sign_word(uint32_t row, uint32_t index, uint32_t draw) const {
-        const uint32_t word = made_word(row, index, orthogonal() ? draw >> kHadamardBits : draw);
-        return orthogonal() ? word ^ walsh_word(draw, slot(row, 32 * index)) : word;
+    template <typename Orthogonal>
+    __device__ __forceinline__ uint32_t sign_word(uint32_t row, uint32_t index, uint32_t draw,
+                                                  Orthogonal orthogonal) const {
+        const uint32_t word = made_word(row, index, orthogonal ? draw >> kHadamardBits : draw);
+        return orthogonal ? word ^ walsh_word(draw, slot(row, 32 * index)) : word;
     }
 
     // One word of a call of Philox. Orthogonal draws share it.
@@ -177,7 +191,7 @@ template <Kind kind>
 __device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& noise, uint32_t row, uint32_t octet,
                                             uint32_t draw) {
     if constexpr (kind == Kind::kSigns) {
-        noise.signs_to_floats(eps, noise.sign_word(row, octet >> 2, draw) >> 8 * (octet & 3));
+        noise.signs_to_floats(eps, noise.sign_word(row, octet >> 2, draw, noise.orthogonal()) >> 8 * (octet & 3));
     } else {
         float low[4], high[4];
         noise.quad(low, row, 2 * octet, draw);
@@ -187,30 +201,32 @@ __device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& 
     }
 }
 
-// A word of signs of a row, draw after draw.
+// A word of signs of a row, for every draw number `step` from a first one on. What orthogonal draws share is kept.
+template <uint32_t step>
 class SignWord {
   public:
     // Columns 32 index ... 32 index + 31.
     __device__ __forceinline__ SignWord(const Noise<Kind::kSigns>& noise, uint32_t row, uint32_t index)
         : noise_(noise), row_(row), index_(index), slot_(noise.orthogonal() ? noise.slot(row, 32 * index) : 0) {}
 
-    // First: none has been made before. Keeps: what orthogonal draws share is made once and takes registers; a
-    // constant.
-    template <typename Keeps>
-    __device__ __forceinline__ uint32_t make(uint32_t draw, bool first, Keeps keeps) {
-        if (!keeps) return noise_.sign_word(row_, index_, draw);
-        const uint32_t call_draw = noise_.orthogonal() ? draw >> kHadamardBits : draw;
-        if (first || call_draw != call_draw_) {
-            call_draw_ = call_draw;
-            word_ = noise_.made_word(row_, index_, call_draw);
-        }
-        return noise_.orthogonal() ? word_ ^ walsh_word(draw, slot_) : word_;
+    // First: the first draw of all.
+    __device__ __forceinline__ uint32_t make(uint32_t draw, bool first) {
+        constexpr uint32_t kWithinBlock = (1u << kHadamardBits) - 1;
+        const bool orthogonal = noise_.orthogonal();
+        if (!orthogonal || first || (draw & kWithinBlock) < step)
+            shared_ = noise_.made_word(row_, index_, orthogonal ? draw >> kHadamardBits : draw);
+        return orthogonal ? shared_ ^ walsh_word(draw, slot_) : shared_;
+    }
+
+    // The word of one draw, of which nothing is kept.
+    __device__ __forceinline__ uint32_t once(uint32_t draw) const {
+        return noise_.sign_word(row_, index_, draw, noise_.orthogonal());
     }
 
   private:
     const Noise<Kind::kSigns>& noise_;
     const uint32_t row_, index_, slot_;
-    uint32_t call_draw_ = 0, word_ = 0;
+    uint32_t shared_ = 0;
 };
 
 // The noise of a quad, draw after draw.
@@ -237,13 +253,13 @@ class Quad<Kind::kSigns> {
         : noise_(noise), shift_(4 * (quad & 7)), word_(noise, row, quad >> 3) {}
 
     __device__ __forceinline__ void make(float (&eps)[4], uint32_t draw, uint32_t index) {
-        noise_.signs_to_floats(eps, word_.make(draw, index == 0, StaticBool<true>{}) >> shift_);
+        noise_.signs_to_floats(eps, word_.make(draw, index == 0) >> shift_);
     }
 
   private:
     const Noise<Kind::kSigns>& noise_;
     const uint32_t shift_;
-    SignWord word_;
+    SignWord<1> word_;
 };
 
 // The noise of eight neighbouring columns of a row, the first a multiple of eight in the whole noise, draw after draw.
@@ -253,7 +269,8 @@ class Octet {
     __device__ __forceinline__ Octet(const Noise<kind>& noise, uint32_t row, int64_t col)
         : noise_(noise), row_(row), quad_(static_cast<uint32_t>(col >> 2)) {}
 
-    // Draw number `index` from `draw` on, index counting up from 0. Keeps: see SignWord.
+    // Draw number `index` from `draw` on, index counting up from 0. Keeps: a constant, whether registers hold what
+    // orthogonal draws share.
     template <typename Keeps>
     __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index, Keeps) {
         float low[4], high[4];
@@ -286,14 +303,17 @@ class Octet<Kind::kSigns> {
     template <typename Keeps>
     __device__ __forceinline__ uint32_t signs(uint32_t draw, uint32_t index, Keeps keeps) {
         const uint32_t member = lane_ % 4;
-        if (index % 4 == 0) word_ = made_.make(draw + index + member, index == 0, keeps);
-        return __shfl_sync(0xffffffffu, word_, (lane_ & ~3u) + index % 4) >> 8 * member;
+        if (index % 4 == 0) {
+            const uint32_t own_draw = draw + index + member;
+            word_ = keeps ? made_.make(own_draw, index == 0) : made_.once(own_draw);
+        }
+        return __shfl_sync(0xffffffffu, word_, index % 4, 4) >> 8 * member;
     }
 
   private:
     const Noise<Kind::kSigns>& noise_;
     const uint32_t lane_;
-    SignWord made_;
+    SignWord<4> made_;
     uint32_t word_ = 0;
 };
 

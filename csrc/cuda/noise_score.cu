@@ -17,18 +17,21 @@ struct Scores {
     Quads quads;
 };
 
-template <Kind kind>
-__global__ void __launch_bounds__(kThreads, kind == Kind::kSigns ? 5 : 0) noise_score_kernel(const Scores p) {
+// Orthogonal: a constant, of signs; their draws are summed by transforms.
+template <Kind kind, bool orthogonal>
+__global__ void __launch_bounds__(kThreads, kind == Kind::kSobol ? 6 : 0) noise_score_kernel(const Scores p) {
     __shared__ NoiseTable table;
     table.fill(p.noise, threadIdx.x, kThreads);
     __syncthreads();
-    const Noise<kind> noise(p.noise, table);
+    ulr_noise_spec spec = p.noise;
+    spec.hadamard = orthogonal;
+    const Noise<kind> noise(spec, table);
     const int64_t index = blockIdx.x * int64_t{kThreads} + threadIdx.x;
     if (index >= p.quads.rows * p.quads.quads) return;
     const uint32_t row = p.quads.row(index), quad = p.quads.quad(index);
     const int64_t col = 4 * int64_t{quad} - p.quads.shift;
     float total[4] = {};
-    for_draws(noise, p.noise, p.loss, row, static_cast<uint32_t>(p.quads.first) + quad,
+    for_draws(noise, p.noise, p.loss, StaticBool<orthogonal>{}, row, static_cast<uint32_t>(p.quads.first) + quad,
               [&](uint32_t, const float (&eps)[4], float first, float second) {
 #pragma unroll
                   for (int i = 0; i < 4; ++i)  // the score is odd
@@ -56,5 +59,6 @@ extern "C" int ulr_cuda_noise_score(const ulr_noise_spec* noise, const ulr_tenso
     const auto launch_kind = [&](auto kernel) {
         return launch_kernel(kernel, (p.quads.count() + kThreads - 1) / kThreads, dim3(kThreads), 0, *launch, p);
     };
-    return by_kind(*noise, [&](auto kind) { return launch_kind(noise_score_kernel<decltype(kind)::value>); });
+    if (noise->hadamard) return launch_kind(noise_score_kernel<Kind::kSigns, true>);
+    return by_kind(*noise, [&](auto kind) { return launch_kind(noise_score_kernel<decltype(kind)::value, false>); });
 }

@@ -251,7 +251,7 @@ __device__ __forceinline__ void for_each_unit(const ParameterTable<views>& table
     ulr_noise_spec of_entry = how.noise;
     of_entry.width = entry.width;
     of_entry.positions = int64_t{1} << 32;  // a constant, as it is for every parameter
-    if (low_rank) of_entry.hadamard = 0;  // a constant
+    if (low_rank) of_entry.hadamard = 0;    // a constant
     const UnitNoise<kind, low_rank> noise(how, of_entry, by_col, by_row);
     constexpr int kHeight = UnitNoise<kind, low_rank>::kHeight;
     const uint32_t octets = static_cast<uint32_t>(octets_of(entry.col_offset, entry.cols));

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot
     for (int64_t row = range * p.rows_of_range + slot; row < end; row += kSlots) {
         const GridQuad<T> x(p.x, static_cast<uint32_t>(row), col);
         float total[4] = {};
-        for_draws(noise, p.noise, p.loss, static_cast<uint32_t>(row), noise_quad,
+        for_draws(noise, p.noise, p.loss, p.loss.walsh_size != 0, static_cast<uint32_t>(row), noise_quad,
                   [&](uint32_t draw, const float (&eps)[4], float first, float second) {
         // The score is odd and eps * score even: for a pair they are multiplied by the difference and by the sum of its
         // weights.

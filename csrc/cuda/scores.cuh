@@ -32,19 +32,20 @@ struct LossWeights {
 };
 
 // each(draw, eps, first, second): the noise of every draw, with the loss weights of its copy and of the negated one (0
-// where there is none). A block of orthogonal draws comes as its weighted sum, with a weight of 1.
-template <Kind kind, typename Each>
+// where there is none). Transformed: whether the
+// data are transforms; then a block of draws comes as its weighted sum, with a weight of 1.
+template <Kind kind, typename Transformed, typename Each>
 __device__ __forceinline__ void for_draws(const Noise<kind>& noise, const ulr_noise_spec& spec, const LossWeights& loss,
-                                          uint32_t row, uint32_t quad, Each each) {
+                                          Transformed transformed, uint32_t row, uint32_t quad, Each each) {
     const float* weight = loss.data + row / loss.positions * loss.sample_stride;
     const uint32_t noise_row = static_cast<uint32_t>(spec.row_offset) + row, first = static_cast<uint32_t>(spec.draw);
     if constexpr (kind == Kind::kSigns) {
-        if (loss.walsh_size != 0) {
+        if (transformed) {
             const uint32_t within = loss.walsh_size - 1, slot = noise.slot(noise_row, 4 * quad);
 #pragma unroll 1
             for (uint32_t block = 0; block < loss.draws; ++block) {
                 float eps[4];
-                noise.quad(eps, noise_row, quad, (first & ~within) + block * loss.walsh_size);
+                noise.sign_quad(eps, noise_row, quad, (first & ~within) + block * loss.walsh_size, StaticBool<true>{});
 #pragma unroll
                 for (int i = 0; i < 4; ++i) eps[i] *= weight[(slot + i) & within];
                 each(block, eps, 1.0f, 0.0f);

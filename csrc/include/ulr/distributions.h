@@ -64,11 +64,12 @@ ULR_HD uint32_t hadamard_slot(const ulr_noise_spec& spec, int64_t row, int64_t c
 
 constexpr int kHadamardBits = 16;  // of a draw: the higher ones choose the signs that 2^16 draws share
 
-ULR_HD uint32_t parity(uint32_t bits) {
+// All bits set where an odd number of bits is set, else none.
+ULR_HD uint32_t parity_mask(uint32_t bits) {
 #ifdef __CUDA_ARCH__
-    return static_cast<uint32_t>(__popc(static_cast<int>(bits))) & 1u;
+    return static_cast<uint32_t>(static_cast<int32_t>(__popc(static_cast<int>(bits)) << 31) >> 31);
 #else
-    return static_cast<uint32_t>(__builtin_parity(bits));
+    return 0u - static_cast<uint32_t>(__builtin_parity(bits));
 #endif
 }
 
@@ -76,7 +77,7 @@ ULR_HD uint32_t parity(uint32_t bits) {
 ULR_HD uint32_t walsh_bits(uint32_t draw) {
     constexpr uint32_t kFunctions[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u, 0xffff0000u};
     uint32_t bits = 0;
-    for (int b = 0; b < 5; ++b) bits ^= (0u - (draw >> b & 1u)) & kFunctions[b];
+    for (int b = 0; b < 5; ++b) bits ^= (draw & 1u << b) * (kFunctions[b] >> b);
     return bits;
 }
 
@@ -86,7 +87,7 @@ ULR_HD uint32_t walsh_word(uint32_t draw, uint32_t slot) {
     const uint32_t bits = walsh_bits(draw), turn = slot & 31u, high = (draw & 0xffffu) >> 5, block = slot >> 5;
     const uint32_t turned = bits >> turn | bits << ((0u - turn) & 31u);
     const uint32_t later = ~(~0u >> turn);  // slots of the next block
-    const uint32_t here = 0u - parity(high & block), next = 0u - parity(high & (block + 1u));
+    const uint32_t here = parity_mask(high & block), next = parity_mask(high & (block + 1u));
     return turned ^ here ^ (later & (here ^ next));
 }
 
