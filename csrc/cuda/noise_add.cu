@@ -24,7 +24,7 @@ struct Add {
 
 // A thread makes a quad of columns of one row, for some draws.
 template <typename T, Kind kind>
-__global__ void __launch_bounds__(kThreads, kind == Kind::kSigns ? 4 : 0) noise_add_kernel(const Add<T> p) {
+__global__ void __launch_bounds__(kThreads) noise_add_kernel(const Add<T> p) {
     __shared__ NoiseTable table;
     table.fill(p.noise, threadIdx.x, kThreads);
     __syncthreads();
