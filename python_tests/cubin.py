@@ -1,8 +1,9 @@
 """The cost of a kernel, read from the cubin that Triton compiles for sm_90: no GPU needed.
 
 Instructions of a loop are those between the target of a backward branch and the branch, predicated ones included, NOP
-left out. The noise loop is the innermost loop with the most products of Philox. One normal is one conversion of
-an integer to float (I2F), one pair of signs one LOP3 with the bits 0x3f803f80, which hold however a loop is unrolled.
+left out. The noise loop is the innermost loop with the most products of Philox; a call that orthogonal draws share is
+not counted. One normal is one conversion of an integer to float (I2F), one pair of signs one LOP3 with the bits
+0x3f803f80, which hold however a loop is unrolled.
 """
 
 from __future__ import annotations
@@ -65,15 +66,33 @@ def instructions(sass: str) -> dict[int, str]:
     return {int(address, 16): text.strip() for address, text in found}
 
 
+def branches(code: dict[int, str]) -> list[tuple[int, int]]:
+    """The address and the target of each branch."""
+    found = ((address, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)) for address, text in code.items())
+    return [(address, int(branch[1], 16)) for address, branch in found if branch]
+
+
+def loop_spans(code: dict[int, str]) -> list[tuple[int, int]]:
+    """The first and the last address of all innermost loops."""
+    spans = [(target, address) for address, target in branches(code) if target < address]
+    return [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+
+
+def body_of(code: dict[int, str], first: int, last: int) -> list[str]:
+    return [text for address, text in code.items() if first <= address <= last and "NOP" not in text]
+
+
 def loops(code: dict[int, str]) -> list[list[str]]:
     """The bodies of all innermost loops."""
-    spans = []
-    for address, text in code.items():
-        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            spans.append((int(branch[1], 16), address))
-    inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [[t for a, t in code.items() if first <= a <= last and "NOP" not in t] for first, last in inner]
+    return [body_of(code, *span) for span in loop_spans(code)]
+
+
+def without_calls(code: dict[int, str], first: int, last: int) -> list[str]:
+    """The body of a loop, less a part with Philox that a branch leaves out in all turns but the first."""
+    inside = [(a, target) for a, target in branches(code) if first <= a < target <= last]
+    skipped = [s for s in inside if count(body_of(code, s[0] + 1, s[1] - 1), r"IMAD\.WIDE|IMAD\.HI") > 10]
+    start, end = min(skipped, key=lambda s: s[1] - s[0], default=(last, last + 1))
+    return body_of(code, first, start) + body_of(code, end, last)
 
 
 def count(body: list[str], pattern: str) -> int:
@@ -99,7 +118,8 @@ def measure(launch: Launch) -> dict[str, float]:
         "spills": count(list(code.values()), r"\b(LDL|STL)\b"),
         "shared": kernel.metadata.shared,
     }
-    body = max(loops(code), key=lambda b: count(b, PHILOX), default=[])
+    span = max(loop_spans(code), key=lambda s: count(body_of(code, *s), PHILOX), default=(0, -1))
+    body = without_calls(code, *span)
     normals, signs = count(body, r"\bI2FP?\b"), 2 * count(body, "0x3f803f80")
     if normals or signs:
         result["instructions"] = round(len(body) / (normals or signs), 2)

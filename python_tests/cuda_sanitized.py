@@ -28,9 +28,21 @@ LINEAR = (
     "log-sigma",
     "same-dtype",
     "no-inputs",
+    "hadamard",
+    "hadamard-separate",
 )
 
-CONV = ("per-channel", "separate", "transposed-groups", "channels-last", "wide", "strided", "log-sigma", "signs")
+CONV = (
+    "per-channel",
+    "separate",
+    "transposed-groups",
+    "channels-last",
+    "wide",
+    "strided",
+    "log-sigma",
+    "signs",
+    "hadamard",
+)
 
 library = emulation.Library(pathlib.Path(sys.argv[1]))
 cuda.provider = lambda op, device: library.provider(op)  # type: ignore[assignment]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ulr_kernels.backends.triton.launch import Launch, table
-from ulr_kernels.backends.triton.noise_contract import open_source, sign_halves, sign_pairs
+from ulr_kernels.backends.triton.noise_contract import open_source, sign_halves, sign_pairs, sign_words
 
 
 @triton.jit
@@ -14,7 +14,9 @@ def sign_probe_kernel(out, key, table, draws, BR: tl.constexpr, BC: tl.constexpr
     source = open_source(key, table)
     total = tl.zeros([BR, BC // 16], tl.uint32)
     for draw in range(draws):
-        halves = sign_halves(rows.to(tl.uint32), tl.full((), 0, tl.uint32), draw.to(tl.uint32), source, BR, BC)
+        halves = sign_halves(
+            sign_words(rows.to(tl.uint32), tl.full((), 0, tl.uint32), draw.to(tl.uint32), source, BR, BC)
+        )
         for j in tl.static_range(8):
             total ^= sign_pairs(halves, j, source)
     tl.store(out + rows[:, None] * (BC // 16) + tl.arange(0, BC // 16)[None, :], total)

@@ -136,6 +136,18 @@ def test_signs_by_integers(device) -> None:
         assert eps[0, c].item() == 1 - 2 * bit
 
 
+def test_orthogonal_signs_by_integers(device) -> None:
+    key, col, row, draw, positions, width = -7, 100, 9, 0x2ABCD, 4, 310
+    at = {"row_offset": row, "col_offset": col, "positions": positions, "width": width}
+    eps = ulr.noise((3, 200), key, draw=draw, dist="rademacher", sampler="hadamard", device=device, **at)
+    for r in range(3):
+        for c in range(200):
+            call = noise_contract.philox4x32_int(((col + c) // 128, row + r, draw >> 16, 0), key)
+            bit = call[(col + c) % 128 // 32] >> (col + c) % 32 & 1
+            slot = (row + r) % positions * (width | 1) + col + c
+            assert eps[r, c].item() == (1 - 2 * bit) * (-1) ** (draw & slot & 0xFFFF).bit_count()
+
+
 def test_sobol_is_torchs_sequence_shifted(device) -> None:
     """Without the shift, draw 0's words, the points are those of torch's engine, which orders them by Gray code."""
     positions, cols, key = 2, 3, 99

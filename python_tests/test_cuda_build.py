@@ -30,10 +30,13 @@ FLAGS = (ROOT / "csrc/cuda/nvcc_flags.txt").read_text().split()
 MOST_INSTRUCTIONS_PER_NORMAL = 26.0
 MOST_INSTRUCTIONS_PER_PACKED_SIGN = 2.0
 MOST_INSTRUCTIONS_PER_OUTPUT = 30.0
+MOST_INSTRUCTIONS_PER_ORTHOGONAL_OUTPUT = {"": 6.0, "-pairs": 5.0}
 KINDS = ("quantile", "sobol", "signs")
 # Of a kernel's last flag among its template arguments.
 FLAG_NAMES = {
     "noise": ("each", "whole"),
+    "noise_score": ("", "orthogonal"),
+    "signs_gradient": ("", "orthogonal"),
     "perturbed_linear": ("", "pairs"),
     "perturbed_conv2d": ("", "pairs"),
     "perturb": ("", "low-rank"),
@@ -151,6 +154,17 @@ def noise_loop(source: str, kernel: str, **counts: int) -> list[str]:
     )
 
 
+def orthogonal_loop(source: str, kernel: str, stores: int) -> list[str]:
+    """The loop of a forward that makes words of orthogonal signs for four draws, without the call of Philox that all of
+    2^16 draws share."""
+    from cubin import body_of, count, instructions, loop_spans, without_calls
+
+    code = instructions(disassemble(source)[kernel])
+    patterns = {r"\bPOPC\b": 2, r"\bSHFL\b": 4, r"\bSTG\b": stores, r"\bSTS\b": 0}
+    spans = [s for s in loop_spans(code) if all(count(body_of(code, *s), p) == n for p, n in patterns.items())]
+    return min((without_calls(code, *span) for span in spans), key=len)
+
+
 def measure_loops() -> dict[str, float]:
     """Instructions a normal or packed sign, on Hopper. Pairs: antithetic, two outputs or two signs from one noise."""
     result = {"noise": len(noise_loop("noise", "noise-quantile-whole", conversions=8, stores=2)) / 8}
@@ -173,8 +187,14 @@ def measure_loops() -> dict[str, float]:
             )
             result[f"noisy_conv2d_grad_-{dtype}{name}"] = len(body) / 8
     for name, copies in (("", 1), ("-pairs", 2)):
-        body = noise_loop("noisy_linear_grad_", "signs_gradient-bf16", loads=copies, shared_stores=16 * copies)
-        result[f"packed-signs{name}"] = len(body) / (128 * copies)
+        for sampler in ("", "-orthogonal"):
+            counts = {"loads": copies, "shared_stores": 16 * copies}
+            body = noise_loop("noisy_linear_grad_", f"signs_gradient-bf16{sampler}", **counts)
+            result[f"packed-signs{sampler}{name}"] = len(body) / (128 * copies)
+    for dtype, stores in (("bf16", 1), ("fp32", 2)):
+        for name, copies in (("", 1), ("-pairs", 2)):
+            body = orthogonal_loop("noisy_linear", f"noisy_linear-{dtype}-signs", 4 * copies * stores)
+            result[f"orthogonal-{dtype}{name}"] = len(body) / (32 * copies)
     for name, conversions in (("quantile", 8), ("signs", 0)):  # a probe's noise
         result[f"combine_-{name}"] = (
             len(noise_loop("combine_", f"combine-{name}", conversions=conversions, loads=1)) / 8
@@ -190,6 +210,9 @@ def test_loops_stay_within_their_budget() -> None:
     for name, most in budget.items():
         if name == "noise" or name.endswith(("grad_-bf16", "grad_-fp32")):
             assert most <= MOST_INSTRUCTIONS_PER_NORMAL, name
+        elif "orthogonal" in name:
+            pairs = "-pairs" if name.endswith("pairs") else ""
+            assert most <= MOST_INSTRUCTIONS_PER_ORTHOGONAL_OUTPUT[pairs], name
         elif name.startswith("packed"):
             assert most <= MOST_INSTRUCTIONS_PER_PACKED_SIGN, name
         else:

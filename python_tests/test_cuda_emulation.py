@@ -18,6 +18,7 @@ from samples import Sample, values
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
     test_fold_in_on_host_and_device,
     test_frozen_vectors,
+    test_orthogonal_signs_by_integers,
     test_philox_known_answers,
     test_quantile_noise_by_exact_arithmetic,
     test_signs_by_integers,

@@ -60,7 +60,8 @@ def compare(sample: Sample) -> list[Tensor]:
     """Run a sample on the back end in use: losses and buffers must be within rounding of the definition."""
     grads, grad_biases, x, target, weights, biases, sigma, keys = sample.args
     how = {"copies": 32, "antithetic": True, "injection": "layerwise", "activation": "relu", "loss": "cross_entropy"}
-    how |= {"label_smoothing": 0.0, "baseline": "mean", "dist": "normal", "draw": 0, "row_offset": 0, **sample.kwargs}
+    how |= {"label_smoothing": 0.0, "baseline": "mean", "dist": "normal", "sampler": "iid", "draw": 0, "row_offset": 0}
+    how |= sample.kwargs
     results, bias_results = [clone(g) for g in grads], [clone(g) for g in grad_biases]
     losses = noisy_mlp_step(results, bias_results, *sample.args[2:], **sample.kwargs)
 
@@ -71,6 +72,7 @@ def compare(sample: Sample) -> list[Tensor]:
         truth.signed_noise(
             *(copies, x.shape[0], w.shape[0], keys[i], how["antithetic"], how["draw"]),
             dist=how["dist"],
+            sampler=how["sampler"],
             row_offset=how["row_offset"],
         )
         for i, w in enumerate(weights)

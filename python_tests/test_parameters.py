@@ -77,7 +77,7 @@ def adam(g, m, v, lr, step, weight_decay, betas, epsilon, t):
 def test_within_rounding_of_the_definition(op, dtype, sample_id) -> None:
     sample = pick(op, sample_id, "cpu", dtype)
     tensors, keys, amount = sample.args
-    known = ("draw", "dist", "rank", "row_offset", "col_offset")
+    known = ("draw", "dist", "rank", "row_offset", "col_offset", "sampler", "width")
     spec = {k: v for k, v in sample.kwargs.items() if k in known}
     rule = {k: v for k, v in sample.kwargs.items() if k not in known}
     with ulr.use_backend("torch"):

@@ -16,7 +16,6 @@ from samples import Sample, values
 from test_ops import poison  # noqa: F401
 from torch import Tensor
 
-import ulr_kernels as ulr
 from ulr_kernels.ops import perturbed_conv2d, perturbed_embedding, perturbed_linear
 from ulr_kernels.ops._op import FLOATS, OPS
 
@@ -25,21 +24,14 @@ PERTURBED = ("perturbed_linear", "perturbed_conv2d", "perturbed_embedding")
 # --- truth: shared with no implementation but for the noise itself ----------------------------------------------------
 
 
-def weight_noise(
-    weight, key, copies=1, antithetic=False, rank=None, dist="normal", draw=0, row_offset=0, col_offset=0, mask=None
-) -> Tensor:
+def weight_noise(weight, key, copies=1, antithetic=False, rank=None, draw=0, mask=None, **spec) -> Tensor:
     """fp64 `[C, N, K]`: the noise of each copy's weight, of rank r: A B^T / sqrt(r)."""
     rows, cols = weight.shape[0], math.prod(weight.shape[1:])
     half = copies // 2 if antithetic else copies
 
     def one(copy: int) -> Tensor:
-        at = {"dist": dist, "draw": draw + copy % half}
         sign = 1 if copy < half else -1
-        if rank is None:
-            return sign * truth.noise((rows, cols), key, row_offset=row_offset, col_offset=col_offset, **at).double()
-        a = truth.noise((rank, rows), ulr.fold_in(key, 1), col_offset=row_offset, **at).double()
-        b = truth.noise((rank, cols), ulr.fold_in(key, 2), col_offset=col_offset, **at).double()
-        return sign * a.T @ b / math.sqrt(rank)
+        return sign * truth.parameter_noise((rows, cols), key, rank, draw=draw + copy % half, **spec)
 
     eps = torch.stack([one(copy) for copy in range(copies)])
     return eps if mask is None else eps * mask.cpu().reshape(1, rows, cols)

@@ -73,6 +73,7 @@ def one(axes: int) -> Tensor:
 
 def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
     """Each op, with as many copies."""
+    ranks = (None,) if how["sampler"] == "hadamard" else (None, 1)
     layer, image = (one(2), one(1), 0.5, 7), (one(4), one(1), 0.5, 7)
     loss = torch.ones(copies, 1)
     for x in (one(2), torch.ones(copies, 1, 1)):
@@ -83,30 +84,35 @@ def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
         ops.foreach_noisy_linear_grad_(
             [one(2)], [one(1)], [x], [loss], [torch.tensor(0.5)], [torch.tensor(7)], **how, **offsets
         )
-        for rank in (None, 1):
+        for rank in ranks:
             ops.perturbed_linear(x, *layer, copies=copies, rank=rank, **how, **at)
     for x in (one(4), torch.ones(copies, 1, 1, 1, 1)):
         for transposed in (False, True):
             ops.noisy_conv2d(x, *image, copies=copies, transposed=transposed, **how, **at)
             ops.noisy_conv2d_grad_(one(4), one(1), x, loss, 0.5, 7, transposed=transposed, **how, **at)
-        for rank in (None, 1):
+        for rank in ranks:
             ops.perturbed_conv2d(x, *image, copies=copies, rank=rank, **how, **at)
     ops.noise_add(one(2), 0.5, 7, copies=copies, **how, **at)
     ops.noise_score((1, 1), loss, 0.5, 7, **how, **at)
-    for rank in (None, 1):
+    for rank in ranks:
         first = torch.zeros(1, dtype=torch.int64)
         ops.perturbed_embedding(first, one(2), 0.5, 7, copies=copies, rank=rank, **how, **at)
-        ops.perturb_([one(2), one(1)], torch.tensor([7, 8]), 0.5, dist=how["dist"], rank=rank)
-        ops.combine_([one(2), one(1)], torch.tensor([7, 8]), one(1), dist=how["dist"], rank=rank)
+        which = {"dist": how["dist"], "sampler": how["sampler"], "rank": rank}
+        ops.perturb_([one(2), one(1)], torch.tensor([7, 8]), 0.5, **which)
+        ops.combine_([one(2), one(1)], torch.tensor([7, 8]), one(1), **which)
 
 
-@pytest.mark.parametrize("dist,antithetic", [("normal", True), ("rademacher", False)])
-def test_sizes_of_one(dist, antithetic) -> None:
-    how = {"dist": dist, "antithetic": antithetic}
+@pytest.mark.parametrize(
+    "dist,sampler,antithetic",
+    [("normal", "iid", True), ("rademacher", "iid", False), ("rademacher", "hadamard", False)],
+)
+def test_sizes_of_one(dist, sampler, antithetic) -> None:
+    how = {"dist": dist, "sampler": sampler, "antithetic": antithetic}
     with use_backend("triton"):
         ops.philox4x32(torch.ones(1, 4, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
-        ops.noise((1, 1), 7, dist=dist, draw=1, row_offset=1, col_offset=1)
-        calls(2 if antithetic else 1, how, dict.fromkeys(("draw", "row_offset", "col_offset"), 1))
+        at = dict.fromkeys(("draw", "row_offset", "col_offset"), 1) | {"width": 2}
+        ops.noise((1, 1), 7, dist=dist, sampler=sampler, **at)
+        calls(2 if antithetic else 1, how, at)
 
 
 def test_every_kernel_was_there() -> None:

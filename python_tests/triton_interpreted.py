@@ -17,6 +17,7 @@ import triton.language as tl
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
     test_fold_in_on_host_and_device,
     test_frozen_vectors,
+    test_orthogonal_signs_by_integers,
     test_philox_known_answers,
     test_quantile_noise_by_exact_arithmetic,
     test_signs_by_integers,
@@ -66,8 +67,18 @@ interpreter._get_np_dtype = lambda of: _np_dtype(tl.uint64 if of.scalar.is_ptr()
 
 # Samples of the ops on lists that together take every way through their kernel.
 LISTS = {
-    "perturb_": ("normal", "offset-signs", "rank-3", "rank-signs", "stochastic-rank", "mixed"),
-    "combine_": ("rademacher", "none", "offsets", "rank-2", "momentum-strides", "adam-late", "adam-stochastic"),
+    "perturb_": ("normal", "offset-signs", "offset-hadamard", "rank-3", "rank-signs", "stochastic-rank", "mixed"),
+    "combine_": (
+        "rademacher",
+        "none",
+        "offsets",
+        "rank-2",
+        "momentum-strides",
+        "adam-late",
+        "adam-stochastic",
+        "hadamard",
+        "adam-hadamard",
+    ),
 }
 # Every sample in fp32; in the half types, whose products alone differ, samples that take other ways in the kernel.
 HALF_CONV = ("separate", "transposed", "signs")
@@ -142,9 +153,10 @@ def test_one_log_sigma_over_many_tiles(device) -> None:
 WEIGHT_NOISE = {
     "perturbed_linear": (
         *("pairs", "low-rank-wide", "separate", "signs", "mask-bytes", "offsets-many-rows", "low-rank-shared"),
+        *("hadamard", "hadamard-many-rows"),
     ),
-    "perturbed_conv2d": ("pairs", "signs", "depthwise", "mask", "channels-last", "strided", "low-rank"),
-    "perturbed_embedding": ("pairs", "low-rank", "signs", "wide", "mask", "strided", "low-rank-signs"),
+    "perturbed_conv2d": ("pairs", "signs", "depthwise", "mask", "channels-last", "strided", "low-rank", "hadamard"),
+    "perturbed_embedding": ("pairs", "low-rank", "signs", "wide", "mask", "strided", "low-rank-signs", "hadamard"),
 }
 
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 
 
-def noise(shape, key, *, draw=0, dist="normal", sampler="iid", positions=1, row_offset=0, col_offset=0, device=None):
+def noise(shape, key, *, draw=0, col_offset=0, device=None, **spec):
     """The block of noise that `ulr.noise` is asked for."""
     shape = (shape,) if isinstance(shape, int) else shape
     rows, cols = torch.Size(shape[:-1]).numel(), (shape[-1] if len(shape) else 1)
     key = torch.tensor(noise_contract.signed64(key)) if isinstance(key, int) else key.cpu()
-    spec = {"dist": dist, "sampler": sampler, "positions": positions, "row_offset": row_offset}
     eps = noise_contract.noise_grid(rows, cols, torch.tensor([draw]), key, col_offset=col_offset, **spec)
     return eps.view(shape)
 
@@ -102,23 +101,25 @@ def tolerance(value: Tensor, magnitude: Tensor, dtype: torch.dtype, inputs: torc
 # --- parameters ------------------------------------------------------------------------------------------------------
 
 
-def parameter_noise(shape, key, draw, dist, rank, row_offset, col_offset) -> Tensor:
+def parameter_noise(shape, key, rank, row_offset=0, col_offset=0, **spec) -> Tensor:
     """fp64, of a parameter's shape: rows shape[0], columns the rest; E = A B^T / sqrt(r) where it is a matrix."""
     rows, cols = (shape[0], torch.Size(shape[1:]).numel()) if len(shape) > 1 else (1, torch.Size(shape).numel())
-    spec = {"draw": draw, "dist": dist}
     if rank is None or len(shape) < 2:
-        return noise((rows, cols), key, row_offset=row_offset, col_offset=col_offset, **spec).double().view(shape)
+        at = {"row_offset": row_offset, "col_offset": col_offset, "positions": noise_contract.ALL_ROWS}
+        return noise((rows, cols), key, **at, **spec).double().view(shape)
+    spec.pop("width", None)
     a = noise((rank, rows), noise_contract.fold_in(key, 1), col_offset=row_offset, **spec).double()
     b = noise((rank, cols), noise_contract.fold_in(key, 2), col_offset=col_offset, **spec).double()
     return (a.T @ b / rank**0.5).view(shape)
 
 
-def combined_noise(tensors, keys, coefficients, *, draw=0, dist="normal", rank=None, row_offset=(), col_offset=()):
+def combined_noise(tensors, keys, coefficients, *, draw=0, rank=None, row_offset=(), col_offset=(), width=(), **spec):
     """For each tensor sum_p c_p eps(draw + p), fp64, and the sum of its terms' absolute values."""
     for i, tensor in enumerate(tensors):
         value, magnitude = torch.zeros(2, *tensor.shape, dtype=torch.float64).unbind()
-        at = (row_offset[i] if row_offset else 0, col_offset[i] if col_offset else 0)
+        places = {"row_offset": row_offset, "col_offset": col_offset, "width": width}
+        at = {name: numbers[i] if numbers else 0 for name, numbers in places.items()}
         for p, c in enumerate(coefficients):
-            term = float(c) * parameter_noise(tensor.shape, int(keys[i]), draw + p, dist, rank, *at)
+            term = float(c) * parameter_noise(tensor.shape, int(keys[i]), rank, draw=draw + p, **at, **spec)
             value, magnitude = value + term, magnitude + term.abs()
         yield value, magnitude

@@ -1,5 +1,6 @@
 // combine_: a step along the sum of many draws' noise, over a list of tensors; each is read and written once.
 #include "parameters.cuh"
+#include "walsh_sums.cuh"
 
 namespace ulr {
 namespace {
@@ -12,6 +13,9 @@ struct Combine {
     int64_t numbers[kFirst];
     const float* coefficients;
     int64_t coefficient_stride, count;
+    // Orthogonal draws: the transforms [walsh_blocks, walsh_size] of the coefficients (walsh_sums.cuh).
+    const float* walsh_sums;
+    int64_t walsh_blocks, walsh_size;
     const float* lr;
     const int64_t* step;
     ParameterTable<views> table;
@@ -60,6 +64,20 @@ __global__ void __launch_bounds__(kListThreads) combine_kernel(const __grid_cons
         [&](const auto& noise, auto& sum, uint32_t group, uint32_t octet) {
             constexpr int kHeight = UnitNoise<kind, low_rank>::kHeight;
             noise.clear(sum);
+            if constexpr (kind == Kind::kSigns && !low_rank) {
+                if (p.how.noise.hadamard) {
+                    const uint32_t size = static_cast<uint32_t>(p.walsh_size), slot = noise.slot(group, octet);
+                    const float* sums = p.walsh_sums;
+                    uint32_t draw = static_cast<uint32_t>(p.how.noise.draw) & ~(size - 1);
+                    for (int64_t block = 0; block < p.walsh_blocks; ++block, draw += size, sums += size) {
+                        float eps[1][8];
+                        noise.make(eps, group, octet, draw);
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) sum[0][i] += eps[0][i] * sums[(slot + i) & (size - 1)];
+                    }
+                    return;
+                }
+            }
             for (int64_t draw = 0; draw < p.count; ++draw) {
                 const float coefficient = p.coefficients[draw * p.coefficient_stride];
                 float eps[kHeight][8];
@@ -87,7 +105,7 @@ int launch_combine(Combine<views> p, const ulr_tensor* tensors, const ulr_launch
                                            });
 }
 
-enum CombineTensor { kKeys, kCoefficients, kLearningRate, kStep, kList };
+enum CombineTensor { kKeys, kCoefficients, kLearningRate, kStep, kWalshSums, kList };
 
 template <int views>
 int combine(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch& launch) {
@@ -97,6 +115,12 @@ int combine(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_la
     p.coefficients = static_cast<const float*>(tensors[kCoefficients].data);
     p.coefficient_stride = tensors[kCoefficients].stride[2];
     p.count = tensors[kCoefficients].size[2];
+    ulr_tensor by_draw = tensors[kCoefficients];  // [1, P, 1]
+    by_draw.size[1] = p.count, by_draw.stride[1] = p.coefficient_stride, by_draw.size[2] = 1;
+    if (const int status = launch_walsh_sums(noise, by_draw, tensors[kWalshSums], launch)) return status;
+    p.walsh_sums = static_cast<const float*>(tensors[kWalshSums].data);
+    p.walsh_blocks = tensors[kWalshSums].size[0];
+    p.walsh_size = tensors[kWalshSums].size[2];
     p.lr = static_cast<const float*>(tensors[kLearningRate].data);
     p.step = static_cast<const int64_t*>(tensors[kStep].data);
     if (const int code = launch_combine<views, false>(p, tensors, launch, kList)) return code;
@@ -106,8 +130,8 @@ int combine(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_la
 }  // namespace
 }  // namespace ulr
 
-// tensors: keys (one for each tensor), coefficients [P], lr [] and step [] or nothing, and three for each of the list:
-// itself and its states or nothing, each as [rows, a, b, c, columns].
+// tensors: keys (one for each tensor), coefficients [P], lr [] and step [] or nothing, walsh_sums (walsh_sums.cuh)
+// or nothing, and three for each of the list: itself and its states or nothing, each as [rows, a, b, c, columns].
 extern "C" int ulr_cuda_combine_(const ulr_noise_spec* noise, const ulr_tensor* tensors, const ulr_launch* launch) {
     using namespace ulr;
     return static_cast<Rule>(launch->numbers[kRule]) == Rule::kSum ? combine<1>(*noise, tensors, *launch)

@@ -21,10 +21,10 @@ struct Problem {
     int64_t loss_copy_stride, loss_sample_stride, loss_samples;
     Buffer<T> grad_weight, grad_bias;
     const int64_t* key;
-    int64_t positions, row_offset, col_offset;
+    int64_t positions, row_offset, col_offset, width;
     int64_t features, feature_tiles, panels;
     int64_t end;  // the block past its last one, among all blocks
-    int copies, draws;
+    int copies, draws, walsh_size;
     bool shared;
 };
 
@@ -43,7 +43,8 @@ __device__ void describe(Gradient<Linear<T>>& gradient, const ulr_noise_spec& no
     gradient.noise.positions = problem.positions;
     gradient.noise.row_offset = problem.row_offset;
     gradient.noise.col_offset = problem.col_offset;
-    gradient.noise.width = problem.col_offset + problem.features;
+    gradient.noise.width = problem.width;
+    if (problem.walsh_size) gradient.noise.draw -= noise.draw % problem.walsh_size;
     gradient.x = problem.x;
     gradient.x_copy_stride = problem.x_copy_stride;
     gradient.sigma = problem.sigma;
@@ -56,6 +57,7 @@ __device__ void describe(Gradient<Linear<T>>& gradient, const ulr_noise_spec& no
     gradient.features = problem.features;
     gradient.copies = problem.copies;
     gradient.draws = problem.draws;
+    gradient.walsh_size = problem.walsh_size;
     gradient.shared = problem.shared;
     gradient.feature_tiles = problem.feature_tiles;
     gradient.panels = problem.panels;
@@ -75,8 +77,8 @@ __global__ void __launch_bounds__(kGradThreads, 1) gradients_kernel(const Table<
 }
 
 // tensors: of each layer these. numbers: of each layer those.
-enum { kGradWeight, kGradBias, kX, kLossWeight, kSigma, kKey, kTensorsOfLayer };
-enum { kPositions, kRowOffset, kColOffset, kNumbersOfLayer };
+enum { kGradWeight, kGradBias, kX, kLossWeight, kSigma, kKey, kWalshSums, kTensorsOfLayer };
+enum { kPositions, kRowOffset, kColOffset, kWidth, kNumbersOfLayer };
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch& launch) {
@@ -105,10 +107,11 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
         const int64_t* numbers = launch.numbers + layer * kNumbersOfLayer;
         ulr_noise_spec own = noise;
         own.col_offset = numbers[kColOffset];
-        const Gradient<Linear<T>> g =
-            linear_gradient<T>(own, {t[kGradWeight], t[kGradBias], absent, t[kX], t[kLossWeight], t[kSigma], absent},
-                               absent, absent, absent);
+        const Gradient<Linear<T>> g = linear_gradient<T>(
+            own, {t[kGradWeight], t[kGradBias], absent, t[kX], t[kLossWeight], t[kSigma], absent, t[kWalshSums]},
+            absent, absent, absent);
         if (g.x.rows == 0 || g.features == 0) continue;
+        if (const int status = launch_walsh_sums(own, t[kLossWeight], t[kWalshSums], launch)) return status;
         const int64_t before = table.count == 0 ? 0 : table.problems[table.count - 1].end;
         table.problems[table.count++] = Problem<T>{g.x,
                                                    g.x_copy_stride,
@@ -123,12 +126,14 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* tensors, const ulr_launch
                                                    numbers[kPositions],
                                                    numbers[kRowOffset],
                                                    numbers[kColOffset],
+                                                   numbers[kWidth],
                                                    g.features,
                                                    g.feature_tiles,
                                                    g.panels,
                                                    before + g.feature_tiles * g.panels,
                                                    g.copies,
                                                    g.draws,
+                                                   g.walsh_size,
                                                    g.shared};
         if (table.count < kMostProblems) continue;
         if (const int status = launch_table(table); status != ULR_OK) return status;

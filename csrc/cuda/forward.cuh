@@ -108,7 +108,7 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
             const uint32_t draw = static_cast<uint32_t>(p.noise.draw + out.product);
             if (p.passes == 2) {
                 float eps[8], value[8];
-                octet.make(eps, draw, 0);
+                octet.make(eps, draw, 0, StaticBool<false>{});
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     value[i] = fmaf(sigma[col + i], eps[i], clean[i]);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void noisy_forward(const Forward<Layer>& p) {
             const Noised<kind> noised(clean, sigma + col);
             const auto store_copies = [&](auto whole, auto paired) {
                 T *to = y.of(out.product), *to_second = y.of(p.draws);
-#pragma unroll 1
+#pragma unroll(kind == Kind::kSigns ? 4 : 1)  // a word of signs serves four draws
                 for (uint32_t copy = 0; copy < p.draws_of_product; ++copy) {
                     float value[8], mirrored[8];
                     noised.make(value, mirrored, paired, octet, draw, copy);

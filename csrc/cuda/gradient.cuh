@@ -187,7 +187,7 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
 #pragma unroll 1
                         for (int draw = 0; draw < draws; ++draw) {
                             float eps[8];
-                            octet.make(eps, first_draw, draw);
+                            octet.make(eps, first_draw, draw, StaticBool<recompute>{});
                             // The score is odd and eps * score even: for an antithetic pair they are multiplied by the
                             // difference and by the sum of its weights.
                             const float first = *loss, second = paired ? loss[pair_stride] : 0.0f;
@@ -223,11 +223,31 @@ __device__ __forceinline__ void gradient_block(const Gradient<Layer>& p, const G
                             }
                         }
                     };
+                    const auto add_blocks = [&]() {
+                        if constexpr (kind == Kind::kSigns && !recompute) {
+                            const uint32_t within = p.walsh_size - 1;
+                            const uint32_t slot =
+                                noise.slot(static_cast<uint32_t>(p.noise.row_offset + row),
+                                           static_cast<uint32_t>(p.noise.col_offset + first_feature + octet_col));
+                            const float* of_sample = p.loss_weight + (loss - p.loss_weight) * p.walsh_size;
+#pragma unroll 1
+                            for (int block = 0; block < draws; ++block) {
+                                float eps[8];
+                                octet.make(eps, first_draw + block * p.walsh_size, 0, StaticBool<false>{});
+#pragma unroll
+                                for (int i = 0; i < 8; ++i)
+                                    sums[0][i] = fmaf(of_sample[(slot + i) & within], eps[i], sums[0][i]);
+                                of_sample += p.loss_copy_stride;
+                            }
+                        }
+                    };
                     // A loop for each of the common cases, so that none holds instructions of another.
                     const bool writes = recompute && pass == 0, paired = p.noise.antithetic;
                     const bool plain = kind != Kind::kSobol && p.noise.dist != ULR_LAPLACE && sides == 1 &&
                                        p.grad_log_sigma.data == nullptr && (!recompute || (writes && p.y.whole));
-                    if (!plain) {
+                    if (kind == Kind::kSigns && !recompute && p.walsh_size != 0) {
+                        add_blocks();
+                    } else if (!plain) {
                         add_draws(StaticBool<false>{}, paired, writes, p.y.whole);
                     } else if (paired) {
                         add_draws(StaticBool<true>{}, StaticBool<true>{}, StaticBool<recompute>{}, StaticBool<true>{});

@@ -24,7 +24,10 @@ struct Gradient {
     float* partials;  // one a feature block, where grad_log_sigma is one number for several of them
     int64_t features;
     int copies, draws;  // draws: the number of copies with noise of their own
-    bool shared;        // one x for all copies
+    // Orthogonal draws whose copies share x: a block of so many draws counts as one draw and copy, and loss_weight
+    // holds the transforms [draws, samples * walsh_size] of the weights (walsh_sums.cuh). 0: there are none.
+    int walsh_size;
+    bool shared;  // one x for all copies
     int64_t feature_tiles, panels;
 };
 
@@ -35,9 +38,9 @@ __device__ __forceinline__ int64_t first_feature_of(const Gradient<Layer>& p, in
 }
 
 // The tensors that all ops with gradients have: grad_weight, grad_bias and grad_log_sigma, which may be absent; x;
-// loss_weight [1, C, samples]; sigma; partials, fp32.
+// loss_weight [1, C, samples]; sigma; partials, fp32; walsh_sums, of walsh_sums.cuh or absent.
 struct GradientTensors {
-    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials;
+    const ulr_tensor &grad_weight, &grad_bias, &grad_log_sigma, &x, &loss_weight, &sigma, &partials, &walsh_sums;
 };
 
 template <typename Layer>
@@ -48,7 +51,7 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
     const int copies = static_cast<int>(t.loss_weight.size[1]);
     const bool shared = t.x.size[0] == 1 || t.x.stride[0] == 0;
     const bool weighted = t.grad_weight.data != nullptr && x.cols > 0;
-    return Gradient<Layer>{noise,
+    Gradient<Layer> result{noise,
                            x,
                            weight,
                            shared ? 0 : t.x.stride[0],
@@ -66,9 +69,19 @@ Gradient<Layer> gradient_of(const ulr_noise_spec& noise, const GradientTensors& 
                            features,
                            copies,
                            noise.antithetic ? copies / 2 : copies,
+                           0,
                            shared,
                            (noise.col_offset % kGradFeatures + features + kGradFeatures - 1) / kGradFeatures,
                            weighted ? (x.cols + kPanel - 1) / kPanel : 1};
+    if (const ulr_tensor& sums = t.walsh_sums; sums.data != nullptr) {
+        result.walsh_size = static_cast<int>(sums.size[2]);
+        result.noise.draw -= noise.draw % result.walsh_size;
+        result.loss_weight = static_cast<const float*>(sums.data);
+        result.loss_samples = result.loss_copy_stride = sums.size[1] * sums.size[2];
+        result.loss_sample_stride = 1;
+        result.copies = result.draws = static_cast<int>(sums.size[0]);
+    }
+    return result;
 }
 
 template <typename T, bool recompute>

@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_signed(char (*score)[kGradRows * kSignRowB
     }
 }
 
-template <typename T>
+template <typename T, bool orthogonal>
 __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const Gradient<Linear<T>> p) {
     auto& memory = *dynamic_shared<SignMemory>();
     __shared__ NoiseTable table;
@@ -89,8 +89,9 @@ __global__ void __launch_bounds__(kGradThreads, 2) signs_gradient_kernel(const G
                     uint32_t weights[2] = {};  // rows past the last are zero, with any sign
                     if (row < rows) weights[0] = twice<T>(loss[0] * scale);
                     if (paired && row < rows) weights[1] = twice<T>(loss[p.draws * p.loss_copy_stride] * -scale);
-                    const Words signs = noise.sign_words(static_cast<uint32_t>(p.noise.row_offset + first_row + row),
-                                                         block_of_signs, static_cast<uint32_t>(p.noise.draw + group));
+                    const Words signs =
+                        noise.sign_words(static_cast<uint32_t>(p.noise.row_offset + first_row + row), block_of_signs,
+                                         static_cast<uint32_t>(p.noise.draw + group), StaticBool<orthogonal>{});
                     store_signed<paired>(memory.score, row, signs, weights);
                 }
             };
@@ -144,8 +145,8 @@ int launch_signs_gradient(Gradient<Linear<T>> p, const ulr_launch& launch) {
     if (p.x.rows == 0 || p.features == 0) return ULR_OK;
     p.feature_tiles = (p.noise.col_offset % kSignFeatures + p.features + kSignFeatures - 1) / kSignFeatures;
     p.panels = p.grad_weight.data == nullptr ? 1 : max((p.x.cols + kSignPanel - 1) / kSignPanel, int64_t{1});
-    return launch_kernel(signs_gradient_kernel<T>, p.feature_tiles * p.panels, dim3(kGradThreads), sizeof(SignMemory),
-                         launch, p);
+    const auto kernel = p.noise.hadamard ? signs_gradient_kernel<T, true> : signs_gradient_kernel<T, false>;
+    return launch_kernel(kernel, p.feature_tiles * p.panels, dim3(kGradThreads), sizeof(SignMemory), launch, p);
 }
 
 }  // namespace ulr

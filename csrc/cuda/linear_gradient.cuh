@@ -5,6 +5,7 @@
 #include "dispatch.cuh"
 #include "gradient.cuh"
 #include "launch.cuh"
+#include "walsh_sums.cuh"
 
 namespace ulr {
 

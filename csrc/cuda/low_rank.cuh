@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kLowRankThreads, 1) low_rank_kernel(const LowR
         keys[threadIdx.x] = fold_in(*p.by_row.key, threadIdx.x == 0 ? kRowFactorStream : kColFactorStream);
     __syncthreads();
     ulr_noise_spec by_row = p.by_row, by_col = p.by_col;
+    by_row.hadamard = by_col.hadamard = 0;  // a constant
     by_row.key = &keys[0];
     by_col.key = &keys[1];
     row_table.fill(by_row, threadIdx.x, kLowRankThreads);

@@ -181,7 +181,8 @@ __device__ __forceinline__ void forward_tile(const MlpStep<T>& p, int l, const u
                 const bool mirrored = spec.antithetic && copy >= p.draws;
                 Octet<kind> octet(noise, static_cast<uint32_t>(spec.row_offset + first + sample), feature);
                 float eps[8];
-                octet.make(eps, static_cast<uint32_t>(spec.draw + (mirrored ? copy - p.draws : copy)), 0);
+                octet.make(eps, static_cast<uint32_t>(spec.draw + (mirrored ? copy - p.draws : copy)), 0,
+                           StaticBool<false>{});
 #pragma unroll
                 for (int i = 0; i < 8; ++i) y[i] = fmaf(mirrored ? -sigma[i] : sigma[i], eps[i], y[i]);
             }

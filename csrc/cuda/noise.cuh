@@ -1,6 +1,7 @@
 // The noise contract on the device (docs/noise.md): bit for bit like ulr/distributions.h, but arranged for a GPU.
 #pragma once
 
+#include "element.cuh"
 #include "ptx.cuh"
 #include "ulr/api.h"
 #include "ulr/distributions.h"
@@ -94,8 +95,7 @@ class Noise {
     // eps of columns 4 quad ... 4 quad + 3 of a row (all counted in the whole noise).
     __device__ __forceinline__ void quad(float (&eps)[4], uint32_t row, uint32_t quad, uint32_t draw) const {
         if constexpr (kind == Kind::kSigns) {
-            const uint32_t word = sign_word(row, quad >> 3, draw);
-            signs_to_floats(eps, word >> 4 * (quad & 7));
+            sign_quad(eps, row, quad, draw, orthogonal());
         } else {
             Words words = philox4x32(Words{{quad, row, kind == Kind::kSobol ? 0u : draw, 0u}}, key_);
             if constexpr (kind == Kind::kSobol) add_points(words, row, quad, draw);
@@ -104,14 +104,52 @@ class Noise {
         }
     }
 
+    // The same of signs. Orthogonal: whether draws are; it may be a constant.
+    template <typename Orthogonal>
+    __device__ __forceinline__ void sign_quad(float (&eps)[4], uint32_t row, uint32_t quad, uint32_t draw,
+                                              Orthogonal orthogonal) const {
+        signs_to_floats(eps, sign_word(row, quad >> 3, draw, orthogonal) >> 4 * (quad & 7));
+    }
+
+    // Whether the draws are orthogonal: each block of 2^16 draws shares its calls of Philox.
+    __device__ __forceinline__ bool orthogonal() const { return spec_.hadamard != 0; }
+
+    // The slot of a coordinate of orthogonal signs; 16 bits of it count. As 32 bits the 2^32 positions of a parameter,
+    // whose rows are all of one sample, are 0.
+    __device__ __forceinline__ uint32_t slot(uint32_t row, uint32_t col) const {
+        return slot(row, col, static_cast<uint32_t>(spec_.positions));
+    }
+    __device__ __forceinline__ uint32_t slot(uint32_t row, uint32_t col, uint32_t positions) const {
+        const uint32_t position = positions == 0 ? row : row % positions;
+        return position * static_cast<uint32_t>(spec_.width | 1) + col;
+    }
+
     // The signs of columns 128 index ... 128 index + 127 of a row.
-    __device__ __forceinline__ Words sign_words(uint32_t row, uint32_t index, uint32_t draw) const {
-        return philox4x32(Words{{index, row, draw, 0u}}, key_);
+    template <typename Orthogonal>
+    __device__ __forceinline__ Words sign_words(uint32_t row, uint32_t index, uint32_t draw,
+                                                Orthogonal orthogonal) const {
+        Words words = made_words(row, index, orthogonal ? draw >> kHadamardBits : draw);
+        if (orthogonal) {
+            // Opaque: kept from one row to the next, parts of it would take registers.
+            const uint32_t positions = static_cast<uint32_t>(opaque(spec_.positions));
+            const uint32_t first = slot(row, 128 * opaque(static_cast<int>(index)), positions);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) words.w[i] ^= walsh_word(draw, first + 32 * i);
+        }
+        return words;
     }
 
     // The signs of columns 32 index ... 32 index + 31 of a row.
-    __device__ __forceinline__ uint32_t sign_word(uint32_t row, uint32_t index, uint32_t draw) const {
-        const Words words = sign_words(row, index >> 2, draw);
+    template <typename Orthogonal>
+    __device__ __forceinline__ uint32_t sign_word(uint32_t row, uint32_t index, uint32_t draw,
+                                                  Orthogonal orthogonal) const {
+        const uint32_t word = made_word(row, index, orthogonal ? draw >> kHadamardBits : draw);
+        return orthogonal ? word ^ walsh_word(draw, slot(row, 32 * index)) : word;
+    }
+
+    // One word of a call of Philox. Orthogonal draws share it.
+    __device__ __forceinline__ uint32_t made_word(uint32_t row, uint32_t index, uint32_t call_draw) const {
+        const Words words = made_words(row, index >> 2, call_draw);
         const uint32_t low = index & 1 ? words.w[1] : words.w[0], high = index & 1 ? words.w[3] : words.w[2];
         return index & 2 ? high : low;
     }
@@ -124,6 +162,10 @@ class Noise {
     }
 
   private:
+    __device__ __forceinline__ Words made_words(uint32_t row, uint32_t index, uint32_t call_draw) const {
+        return philox4x32(Words{{index, row, call_draw, 0u}}, key_);
+    }
+
     // XORs each word with its dimension's Sobol point. Columns past the block's last are made with their quad and
     // discarded; they have no dimension and use the last one's.
     __device__ __forceinline__ void add_points(Words& words, uint32_t row, uint32_t quad, uint32_t draw) const {
@@ -149,7 +191,7 @@ template <Kind kind>
 __device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& noise, uint32_t row, uint32_t octet,
                                             uint32_t draw) {
     if constexpr (kind == Kind::kSigns) {
-        noise.signs_to_floats(eps, noise.sign_word(row, octet >> 2, draw) >> 8 * (octet & 3));
+        noise.signs_to_floats(eps, noise.sign_word(row, octet >> 2, draw, noise.orthogonal()) >> 8 * (octet & 3));
     } else {
         float low[4], high[4];
         noise.quad(low, row, 2 * octet, draw);
@@ -159,41 +201,119 @@ __device__ __forceinline__ void octet_noise(float (&eps)[8], const Noise<kind>& 
     }
 }
 
+// A word of signs of a row, for every draw number `step` from a first one on. What orthogonal draws share is kept.
+template <uint32_t step>
+class SignWord {
+  public:
+    // Columns 32 index ... 32 index + 31.
+    __device__ __forceinline__ SignWord(const Noise<Kind::kSigns>& noise, uint32_t row, uint32_t index)
+        : noise_(noise), row_(row), index_(index), slot_(noise.orthogonal() ? noise.slot(row, 32 * index) : 0) {}
+
+    // First: the first draw of all.
+    __device__ __forceinline__ uint32_t make(uint32_t draw, bool first) {
+        constexpr uint32_t kWithinBlock = (1u << kHadamardBits) - 1;
+        const bool orthogonal = noise_.orthogonal();
+        if (!orthogonal || first || (draw & kWithinBlock) < step)
+            shared_ = noise_.made_word(row_, index_, orthogonal ? draw >> kHadamardBits : draw);
+        return orthogonal ? shared_ ^ walsh_word(draw, slot_) : shared_;
+    }
+
+    // The word of one draw, of which nothing is kept.
+    __device__ __forceinline__ uint32_t once(uint32_t draw) const {
+        return noise_.sign_word(row_, index_, draw, noise_.orthogonal());
+    }
+
+  private:
+    const Noise<Kind::kSigns>& noise_;
+    const uint32_t row_, index_, slot_;
+    uint32_t shared_ = 0;
+};
+
+// The noise of a quad, draw after draw.
+template <Kind kind>
+class Quad {
+  public:
+    __device__ __forceinline__ Quad(const Noise<kind>& noise, uint32_t row, uint32_t quad)
+        : noise_(noise), row_(row), quad_(quad) {}
+
+    // Index counts the draws up from 0.
+    __device__ __forceinline__ void make(float (&eps)[4], uint32_t draw, uint32_t) {
+        noise_.quad(eps, row_, quad_, draw);
+    }
+
+  private:
+    const Noise<kind>& noise_;
+    const uint32_t row_, quad_;
+};
+
+template <>
+class Quad<Kind::kSigns> {
+  public:
+    __device__ __forceinline__ Quad(const Noise<Kind::kSigns>& noise, uint32_t row, uint32_t quad)
+        : noise_(noise), shift_(4 * (quad & 7)), word_(noise, row, quad >> 3) {}
+
+    __device__ __forceinline__ void make(float (&eps)[4], uint32_t draw, uint32_t index) {
+        noise_.signs_to_floats(eps, word_.make(draw, index == 0) >> shift_);
+    }
+
+  private:
+    const Noise<Kind::kSigns>& noise_;
+    const uint32_t shift_;
+    SignWord<1> word_;
+};
+
 // The noise of eight neighbouring columns of a row, the first a multiple of eight in the whole noise, draw after draw.
 template <Kind kind>
 class Octet {
   public:
     __device__ __forceinline__ Octet(const Noise<kind>& noise, uint32_t row, int64_t col)
-        : noise_(noise),
-          row_(row),
-          quad_(static_cast<uint32_t>(col >> 2)),
-          lane_(opaque(static_cast<int>(threadIdx.x)) % 32) {}
+        : noise_(noise), row_(row), quad_(static_cast<uint32_t>(col >> 2)) {}
 
-    // Draw number `index` from `draw` on, index counting up from 0.
-    __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index) {
-        if constexpr (kind == Kind::kSigns) {
-            noise_.signs_to_floats(eps, signs(draw, index));
-        } else {
-            float low[4], high[4];
-            noise_.quad(low, row_, quad_, draw + index);
-            noise_.quad(high, row_, quad_ + 1, draw + index);
+    // Draw number `index` from `draw` on, index counting up from 0. Keeps: a constant, whether registers hold what
+    // orthogonal draws share.
+    template <typename Keeps>
+    __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index, Keeps) {
+        float low[4], high[4];
+        noise_.quad(low, row_, quad_, draw + index);
+        noise_.quad(high, row_, quad_ + 1, draw + index);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) eps[i] = low[i], eps[4 + i] = high[i];
-        }
-    }
-
-    // The same as bits, the lowest the first column's; 0 is +1, 1 is -1. All lanes of a warp run together; each aligned
-    // group of four has the four octets of one word. A call of Philox covers all four octets, so each lane makes the
-    // call of one draw.
-    __device__ __forceinline__ uint32_t signs(uint32_t draw, uint32_t index) {
-        const uint32_t member = lane_ % 4;
-        if (index % 4 == 0) word_ = noise_.sign_word(row_, quad_ >> 3, draw + index + member);
-        return __shfl_sync(0xffffffffu, word_, (lane_ & ~3u) + index % 4) >> 8 * member;
+        for (int i = 0; i < 4; ++i) eps[i] = low[i], eps[4 + i] = high[i];
     }
 
   private:
     const Noise<kind>& noise_;
-    const uint32_t row_, quad_, lane_;
+    const uint32_t row_, quad_;
+};
+
+template <>
+class Octet<Kind::kSigns> {
+  public:
+    __device__ __forceinline__ Octet(const Noise<Kind::kSigns>& noise, uint32_t row, int64_t col)
+        : noise_(noise),
+          lane_(opaque(static_cast<int>(threadIdx.x)) % 32),
+          made_(noise, row, static_cast<uint32_t>(col >> 5)) {}
+
+    template <typename Keeps>
+    __device__ __forceinline__ void make(float (&eps)[8], uint32_t draw, uint32_t index, Keeps keeps) {
+        noise_.signs_to_floats(eps, signs(draw, index, keeps));
+    }
+
+    // The same as bits, the lowest the first column's; 0 is +1, 1 is -1. All lanes of a warp run together; each aligned
+    // group of four has the four octets of one word, so each lane makes the word of one draw for all of them.
+    template <typename Keeps>
+    __device__ __forceinline__ uint32_t signs(uint32_t draw, uint32_t index, Keeps keeps) {
+        const uint32_t member = lane_ % 4;
+        if (index % 4 == 0) {
+            const uint32_t own_draw = draw + index + member;
+            word_ = keeps ? made_.make(own_draw, index == 0) : made_.once(own_draw);
+        }
+        return __shfl_sync(0xffffffffu, word_, index % 4, 4) >> 8 * member;
+    }
+
+  private:
+    const Noise<Kind::kSigns>& noise_;
+    const uint32_t lane_;
+    SignWord<4> made_;
     uint32_t word_ = 0;
 };
 
@@ -214,7 +334,7 @@ class Noised {
     __device__ __forceinline__ void make(float (&first)[8], float (&second)[8], Paired paired, Octet<kind>& octet,
                                          uint32_t draw, uint32_t index) const {
         if constexpr (kind == Kind::kSigns) {
-            const uint32_t signs = octet.signs(draw, index);
+            const uint32_t signs = octet.signs(draw, index, StaticBool<true>{});
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 first[i] = signs >> i & 1u ? b_[i] : a_[i];
@@ -222,7 +342,7 @@ class Noised {
             }
         } else {
             float eps[8];
-            octet.make(eps, draw, index);
+            octet.make(eps, draw, index, StaticBool<true>{});
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 first[i] = fmaf(b_[i], eps[i], a_[i]);

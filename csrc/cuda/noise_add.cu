@@ -41,11 +41,12 @@ __global__ void __launch_bounds__(kThreads) noise_add_kernel(const Add<T> p) {
     if (shared) x.load(clean, 0);
     const uint32_t first_draw = static_cast<uint32_t>(blockIdx.x / p.blocks) * p.draws_here;
     const uint32_t last_draw = min(first_draw + p.draws_here, p.draws);
+    Quad<kind> noise_quad(noise, static_cast<uint32_t>(p.noise.row_offset) + row,
+                          static_cast<uint32_t>(p.quads.first) + quad);
 #pragma unroll 1
     for (uint32_t draw = first_draw; draw < last_draw; ++draw) {
         float eps[4], value[4];
-        noise.quad(eps, static_cast<uint32_t>(p.noise.row_offset) + row, static_cast<uint32_t>(p.quads.first) + quad,
-                   static_cast<uint32_t>(p.noise.draw) + draw);
+        noise_quad.make(eps, static_cast<uint32_t>(p.noise.draw) + draw, draw - first_draw);
         if (!shared) x.load(clean, draw);
 #pragma unroll
         for (int i = 0; i < 4; ++i) value[i] = fmaf(sigma[i], eps[i], clean[i]);

@@ -3,16 +3,18 @@
 
 namespace {
 
-enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials };
+enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials, kWalshSums };
 // The op's own numbers, after those of conv.cuh.
 enum { kHeight = ulr::kSplits + 1, kWidth, kFeatures };
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
     const ulr_tensor absent{};
+    if (const int status = ulr::launch_walsh_sums(noise, t[kLossWeight], t[kWalshSums], launch)) return status;
     return ulr::launch_conv_gradient<T, false>(
-        noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]}, absent,
-        absent, absent, launch.numbers + kHeight, launch.numbers[kFeatures], launch);
+        noise,
+        {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials], t[kWalshSums]},
+        absent, absent, absent, launch.numbers + kHeight, launch.numbers[kFeatures], launch);
 }
 
 }  // namespace

@@ -4,14 +4,16 @@
 
 namespace {
 
-enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials };
+enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials, kWalshSums };
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
     const ulr_tensor absent{};
+    if (const int status = ulr::launch_walsh_sums(noise, t[kLossWeight], t[kWalshSums], launch)) return status;
     auto p = ulr::linear_gradient<T>(
-        noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]}, absent,
-        absent, absent);
+        noise,
+        {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials], t[kWalshSums]},
+        absent, absent, absent);
     if constexpr (sizeof(T) == 2)
         if (ulr::takes_packed_signs(p)) return ulr::launch_signs_gradient(p, launch);
     return ulr::launch_gradient<T, false>(p, launch);

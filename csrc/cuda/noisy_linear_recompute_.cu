@@ -7,8 +7,9 @@ enum { kY, kGradWeight, kGradBias, kGradLogSigma, kX, kWeight, kBias, kLossWeigh
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
+    const ulr_tensor absent{};
     auto p = ulr::linear_gradient<T>(
-        noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials]},
+        noise, {t[kGradWeight], t[kGradBias], t[kGradLogSigma], t[kX], t[kLossWeight], t[kSigma], t[kPartials], absent},
         t[kWeight], t[kBias], t[kY]);
     return ulr::launch_gradient<T, true>(p, launch);
 }

@@ -31,7 +31,7 @@ struct ParameterView {
 template <int views>
 struct ParameterEntry {
     ParameterView view[views];
-    int64_t cols, col_offset;
+    int64_t cols, col_offset, width;  // width: columns of the whole noise
     uint32_t rows, row_offset, first_block, key;
 };
 
@@ -87,6 +87,7 @@ int for_each_table(const ulr_tensor* tensors, int64_t stride, int64_t count, con
             }
             entry.cols = cols;
             entry.col_offset = col_offset;
+            entry.width = numbers[kWidth];
             entry.rows = static_cast<uint32_t>(rows);
             entry.row_offset = static_cast<uint32_t>(row_offset);
             entry.first_block = static_cast<uint32_t>(blocks);
@@ -131,8 +132,10 @@ class UnitNoise {
   public:
     static constexpr int kHeight = low_rank ? kRowsOfLowRank : 1;
 
-    __device__ __forceinline__ UnitNoise(const ListNoise& how, const NoiseTable& by_col, const NoiseTable& by_row)
-        : how_(how), by_col_(how.noise, by_col), by_row_(how.noise, low_rank ? by_row : by_col) {}
+    // The noise of `how`, with what its specification says of the tensor.
+    __device__ __forceinline__ UnitNoise(const ListNoise& how, const ulr_noise_spec& spec, const NoiseTable& by_col,
+                                         const NoiseTable& by_row)
+        : how_(how), by_col_(spec, by_col), by_row_(spec, low_rank ? by_row : by_col) {}
 
     __device__ __forceinline__ void make(float (&eps)[kHeight][8], uint32_t group, uint32_t octet,
                                          uint32_t draw) const {
@@ -154,6 +157,11 @@ class UnitNoise {
         } else {
             octet_noise(eps[0], by_col_, group, octet, draw);
         }
+    }
+
+    // The slot of the first column of an octet.
+    __device__ __forceinline__ uint32_t slot(uint32_t row, uint32_t octet) const {
+        return by_col_.slot(row, 8 * octet);
     }
 
     __device__ __forceinline__ static void clear(float (&values)[kHeight][8]) {
@@ -240,7 +248,11 @@ __device__ __forceinline__ void for_each_unit(const ParameterTable<views>& table
         by_row.fill(spec, threadIdx.x, kListThreads);
     }
     __syncthreads();
-    const UnitNoise<kind, low_rank> noise(how, by_col, by_row);
+    ulr_noise_spec of_entry = how.noise;
+    of_entry.width = entry.width;
+    of_entry.positions = int64_t{1} << 32;  // a constant, as it is for every parameter
+    if (low_rank) of_entry.hadamard = 0;    // a constant
+    const UnitNoise<kind, low_rank> noise(how, of_entry, by_col, by_row);
     constexpr int kHeight = UnitNoise<kind, low_rank>::kHeight;
     const uint32_t octets = static_cast<uint32_t>(octets_of(entry.col_offset, entry.cols));
     const uint32_t groups = static_cast<uint32_t>(groups_of(entry.row_offset, entry.rows, kHeight));

@@ -11,7 +11,8 @@ struct Perturb {
 };
 
 template <Kind kind, bool low_rank>
-__global__ void __launch_bounds__(kListThreads) perturb_kernel(const __grid_constant__ Perturb p) {
+__global__ void __launch_bounds__(kListThreads, kind == Kind::kSigns && !low_rank ? 4 : 0)
+    perturb_kernel(const __grid_constant__ Perturb p) {
     const float scale = *p.scale;
     const uint32_t draw = static_cast<uint32_t>(p.how.noise.draw);
     for_each_unit<kind, low_rank>(

@@ -63,7 +63,7 @@ class WeightNoise {
             const uint32_t call = static_cast<uint32_t>(col >> 7), word = static_cast<uint32_t>(col >> 5) & 3;
             if (call != call_) {
                 call_ = call;
-                words_ = noise.sign_words(row, call, draw);
+                words_ = noise.sign_words(row, call, draw, noise.orthogonal());
             }
             const uint32_t low = word & 1 ? words_.w[1] : words_.w[0], high = word & 1 ? words_.w[3] : words_.w[2];
             noise.signs_to_floats(eps, (word & 2 ? high : low) >> (col & 31));

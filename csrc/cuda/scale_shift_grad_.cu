@@ -22,7 +22,6 @@ struct Dot {
     Buffer<T> buffers[kKinds];
     float* partials;            // [ranges, kinds, N]
     unsigned* arrival_counter;  // counts blocks that are done; 0 before and after
-    uint32_t draws;
     int64_t col_tiles, ranges, rows_of_range;
 };
 
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot
     for (int64_t row = range * p.rows_of_range + slot; row < end; row += kSlots) {
         const GridQuad<T> x(p.x, static_cast<uint32_t>(row), col);
         float total[4] = {};
-        for_draws(noise, p.noise, p.loss, p.draws, static_cast<uint32_t>(row), noise_quad,
+        for_draws(noise, p.noise, p.loss, p.loss.walsh_size != 0, static_cast<uint32_t>(row), noise_quad,
                   [&](uint32_t draw, const float (&eps)[4], float first, float second) {
         // The score is odd and eps * score even: for a pair they are multiplied by the difference and by the sum of its
         // weights.
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot
                               sums[0][i] = fmaf(weight * score(eps[i], p.noise.dist), value[i], sums[0][i]);
                       };
                       add(draw, first);
-                      if (p.noise.antithetic) add(draw + p.draws, -second);
+                      if (p.noise.antithetic) add(draw + p.loss.draws, -second);
                   });
         float value[4] = {};
         if (shared && by_weight) x.load(value, 0);
@@ -129,22 +128,22 @@ __global__ void __launch_bounds__(kThreads, 2) scale_shift_grad_kernel(const Dot
     }
 }
 
-enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials, kTicket };
+enum { kGradWeight, kGradBias, kGradLogSigma, kX, kLossWeight, kSigma, kPartials, kTicket, kWalshSums };
 
 template <typename T>
 int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& launch) {
     const Grid<T> x(t[kX], noise.col_offset);
     if (x.rows == 0 || x.cols == 0) return ULR_OK;
-    const int64_t copies = t[kLossWeight].size[1], ranges = t[kPartials].size[0];
+    if (const int status = launch_walsh_sums(noise, t[kLossWeight], t[kWalshSums], launch)) return status;
+    const int64_t ranges = t[kPartials].size[0];
     const int64_t rows_of_range = (x.rows + ranges - 1) / ranges;
     const Dot<T> p{noise,
                    x,
-                   LossWeights(t[kLossWeight], noise.positions),
+                   LossWeights(noise, t[kLossWeight], t[kWalshSums]),
                    PerFeature<float>(t[kSigma]),
                    {Buffer<T>(t[kGradWeight]), Buffer<T>(t[kGradBias]), Buffer<T>(t[kGradLogSigma])},
                    static_cast<float*>(t[kPartials].data),
                    static_cast<unsigned*>(t[kTicket].data),
-                   static_cast<uint32_t>(noise.antithetic ? copies / 2 : copies),
                    (noise.col_offset % 4 + x.cols + kColumns - 1) / kColumns,
                    (x.rows + rows_of_range - 1) / rows_of_range,
                    rows_of_range};
@@ -158,7 +157,8 @@ int run(const ulr_noise_spec& noise, const ulr_tensor* t, const ulr_launch& laun
 }  // namespace ulr
 
 // tensors: grad_* [1, 1, 1 or N] (each may be absent), x [1 or C, a, N, b, c], loss_weight [1, C, rows / positions],
-// sigma [1, 1, 1 or N], partials fp32 [ranges of rows, 3, N], arrival_counter: 32 bits that are 0.
+// sigma [1, 1, 1 or N], partials fp32 [ranges of rows, 3, N], arrival_counter: 32 bits that are 0,
+// walsh_sums (walsh_sums.cuh) or absent.
 extern "C" int ulr_cuda_scale_shift_grad_(const ulr_noise_spec* noise, const ulr_tensor* tensors,
                                           const ulr_launch* launch) {
     return ulr::by_dtype(tensors[ulr::kX].dtype,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ulr_kernels import noise_contract
 
+HADAMARD = {"dist": "rademacher", "sampler": "hadamard"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 from samples.parameters import bad_samples, parameters, site_keys
 from ulr_kernels import noise_contract
 
@@ -39,6 +39,10 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     at = {"row_offset": [2**32 - 9, 3, 0], "col_offset": [2**34 - 37, 129, 7]}
     yield Sample("offsets", (few, keys[:3], many), {"draw": 2**32 - 5, **at})
     yield Sample("offset-signs", (few, keys[:3], many), {"dist": "rademacher", **at})
+    yield Sample("hadamard", (tensors, keys, many), {**HADAMARD, "draw": 8, "lr": 0.01, "weight_decay": 0.1})
+    crossing = {**HADAMARD, **at, "width": [2**34, 0, 50], "draw": 2**16 - 2}
+    yield Sample("offset-hadamard", (few, keys[:3], many), crossing)
+    yield Sample("none-hadamard", (few, keys[:3], []), {**HADAMARD, "lr": 0.1, "weight_decay": 0.5})
     yield Sample("rank-2", (tensors, keys, many[:2]), {"rank": 2, "lr": 0.1, "weight_decay": 0.1})
     yield Sample("rank-signs", (few, keys[:3], many), {"rank": 1, "dist": "rademacher", **at})
     velocity = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -48,6 +52,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("adam", (tensors, keys, many), adam(tensors, weight_decay=0.01, betas=(0.8, 0.95), epsilon=1e-6))
     late = {"step": torch.tensor(12345, device=device), "lr": torch.tensor(1e-3, device=device)}
     yield Sample("adam-late", (few, keys[:3], many), adam(few, rank=2, **late, **at))
+    yield Sample("adam-hadamard", (few, keys[:3], many[:3]), adam(few, **crossing))
     if dtype != torch.float16:
         yield Sample("stochastic", (tensors, keys, [1e-3, -2e-3]), {"stochastic": True, "draw": 2})
         yield Sample("adam-stochastic", (few, keys[:3], many), adam(few, stochastic=True, dist="laplace", **at))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -34,6 +34,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("pairs", all_, {"antithetic": True, "dist": "laplace", **by_position})
     yield Sample("signs", all_, {"dist": "rademacher", "antithetic": True, **by_position})
     yield Sample("sobol", all_, {"sampler": "sobol", **by_position})
+    at = {"draw": 2**16 - 1, "row_offset": [0, 3, 1000], "col_offset": [0, 37, 5], "width": [0, 200, 20]}
+    yield Sample("hadamard", all_, {**HADAMARD, "antithetic": True, **at, **by_position})
     offsets = {"draw": 7, "row_offset": [0, 3, 1000], "col_offset": [0, 37, 5]}
     yield Sample("offsets", all_, {**offsets, **by_position})
     halves = [w.to(dtype) for w in weights]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from samples import Sample
+from samples import HADAMARD, Sample
 from ulr_kernels import noise_contract
 
 
@@ -29,6 +29,12 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             ((7, 37), 3),
             {"dist": dist, "sampler": "sobol", "positions": 3, "draw": 2**30 - 1, "row_offset": 5, **on},
         )
+    for draw in (0, 1, 0xFFFF, 0x1ABCD, 2**32 - 1):
+        at = {"draw": draw, "row_offset": 5, "col_offset": 101, "positions": 3, "width": 300}
+        yield Sample(f"hadamard-{draw}", ((7, 170), 3), {**HADAMARD, **at, **on})
+    yield Sample("hadamard-narrow", ((67, 3), 9), {**HADAMARD, "draw": 0x35, **on})
+    last = {"positions": 2**32, "row_offset": 2**32 - 3, "col_offset": 2**34 - 9, "width": 2**34}
+    yield Sample("hadamard-limits", ((3, 9), 9), {**HADAMARD, "draw": 0x70F0F, **last, **on})
     yield Sample("no-rows-below", ((0, 4), 77), {"row_offset": 2**32, **on})
     yield Sample("draw-limit", ((2, 2), 1), {"draw": 2**32, **on}, error=r"'draw' must leave room for 1 below 2\^32")
     yield Sample("row-limit", ((2, 2), 1), {"row_offset": 2**32 - 1, **on}, error="'row_offset' must leave room")
@@ -42,6 +48,10 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(
         "sobol-signs", ((2, 2), 1), {"dist": "rademacher", "sampler": "sobol", **on}, error="'sampler' must be 'iid'"
     )
+    yield Sample("hadamard-normal", ((2, 2), 1), {"sampler": "hadamard", **on}, error="'dist' must be 'rademacher'")
+    part = {**HADAMARD, "positions": 2, "col_offset": 4}
+    yield Sample("hadamard-part", ((2, 2), 1), {**part, **on}, error="'width' must count the columns of the whole")
+    yield Sample("hadamard-few", ((2, 2), 1), {**part, "width": 5, **on}, error="'width' must be at least 6")
     yield Sample(
         "sobol-wide", ((2, 21202), 1), {"sampler": "sobol", **on}, error="'sampler' must be 'iid' beyond 21201"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -39,6 +39,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         (image, scale, 11),
         {"copies": 4, "sampler": "sobol", "positions": 20, "row_offset": 40, "antithetic": True, **channels},
     )
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 3, "positions": 33, "col_offset": 37, "width": 200}
+    yield Sample("hadamard", (v(7, 2, 131, 3, 11), 0.5, 11), {"copies": 6, "antithetic": True, **crossing, **channels})
     yield Sample("offsets", (x, 0.3, 11), {"copies": 2, "draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample("strided", (v(11, 14, 40)[::2, ::2], 0.3, 11), {"copies": 2})
     yield Sample("transposed", (v(12, 20, 7).T, 0.3, 11), {"copies": 2, "antithetic": True})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -27,6 +27,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("wide", ((5, 1100), f(5, 3, 5), 0.5, 12))
     yield Sample("image-wide", ((1, 70, 9, 17), f(5, 5, 1), 0.5, 12), {"positions": 153, **channels})
     yield Sample("sobol", (image, f(5, 4, 3), scale, 11), {"sampler": "sobol", "positions": 20, **channels})
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 3, "positions": 33, "col_offset": 37, "width": 200}
+    yield Sample("hadamard", ((2, 131, 3, 11), f(5, 6, 2), 0.5, 11), {"antithetic": True, **crossing, **channels})
+    yield Sample("hadamard-draws", ((6, 20), f(5, 5, 6), 0.3, 11), {**HADAMARD, "draw": 8})
     yield Sample("offsets", ((6, 20), f(5, 2, 6), 0.3, 11), {"draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample(
         "strided-losses", ((6, 13), f(5, 18, 8).T[::2, ::3], scale.repeat_interleave(2)[::2], 11), {"positions": 1}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -46,6 +46,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         (v(5, 2, 2, 4, 4, 3), v(6, 4, 3, 3, 3), v(7, 6), 0.3, 11),
         {"transposed": True, "groups": 2, "copies": 2, "dilation": 2, "output_padding": (0, 1)},
     )
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 30, "col_offset": 37, "width": 200, "antithetic": True}
+    yield Sample("hadamard", (x, w, b, scale, 11), {"copies": 6, **crossing})
+    yield Sample("hadamard-separate", (v(10, 4, 2, 3, 6, 5), w, b, 0.3, 11), {"copies": 4, **crossing})
     signs = {"copies": 2, "dist": "rademacher", "groups": 2}
     yield Sample("signs", (v(14, 1, 4, 6, 6), v(15, 150, 2, 2, 2), None, 0.5, 2**63), signs)
     yield Sample("wide", (v(16, 3, 17, 9, 8), v(17, 70, 17, 3, 3), v(18, 70), 0.5, 12), {"copies": 3, **same})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -61,6 +61,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("wide", wide, same)
     yield Sample("positions", (*buffers(), x, f(5, 4, 10), 0.3, 11), {"positions": 4, "row_offset": 9})
     yield Sample("sobol", (*buffers(), x, f(5, 4, 2), 0.3, 11), {"sampler": "sobol", "row_offset": 40, **same})
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 30, "col_offset": 37, "width": 200, **pairs}
+    yield Sample("hadamard", (*buffers(), x, f(5, 6, 2), scale, 11), crossing)
+    yield Sample("hadamard-separate", (*buffers(), v(7, 4, 2, 3, 6, 5), f(5, 4, 2), 0.3, 11), crossing)
     yield Sample("offsets", (*buffers(), x, f(5, 2, 2), 0.3, 11), {"draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample("same-dtype", (*buffers(dtype=dtype), x, f(5, 4, 2), 0.3, 11), same)
     yield Sample("weight-only", (buffers()[0], None, x, f(5, 4, 2), 0.3, 11))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -25,6 +25,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("wide", (v(8, 65, 129), v(9, 131, 129), v(10, 131), 0.5, 12), {"copies": 3})
     yield Sample("sobol", (x, w, b, 0.3, 11), {"copies": 4, "sampler": "sobol", "row_offset": 3})
     yield Sample("sobol-positions", (v(5, 6, 20), w, b, 0.3, 11), {"copies": 4, "sampler": "sobol", "positions": 3})
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 3, "col_offset": 37, "positions": 2, "width": 200}
+    yield Sample("hadamard", (v(6, 8, 20), v(7, 150, 20), None, 0.5, 11), {"copies": 6, "antithetic": True, **crossing})
+    yield Sample("hadamard-separate", (v(5, 3, 7, 20), w, b, 0.3, 11), {"copies": 3, "draw": 5, **HADAMARD})
     yield Sample("offsets", (x, w, b, 0.3, 11), {"copies": 2, "draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample("transposed", (v(11, 20, 7).T, v(12, 20, 13).T, b, 0.3, 11), {"copies": 2})
     yield Sample("strided", (v(13, 14, 40)[::2, ::2], v(14, 26, 60)[::2, ::3], v(15, 26)[::2], 0.3, 11))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -32,6 +32,11 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("wide", (*buffers(131, 129), v(8, 65, 129), f(9, 3, 65), 0.5, 12))
     yield Sample("positions", (*buffers(), x, f(5, 4, 2), 0.3, 11), {"positions": 3, "row_offset": 9})
     yield Sample("sobol", (*buffers(), x, f(5, 4, 2), 0.3, 11), {"positions": 3, "sampler": "sobol"})
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 3, "col_offset": 37, "positions": 2, "width": 200}
+    pairs = {"antithetic": True, **crossing}
+    yield Sample("hadamard", (*buffers(150), v(8, 12, 20), f(9, 6, 6), 0.5, 11), pairs)
+    yield Sample("hadamard-separate", (*buffers(150), v(8, 4, 12, 20), f(9, 4, 6), 0.5, 11), pairs)
+    yield Sample("hadamard-draws", (*buffers(), x, f(5, 5, 6), scale, 11), {**HADAMARD, "draw": 8})
     yield Sample("offsets", (*buffers(), x, f(5, 2, 6), 0.3, 11), {"draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample("same-dtype", (*buffers(dtype=dtype), x, f(5, 4, 6), 0.3, 11))
     yield Sample("weight-only", (buffers()[0], None, x, f(5, 4, 6), 0.3, 11))

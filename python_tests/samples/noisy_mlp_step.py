@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 from ulr_kernels.ops.noisy_mlp_step import DTYPES
 
 
@@ -67,6 +67,9 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("laplace", small, {"copies": 4, "dist": "laplace"})
     yield Sample("signs", call(9, (40, 70, 33)), {"copies": 4, "dist": "rademacher"})
     yield Sample("signs-joint", call(9, (40, 70, 33)), {"copies": 2, "dist": "rademacher", **joint})
+    crossing = {"copies": 6, **HADAMARD, "draw": 2**16 - 2, "row_offset": 7}
+    yield Sample("hadamard", call(9, (40, 70, 33)), crossing)
+    yield Sample("hadamard-joint", call(9, (40, 70, 33)), {**crossing, **joint})
     yield Sample("no-biases", replaced(small, grad_biases=[], biases=[]), {"copies": 4})
     yield Sample("same-dtype", call(6, (20, 13, 9, 5), buffers=dtype), {"copies": 4})
     strided = replaced(
@@ -91,6 +94,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("smoothed-other", small, other, error="'label_smoothing' must be 0 for the loss 'zero_one', got 0.1")
     yield Sample("baseline", small, {"baseline": "best"}, error="'baseline' must be one of mean")
     yield Sample("dist", small, {"dist": "cauchy"}, error="'dist' must be one of")
+    yield Sample("sobol", small, {"sampler": "sobol"}, error="'sampler' must be 'iid' or 'hadamard', got 'sobol'")
     yield Sample("draws", small, {"draw": 2**32 - 1}, error="'draw' must leave room for 16")
     yield Sample("x-dtype", replaced(small, x=x.double()), error="'x' must be float32 or bfloat16")
     yield Sample("x-rank", replaced(small, x=x[0]), error=r"'x' must be \[R, K\] with at least one row")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 from ulr_kernels import noise_contract
 
 
@@ -67,6 +67,13 @@ def bad_samples(device: str, dtype: torch.dtype, amount: float | list[float]) ->
     yield Sample(
         "col-limit", (tensors, keys, amount), {"col_offset": [2**34 - 36, 0, 0]}, error=r"'col_offset\[0\]' must"
     )
+    part = {**HADAMARD, "col_offset": [0, 0, 7]}
+    yield Sample("sobol", (tensors, keys, amount), {"sampler": "sobol"}, error="'sampler' must be 'iid' or 'hadamard'")
+    yield Sample(
+        "hadamard-normal", (tensors, keys, amount), {"sampler": "hadamard"}, error="'dist' must be 'rademacher'"
+    )
+    yield Sample("hadamard-rank", (tensors, keys, amount), {**HADAMARD, "rank": 1}, error="'rank' must be None where")
+    yield Sample("hadamard-part", (tensors, keys, amount), part, error=r"'width\[2\]' must count the columns")
     wild = values(1, *(2,) * 6, device=device, dtype=dtype).permute(5, 3, 1, 4, 2, 0)
     yield Sample("strides", ([wild], [1], amount), error="must have at most 4 axes after the first")
     half = whole.to(torch.float16)

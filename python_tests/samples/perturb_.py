@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from samples import Sample
+from samples import HADAMARD, Sample
 from samples.parameters import bad_samples, parameters, site_keys
 from ulr_kernels import noise_contract
 
@@ -21,6 +21,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     at = {"row_offset": [2**32 - 9, 3, 0], "col_offset": [2**34 - 37, 129, 7]}
     yield Sample("offsets", (few, keys[:3], 0.3), {"draw": 2**32 - 1, **at})
     yield Sample("offset-signs", (few, keys[:3], 0.3), {"dist": "rademacher", **at})
+    yield Sample("hadamard", (tensors, keys, 0.3), {**HADAMARD, "draw": 0x1ABCD})
+    yield Sample("offset-hadamard", (few, keys[:3], 0.3), {**HADAMARD, "draw": 0x35, **at, "width": [2**34, 0, 50]})
     yield Sample("rank-1", (tensors, keys, 0.3), {"rank": 1, "draw": 3})
     yield Sample("rank-3", (few, keys[:3], -0.3), {"rank": 3, "dist": "laplace", **at})
     yield Sample("rank-signs", (tensors, keys, 0.3), {"rank": 4, "dist": "rademacher"})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -22,6 +22,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("minus", (x, w, None, -0.3, 11), {"padding": 1, "stride": (2, 1)})
     yield Sample("pairs", (own, w, v(6, 4, 6), 0.3, -11), {**pairs, "padding": (2, 1), "dilation": 2})
     yield Sample("signs", (x, w, b, 0.3, 11), {"dist": "rademacher", "copies": 3, **at})
+    placed = {**HADAMARD, **at, "draw": 2**16 - 1, "width": 200}
+    yield Sample("hadamard", (own, w, b, 0.3, 11), {**pairs, **placed})
     yield Sample("depthwise", (x, v(7, 6, 1, 3, 2), b, 0.3, 11), {"groups": 3, "padding": "same", "dist": "laplace"})
     yield Sample("pointwise", (x, v(8, 6, 3, 1, 1), b, 0.3, 11), {"copies": 2, "padding": "valid"})
     yield Sample("mask", (x, w, b, 0.3, 11), {"mask": mask, **pairs})

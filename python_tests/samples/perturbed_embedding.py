@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -25,6 +25,8 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("repeated", (few * 0 + 5, table, 0.3, 11), {"copies": 2})
     yield Sample("pairs", (own, table, 0.3, -11), {**pairs, "dist": "laplace"})
     yield Sample("signs", (few, v(3, 31, 170), 0.5, 2**63), {**pairs, "dist": "rademacher", **at})
+    placed = {**HADAMARD, **at, "draw": 2**16 - 1, "width": 400}
+    yield Sample("hadamard", (few, v(3, 31, 170), 0.5, 11), {**pairs, **placed})
     yield Sample("wide", (few, v(4, 31, 2100), 0.5, 12), {"copies": 2, "col_offset": 3})
     yield Sample("mask", (own, table, 0.3, 11), {**pairs, "mask": mask})
     yield Sample("offsets", (few, table, 0.3, 11), {"copies": 2, **at})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -32,6 +32,11 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     at = {"draw": 9, "row_offset": 1000, "col_offset": 130}
     yield Sample("offsets", (x, w, b, 0.3, 11), {"copies": 2, **at})
     yield Sample("offsets-many-rows", (many, w, b, 0.3, 11), {"draw": 9, "row_offset": 1001, "col_offset": 129})
+    placed = {**HADAMARD, **at, "draw": 2**16 - 1, "width": 200}
+    yield Sample("hadamard", (own, w, b, 0.3, 11), {**pairs, **placed})
+    yield Sample(
+        "hadamard-many-rows", (v(20, 40, 170), v(10, 13, 170), b, 0.3, 11), {"copies": 2, **HADAMARD, "draw": 5}
+    )
     yield Sample("offsets-signs", (x, w, b, 0.3, 11), {"dist": "rademacher", **at})
     yield Sample("transposed", (v(13, 20, 7).T, v(14, 20, 13).T, b, 0.3, 11), {"copies": 2})
     strided = (v(15, 14, 40)[::2, ::2], v(16, 26, 60)[::2, ::3], v(17, 26)[::2], 0.3, 11)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from samples import Sample, values
+from samples import HADAMARD, Sample, values
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -48,6 +48,13 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("tall", (f(2, 3), f(3, 3), v(8, 1300, 3), f(9, 3, 1300), 0.5, 12), {"grad_log_sigma": f(7)})
     yield Sample("image-tall", (w, b, v(8, 2, 13, 17, 31), f(9, 3, 2), 0.5, 12), {"feature_dim": 1, "positions": 527})
     yield Sample("sobol", (w, b, image, f(5, 4, 3), scale, 11), {"sampler": "sobol", **channels})
+    crossing = {**HADAMARD, "draw": 2**16 - 2, "row_offset": 3, "col_offset": 37, "width": 200, **pairs}
+    images = {"feature_dim": 1, "positions": 33}
+    few = (f(2, 131), f(3, 131), v(8, 2, 131, 3, 11), f(9, 6, 2), 0.5, 11)
+    yield Sample("hadamard", few, {**crossing, **images})
+    each = (w, b, v(6, 4, 6, 13), f(5, 4, 3), 0.3, 11)
+    yield Sample("hadamard-separate", each, {"shared": False, "positions": 2, **crossing})
+    yield Sample("hadamard-bias", (None, *each[1:]), {"shared": False, "positions": 2, **crossing})
     yield Sample("offsets", (w, b, x, f(5, 2, 6), 0.3, 11), {"draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample("same-dtype", (v(2, 13), v(3, 13), x, f(5, 4, 6), 0.3, 11))
     yield Sample("weight-only", (w, None, x, f(5, 4, 6), 0.3, 11))

@@ -32,20 +32,25 @@ def launches() -> dict[str, Callable]:
         shapes += ((features, inputs), (features,))
         return tuple(torch.empty(s, dtype=dtypes[dtype]) for s in shapes)
 
-    def forward(dtype: str, dist: str, antithetic: bool = False, shared: bool = True):
+    def noise_of(kind: str, antithetic: bool) -> NoiseSpec:
+        """`kind`: a distribution, or "hadamard"."""
+        if kind == "hadamard":
+            return NoiseSpec(key, antithetic, "rademacher", "hadamard")
+        return NoiseSpec(key, antithetic, kind)
+
+    def forward(dtype: str, kind: str, antithetic: bool = False, shared: bool = True):
         def launch():
             y, *operands_of = operands(dtype, shared)
-            return noisy_linear_launch(y, Linear(*operands_of, sigma, copies, NoiseSpec(key, antithetic, dist)))
+            return noisy_linear_launch(y, Linear(*operands_of, sigma, copies, noise_of(kind, antithetic)))
 
         return launch
 
-    def gradient(dtype: str, dist: str, shared: bool = True, recompute: bool = False, log_sigma: bool = False):
+    def gradient(dtype: str, kind: str, shared: bool = True, recompute: bool = False, log_sigma: bool = False):
         def launch():
             y, x, weight, bias = operands(dtype, shared)
             buffers = (torch.empty(features, inputs), torch.empty(features), torch.empty(()) if log_sigma else None)
             y, weight, bias = (y, weight, bias) if recompute else (None, None, None)
-            noise = NoiseSpec(key, True, dist)
-            a = LinearGradient(*buffers, x, torch.empty(copies, rows), sigma, noise, weight, bias)
+            a = LinearGradient(*buffers, x, torch.empty(copies, rows), sigma, noise_of(kind, True), weight, bias)
             return gradient_launch(y, a)
 
         return launch
@@ -62,11 +67,14 @@ def launches() -> dict[str, Callable]:
         "forward-bf16-normal": forward("bf16", "normal"),
         "forward-bf16-normal-antithetic": forward("bf16", "normal", antithetic=True),
         "forward-bf16-rademacher": forward("bf16", "rademacher"),
+        "forward-bf16-hadamard": forward("bf16", "hadamard"),
+        "forward-bf16-hadamard-antithetic": forward("bf16", "hadamard", antithetic=True),
         "forward-fp32-normal": forward("fp32", "normal"),
         "forward-fp16-laplace-separate": forward("fp16", "laplace", antithetic=True, shared=False),
         "gradient-bf16-normal": gradient("bf16", "normal"),
         "gradient-bf16-normal-separate": gradient("bf16", "normal", shared=False),
         "gradient-bf16-rademacher": gradient("bf16", "rademacher"),
+        "gradient-bf16-hadamard": gradient("bf16", "hadamard"),
         "gradient-fp16-laplace-log-sigma": gradient("fp16", "laplace", log_sigma=True),
         "gradient-fp32-normal": gradient("fp32", "normal"),
         "gradient-fp32-rademacher": gradient("fp32", "rademacher"),

@@ -22,8 +22,10 @@ def launches() -> dict[str, Callable]:
 
     sigma, key, copies, bf16 = torch.tensor(0.1), torch.tensor(1), 4, torch.bfloat16
 
-    def which(dist: str, antithetic: bool, rank: int | None) -> WeightNoise:
-        return WeightNoise(NoiseSpec(key, antithetic, dist), copies, rank)
+    def which(kind: str, antithetic: bool, rank: int | None) -> WeightNoise:
+        """`kind`: a distribution, or "hadamard"."""
+        dist, sampler = ("rademacher", "hadamard") if kind == "hadamard" else (kind, "iid")
+        return WeightNoise(NoiseSpec(key, antithetic, dist, sampler), copies, rank)
 
     def linear(dtype: torch.dtype, dist: str, antithetic: bool = False, rank: int | None = None):
         def made():
@@ -57,6 +59,7 @@ def launches() -> dict[str, Callable]:
         "full-bf16-normal": linear(bf16, "normal"),
         "full-bf16-normal-pairs": linear(bf16, "normal", antithetic=True),
         "full-bf16-rademacher": linear(bf16, "rademacher"),
+        "full-bf16-hadamard": linear(bf16, "hadamard"),
         "full-fp32-normal": linear(torch.float32, "normal"),
         "full-fp32-normal-pairs": linear(torch.float32, "normal", antithetic=True),
         "full-fp32-rademacher-pairs": linear(torch.float32, "rademacher", antithetic=True),
@@ -67,6 +70,7 @@ def launches() -> dict[str, Callable]:
         "conv-bf16-rademacher-pairs": conv(bf16, "rademacher", antithetic=True),
         "conv-fp32-normal-pairs": conv(torch.float32, "normal", antithetic=True),
         "conv-fp32-rademacher": conv(torch.float32, "rademacher"),
+        "conv-bf16-hadamard-pairs": conv(bf16, "hadamard", antithetic=True),
         "conv-bf16-laplace-depthwise": conv(bf16, "laplace", groups=128),
         "conv-bf16-normal-low-rank": conv(bf16, "normal", rank=2),
         "embedding-bf16-normal": embedding(bf16, "normal"),

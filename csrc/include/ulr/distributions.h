@@ -64,27 +64,31 @@ ULR_HD uint32_t hadamard_slot(const ulr_noise_spec& spec, int64_t row, int64_t c
 
 constexpr int kHadamardBits = 16;  // of a draw: the higher ones choose the signs that 2^16 draws share
 
-ULR_HD uint32_t parity(uint32_t bits) {
+// All bits set where an odd number of bits is set, else none.
+ULR_HD uint32_t parity_mask(uint32_t bits) {
 #ifdef __CUDA_ARCH__
-    return static_cast<uint32_t>(__popc(static_cast<int>(bits))) & 1u;
+    return static_cast<uint32_t>(static_cast<int32_t>(__popc(static_cast<int>(bits)) << 31) >> 31);
 #else
-    return static_cast<uint32_t>(__builtin_parity(bits));
+    return 0u - static_cast<uint32_t>(__builtin_parity(bits));
 #endif
 }
 
 // The Walsh functions 0 ... 31 at the lower five bits of a draw, a bit each: 1 is -1.
 ULR_HD uint32_t walsh_bits(uint32_t draw) {
-    return (draw & 1u ? 0xaaaaaaaau : 0u) ^ (draw & 2u ? 0xccccccccu : 0u) ^ (draw & 4u ? 0xf0f0f0f0u : 0u) ^
-           (draw & 8u ? 0xff00ff00u : 0u) ^ (draw & 16u ? 0xffff0000u : 0u);
+    constexpr uint32_t kFunctions[] = {0xaaaaaaaau, 0xccccccccu, 0xf0f0f0f0u, 0xff00ff00u, 0xffff0000u};
+    uint32_t bits = 0;
+    for (int b = 0; b < 5; ++b) bits ^= (draw & 1u << b) * (kFunctions[b] >> b);
+    return bits;
 }
 
 // The same of slots slot ... slot + 31, at all 16 bits. The lower five bits of the slots go round once; where they
 // start again, the higher ones have grown by one.
 ULR_HD uint32_t walsh_word(uint32_t draw, uint32_t slot) {
     const uint32_t bits = walsh_bits(draw), turn = slot & 31u, high = (draw & 0xffffu) >> 5, block = slot >> 5;
-    const uint32_t turned = turn ? bits >> turn | bits << (32u - turn) : bits;
-    const uint32_t later = turn ? ~0u << (32u - turn) : 0u;  // slots of the next block
-    return turned ^ (parity(high & block) ? ~later : 0u) ^ (parity(high & (block + 1u)) ? later : 0u);
+    const uint32_t turned = bits >> turn | bits << ((0u - turn) & 31u);
+    const uint32_t later = ~(~0u >> turn);  // slots of the next block
+    const uint32_t here = parity_mask(high & block), next = parity_mask(high & (block + 1u));
+    return turned ^ here ^ (later & (here ^ next));
 }
 
 // The Sobol point of a dimension, in natural order. `directions` is its row: 30 numbers that fill 32 bits.

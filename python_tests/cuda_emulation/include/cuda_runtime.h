@@ -84,9 +84,9 @@ T emulated_shuffle(const char* name, T value, int source) {
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
     if (mask != 0xffffffffu) emulate::fail("only shuffles of the whole warp are emulated");
-    return emulated_shuffle("shfl", value, source);
+    return emulated_shuffle("shfl", value, emulate::lane() / width * width + source % width);
 }
 
 template <typename T>

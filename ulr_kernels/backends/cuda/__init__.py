@@ -9,11 +9,13 @@ import torch
 
 from ulr_kernels.backends import _arguments, _native
 from ulr_kernels.backends._native import Arguments
-from ulr_kernels.backends.cuda import conv, elementwise, linear, mlp, perturbed
+from ulr_kernels.backends.cuda import conv, elementwise, linear, mlp, perturbed, walsh
 
 NEEDED = (8, 0)  # compute capability: cp.async and the mma.sync shapes of the kernels
 
-ARGUMENTS: dict[str, Callable[..., Arguments]] = _native.by_op(_arguments, conv, elementwise, linear, mlp, perturbed)
+ARGUMENTS: dict[str, Callable[..., Arguments]] = _native.by_op(
+    _arguments, conv, elementwise, linear, mlp, perturbed, walsh
+)
 
 
 @functools.cache

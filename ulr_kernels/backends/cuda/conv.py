@@ -10,6 +10,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.cuda import mlp, tiles
+from ulr_kernels.backends.cuda.walsh import walsh_sums
 from ulr_kernels.ops._conv import Conv, ConvGradient, Window
 
 
@@ -29,15 +30,20 @@ def noisy_conv2d(y: Tensor, a: Conv) -> Arguments:
 
 
 def noisy_conv2d_grad_(a: ConvGradient) -> Arguments:
-    return _gradient((), a, ())
+    return _gradient((), a, (), (walsh_sums(a.noise, a.loss_weight, a.sizes.shared),))
 
 
 def noisy_conv2d_recompute_(y: Tensor, a: ConvGradient) -> Arguments:
-    return _gradient((y,), a, (a.weight, a.bias))
+    return _gradient((y,), a, (a.weight, a.bias), ())
 
 
-def _gradient(output: tuple[Tensor, ...], a: ConvGradient, operands: tuple[Tensor | None, ...]) -> Arguments:
-    """Arguments of a gradient, or, with the output and the operands of the forward, of a recompute."""
+def _gradient(
+    output: tuple[Tensor, ...],
+    a: ConvGradient,
+    operands: tuple[Tensor | None, ...],
+    more: tuple[Tensor | None, ...],
+) -> Arguments:
+    """Arguments of a gradient, or, with the output and the operands of the forward, of a recompute. `more`: last."""
     x, kernel, size, sizes = a.x, a.kernel_size, a.output_size, a.sizes
     features, tile = sizes.features, tiles.GRADIENT_FEATURES
     channels = a.window.tile_channels(x.shape[-3], features, tile, a.noise.col_offset % tile)
@@ -48,6 +54,6 @@ def _gradient(output: tuple[Tensor, ...], a: ConvGradient, operands: tuple[Tenso
     splits = max(1, min(-(-mlp.processors(x.device) // count), units))
     partials = torch.empty(splits * features * (inner + 2), dtype=torch.float32, device=x.device)
     images = x if x.dim() == 5 else x[None]
-    tensors = (*output, *a.buffers, images, *operands, a.loss_weight, a.sigma, partials)
+    tensors = (*output, *a.buffers, images, *operands, a.loss_weight, a.sigma, partials, *more)
     numbers = (*window_numbers(a.window, kernel, channels), splits, *size, features)
     return Arguments(_native.noise_view(a.noise, features), tensors, numbers)

@@ -9,6 +9,7 @@ from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.arrival_counter import arrival_counter
 from ulr_kernels.backends.cuda import tiles
+from ulr_kernels.backends.cuda.walsh import walsh_sums
 from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
 from ulr_kernels.ops.noise_score import NoiseScore
@@ -25,7 +26,8 @@ def noise_add(y: Tensor, a: NoiseAdd) -> Arguments:
 
 def noise_score(out: Tensor, a: NoiseScore) -> Arguments:
     axis = a.feature_dim % out.dim()
-    tensors = (*images(axis, out[None]), a.loss_weight, a.sigma)
+    sums = walsh_sums(a.noise, a.loss_weight, shared=True)
+    tensors = (*images(axis, out[None]), a.loss_weight, a.sigma, sums)
     return Arguments(_native.noise_view(a.noise, out.shape[axis]), tensors)
 
 
@@ -38,5 +40,6 @@ def scale_shift_grad_(a: ScaleShiftGradient) -> Arguments:
     ranges = max(1, min(BLOCKS // max(col_tiles, 1), -(-rows // tiles.SCALE_SHIFT_ROWS)))
     partials = torch.empty(ranges, 3, cols, dtype=torch.float32, device=x.device)
     done = arrival_counter(x.device).view(torch.int64)
-    tensors = (*a.buffers.values(), *images(axis, x), a.loss_weight, a.sigma, partials, done)
+    sums = walsh_sums(a.noise, a.loss_weight, a.shared or a.grad_weight is None)
+    tensors = (*a.buffers.values(), *images(axis, x), a.loss_weight, a.sigma, partials, done, sums)
     return Arguments(_native.noise_view(a.noise, cols), tensors)

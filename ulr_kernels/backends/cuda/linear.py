@@ -8,6 +8,7 @@ from torch import Tensor
 from ulr_kernels.backends import _native
 from ulr_kernels.backends._native import Arguments
 from ulr_kernels.backends.cuda import tiles
+from ulr_kernels.backends.cuda.walsh import walsh_sums
 from ulr_kernels.ops._linear import Linear, LinearGradient
 from ulr_kernels.ops._op import NoiseSpec
 from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
@@ -27,8 +28,9 @@ def _partials(grad_log_sigma: Tensor | None, features: int) -> Tensor | None:
 
 def noisy_linear_grad_(a: LinearGradient) -> Arguments:
     features = a.sizes.features
-    partials = _partials(a.grad_log_sigma, features)
-    return Arguments(_native.noise_view(a.noise, features), (*a.buffers, a.x, a.loss_weight, a.sigma, partials))
+    sums = walsh_sums(a.noise, a.loss_weight, a.sizes.shared)
+    tensors = (*a.buffers, a.x, a.loss_weight, a.sigma, _partials(a.grad_log_sigma, features), sums)
+    return Arguments(_native.noise_view(a.noise, features), tensors)
 
 
 def foreach_noisy_linear_grad_(a: LinearGradients) -> Arguments:
@@ -36,9 +38,11 @@ def foreach_noisy_linear_grad_(a: LinearGradients) -> Arguments:
     numbers: list[int] = []
     for layer in a.layers():
         noise = layer.noise
-        tensors += [layer.grad_weight, layer.grad_bias, layer.x, layer.loss_weight, layer.sigma, noise.key]
-        numbers += [noise.positions, noise.row_offset, noise.col_offset]
-    # The launcher takes the key, the positions and the offsets of each layer from the two lists.
+        sums = walsh_sums(noise, layer.loss_weight, layer.sizes.shared)
+        tensors += [layer.grad_weight, layer.grad_bias, layer.x, layer.loss_weight, layer.sigma, noise.key, sums]
+        width = noise.width or noise.col_offset + layer.sizes.features
+        numbers += [noise.positions, noise.row_offset, noise.col_offset, width]
+    # The launcher takes the key, the positions, the offsets and the width of each layer from the two lists.
     shared = NoiseSpec(a.keys[0], a.antithetic, a.dist, a.sampler, draw=a.draw)
     return Arguments(_native.noise_view(shared), tuple(tensors), tuple(numbers))
 

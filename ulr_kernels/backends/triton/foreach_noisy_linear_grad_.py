@@ -19,7 +19,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends.capture import capturing
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.device_tables import on_device
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, noise_arguments, table, tiled
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, noise_code, table, tiled
 from ulr_kernels.backends.triton.noisy_linear_grad_ import gradient_tile, noisy_linear_grad_
 from ulr_kernels.ops._linear import LinearGradient
 from ulr_kernels.ops.foreach_noisy_linear_grad_ import LinearGradients
@@ -148,7 +148,7 @@ def _launch(form: Form, layers: list[LinearGradient]) -> Launch:
             "BIAS_DTYPE": None if form.bias is None else _DTYPES[form.bias],
             "SHARED": form.shared,
             "ANTITHETIC": noise.antithetic,
-            "DIST": DISTRIBUTION_CODES[noise.dist],
+            "DIST": noise_code(noise.dist, noise.sampler),
         },
         tile,
     )

@@ -8,7 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ulr_kernels.backends.triton.launch import strides
-from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, noise_tile, raw_noise, score
+from ulr_kernels.backends.triton.noise_contract import (
+    RADEMACHER,
+    join_parts,
+    no_signs,
+    noise_parts,
+    noise_tile,
+    raw_noise,
+    score,
+    shared_signs,
+)
 from ulr_kernels.backends.triton.scores import no_parts, weigh
 from ulr_kernels.ops._conv import ConvGradient
 from ulr_kernels.ops._linear import LinearGradient
@@ -36,17 +45,19 @@ def add_rows(
     `x_tile` and `losses` are the first copy's addresses. With `y_tile` (recompute), the addresses of the outputs, the
     forward's tile is stored too: `clean_tile(x, *operands)` with noise; copies that share x share one product.
     """
-    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
+    P: tl.constexpr = 16 if DIST >= RADEMACHER else 4
     mirror_x = tl.cast(draws, tl.int64) * stride_x_copy  # from a copy to its mirror, whose noise is negated
     mirror_loss = tl.cast(draws, tl.int64) * stride_loss_copy
     reduced = no_parts(P, BR, BC)
     reduced_log = no_parts(P, BR, BC)
     if y_tile is not None and SHARED:
         clean = clean_tile(x, *operands)
+    kept = no_signs(DIST, BR, BC)
     for d in range(draws):
         this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+        kept = shared_signs(kept, d == 0, rows_of_noise, calls, this_draw, source, DIST, BR, BC)
         raw = raw_noise(
-            rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC
+            rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC, kept
         )
         copy = tl.cast(d, tl.int64)
         own_x = copy * stride_x_copy

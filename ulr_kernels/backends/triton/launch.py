@@ -17,7 +17,12 @@ from ulr_kernels.backends.triton import noise_contract as tile_contract
 from ulr_kernels.backends.triton.tiles import Tile
 from ulr_kernels.ops._op import NoiseSpec
 
-DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in noise_contract.DISTRIBUTIONS}
+_DISTRIBUTION_CODES = {dist: getattr(tile_contract, dist.upper()).value for dist in noise_contract.DISTRIBUTIONS}
+
+
+def noise_code(dist: str, sampler: str) -> int:
+    """The constant DIST of a kernel."""
+    return tile_contract.HADAMARD.value if sampler == "hadamard" else _DISTRIBUTION_CODES[dist]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +83,9 @@ def noise_arguments(noise: NoiseSpec, cols: int) -> dict[str, Any]:
         "row_offset": noise.row_offset,
         "first": noise.col_offset // columns_per_call,
         "shift": noise.col_offset % columns_per_call,
-        "positions": noise.positions,
-        "width": noise.col_offset + cols,
-        "DIST": DISTRIBUTION_CODES[noise.dist],
+        "positions": min(noise.positions, noise_contract.ALL_ROWS),
+        "width": noise.width or noise.col_offset + cols,
+        "DIST": noise_code(noise.dist, noise.sampler),
     }
 
 

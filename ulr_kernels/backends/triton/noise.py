@@ -100,7 +100,7 @@ def noise_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     tiles = tl.cdiv(cols + shift, BC)
     tile = tl.program_id(0)
     col_tile = (tile % tiles).to(tl.int64)

@@ -8,7 +8,14 @@ from torch import Tensor
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
-from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.noise_contract import (
+    RADEMACHER,
+    no_signs,
+    noise_tile,
+    open_source,
+    raw_noise,
+    shared_signs,
+)
 from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_add import NoiseAdd
 
@@ -50,7 +57,7 @@ def noise_add_kernel(
     BC: tl.constexpr,
 ):
     """A program makes a tile, for all draws."""
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     col_tile = tl.program_id(0) % col_tiles
     row = (tl.program_id(0) // col_tiles).to(tl.int64) * BR + tl.arange(0, BR)
@@ -67,12 +74,14 @@ def noise_add_kernel(
     calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
     if SHARED:
         clean = tl.load(x_tile, mask=inside, other=0).to(tl.float32)
+    kept = no_signs(DIST, BR, BC)
     for d in range(draws):
         copy = tl.cast(d, tl.int64)
+        this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+        kept = shared_signs(kept, d == 0, rows_of_noise, calls, this_draw, source, DIST, BR, BC)
         raw = raw_noise(
-            rows_of_noise, calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32), source, directions, positions,
-            tl.cast(width, tl.int32), DIST, BR, BC,
-        )  # fmt: skip
+            rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC, kept
+        )
         eps = noise_tile(raw, source, DIST)
         if not SHARED:
             clean = tl.load(x_tile + copy * stride_x_copy, mask=inside, other=0).to(tl.float32)

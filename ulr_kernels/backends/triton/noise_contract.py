@@ -17,12 +17,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 NORMAL = tl.constexpr(0)
 LAPLACE = tl.constexpr(1)
-RADEMACHER = tl.constexpr(2)
+RADEMACHER = tl.constexpr(2)  # codes from here on are of signs
+HADAMARD = tl.constexpr(3)  # orthogonal signs
 
 ROW_WORDS = tl.constexpr(12)  # 32-bit words from one octave's row of the table to the next
 FIRST_ROW = tl.constexpr(127)  # the exponent field of 1.0: octave 0
 MASKS = tl.constexpr(32 * 12)  # where the masks follow the rows
 SOBOL_BITS = tl.constexpr(30)
+HADAMARD_BITS = tl.constexpr(16)
 
 
 @triton.jit
@@ -110,13 +112,77 @@ def quantile(words, source):
 
 
 @triton.jit
-def sign_halves(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
-    """uint32 [BR, BC / 16]: half words of signs: the bit of column 2 j is bit 2 j, that of 2 j + 1 is bit 2 j + 16."""
+def sign_words(rows, first, draw, source, BR: tl.constexpr, BC: tl.constexpr):
+    """uint32 [BR, BC / 32]: the signs of the columns from call `first` on, as bits: 0 is +1, 1 is -1."""
     w0, w1, w2, w3 = _words(rows, first, draw, source, BR, BC // 128)
-    words = join_parts((w0, w1, w2, w3))
+    return join_parts((w0, w1, w2, w3))
+
+
+@triton.jit
+def sign_halves(words):
+    """uint32 [BR, BC / 16]: half words of signs: the bit of column 2 j is bit 2 j, that of 2 j + 1 is bit 2 j + 16."""
     low = (words & 0x5555) | ((words & 0xAAAA) << 15)
     high = ((words >> 16) & 0x5555) | ((words >> 1) & 0x55550000)
     return join_parts((low, high))
+
+
+@triton.jit
+def _odd(bits):
+    """0xFFFFFFFF where the number of set bits is odd, else 0."""
+    if INTERPRETED:
+        for shift in tl.static_range(5):
+            bits ^= bits >> (16 >> shift)
+    else:
+        bits = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.uint32, is_pure=True, pack=1)
+    return 0 - (bits & 1)
+
+
+@triton.jit
+def slots(rows, cols, positions, width):
+    """uint32: the slots of coordinates of orthogonal signs, which broadcast. `positions` None: 2^32."""
+    if positions is not None:
+        count = tl.cast(positions, tl.uint32)  # 2^32 are 0
+        rows = tl.where(count == 0, rows, rows % tl.maximum(count, 1))
+    return rows * (tl.cast(width, tl.uint32) | 1) + cols
+
+
+@triton.jit
+def walsh_words(slot, draw):
+    """uint32: the Walsh functions slot ... slot + 31 at the lower 16 bits of `draw`, a bit each: 1 is -1.
+
+    The lower five bits of the slots go round once; where they start again, the higher ones have grown by one.
+    """
+    draw = tl.cast(draw, tl.uint32)
+    bits = (0 - (draw & 1)) & 0xAAAAAAAA
+    bits ^= (0 - (draw >> 1 & 1)) & 0xCCCCCCCC
+    bits ^= (0 - (draw >> 2 & 1)) & 0xF0F0F0F0
+    bits ^= (0 - (draw >> 3 & 1)) & 0xFF00FF00
+    bits ^= (0 - (draw >> 4 & 1)) & 0xFFFF0000
+    turn = slot & 31
+    high = draw >> 5 & 0x7FF
+    turned = (bits >> turn) | (bits << ((0 - turn) & 31))
+    later = ~(tl.full([], 0xFFFFFFFF, tl.uint32) >> turn)  # slots of the next 32
+    here, beyond = _odd(high & (slot >> 5)), _odd(high & ((slot >> 5) + 1))
+    return turned ^ here ^ (later & (here ^ beyond))
+
+
+@triton.jit
+def no_signs(DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Words for `shared_signs` to make."""
+    if DIST == HADAMARD:
+        return tl.zeros([BR, BC // 32], tl.uint32)
+    else:
+        return 0
+
+
+@triton.jit
+def shared_signs(kept, is_first, rows, first, draw, source, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """The words that orthogonal draws share: `kept` from one draw to the next, and made for the first draw of all and
+    where a block of 2^16 draws begins. Other noise shares nothing."""
+    if DIST == HADAMARD:
+        if is_first | ((draw & 0xFFFF) == 0):
+            kept = sign_words(rows, first, draw >> HADAMARD_BITS, source, BR, BC)
+    return kept
 
 
 @triton.jit
@@ -148,11 +214,20 @@ def _sobol_points(rows, first, draw, directions, positions, width, word: tl.cons
 
 @triton.jit
 def raw_noise(
-    rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    """The random bits of a tile: uint32 `rows`, and the columns from call `first` on. `directions` None: no Sobol."""
-    if DIST == RADEMACHER:
-        return (sign_halves(rows, first, draw, source, BR, BC),)
+    rows, first, draw, source, directions, positions, width, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    kept=None,
+):  # fmt: skip
+    """The random bits of a tile: uint32 `rows`, and the columns from call `first` on. `directions` None: no Sobol.
+
+    `kept` are what `shared_signs` returns, for a loop over draws.
+    """
+    if DIST == HADAMARD:
+        if kept is None:
+            kept = sign_words(rows, first, draw >> HADAMARD_BITS, source, BR, BC)
+        cols = first * 128 + (tl.arange(0, BC // 32) * 32).to(tl.uint32)
+        return (sign_halves(kept ^ walsh_words(slots(rows[:, None], cols[None, :], positions, width), draw)),)
+    elif DIST == RADEMACHER:
+        return (sign_halves(sign_words(rows, first, draw, source, BR, BC)),)
     else:
         CALLS: tl.constexpr = BC // 4
         if directions is None:
@@ -172,7 +247,7 @@ def noise_parts(raw, source, DIST: tl.constexpr):
 
     P is 4, the words of a call, or for signs 16, half a word. Work on parts needs no exchange between threads.
     """
-    if DIST == RADEMACHER:
+    if DIST >= RADEMACHER:
         parts = ()
         for j in tl.static_range(8):
             parts = parts + _split_pairs(sign_pairs(raw[0], j, source))
@@ -184,7 +259,7 @@ def noise_parts(raw, source, DIST: tl.constexpr):
 @triton.jit
 def noise_tile(raw, source, DIST: tl.constexpr):
     """The noise as one fp32 tile [BR, BC]."""
-    if DIST == RADEMACHER:
+    if DIST >= RADEMACHER:
         BR: tl.constexpr = raw[0].shape[0]
         HALVES: tl.constexpr = raw[0].shape[1]
         halves = tl.broadcast_to(raw[0][:, :, None], (BR, HALVES, 8))

@@ -8,7 +8,15 @@ from torch import Tensor
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.grid import grid_arguments, row_offsets
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
-from ulr_kernels.backends.triton.noise_contract import RADEMACHER, join_parts, noise_parts, open_source, raw_noise
+from ulr_kernels.backends.triton.noise_contract import (
+    RADEMACHER,
+    join_parts,
+    no_signs,
+    noise_parts,
+    open_source,
+    raw_noise,
+    shared_signs,
+)
 from ulr_kernels.backends.triton.scores import no_parts, weighted
 from ulr_kernels.ops._axes import images
 from ulr_kernels.ops.noise_score import NoiseScore
@@ -46,8 +54,8 @@ def noise_score_kernel(
     BC: tl.constexpr,
 ):
     """A program makes a tile."""
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
-    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
+    P: tl.constexpr = 16 if DIST >= RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     col_tile = tl.program_id(0) % col_tiles
     row = (tl.program_id(0) // col_tiles).to(tl.int64) * BR + tl.arange(0, BR)
@@ -60,12 +68,14 @@ def noise_score_kernel(
     calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
     losses = loss_weight + row // positions * stride_loss_sample
     total = no_parts(P, BR, BC)
+    kept = no_signs(DIST, BR, BC)
     for d in range(draws):
         copy = tl.cast(d, tl.int64)
+        this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+        kept = shared_signs(kept, d == 0, rows_of_noise, calls, this_draw, source, DIST, BR, BC)
         raw = raw_noise(
-            rows_of_noise, calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32), source, directions, positions,
-            tl.cast(width, tl.int32), DIST, BR, BC,
-        )  # fmt: skip
+            rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC, kept
+        )
         factor = tl.load(losses + copy * stride_loss_copy, mask=row_inside, other=0)[:, None]
         if ANTITHETIC:  # the score is odd
             factor -= tl.load(losses + (copy + draws) * stride_loss_copy, mask=row_inside, other=0)[:, None]

@@ -89,7 +89,7 @@ def conv_gradient_kernel(
     With `y` (recompute) each tile of the forward goes to a program that makes its noise anyway: of the programs
     that share channels and rows, number i mod their count takes the tile of rows i.
     """
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     PART: tl.constexpr = BC * BK + 2 * BC  # of partials: a tile's weights, biases, ln sigmas
     input_tiles = tl.cdiv(inner, BK) if grad_weight is not None else 1
     col_tiles = tl.cdiv(features + shift, BC)

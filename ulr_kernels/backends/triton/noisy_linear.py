@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, strides, tiled
-from ulr_kernels.backends.triton.noise_contract import RADEMACHER, noise_tile, open_source, raw_noise
+from ulr_kernels.backends.triton.noise_contract import (
+    RADEMACHER,
+    no_signs,
+    noise_tile,
+    open_source,
+    raw_noise,
+    shared_signs,
+)
 from ulr_kernels.ops._linear import Linear, LinearGradient
 
 
@@ -84,7 +91,7 @@ def noisy_linear_kernel(
     BK: tl.constexpr,
 ):
     """A program makes a tile, for `draws_here` draws. Copies that share x share one product."""
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     tiles = col_tiles * tl.cdiv(rows, BR)
     tile = tl.program_id(0) % tiles
@@ -115,11 +122,13 @@ def noisy_linear_kernel(
     y_tile = y + row[:, None] * features + col[None, :]
     rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
     calls = tl.cast(first, tl.uint32) + (col_tile * (BC // PER_CALL)).to(tl.uint32)
+    kept = no_signs(DIST, BR, BC)
     for d in range(begin, min(begin + draws_here, draws)):
+        this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+        kept = shared_signs(kept, d == begin, rows_of_noise, calls, this_draw, source, DIST, BR, BC)
         raw = raw_noise(
-            rows_of_noise, calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32), source, directions, positions,
-            tl.cast(width, tl.int32), DIST, BR, BC,
-        )  # fmt: skip
+            rows_of_noise, calls, this_draw, source, directions, positions, tl.cast(width, tl.int32), DIST, BR, BC, kept
+        )
         eps = noise_tile(raw, source, DIST)
         tl.store(y_tile + d * copy_size, tl.fma(scale, eps, clean).to(y.dtype.element_ty), mask=inside)
         if ANTITHETIC:

@@ -31,7 +31,7 @@ def gradient_tile(
     With `y` (recompute) each tile of the forward goes to a program that makes its noise anyway: of the programs
     that share features, number i mod their count takes the tile of rows i.
     """
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     input_tiles = tl.cdiv(inputs, BK) if grad_weight is not None else 1
     input_tiles = tl.maximum(input_tiles, 1)
     col_tiles = tl.cdiv(features + shift, BC)

@@ -19,9 +19,10 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends._native import float_bits
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.backends.triton.device_tables import on_device
-from ulr_kernels.backends.triton.launch import DISTRIBUTION_CODES, Launch, cdiv, run, table, tiled
+from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_code, run, table, tiled
 from ulr_kernels.backends.triton.noise import fold_in_launch
 from ulr_kernels.backends.triton.noise_contract import (
+    HADAMARD,
     RADEMACHER,
     _words,
     join_parts,
@@ -29,6 +30,7 @@ from ulr_kernels.backends.triton.noise_contract import (
     number_of,
     open_source,
     raw_noise,
+    slots,
 )
 from ulr_kernels.backends.triton.weight_noise import low_rank_noise
 from ulr_kernels.ops._parameters import COLUMN_AXES, ListNoise, by_row
@@ -40,9 +42,9 @@ NO_STATE, MOMENTUM, ADAM = (tl.constexpr(i) for i in range(3))
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # A row of the table: the tensor's place; then, for the tensor and each state, the data, the strides and the sizes.
-PLACE = tl.constexpr(6)  # key, first program, rows, columns, row and column offset
+PLACE = tl.constexpr(7)  # key, first program, rows, columns, row and column offset, columns of the whole
 VIEW = tl.constexpr(1 + 5 + 3)
-ROW = tl.constexpr(6 + 3 * 9)
+ROW = tl.constexpr(7 + 3 * 9)
 
 
 @triton.jit
@@ -64,15 +66,16 @@ def _elements(view, row, col, PLAIN: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _noise(
-    rows, first, draw, keys, key, count, table, rank, rank_scale, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
+    rows, first, draw, width, keys, key, count, table, rank, rank_scale, DIST: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
     """fp32 [BR, BC]: of full rank where `rank` is None."""
     if rank is None:
         source = open_source(keys + key, table)
-        return noise_tile(raw_noise(rows, first, draw, source, None, 1, 1, DIST, BR, BC), source, DIST)
+        return noise_tile(raw_noise(rows, first, draw, source, None, None, width, DIST, BR, BC), source, DIST)
     else:
         by_row, by_col = open_source(keys + count + key, table), open_source(keys + 2 * count + key, table)
-        col = first.to(tl.int64) * (128 if DIST == RADEMACHER else 4)
+        col = first.to(tl.int64) * (128 if DIST >= RADEMACHER else 4)
         return low_rank_noise(rows, col, draw, by_row, by_col, rank, rank_scale, DIST, BR, BC)
 
 
@@ -132,13 +135,13 @@ def parameters_kernel(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     program = tl.program_id(0)
     entry = entries + tl.load(owners + program).to(tl.int64) * ROW
     key = tl.load(entry)
     tile = program - tl.load(entry + 1)
     n_rows, n_cols = tl.load(entry + 2), tl.load(entry + 3)
-    row_offset, col_offset = tl.load(entry + 4), tl.load(entry + 5)
+    row_offset, col_offset, width = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
     shift = col_offset % PER_CALL
     across = tl.cdiv(n_cols + shift, BC)
     row = (tile // across) * BR + tl.arange(0, BR)
@@ -154,9 +157,17 @@ def parameters_kernel(
     old = tl.load(elements, mask=inside, other=0).to(tl.float32)
     if COMBINE:
         total = tl.zeros([BR, BC], tl.float32)
-        for p in range(probes):
-            eps = _noise(rows, first, draw + p, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
-            total = tl.fma(_all(tl.load(amounts + p * stride_amount), eps), eps, total)
+        if DIST == HADAMARD:  # blocks of draws, and the transforms of their coefficients
+            within = tl.cast(stride_amount, tl.uint32) - 1
+            slot = slots(rows[:, None], (col_offset + col).to(tl.uint32)[None, :], None, width) & within
+            for block in range(probes):
+                this_draw = (draw & ~within) + tl.cast(block * stride_amount, tl.uint32)
+                eps = _noise(rows, first, this_draw, width, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
+                total += eps * tl.load(amounts + block * stride_amount + slot)
+        else:
+            for p in range(probes):
+                eps = _noise(rows, first, draw + p, width, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
+                total = tl.fma(_all(tl.load(amounts + p * stride_amount), eps), eps, total)
         if lr is None:
             down = number_of(weight_decay) * -0.0
         else:
@@ -183,7 +194,7 @@ def parameters_kernel(
                 tl.store(other, square, mask=inside)
             tl.store(state, mean, mask=inside)
     else:
-        eps = _noise(rows, first, draw, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
+        eps = _noise(rows, first, draw, width, keys, key, count, table, rank, rank_scale, DIST, BR, BC)
         new = tl.fma(_all(tl.load(amounts), old), eps, old)
     if STOCHASTIC:
         new = _rounded(new, rows, first * (PER_CALL // 4), draw, open_source(keys + 3 * count + key, table), BR, BC)
@@ -222,7 +233,8 @@ def launches(
 ) -> Iterator[Launch]:
     """A launch for each form of tensor in the list.
 
-    `amounts`: the scale, or the coefficients of the probes; `noise`: with the keys of all its streams.
+    `amounts`: the scale, or the coefficients of the probes, or of orthogonal ones the `walsh_sums`; `noise`: with the
+    keys of all its streams.
     """
     keys = noise.keys
     scale = 1.0 if noise.rank is None else noise_contract.low_rank_scale(noise.rank)
@@ -240,7 +252,7 @@ def launches(
             rows, cols = views[0].shape[0], views[0].shape[1:].numel()
             at = noise.offsets(i)
             shift = at[1] % (128 if noise.dist == "rademacher" else 4)
-            entry: list[int] = [i, sum(programs), rows, cols, *at]
+            entry: list[int] = [i, sum(programs), rows, cols, *at, noise.width_of(i, cols)]
             for view in views:
                 entry += [view.data_ptr(), *view.stride(), *view.shape[-COLUMN_AXES + 1 :]]
             entries.append((*entry, *[0] * (ROW.value - len(entry))))
@@ -256,7 +268,7 @@ def launches(
                 "table": table(noise.dist, keys.device),
                 "amounts": amounts,
                 "stride_amount": amounts.stride(0) if amounts.dim() else 0,
-                "probes": amounts.numel(),
+                "probes": amounts.shape[0] if amounts.dim() else 1,
                 "lr": rule.lr,
                 "step": rule.step,
                 **dict(zip(NUMBERS, map(float_bits, (*rule.numbers, scale)), strict=True)),
@@ -268,7 +280,7 @@ def launches(
                 "STOCHASTIC": noise.stochastic and form.dtype == torch.bfloat16,
                 "PLAIN": form.plain,
                 "DTYPE": _DTYPES[form.dtype],
-                "DIST": DISTRIBUTION_CODES[noise.dist],
+                "DIST": noise_code(noise.dist, noise.sampler),
             },
             tile,
         )
@@ -285,6 +297,18 @@ def with_streams(noise: ListNoise) -> ListNoise:
     return noise._replace(keys=torch.cat([keys, derived.flatten()]))
 
 
+def walsh_sums(coefficients: Tensor, draw: int) -> Tensor:
+    """fp32 `[blocks, M]`: the transforms of the coefficients of each block of orthogonal draws, on their device."""
+    probes = coefficients.shape[0]
+    blocks = list(noise_contract.hadamard_blocks(draw, probes))
+    if not blocks:
+        return coefficients.view(0, 1)
+    first, size, _ = blocks[0]
+    padded = coefficients.new_zeros(len(blocks) * size)
+    padded[draw - first :][:probes] = coefficients
+    return noise_contract.walsh_hadamard(padded.view(-1, size))
+
+
 def perturb_(a: Perturb) -> None:
     for launch in launches(a.tensors, [], a.scale, Rule(), with_streams(a.noise)):
         launch.run()
@@ -292,5 +316,7 @@ def perturb_(a: Perturb) -> None:
 
 def combine_(a: Combine) -> None:
     rule = Rule(a.lr, a.step, (a.weight_decay, a.momentum, a.beta1, a.beta2, a.epsilon))
-    for launch in launches(a.tensors, a.states, a.coefficients, rule, with_streams(a.noise)):
+    orthogonal = a.noise.sampler == "hadamard"
+    amounts = walsh_sums(a.coefficients, a.noise.draw) if orthogonal else a.coefficients
+    for launch in launches(a.tensors, a.states, amounts, rule, with_streams(a.noise)):
         launch.run()

@@ -13,12 +13,12 @@ from ulr_kernels.backends.triton.weight_noise import open_weight_noise, perturbe
 from ulr_kernels.ops.perturbed_conv2d import PerturbedConv
 
 
-@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "col_offset"])
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "col_offset", "width"])
 def perturbed_conv2d_kernel(
     y, x, weight, bias, sigma, mask, key, table, rows, inner, draws, draw: tl.uint32, row_offset: tl.uint32,
-    col_offset: tl.int64, shift, rank, rank_scale, window, y_strides, stride_x_copy, x_strides, weight_strides,
-    mask_strides, stride_bias_copy, stride_bias, SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr,
-    TAPS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    col_offset: tl.int64, width: tl.int64, shift, rank, rank_scale, window, y_strides, stride_x_copy, x_strides,
+    weight_strides, mask_strides, stride_bias_copy, stride_bias, SHARED: tl.constexpr, ANTITHETIC: tl.constexpr,
+    DIST: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A program makes a tile of output pixels x channels of one group, for one copy or for both of an antithetic pair.
 
@@ -63,7 +63,7 @@ def perturbed_conv2d_kernel(
             at = channel * mask_strides[1] + ky * mask_strides[2] + kx * mask_strides[3]
             allowed = mask + (col.to(tl.int64) * mask_strides[0])[:, None] + at[None, :]
             noised = inside & (tl.load(allowed, mask=inside, other=0) != 0)
-        eps = weight_noise(rows_of_noise, first + start, d, sources, rank, rank_scale, DIST, BC, BK)
+        eps = weight_noise(rows_of_noise, first + start, d, width, sources, rank, rank_scale, DIST, BC, BK)
         down, right = ky * window[4], kx * window[5]
         y_inside = (top[:, None] + down[None, :]).to(tl.uint32) < tl.cast(window[7], tl.uint32)
         x_inside = (left[:, None] + right[None, :]).to(tl.uint32) < tl.cast(window[8], tl.uint32)
@@ -97,7 +97,7 @@ def perturbed_conv2d_launch(y: Tensor, a: PerturbedConv) -> Launch:
     tile = tiles.perturbed_conv(x.element_size(), of_group)
     bias_view = bias if bias is None or bias.dim() == 2 else bias.expand(how.copies, -1)
     arguments: dict[str, Any] = {
-        **weight_arguments(how),
+        **weight_arguments(how.placed(weight)),
         **image_arguments(x, window, weight.shape[2:], len(weight)),
         **strides("stride_", bias_view, "bias_copy", "bias"),
         "y": y,

@@ -10,10 +10,10 @@ from ulr_kernels.backends.triton.weight_noise import open_weight_noise, perturbe
 from ulr_kernels.ops.perturbed_embedding import PerturbedEmbedding
 
 
-@triton.jit(do_not_specialize=["rows", "table_rows", "draws", "draw", "row_offset", "col_offset"])
+@triton.jit(do_not_specialize=["rows", "table_rows", "draws", "draw", "row_offset", "col_offset", "width"])
 def perturbed_embedding_kernel(
     y, indices, weight, sigma, mask, key, table, rows, cols, table_rows, draws, draw: tl.uint32, row_offset: tl.uint32,
-    col_offset: tl.int64, shift, rank, rank_scale, stride_index_copy, stride_index, stride_weight_row,
+    col_offset: tl.int64, width: tl.int64, shift, rank, rank_scale, stride_index_copy, stride_index, stride_weight_row,
     stride_weight_col, stride_mask_row, stride_mask_col, PAIRS: tl.constexpr, DIST: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,8 @@ def perturbed_embedding_kernel(
     first = tl.cast(col_offset, tl.int64) - shift + (tile % col_tiles).to(tl.int64) * BC
     eps = weight_noise(
         tl.cast(row_offset, tl.uint32) + index.to(tl.uint32), first,
-        (tl.cast(draw, tl.int64) + copy % half).to(tl.uint32), open_weight_noise(key, table, rank), rank, rank_scale,
-        DIST, BR, BC,
+        (tl.cast(draw, tl.int64) + copy % half).to(tl.uint32), width, open_weight_noise(key, table, rank), rank,
+        rank_scale, DIST, BR, BC,
     )  # fmt: skip
     scale = tl.load(sigma)
     scale = tl.where(copy < half, scale, -scale)
@@ -59,7 +59,7 @@ def perturbed_embedding_launch(y: Tensor, a: PerturbedEmbedding) -> Launch:
         perturbed_embedding_kernel,
         programs,
         {
-            **weight_arguments(how),
+            **weight_arguments(how.placed(weight)),
             "y": y,
             "indices": indices,
             "weight": weight,

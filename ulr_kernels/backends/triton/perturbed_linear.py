@@ -18,16 +18,16 @@ from ulr_kernels.ops.perturbed_linear import PerturbedLinear
 RANKS = tl.constexpr(16)  # of low-rank noise at a time: the least that a product of tiles takes
 
 
-@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first"])
+@triton.jit(do_not_specialize=["rows", "draws", "draw", "row_offset", "first", "width"])
 def perturbed_linear_kernel(
     y, x, weight, bias, sigma, mask, key, table, rows, features, inputs, draws: tl.uint32, draw: tl.uint32,
-    row_offset: tl.uint32, first: tl.uint32, shift, stride_x_copy, stride_x_row, stride_x_input,
+    row_offset: tl.uint32, first: tl.uint32, shift, width: tl.int64, stride_x_copy, stride_x_row, stride_x_input,
     stride_weight_col, stride_weight_input, stride_bias_copy, stride_bias, stride_mask_col, stride_mask_input,
     SHARED: tl.constexpr, ANTITHETIC: tl.constexpr, DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """A program makes a tile of one copy, or of both copies of an antithetic pair, whose noise it makes once."""
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     col_tiles = tl.cdiv(features, BC)
     tile = tl.program_id(0) % (col_tiles * tl.cdiv(rows, BR))
     copy = (tl.program_id(0) // (col_tiles * tl.cdiv(rows, BR))).to(tl.int64)
@@ -50,7 +50,7 @@ def perturbed_linear_kernel(
         inside = col_inside[:, None] & k_inside[None, :]
         w = tl.load(weight + col[:, None] * stride_weight_col + k[None, :] * stride_weight_input, mask=inside, other=0)
         calls = first + tl.cast(start // PER_CALL, tl.uint32)
-        eps = noise_tile(raw_noise(rows_of_noise, calls, d, source, None, 1, 0, DIST, BC, BK), source, DIST)
+        eps = noise_tile(raw_noise(rows_of_noise, calls, d, source, None, None, width, DIST, BC, BK), source, DIST)
         noised = inside
         if mask is not None:
             allowed = mask + col[:, None] * stride_mask_col + k[None, :] * stride_mask_input
@@ -85,7 +85,7 @@ def low_rank_kernel(
     DIST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A program makes the plain product of a tile, then adds sigma / sqrt(rank) * (x B) A^T for each of its copies."""
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
     col_tiles = tl.cdiv(features + feature_shift, BC)
     tile = tl.program_id(0) % (col_tiles * tl.cdiv(rows, BR))
     begin = (tl.program_id(0) // (col_tiles * tl.cdiv(rows, BR))).to(tl.int64)
@@ -170,6 +170,7 @@ def perturbed_linear_launch(y: Tensor, a: PerturbedLinear) -> Launch:
         arguments |= {
             "mask": mask,
             "row_offset": noise.row_offset,
+            "width": which["width"],
             **strides("stride_mask_", mask, "col", "input"),
             "SHARED": shared,
             "ANTITHETIC": noise.antithetic,

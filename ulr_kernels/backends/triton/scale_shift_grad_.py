@@ -12,11 +12,13 @@ from ulr_kernels.backends.triton.launch import Launch, cdiv, noise_arguments, st
 from ulr_kernels.backends.triton.noise_contract import (
     RADEMACHER,
     join_parts,
+    no_signs,
     noise_parts,
     noise_tile,
     open_source,
     raw_noise,
     score,
+    shared_signs,
 )
 from ulr_kernels.backends.triton.scores import add, no_parts, weigh
 from ulr_kernels.ops._axes import images
@@ -89,8 +91,8 @@ def scale_shift_grad_kernel(
     BC: tl.constexpr,
 ):
     """A program sums a range of rows for some columns; the last one to arrive adds up the ranges, in order."""
-    PER_CALL: tl.constexpr = 128 if DIST == RADEMACHER else 4
-    P: tl.constexpr = 16 if DIST == RADEMACHER else 4
+    PER_CALL: tl.constexpr = 128 if DIST >= RADEMACHER else 4
+    P: tl.constexpr = 16 if DIST >= RADEMACHER else 4
     col_tiles = tl.cdiv(features + shift, BC)
     col_tile = tl.program_id(0) % col_tiles
     this_range = tl.program_id(0) // col_tiles
@@ -115,12 +117,24 @@ def scale_shift_grad_kernel(
         rows_of_noise = tl.cast(row_offset, tl.uint32) + row.to(tl.uint32)
         reduced = no_parts(P, BR, BC)
         reduced_log = no_parts(P, BR, BC)
+        kept = no_signs(DIST, BR, BC)
         for d in range(draws):
             copy = tl.cast(d, tl.int64)
+            this_draw = (tl.cast(draw, tl.int64) + d).to(tl.uint32)
+            kept = shared_signs(kept, d == 0, rows_of_noise, calls, this_draw, source, DIST, BR, BC)
             raw = raw_noise(
-                rows_of_noise, calls, (tl.cast(draw, tl.int64) + d).to(tl.uint32), source, directions, positions,
-                tl.cast(width, tl.int32), DIST, BR, BC,
-            )  # fmt: skip
+                rows_of_noise,
+                calls,
+                this_draw,
+                source,
+                directions,
+                positions,
+                tl.cast(width, tl.int32),
+                DIST,
+                BR,
+                BC,
+                kept,
+            )
             parts = noise_parts(raw, source, DIST)
             plus, minus, reduced, reduced_log = weigh(
                 reduced, reduced_log, parts, losses + copy * stride_loss_copy, mirror_loss, row_inside, grad_log_sigma,
