@@ -53,6 +53,7 @@ CALLS = {
         *([v(4, 5, 8), v(5, 5)], torch.tensor([1, 2]), v(6, 3), [], [v(7, 5, 8), v(8, 5)]),
         *([v(9, 5, 8).abs(), v(10, 5).abs()], SCALE, torch.tensor(3), 0.1),
     ),
+    "noise_dot": lambda: (v(1, 6, 8), SCALE, KEY, 4),
     "noisy_mlp_step": lambda: (
         *([v(4, 5, 8), v(5, 3, 5)], [v(6, 5), v(7, 3)], v(1, 6, 8), torch.arange(6) % 3),
         *([v(2, 5, 8), v(8, 3, 5)], [v(3, 5), v(9, 3)], SCALE.expand(2), torch.tensor([1, 2]), 4),
@@ -70,8 +71,8 @@ def test_every_op_is_here_and_public() -> None:
 
 def test_every_op_has_kernels() -> None:
     """But for what docs/install.md says."""
-    assert set(OPS) == set(cpp._PROVIDERS) == set(cuda.ARGUMENTS)
-    assert set(OPS) - set(triton._MODULES) == set(triton._WITHOUT) == {"noisy_mlp_step"}
+    assert set(OPS) == set(cpp._PROVIDERS) == set(cuda.ARGUMENTS) | {"noise_dot"}
+    assert set(OPS) - set(triton._MODULES) == set(triton._WITHOUT) == {"noise_dot", "noisy_mlp_step"}
 
 
 @pytest.mark.parametrize("op", CALLS)

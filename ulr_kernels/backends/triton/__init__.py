@@ -37,6 +37,7 @@ _MODULES = {
 
 # The reasons why this back end lacks an op.
 _WITHOUT = {
+    "noise_dot": "torch runs it on a GPU, copy by copy",
     "noisy_mlp_step": "a step in one launch is CUDA C++ alone: the kernel takes a table of layers as an argument, "
     "which Triton cannot pass; ulr.ULR runs the same step op by op",
 }
