@@ -189,7 +189,7 @@ def test_onednn_gets_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None
         return call(x, weight, bias)
 
     monkeypatch.setattr(products, "_call", checked)
-    monkeypatch.setattr(products, "onednn_is_faster", lambda dtype: True)
+    monkeypatch.setattr(products, "_adds_by_onednn", lambda: True)
     for weight in (strided(64, 48), values(64, 96)[:, :48], values(48, 64).T, values(48, 128).T[:64]):
         for x in (strided(40, 48), values(48, 40).T):
             ulr.ops.noisy_linear(x, weight, None, 0.1, 3)

@@ -1,9 +1,10 @@
-"""Matrix products of the CPU, by the faster of two libraries that torch carries: its own BLAS and oneDNN.
+"""Matrix products of the CPU: x W^T + b by torch's copy of oneDNN, sums of gradients by the faster of two libraries.
 
-In fp32 oneDNN uses AVX-512 where torch's own product, through MKL, does not (AMD: 0.43-0.5x of the time); without
-AVX-512 torch's own is as fast or faster (docs/measured.md). `torch.ops.mkldnn._linear_pointwise` takes ordinary CPU
-tensors. It needs a dense weight, row-major or column-major: any other stride selects a reference implementation that
-is thousands of times slower. It copies an x that is not contiguous, and ignores the strides of a bias.
+In fp32 oneDNN uses AVX-512 where torch's own product, through MKL, does not (AMD: 0.43-0.5x of the time). Without
+AVX-512 torch's own is faster by a sixth to a half for the sums (docs/measured.md). A forward stays with oneDNN there,
+because its results do not depend on the number of threads. `torch.ops.mkldnn._linear_pointwise` takes ordinary CPU
+tensors. It needs a dense weight, row-major or column-major: any other stride selects a reference implementation that is
+thousands of times slower. It copies an x that is not contiguous, and ignores the strides of a bias.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ def supports(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype faster here than torch's own BLAS."""
-    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return supports(dtype) and (wide or dtype != torch.float32)
+def _adds_by_onednn() -> bool:
+    """Whether oneDNN adds up gradients in fp32 faster here than torch's own BLAS."""
+    return supports(torch.float32) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def dense(weight: Tensor) -> bool:
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     torch.compile traces torch's own linear instead, which it can lower.
     """
-    if not torch.compiler.is_compiling() and x.numel() and weight.numel() and onednn_is_faster(x.dtype):
+    if not torch.compiler.is_compiling() and x.numel() and weight.numel() and supports(x.dtype):
         return _call(x, weight, bias if bias is None else bias.contiguous())
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -55,7 +55,7 @@ def add_outer_(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """`sums [N, K] += a^T b`, for fp32 `a [R, N]` and a contiguous fp32 `b [R, K]`."""
     if sums.dtype != torch.float32:
         sums.add_(a.T @ b)
-    elif sums.device.type == "cpu" and onednn_is_faster(torch.float32):
+    elif sums.device.type == "cpu" and _adds_by_onednn():
         sums.add_(linear(a.T, b.T))
     else:
         sums.addmm_(a.T, b)
