@@ -95,6 +95,8 @@ class ULR:
             the derivative of the loss in the clean outputs, or where it has none the outputs and the targets; or a
             function `guide(outputs, targets)` -> e, `[samples, features]`. It makes the error of an estimate several
             times smaller and never biases it. A step runs one forward without noise more. Noise on weights has none.
+            Ranks learn one guide from all their samples, also inside `no_sync()`. Shapes of an output, as lengths of
+            texts, have guides of their own, of which the last eight are kept.
         preset: None; "best": the settings that docs/networks.md found best, in the place of those that are left at
             their defaults: orthogonal signs in single copies, the clean loss as baseline, and the guide.
 
@@ -289,7 +291,8 @@ class ULR:
 
     def _run_passes(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
         s, runner = self.settings, self._runner
-        clean, guides = None, self._guides
+        clean = None
+        guides = self._guides if any(pass_.layers for pass_ in plan.passes) else None
         if guides is not None:
             guided = runner.guided_clean_pass(plan.clean, batch, loss_fn, guides)
             guides.begin(guided)
@@ -318,7 +321,7 @@ class ULR:
                 first = part.pass_
                 shown.append(losses)
         if guides is not None:
-            guides.finish(self._parallel.sum_ if self._parallel is not None else None)
+            guides.finish(self._parallel)
         return torch.stack(means).sum() / len(plan.passes)
 
     # --- state -------------------------------------------------------------------------------------------------------
