@@ -570,6 +570,26 @@ def test_hooks_of_parameters_get_the_finished_gradient(fused):
     assert len(calls) == 4 and not torch.equal(calls[2], calls[0])
 
 
+@pytest.mark.parametrize("settings", [{"max_rows": 12}, {"memory": "recompute"}, {"injection": "joint"}], ids=str)
+def test_hooks_run_once_whatever_reads_the_parameter(settings):
+    """Also where torch's own derivative takes a score to the parameter, or the loss reads it."""
+    model, calls = net(lambda m, x: m.l(x) * m.p, l=linear(), p=(4,)), []
+
+    def loss_fn(outputs, y):
+        return squares(outputs, y) + model.p.square().sum()
+
+    ulr.ULR(model, copies=8, **settings).backward(X, Y, loss_fn)
+    plain = model.p.grad.clone()
+    model.zero_grad()
+    handle = model.p.register_hook(lambda gradient: calls.append(1) or 2 * gradient)
+    ulr.ULR(model, copies=8, **settings).backward(X, Y, loss_fn)
+    assert len(calls) == 1
+    torch.testing.assert_close(model.p.grad, 2 * plain)
+    handle.remove()
+    ulr.ULR(model, copies=8, **settings).backward(X, Y, loss_fn)
+    torch.testing.assert_close(model.p.grad, 3 * plain)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -802,3 +822,68 @@ def test_masks_of_huge_numbers():
         return (scores.softmax(-1) @ x).mean(1)
 
     ulr.ULR(net(forward, q=linear(4, 4), bias=(7,)), copies=4).backward(v(1, 6, 4, 4), Y, squares)
+
+
+# --- parameters of the loss -------------------------------------------------------------------------------------------
+
+
+class Centres(nn.Module):
+    """A learnt temperature and the centres of classes, which only the loss reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres, self.heat = nn.Parameter(v(8, 3, 4)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, outputs, y):
+        return F.cross_entropy(outputs @ self.centres.T * self.heat.exp(), y, reduction="none")
+
+    def of_outputs(self, scale, outputs, y):
+        return scale * self(outputs, y)
+
+
+CLASSES = torch.arange(6) % 3
+FORMS = {
+    "module": lambda loss: loss,
+    "method": lambda loss: functools.partial(loss.of_outputs, 1.0),
+    "closure": lambda loss: lambda outputs, y: loss(outputs, y),
+}
+
+
+@pytest.mark.parametrize("settings", [*WAYS, {"noise": "weights"}, {"guide": "feedback"}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_trained_parameters_of_the_loss_get_their_gradient(form, settings):
+    model, loss = net(lambda m, x: m.l(x), l=linear()), Centres()
+    loss_fn = FORMS[form](loss)
+    with torch.enable_grad():
+        expected = torch.autograd.grad(loss_fn(model(X), CLASSES).mean(), list(loss.parameters()))
+    estimator = ulr.ULR(model, **{"sigma": 1e-3, "copies": 64, **settings})
+    for steps in (1, 2):  # it adds up
+        estimator.backward(X, CLASSES, loss_fn)
+        for p, g in zip(loss.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, steps * g, rtol=0.05, atol=0.01)
+
+
+def test_gradients_of_the_loss_end_as_those_of_the_model():
+    loss, model, calls = Centres().bfloat16(), linear(), []
+    loss.heat.register_hook(lambda gradient: calls.append(gradient) or 2 * gradient)
+
+    def loss_fn(outputs, y):
+        return loss(outputs.bfloat16(), y).float()
+
+    ulr.ULR(filled(model), sigma=1e-3, copies=8, max_rows=4).backward(X, CLASSES, loss_fn)
+    assert len(calls) == 1 and loss.heat.grad == 2 * calls[0] and loss.centres.grad.dtype == torch.bfloat16
+    before = loss.heat.grad.clone()
+    assert ulr.check(model, X, CLASSES, loss_fn, steps=2, sigma=0.1, copies=4).layers
+    assert torch.equal(loss.heat.grad, before)
+
+
+def test_parameters_of_a_loss_without_derivative_are_named():
+    loss, model = Centres(), filled(linear())
+    loss.forward = lambda outputs, y: (outputs.argmax(1) != y).float() * loss.heat.detach()
+    for each in (loss, loss.__call__, functools.partial(lambda outputs, y, given: given(outputs, y), given=loss)):
+        with pytest.warns(UserWarning, match="no derivative in centres, heat of 'loss_fn': they get no gradient"):
+            ulr.ULR(model, copies=4).backward(X, CLASSES, each)
+    loss.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ulr.ULR(model, copies=4).backward(X, CLASSES, loss)

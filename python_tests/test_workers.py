@@ -129,9 +129,9 @@ def test_a_late_rank_is_noticed_and_catches_up_from_the_log(done, one_thread):
 
 @pytest.mark.parametrize("case", workers_run.ESTIMATORS)
 def test_replicas_of_a_model_estimate_as_one_process_with_the_whole_batch_does(case, done, one_thread):
-    whole = workers_run.estimator(workers_run.image_network(), case)
-    losses = [whole.backward(x, y, cross_entropy) for x, y in zip(workers_run.IMAGES, workers_run.LABELS, strict=True)]
-    truth = workers_run.gradients(whole)
+    whole, loss_fn = workers_run.estimator(workers_run.image_network(), case), workers_run.Heated()
+    losses = [whole.backward(x, y, loss_fn) for x, y in zip(workers_run.IMAGES, workers_run.LABELS, strict=True)]
+    truth = workers_run.gradients(whole, loss_fn)
     found = [rank[case] for rank in saved(done / "replicas")]
     for rank in found:
         torch.testing.assert_close(rank["gradients"][-1], truth, rtol=1e-4, atol=1e-6)

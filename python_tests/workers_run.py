@@ -173,8 +173,19 @@ def estimator(model: nn.Module, case: str) -> ulr.ULR:
     return ulr.ULR(model, sigma=0.3, seed=5, **{"copies": 8, **ESTIMATORS[case]})
 
 
-def gradients(estimator: ulr.ULR) -> list[torch.Tensor]:
-    return [p.grad.clone() for p in (*estimator.model.parameters(), *estimator.parameters())]
+class Heated(nn.Module):
+    """Cross-entropy with a learnt temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(outputs * self.heat, targets)
+
+
+def gradients(estimator: ulr.ULR, loss_fn: Heated) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in (*estimator.model.parameters(), *estimator.parameters(), loss_fn.heat)]
 
 
 def guides(estimator: ulr.ULR) -> dict[str, torch.Tensor]:
@@ -193,12 +204,12 @@ def replicas(folder: Path) -> None:
     results = {}
     for case in ESTIMATORS:
         model = nn.parallel.DistributedDataParallel(image_network())
-        ours, part = estimator(model, case), shares(case)[dist.get_rank()]
+        ours, part, loss_fn = estimator(model, case), shares(case)[dist.get_rank()], Heated()
         losses, by_step = [], []
         for step, (x, y) in enumerate(zip(IMAGES, LABELS, strict=True)):
             with model.no_sync() if step == 0 else contextlib.nullcontext():
-                losses.append(ours.backward(x[part], y[part], cross_entropy))
-            by_step.append(gradients(ours))
+                losses.append(ours.backward(x[part], y[part], loss_fn))
+            by_step.append(gradients(ours, loss_fn))
         results[case] = {"gradients": by_step, "losses": torch.stack(losses), "guides": guides(ours)}
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
 
@@ -210,7 +221,8 @@ def lengths(folder: Path) -> None:
     for step in range(3):
         x = ulr.noise((2, 1 + (step + rank) % 3, 6), 7 + step)
         ours.backward(x, None, lambda outputs, _: outputs.square().mean((1, 2)))
-    torch.save({"gradients": gradients(ours), "state": ours.state_dict()["guides"]}, folder / f"rank{rank}.pt")
+    found = [p.grad for p in ours.model.parameters()]
+    torch.save({"gradients": found, "state": ours.state_dict()["guides"]}, folder / f"rank{rank}.pt")
 
 
 class Trunk(nn.Module):

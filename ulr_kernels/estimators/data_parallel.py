@@ -52,7 +52,7 @@ class DataParallelBatch:
             for tensor, part in zip(of_kind, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average(self, parameters: Iterable[torch.Tensor]) -> None:
         """Make `.grad` the mean over the ranks, unless inside `no_sync()`.
 
         As in DistributedDataParallel this is all of `.grad`: the part that earlier calls averaged is the same on all

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulr_kernels import noise_contract
 from ulr_kernels.errors import RuleError, fail
@@ -186,10 +188,26 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
     if not same(losses[0], losses[1]):
         fail_rows("the loss")
     trace.check(set(direct))
+    if unused := [name for name, p in _trained_by_loss(loss_fn) if id(p) not in (*direct, *view.names)]:
+        trace.notes.append(
+            f"the loss has no derivative in {', '.join(unused)} of 'loss_fn': they get no gradient (a parameter of the "
+            "model gets one from noise, whatever the loss)"
+        )
     outline = trace.outline()
     if not outline.calls and not view.noised_layers:
         fail("model", "have a trained parameter", "none")
     return outline, losses, trace
+
+
+def _trained_by_loss(loss_fn: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters of a loss that is a module, or a method or partial function of modules."""
+    if isinstance(loss_fn, nn.Module):
+        yield from ((name, p) for name, p in loss_fn.named_parameters() if p.requires_grad)
+    elif isinstance(loss_fn, functools.partial):
+        for each in (loss_fn.func, *loss_fn.args, *loss_fn.keywords.values()):
+            yield from _trained_by_loss(each)
+    elif inspect.ismethod(loss_fn):
+        yield from _trained_by_loss(loss_fn.__self__)
 
 
 @contextlib.contextmanager

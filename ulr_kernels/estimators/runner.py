@@ -20,7 +20,7 @@ from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat
-from ulr_kernels.nn.call import Noise, NoiseSite, gradient_buffer
+from ulr_kernels.nn.call import Noise, NoiseSite, also_finished, gradient_buffer, leaves_of, without_hooks
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
@@ -33,6 +33,7 @@ class PassRunner:
         view: of the model.
         settings: of the estimator.
         log_sigma: layer -> its learnt ln sigma.
+        loss_parameters: by their ids, those that are not the model's and have got gradients in this step.
         state: of the model's modules; in a block of `forwards` alone.
     """
 
@@ -40,6 +41,7 @@ class PassRunner:
 
     def __init__(self, view: ModelView, settings: Settings, log_sigma: Mapping[str, nn.Parameter]) -> None:
         self.view, self.settings, self.log_sigma = view, settings, log_sigma
+        self.loss_parameters: dict[int, Tensor] = {}
         self._early: set[tuple[str, ...]] = set()  # the layers of passes that turned out not to expand late
 
     def sigma(self, layer: str) -> Tensor | float:
@@ -51,7 +53,7 @@ class PassRunner:
     @contextlib.contextmanager
     def forwards(self) -> Iterator[None]:
         """The block in which this runs forwards. After it the model's modules are as before."""
-        with eval_mode(self.view.model):
+        with eval_mode(self.view.model), without_hooks(self.view.parameters):
             self.state = ModuleState(self.view.model)
             try:
                 yield
@@ -138,7 +140,8 @@ class PassRunner:
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """The losses as `Batch.losses` gives them, and the gradients of their mean in the parameters that the loss
-        depends on past all layers: through `loss_fn`, or an output that is computed from parameters alone.
+        depends on past all layers: through `loss_fn`, which may have parameters of its own (a learnt temperature, the
+        centres of classes), or an output that is computed from parameters alone.
 
         Returns:
             The losses, and id(parameter) -> (parameter, gradient).
@@ -146,10 +149,11 @@ class PassRunner:
         with torch.enable_grad():
             losses = batch.losses(outputs, loss_fn, copies)
             mean = losses.mean()
-        trained = [p for p in self.view.parameters if p.requires_grad]
-        if not losses.requires_grad or not trained:
+        trained = list({id(p): p for p in leaves_of(mean) if p.requires_grad}.values())
+        if not trained:
             return losses.detach(), {}
-        found = torch.autograd.grad(mean, trained, retain_graph=True, allow_unused=True)
+        with without_hooks(trained):
+            found = torch.autograd.grad(mean, trained, retain_graph=True, allow_unused=True)
         pairs = zip(trained, found, strict=True)
         return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}
 
@@ -228,6 +232,9 @@ class PassRunner:
             kept = forward if keep else kept
         losses = in_order(found, s.antithetic)
         for gradients, share in past_layers:
+            own = {key: parameter for key, (parameter, _) in gradients.items() if key not in self.view.names}
+            self.loss_parameters.update(own)
+            also_finished(own.values())
             for parameter, gradient in gradients.values():
                 gradient_buffer(parameter).add_(gradient, alpha=share * batch.share)
         if clean is not None:

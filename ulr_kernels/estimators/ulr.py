@@ -214,7 +214,8 @@ class ULR:
             y: targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry
                 for each sample; or None.
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
-                need not be differentiable. It gets all copies of the targets.
+                need not be differentiable. It gets all copies of the targets. Trained parameters of its own, and those
+                of the model that it reads past all layers, get autograd's gradient of the mean noised loss.
             affects: for samples with many losses (a graph's nodes, a text's tokens, a series' steps): the losses of a
                 sample that the noise of each of its rows in a layer can change. A matrix `[rows, losses]` on the
                 model's device, dense or sparse, in which any number but 0 means yes; a dense `[samples, rows, losses]`
@@ -240,11 +241,13 @@ class ULR:
             batch = self._parallel.locate(batch, self.device)
         plan = self._plan(batch, loss_fn)
         keys = self._keys.of_sites(plan.names, plan.sites)
+        self._runner.loss_parameters.clear()
         with finished_gradients([*self.view.parameters, *self.parameters()]):
             losses = run_mlp_step(self._runner, keys, batch, loss_fn)
             mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._parallel is not None:
-            self._parallel.average([*self.view.parameters, *self.parameters()])
+            of_loss = self._runner.loss_parameters.values()
+            self._parallel.average([*self.view.parameters, *self.parameters(), *of_loss])
         self._keys.advance()
         return mean
 
