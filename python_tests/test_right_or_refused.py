@@ -887,3 +887,49 @@ def test_parameters_of_a_loss_without_derivative_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ulr.ULR(model, copies=4).backward(X, CLASSES, loss)
+
+
+# --- options of embeddings --------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[0, 1, 2], [3, 0, 1], [2, 4, 0], [1, 1, 3], [4, 2, 0], [0, 3, 3]])
+
+
+def looked_up(kind, by_position=False, **options):
+    def forward(m, x):
+        if by_position:
+            return m.l(x.float()) + m.e(torch.tensor([[1, 1, 2]])).mean(1)
+        return m.e(x) if kind is nn.EmbeddingBag else m.e(x).mean(1)
+
+    return net(forward, e=kind(5, 4, **options), **({"l": linear(3, 4)} if by_position else {}))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_scaled_by_frequencies_are_refused(kind):
+    model = looked_up(kind, scale_grad_by_freq=True)
+    refused("scale_grad_by_freq", model, x=IDS)
+    refused("scale_grad_by_freq", model, x=IDS, noise="weights")
+    if kind is nn.Embedding:  # of constants
+        by_position = looked_up(kind, True, scale_grad_by_freq=True)
+        refused("'scale_grad_by_freq' must be False", by_position, x=IDS, noise="weights")
+    for step in (
+        lambda opt: opt.step(lambda: squares(model(IDS), Y).mean()),
+        lambda opt: opt.step_batch(IDS, Y, squares),
+    ):
+        with pytest.raises(ValueError, match="'scale_grad_by_freq' must be False"):
+            step(ulr.optim.MeZO(model))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_of_a_largest_norm(kind):
+    """The forward shortens rows that are too long, as torch's does; noise on weights is refused."""
+    model = looked_up(kind, max_norm=0.7)
+    assert_right(model, x=IDS, sigma=0.05)
+    assert model.e.weight.norm(dim=1).max() < 0.71
+    model = looked_up(kind, max_norm=0.7)
+    start = model.e.weight.detach().clone()
+    with pytest.raises(ValueError, match="'max_norm' must be None for a table with noise"):
+        ulr.optim.MeZO(model).step(lambda: squares(model(IDS), Y).mean())
+    with pytest.raises(ValueError, match="'max_norm' must be None for a table with noise"):
+        ulr.optim.MeZO(model).step_batch(IDS, Y, squares)
+    assert torch.equal(model.e.weight, start)
+    refused("'max_norm' must be None for a table with noise", model, x=IDS, noise="weights")

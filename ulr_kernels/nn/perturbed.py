@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels import ops
+from ulr_kernels.errors import RuleError
 from ulr_kernels.nn.equal_draws import draw_rows
 from ulr_kernels.nn.generic import EXPAND_FUNCTIONS
 from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
@@ -204,8 +205,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         noised = self.noised.get(id(weight))
         if noised is None:
             return NotImplemented
-        self._check_padding(noised, padding_idx)
-        if max_norm is not None or not weight.numel():
+        self._check_table(noised, padding_idx, max_norm, scale_grad_by_freq)
+        if not weight.numel():
             return NotImplemented
         copies = self._draws.copies
         if self.reads((input,)):
@@ -231,15 +232,32 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         given = _BAG.bind(*args, **kwargs).arguments
         for leaf in (given["input"], given["weight"]):  # the order of older versions is the other one
             if (noised := self.noised.get(id(leaf))) is not None:
-                self._check_padding(noised, given.get("padding_idx"))
+                options = (given.get(name) for name in ("padding_idx", "max_norm", "scale_grad_by_freq"))
+                self._check_table(noised, *options)
         return NotImplemented
 
-    def _check_padding(self, noised: NoisedParameter, row: int | None) -> None:
-        """Raise for a row of padding that only a call names: noise and updates leave out those that modules name."""
-        if row is not None and row % len(noised.parameter) != noised.still:
+    def _check_table(
+        self, noised: NoisedParameter, padding: int | None, max_norm: float | None, scaled: bool | None
+    ) -> None:
+        """Raise where noise on a table's weights gives another gradient than the options of a call ask for.
+
+        Noise and updates leave out those rows of padding that modules name, and none that only a call names.
+        """
+        if padding is not None and padding % len(noised.parameter) != noised.still:
             raise ValueError(
                 "ulr.optim: 'padding_idx' must be that of an nn.Embedding or nn.EmbeddingBag which holds the table, "
-                f"got {row} in a call with {noised.name}"
+                f"got {padding} in a call with {noised.name}"
+            )
+        if max_norm is not None:
+            raise RuleError(
+                "ulr: 'max_norm' must be None for a table with noise on its weights (it would shorten the noised rows, "
+                "and leave the rows themselves as long as they are; shorten them after a step), "
+                f"got {max_norm} in a call with {noised.name}"
+            )
+        if scaled:
+            raise RuleError(
+                "ulr: 'scale_grad_by_freq' must be False for a table with noise on its weights (a gradient so scaled "
+                f"is no gradient of the loss), got True in a call with {noised.name}"
             )
 
     def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
