@@ -889,6 +889,15 @@ def test_parameters_of_a_loss_without_derivative_are_named():
         ulr.ULR(model, copies=4).backward(X, CLASSES, loss)
 
 
+def test_a_tensor_of_the_loss_that_is_no_parameter_is_named():
+    scale = torch.ones((), requires_grad=True)
+    with pytest.warns(
+        UserWarning, match=r"tensor \[\] that requires a gradient and gets none: make it an nn.Parameter"
+    ):
+        ulr.ULR(filled(linear()), copies=4).backward(X, Y, lambda outputs, y: squares(outputs * scale, y))
+    assert scale.grad is None
+
+
 # --- options of embeddings --------------------------------------------------------------------------------------------
 
 IDS = torch.tensor([[0, 1, 2], [3, 0, 1], [2, 4, 0], [1, 1, 3], [4, 2, 0], [0, 3, 3]])
@@ -933,3 +942,63 @@ def test_rows_of_a_largest_norm(kind):
         ulr.optim.MeZO(model).step_batch(IDS, Y, squares)
     assert torch.equal(model.e.weight, start)
     refused("'max_norm' must be None for a table with noise", model, x=IDS, noise="weights")
+
+
+# --- later batches ----------------------------------------------------------------------------------------------------
+
+
+class LaterMixing(nn.Module):
+    """Mixes samples once `epoch` is 1, by functions that it has called before or by others."""
+
+    def __init__(self, known=True):
+        super().__init__()
+        self.a, self.b, self.known, self.epoch = linear(5, 5), linear(), known, 0
+
+    def forward(self, x):
+        h = self.a(x)
+        if not self.known:
+            return self.b((h - h.mean(0, keepdim=True)) if self.epoch else h)
+        return self.b(h - h.mean(0 if self.epoch else 1, keepdim=True))
+
+
+def test_samples_that_mix_in_later_batches_are_seen():
+    """At once where the branch calls functions that no forward has called; else after at most twice as many steps."""
+    for known, steps in ((False, 1), (True, 9)):
+        model = filled(LaterMixing(known))
+        estimator = ulr.ULR(model, copies=16)
+        for _ in range(17):
+            estimator.backward(X, Y, squares)
+        model.epoch = 1
+        for _ in range(steps - 1):
+            estimator.backward(X, Y, squares)
+        before = [p.grad.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="change with the noise of other samples"):
+            estimator.backward(X, Y, squares)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_looks_cost_a_hundredth_of_all_steps_at_most():
+    """In copies of a sample: a look has four."""
+    for copies in (2, 16):
+        model, rows = filled(LaterMixing()), []
+        model.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0]) / len(X)))
+        estimator, by_step = ulr.ULR(model, copies=copies), []
+        for _ in range(300):
+            rows.clear()
+            estimator.backward(X, Y, squares)
+            by_step.append(sum(rows))
+        looks = [step for step, own in enumerate(by_step, 1) if own > by_step[1]][1:]
+        assert looks and all(by_step[step - 1] - by_step[1] == 4 for step in looks)
+        for number, step in enumerate(looks, 1):
+            assert 4 * number <= 0.01 * 2 * copies * step, (copies, step)  # two layers
+
+
+def test_samples_that_mix_before_the_first_layer_are_refused_where_they_are_split():
+    def errors(outputs, _):
+        return (outputs.argmax(1) != 0).float()
+
+    model = net(lambda m, x: m.l((x - x.mean(0)).sin()), l=linear())
+    assert_right(model)
+    refused("whatever samples share the forward", model, errors, max_rows=4)
+    for settings in ({"max_rows": 4}, {"allocation": "neyman"}, {"max_rows": 4, "noise": "weights"}):
+        refused("whatever samples share the forward", model, **settings)

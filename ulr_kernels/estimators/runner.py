@@ -138,24 +138,27 @@ class PassRunner:
 
     def losses_and_direct_gradients(
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], list[Tensor]]:
         """The losses as `Batch.losses` gives them, and the gradients of their mean in the parameters that the loss
         depends on past all layers: through `loss_fn`, which may have parameters of its own (a learnt temperature, the
         centres of classes), or an output that is computed from parameters alone.
 
         Returns:
-            The losses, and id(parameter) -> (parameter, gradient).
+            The losses; id(parameter) -> (parameter, gradient); and the other tensors that require a gradient of the
+            loss, which get none.
         """
         with torch.enable_grad():
             losses = batch.losses(outputs, loss_fn, copies)
             mean = losses.mean()
-        trained = list({id(p): p for p in leaves_of(mean) if p.requires_grad}.values())
+        leaves = {id(leaf): leaf for leaf in leaves_of(mean) if leaf.requires_grad}.values()
+        trained = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+        others = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter)]
         if not trained:
-            return losses.detach(), {}
+            return losses.detach(), {}, others
         with without_hooks(trained):
             found = torch.autograd.grad(mean, trained, retain_graph=True, allow_unused=True)
         pairs = zip(trained, found, strict=True)
-        return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}
+        return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}, others
 
     def _weight_noise(self, pass_: Pass, keys: Keys) -> WeightNoise:
         s = self.settings
@@ -177,6 +180,7 @@ class PassRunner:
         keys: Keys,
         clean: Tensor | None,
         loss_fn: LossFunction,
+        on_functions: Callable[[set[Callable]], object],
         direct: bool = False,
         guides: Guides | None = None,
     ) -> Tensor:
@@ -187,6 +191,7 @@ class PassRunner:
             keys: of this step.
             clean: the losses of the whole batch without noise, for the baseline "clean".
             loss_fn: the user's.
+            on_functions: called with the functions of samples that the forwards have called, before any gradient.
             direct: add the gradient of the part of the loss that depends on parameters past all layers too.
             guides: of this step, if there are any.
 
@@ -196,10 +201,10 @@ class PassRunner:
         if part.pass_.layers in self._early:
             part = part._replace(pass_=part.pass_._replace(expand_late=False, reuses_prefix=False))
         try:
-            return self._run_part(part, keys, clean, loss_fn, direct, guides)
+            return self._run_part(part, keys, clean, loss_fn, on_functions, direct, guides)
         except CannotExpandLate:  # from a first forward: nothing has been added
             self._early.add(part.pass_.layers)
-            return self.run_part(part, keys, clean, loss_fn, direct, guides)
+            return self.run_part(part, keys, clean, loss_fn, on_functions, direct, guides)
 
     def _run_part(
         self,
@@ -207,6 +212,7 @@ class PassRunner:
         keys: Keys,
         clean: Tensor | None,
         loss_fn: LossFunction,
+        on_functions: Callable[[set[Callable]], object],
         direct: bool,
         guides: Guides | None,
     ) -> Tensor:
@@ -216,12 +222,13 @@ class PassRunner:
         prefix = CleanPrefixCache() if pass_.reuses_prefix and len(chunks) > 1 else None
         spec = ForwardSpec(pass_, keys, batch, pass_.copies, prefix=prefix)
         found, kept = [], None
+        functions: set[Callable] = set()
         past_layers: list[tuple[dict[int, tuple[Tensor, Tensor]], float]] = []
 
         def losses_of(outputs: Any, copies: int) -> Tensor:
             if not direct:
                 return batch.losses(outputs, loss_fn, copies)
-            losses, gradients = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
+            losses, gradients, _ = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
             past_layers.append((gradients, copies / pass_.copies))
             return losses
 
@@ -229,7 +236,9 @@ class PassRunner:
             keep = not recompute and kept is None  # all chunks read the same
             forward, of_forwards = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep), losses_of)
             found.append(torch.cat(of_forwards))
+            functions |= forward.functions
             kept = forward if keep else kept
+        on_functions(functions)
         losses = in_order(found, s.antithetic)
         for gradients, share in past_layers:
             own = {key: parameter for key, (parameter, _) in gradients.items() if key not in self.view.names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.estimators.guides import Features, Guides
 from ulr_kernels.estimators.mlp_step import run_mlp_step
 from ulr_kernels.estimators.noised import Keys
-from ulr_kernels.estimators.plan import Plan, make_plan, settle
+from ulr_kernels.estimators.plan import Plan, look_again, make_plan, settle
 from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass, schedule
 from ulr_kernels.estimators.settings import Settings
@@ -214,8 +214,8 @@ class ULR:
             y: targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry
                 for each sample; or None.
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
-                need not be differentiable. It gets all copies of the targets. Trained parameters of its own, and those
-                of the model that it reads past all layers, get autograd's gradient of the mean noised loss.
+                need not be differentiable. It gets all copies of the targets. Trained `nn.Parameter`s of its own, and
+                those of the model that it reads past all layers, get autograd's gradient of the mean noised loss.
             affects: for samples with many losses (a graph's nodes, a text's tokens, a series' steps): the losses of a
                 sample that the noise of each of its rows in a layer can change. A matrix `[rows, losses]` on the
                 model's device, dense or sparse, in which any number but 0 means yes; a dense `[samples, rows, losses]`
@@ -293,7 +293,19 @@ class ULR:
             return self._run_passes(plan, keys, batch, loss_fn)
 
     def _run_passes(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
-        s, runner = self.settings, self._runner
+        s, runner, history = self.settings, self._runner, plan.history
+        history.steps += 1
+        if history.is_due(sum(pass_.copies for pass_ in plan.passes)):
+            look_again(runner, plan, keys, batch, loss_fn)
+        history.at_new_shape = False
+
+        def on_functions(called: set[Callable]) -> None:
+            """Look again before the gradients of forwards that take another branch."""
+            if not called <= history.functions:
+                history.functions |= called
+                if history.steps > 1:
+                    look_again(runner, plan, keys, batch, loss_fn)
+
         clean = None
         guides = self._guides if any(pass_.layers for pass_ in plan.passes) else None
         if guides is not None:
@@ -318,7 +330,7 @@ class ULR:
 
         once = plan.passes[order[0]][:2]  # the pass that also adds the gradient past all layers
         for part in schedule(passes, batch, s, spreads):
-            losses = runner.run_part(part, keys, clean, loss_fn, part.pass_[:2] == once, guides)
+            losses = runner.run_part(part, keys, clean, loss_fn, on_functions, part.pass_[:2] == once, guides)
             means.append(losses.mean() * (part.batch.samples / batch.samples))
             if s.allocation != "even" and not part.pass_.weights and (first is None or first is part.pass_):
                 first = part.pass_
