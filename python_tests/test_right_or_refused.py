@@ -1002,3 +1002,90 @@ def test_samples_that_mix_before_the_first_layer_are_refused_where_they_are_spli
     refused("whatever samples share the forward", model, errors, max_rows=4)
     for settings in ({"max_rows": 4}, {"allocation": "neyman"}, {"max_rows": 4, "noise": "weights"}):
         refused("whatever samples share the forward", model, **settings)
+
+
+# --- errors that are torch's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"noise": "weights"}, {"guide": "feedback"}, {"memory": "recompute"}], ids=str
+)
+def test_a_buffer_of_the_largest_batch_limits_the_rows(settings):
+    model = net(lambda m, x: m.l(x) + m.places[: len(x)].mean(1, keepdim=True), l=linear())
+    model.register_buffer("places", torch.ones(20, 3))
+    refused("'max_rows' must be at most the rows.*a forward of 192: The size of tensor a", model, copies=32, **settings)
+    with pytest.raises(ValueError) as failure:
+        ulr.ULR(model, copies=32, **settings).backward(X, Y, squares)
+    assert isinstance(failure.value.__cause__, RuntimeError)
+    assert_right(model, **{"copies": 256, "max_rows": 20, "tolerance": 0.4, "sigma": 0.1, **settings})
+
+
+def test_an_error_of_a_batch_stays_as_it_is():
+    """Also where a forward of many copies raises it."""
+    estimator, y = ulr.ULR(filled(nn.Sequential(linear(), nn.ELU(), linear(4, 4))), copies=32), torch.arange(6) % 4
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    estimator.backward(X, y, loss_fn)
+    with pytest.raises(IndexError, match="Target . is out of bounds"):
+        estimator.backward(X, y + 6, loss_fn)
+
+
+def by_dual_numbers(m, x):
+    with torch.autograd.forward_ad.dual_level():
+        outputs = m.b(m.a(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))).tanh())
+        return torch.autograd.forward_ad.unpack_dual(outputs).tangent
+
+
+def by_jvp(m, x):
+    return torch.func.jvp(lambda x: m.b(m.a(x).tanh()), (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("forward", [by_dual_numbers, by_jvp], ids=lambda f: f.__name__)
+def test_forward_mode_derivatives(forward):
+    model = net(forward, a=linear(bias=False), b=linear(4, 4, bias=False))
+    refused("'noise' must be 'weights'.*forward-mode derivatives", model)
+    assert_right(model, noise="weights", openly=model)
+    expected = squares(model(X), Y).mean()
+    loss = ulr.optim.MeZO(model, lr=0.0, eps=1e-3, probes=4).step(lambda: squares(model(X), Y).mean())
+    torch.testing.assert_close(loss, expected.detach(), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": "weights"}, {"injection": "joint"}], ids=str)
+def test_hooks_on_tensors_of_samples_do_nothing(settings):
+    def forward(m, x):
+        h = m.a(x)
+        handle = h.register_hook(lambda gradient: 2 * gradient)
+        h.retain_grad()
+        handle.remove()
+        return m.b(h.tanh())
+
+    model = net(forward, a=linear(), b=linear(4, 4))
+    assert_right(model, **settings)
+    ulr.optim.MeZO(model).step(lambda: squares(model(X), Y).mean())
+
+
+def test_a_loss_that_differentiates_its_outputs_is_refused():
+    def penalised(outputs, y):
+        losses = squares(outputs, y)
+        return losses + torch.autograd.grad(losses.sum(), outputs, create_graph=True)[0].square().sum(1)
+
+    def backward(outputs, y):
+        squares(outputs, y).mean().backward()
+        return squares(outputs, y)
+
+    model = filled(linear())
+    for loss_fn in (penalised, backward):
+        refused(r"'loss_fn' must need no graph of the outputs.*requires_grad_\(\)", model, loss_fn)
+        with pytest.raises(ValueError) as failure:
+            ulr.ULR(model, copies=4).backward(X, Y, loss_fn)
+        assert isinstance(failure.value.__cause__, RuntimeError)
+        with pytest.raises(ValueError, match="'loss_fn' must need no graph"):
+            ulr.optim.MeZO(model).step_batch(X, Y, loss_fn)
+
+    @torch.enable_grad()
+    def openly(outputs, y):
+        own = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
+        return penalised(own, y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(model, openly)

@@ -265,11 +265,12 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
     if not same(losses[0], losses[1]):
         fail_rows("the loss")
     trace.check(set(direct))
-    for tensor in others:
-        trace.notes.append(
-            f"the loss reads a tensor {list(tensor.shape)} that requires a gradient and gets none: make it an "
-            "nn.Parameter"
-        )
+    for reference in others:
+        if (read := reference()) is not None:
+            trace.notes.append(
+                f"the loss reads a tensor {list(read.shape)} that requires a gradient and gets none: make it an "
+                "nn.Parameter"
+            )
     if unused := [name for name, p in _trained_by_loss(loss_fn) if id(p) not in (*direct, *view.names)]:
         trace.notes.append(
             f"the loss has no derivative in {', '.join(unused)} of 'loss_fn': they get no gradient (a parameter of the "
@@ -310,6 +311,7 @@ def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator
             "a fixed number of rows (a graph is one sample, [graphs, nodes, ...], its nodes' losses have `affects`; "
             "ulr.optim's step(closure) trains any model)",
             f"in a forward of two copies: {error}",
+            cause=error,
         )
 
 

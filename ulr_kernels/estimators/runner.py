@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
+from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.guides import CleanPass, GuideForward, Guides, error_features
 from ulr_kernels.estimators.noised import CannotExpandLate, FirstPass, ForwardSpec, Keys, NoisedForward
@@ -138,21 +140,21 @@ class PassRunner:
 
     def losses_and_direct_gradients(
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], list[Tensor]]:
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], list[weakref.ref[Tensor]]]:
         """The losses as `Batch.losses` gives them, and the gradients of their mean in the parameters that the loss
         depends on past all layers: through `loss_fn`, which may have parameters of its own (a learnt temperature, the
         centres of classes), or an output that is computed from parameters alone.
 
         Returns:
-            The losses; id(parameter) -> (parameter, gradient); and the other tensors that require a gradient of the
-            loss, which get none.
+            The losses; id(parameter) -> (parameter, gradient); and weak references to other tensors that require a
+            gradient, which get none. A tensor that the loss has made itself is gone by then.
         """
         with torch.enable_grad():
             losses = batch.losses(outputs, loss_fn, copies)
             mean = losses.mean()
         leaves = {id(leaf): leaf for leaf in leaves_of(mean) if leaf.requires_grad}.values()
         trained = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
-        others = [leaf for leaf in leaves if not isinstance(leaf, nn.Parameter)]
+        others = [weakref.ref(leaf) for leaf in leaves if not isinstance(leaf, nn.Parameter)]
         if not trained:
             return losses.detach(), {}, others
         with without_hooks(trained):
@@ -234,7 +236,8 @@ class PassRunner:
 
         for draw, copies in chunks:
             keep = not recompute and kept is None  # all chunks read the same
-            forward, of_forwards = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep), losses_of)
+            with self._naming_rows(batch, copies, loss_fn):
+                forward, of_forwards = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep), losses_of)
             found.append(torch.cat(of_forwards))
             functions |= forward.functions
             kept = forward if keep else kept
@@ -264,6 +267,28 @@ class PassRunner:
                 chunk = spec._replace(copies=copies, draw=draw, prefix=None)
                 self._recompute(chunk, of_draws, forward.order, of_copies)
         return losses
+
+    @contextlib.contextmanager
+    def _naming_rows(self, batch: Batch, copies: int, loss_fn: LossFunction) -> Iterator[None]:
+        """Name the rule where torch raises an error in a forward of many rows, and none in one of two copies."""
+        try:
+            yield
+        except (RuleError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            try:
+                self.run_losses(ForwardSpec(Pass((), (), 2, {}, {}), {}, batch, 2), loss_fn)
+            except Exception:
+                raise error from None
+            if copies <= 2:
+                raise
+            fail(
+                "max_rows",
+                "be at most the rows that the model and 'loss_fn' take in a forward, copies times samples (a buffer as "
+                "long as the largest batch has fewer)",
+                f"a forward of {copies * batch.samples}: {error}",
+                cause=error,
+            )
 
     def _guided(
         self,

@@ -17,7 +17,7 @@ from ulr_kernels.nn.batch import Batch, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter, leaves_of
 from ulr_kernels.nn.generic import SUMS, AutogradCall
 from ulr_kernels.nn.interceptor import LayerInterceptor
-from ulr_kernels.nn.perturbed import reads_only_metadata
+from ulr_kernels.nn.perturbed import in_forward_mode, reads_only_metadata
 
 DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -88,6 +88,8 @@ class ModelTrace(LayerInterceptor):
                 return call.clean(), 0
         if any(x.requires_grad for x in call.given):
             self._refuse_derivative("requires_grad_() on tensors of samples")
+        if in_forward_mode():
+            self._refuse_derivative("forward-mode derivatives")
         if torch._C._are_functorch_transforms_active():
             self.unsupported_uses.update((id(p), "a function inside torch.func or vmap") for p in call.parameters)
             return call.clean(), 0

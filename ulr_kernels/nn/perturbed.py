@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.errors import RuleError
 from ulr_kernels.nn.equal_draws import draw_rows
-from ulr_kernels.nn.generic import EXPAND_FUNCTIONS
+from ulr_kernels.nn.generic import BACKWARD_HOOKS, EXPAND_FUNCTIONS, ignored_hook
 from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.nn.shards import is_sharded, like, shard
@@ -52,6 +53,11 @@ class _ResultsOfCopies(NamedTuple):
 
     first: weakref.ref  # to that of the first copy, which the model has
     others: list[Tensor]
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed now: `torch.autograd.forward_ad`, `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
 
 
 class PerturbedWeights(Marked, TorchFunctionMode):
@@ -109,6 +115,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in BACKWARD_HOOKS and not (args[0].requires_grad and torch.is_grad_enabled()):
+            return ignored_hook(func)
         if reads_only_metadata(func):
             return func(*args, **kwargs)
         if func in _LIKES:
@@ -262,7 +270,7 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
         """Whether a layer's input has samples, no noise but that of layers before it, and no derivative of its own."""
-        if id(input) in self.noised or (input.requires_grad and torch.is_grad_enabled()):
+        if id(input) in self.noised or (input.requires_grad and torch.is_grad_enabled()) or in_forward_mode():
             return False
         if self.copies == 1:
             return True
