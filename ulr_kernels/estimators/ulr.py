@@ -68,6 +68,8 @@ class ULR:
         sampler: "iid"; "sobol": the copies of a sample are a scrambled Sobol sequence; "hadamard", with
             dist="rademacher": orthogonal signs (docs/noise.md). Their error is (d - M) / M of the gradient's square
             instead of (d + 1) / M, for M directions of d coordinates, none where M is a power of two of at least d.
+            That holds for a pass with one noise: with "joint" injection, and for a layer that is called more than once
+            (a recurrent one), "iid" has the smaller error.
         baseline: "mean": of the other copies or pairs of the sample; 0 if there are none, so that a single copy needs
             "clean", or its estimates vary with all of the loss; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). The noise depends on seed, step and layer name alone.
