@@ -235,9 +235,10 @@ class Guides:
             learnt.step_power += gate.square().sum(0)
         learnt.step_cross.addmm_(delta.T, features)
 
-    def fit(self, site: Site, rows: slice | Tensor, shape: torch.Size, losses: Tensor, dots: Tensor) -> None:
+    def fit(self, site: Site, shape: torch.Size, losses: Tensor, dots: Tensor) -> None:
         """Add the losses less their baseline, and the guess's share in them, fp32 `[copies, samples]`."""
-        learnt = self._of(self._gated(site, rows, shape)[0])
+        assert self._clean is not None
+        learnt = self._of((*site, shape.numel() // dots.shape[1], self._clean.features.shape[1]))
         learnt.step_fit += torch.stack([(losses * dots).sum(), dots.square().sum()]).nan_to_num(0.0, 0.0, 0.0)
 
     def finish(self, ranks: DataParallelBatch | None) -> None:

@@ -313,7 +313,7 @@ class PassRunner:
             for name, site in sites.items():
                 guess, coefficient = guides.guess(name, part.rows, site.shape)
                 dots = site.dot(guess, copies)
-                guides.fit(name, part.rows, site.shape, own, dots)
+                guides.fit(name, site.shape, own, dots)
                 explained.add_(coefficient * dots)
                 added[name] = guess * (coefficient * (batch.share / batch.samples))
         weights = loss_weights(losses - explained, clean, s.baseline, s.antithetic) * batch.share
