@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_kernels import noise_contract
+from ulr_kernels.backends.capture import capturing
 from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.influence import Trial, TrialResult, refuse_influence, trials
@@ -123,9 +124,13 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
 def look_again(runner: PassRunner, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> None:
     """Repeat the trial of the first batch on a later one, as a model may have other branches by now.
 
+    Not while a CUDA graph is captured, which must not synchronise.
+
     Raises:
         RuleError: samples mix.
     """
+    if capturing(runner.view.device):
+        return
     plan.history.looked = plan.history.steps
     on_outputs = [pass_ for pass_ in plan.passes if pass_.layers]
     if not on_outputs:

@@ -232,7 +232,8 @@ class ULR:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
             Reading it is what synchronises, not this call. But before the first gradient of a shape the model runs up
             to eight forwards, most of two copies, and synchronises; for another shape of the same kind of batch
-            (another length, fewer samples) two, and one more with `affects`.
+            (another length, fewer samples) two, and one more with `affects`. A few later steps look again whether
+            samples mix (docs/networks.md), in two forwards of two copies, and synchronise too.
 
         Raises:
             ValueError: a batch, a loss or a model breaks the rules. If this shows on the first batch of a shape, no
