@@ -13,7 +13,7 @@ from z_test import assert_unbiased, estimates
 
 import ulr_kernels as ulr
 from ulr_kernels import ops
-from ulr_kernels.estimators.guides import GuideForward
+from ulr_kernels.estimators.guides import MOST_SHAPES, GuideForward
 from ulr_kernels.nn.module_state import ModuleState
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
@@ -49,7 +49,7 @@ class Guided(ulr.ULR):
     def __init__(self, *args, weight, samples: tuple[Tensor, Tensor], **settings) -> None:
         super().__init__(*args, guide="feedback", **settings)
         set_guides(self, *samples, weight)
-        self._guides.finish = lambda sum_over_ranks: None
+        self._guides.finish = lambda ranks: None
 
 
 @pytest.mark.parametrize("kind", ["random", "ten times too large"])
@@ -110,7 +110,7 @@ def test_a_learnt_guide_gains_what_it_explains(how: dict) -> None:
     for _ in range(60):
         guided.backward(x, y, cross_entropy)
     learnt = copy.deepcopy(guided._guides)
-    guided._guides.finish = lambda sum_over_ranks: None  # learns no more
+    guided._guides.finish = lambda ranks: None  # learns no more
     without, with_guide = (squared_errors(model, x, y, each, 60)[0] for each in (plain, guided))
     batch, runner = guided._batch(x, y, None), guided._runner
     with runner.forwards():
@@ -210,6 +210,154 @@ def test_gates_are_the_derivatives_of_what_reads_an_output() -> None:
     torch.testing.assert_close(gates["conv", 0], v.grad)
     o = model.after(F.max_pool2d(F.relu(model.norm(model.conv(x)) + x), 2).flatten(1))
     torch.testing.assert_close(gates["after", 0], 1 - torch.tanh(o).square())
+
+
+# --- any model, any setting -------------------------------------------------------------------------------------------
+
+X, Y, TEXTS = small_models.v(1, 6, 5), small_models.v(2, 6, 4), small_models.v(3, 6, 3, 5)
+PAIRS = {"dist": "normal", "sampler": "iid", "antithetic": True, "baseline": "mean"}
+
+
+class Net(nn.Module):
+    """`function(model, x)` with some modules and parameters."""
+
+    def __init__(self, function, **parts) -> None:
+        super().__init__()
+        self.function, self.steps = function, 0
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(torch.empty(part)) if isinstance(part, tuple) else part)
+        small_models.filled(self)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def line(inputs: int = 5, outputs: int = 6) -> nn.Linear:
+    return nn.Linear(inputs, outputs)
+
+
+def plain(m, x):
+    return m.c(F.relu(m.a(x)))
+
+
+def with_autocast(m, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return plain(m, x).float()
+
+
+def changing(m, x):
+    h = F.relu(m.a(x))
+    return m.c(torch.tanh(m.b(h)) if m.steps > 2 else h + 0.1 * m.b(h))
+
+
+def normalised(m, x):
+    return m.c(m.drop(F.relu(m.norm(m.a(x)))))
+
+
+def of_two(outputs, y):
+    return squared(outputs["a"], y) + squared(outputs["more"][0].sin(), y)
+
+
+def writing(outputs, y):
+    outputs *= 2
+    return squared(outputs, y)
+
+
+def of_rows(outputs, y):
+    return squared(outputs.unflatten(0, (len(y), -1)).mean(1), y)
+
+
+def of_tokens(outputs, _):
+    return outputs.square().mean((1, 2))
+
+
+def in_fp32(outputs, y):
+    return squared(outputs.float(), y)
+
+
+def dense(function=plain, **parts):
+    return lambda: Net(function, **{"a": line(), "c": line(6, 4), **parts})
+
+
+def residual(m, x):
+    return m.c(F.relu(m.a(x) + m.b(x.sin())))
+
+
+def of_gru(m, x):
+    return m.c(m.a(x)[0].mean(1))
+
+
+CASES = {  # model, loss, inputs, settings
+    "neyman": (dense(), squared, X, {"allocation": "neyman"}),
+    "neyman in pairs": (dense(), squared, X, {"allocation": "neyman", **PAIRS}),
+    "learnt sigma": (dense(), squared, X, {"learn_sigma": True, **PAIRS}),
+    "learnt sigma, recomputed": (dense(), squared, X, {"learn_sigma": True, "memory": "recompute", **PAIRS}),
+    "a residual sum": (dense(residual, b=line()), squared, X, {}),
+    "a residual sum, jointly": (dense(residual, b=line()), squared, X, {"injection": "joint", **PAIRS}),
+    "a layer called twice": (
+        dense(lambda m, x: m.c(m.a(m.a(x).tanh()).tanh()), a=line(5, 5), c=line(5, 4)), squared, X, PAIRS,
+    ),
+    "lstm": (dense(lambda m, x: m.c(m.a(x)[0][:, -1]), a=nn.LSTM(5, 6, batch_first=True)), squared, TEXTS, PAIRS),
+    "gru": (dense(of_gru, a=nn.GRU(5, 3, batch_first=True, bidirectional=True)), squared, TEXTS, PAIRS),
+    "lengths": (dense(of_gru, a=nn.GRU(5, 6, batch_first=True)), squared, [TEXTS, TEXTS[:, :2]], PAIRS),
+    "lengths of outputs": (dense(), of_tokens, [TEXTS, TEXTS[:, :2]], {}),
+    "a dict": (dense(lambda m, x: {"a": m.a(x), "more": (m.c(x), 3)}, a=line(5, 4), c=line(5, 4)), of_two, X, {}),
+    "rows of a sample": (dense(lambda m, x: plain(m, x.flatten(0, 1))), of_rows, TEXTS, {}),
+    "a class token": (
+        dense(lambda m, x: m.c(torch.cat([m.t.expand(len(x), -1, -1), m.a(x)], 1).tanh()).mean(1), t=(1, 1, 6)),
+        squared, TEXTS, {},
+    ),
+    "bf16": (lambda: dense()().bfloat16(), in_fp32, X.bfloat16(), {"sigma": 0.2}),
+    "autocast": (dense(with_autocast), squared, X, {"sigma": 0.2}),
+    "dropout and batch norm": (
+        dense(normalised, norm=nn.BatchNorm1d(6), drop=nn.Dropout(0.5)), squared, X, {"injection": "joint", **PAIRS},
+    ),
+    "a few rows": (dense(), squared, X, {"max_rows": 48}),
+    "a few rows, jointly": (dense(), squared, X, {"max_rows": 48, "injection": "joint", **PAIRS}),
+    "weights": (dense(), squared, X, {"noise": "weights", "copies": 2048, **PAIRS}),
+    "weights and outputs": (dense(), squared, X, {"noise": {"a": "weights"}, "copies": 2048, **PAIRS}),
+    "a loss that writes": (dense(), writing, X, {}),
+    "a forward that changes": (dense(changing, b=line(6, 6)), squared, X, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_guides_in_any_model(case: str) -> None:
+    """The slope of the estimate, <estimate, gradient> / |gradient|^2, is 1 once guides have learnt something."""
+    make, loss_fn, x, settings = CASES[case]
+    model, batches = make().train(), x if isinstance(x, list) else [x]
+    estimator = ulr.ULR(model, **{"sigma": 0.01, "copies": 256, "guide": "feedback", **SIGNS, **settings})
+    for step in range(4 * len(batches)):
+        model.steps = step
+        estimator.backward(batches[step % len(batches)], Y, loss_fn)
+    model.zero_grad()
+    for batch in batches * 4:
+        estimator.backward(batch, Y, loss_fn)
+    assert all(weight.dtype == torch.float32 for _, weight in estimator._guides.weights())
+    assert bool(estimator._guides._learnt) is (settings.get("noise") != "weights")
+    model.eval()
+    means = [loss_fn(model(batch), Y).mean() for batch in batches]
+    expected = torch.autograd.grad(torch.stack(means).sum(), list(model.parameters()))
+    for (name, p), g in zip(model.named_parameters(), expected, strict=True):
+        slope = float((p.grad.double() / 4 * g).sum() / g.double().square().sum())
+        assert slope == pytest.approx(1, abs=0.15), name
+
+
+def test_autocast_around_a_step_leaves_guides_exact() -> None:
+    model, x, y = digits()
+    estimator = ulr.ULR(model, 0.1, 8, preset="best")
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            estimator.backward(x, y, cross_entropy)
+    assert all(weight.dtype == torch.float32 and weight.any() for _, weight in estimator._guides.weights())
+
+
+def test_shapes_used_long_ago_are_forgotten() -> None:
+    model = Net(lambda m, x: m.a(x).mean(1), a=line())
+    estimator = ulr.ULR(model, copies=4, preset="best")
+    for length in (*range(1, MOST_SHAPES + 2), 2):
+        estimator.backward(small_models.v(length, 2, length, 5), None, lambda outputs, _: outputs.sum(1))
+    assert [name[2] for name in estimator._guides._learnt] == [6 * n for n in (*range(3, MOST_SHAPES + 2), 2)]
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=pytest.mark.pair("cpp/cpu"))])

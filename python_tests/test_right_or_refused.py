@@ -570,6 +570,26 @@ def test_hooks_of_parameters_get_the_finished_gradient(fused):
     assert len(calls) == 4 and not torch.equal(calls[2], calls[0])
 
 
+@pytest.mark.parametrize("settings", [{"max_rows": 12}, {"memory": "recompute"}, {"injection": "joint"}], ids=str)
+def test_hooks_run_once_whatever_reads_the_parameter(settings):
+    """Also where torch's own derivative takes a score to the parameter, or the loss reads it."""
+    model, calls = net(lambda m, x: m.l(x) * m.p, l=linear(), p=(4,)), []
+
+    def loss_fn(outputs, y):
+        return squares(outputs, y) + model.p.square().sum()
+
+    ulr.ULR(model, copies=8, **settings).backward(X, Y, loss_fn)
+    plain = model.p.grad.clone()
+    model.zero_grad()
+    handle = model.p.register_hook(lambda gradient: calls.append(1) or 2 * gradient)
+    ulr.ULR(model, copies=8, **settings).backward(X, Y, loss_fn)
+    assert len(calls) == 1
+    torch.testing.assert_close(model.p.grad, 2 * plain)
+    handle.remove()
+    ulr.ULR(model, copies=8, **settings).backward(X, Y, loss_fn)
+    torch.testing.assert_close(model.p.grad, 3 * plain)
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -802,3 +822,270 @@ def test_masks_of_huge_numbers():
         return (scores.softmax(-1) @ x).mean(1)
 
     ulr.ULR(net(forward, q=linear(4, 4), bias=(7,)), copies=4).backward(v(1, 6, 4, 4), Y, squares)
+
+
+# --- parameters of the loss -------------------------------------------------------------------------------------------
+
+
+class Centres(nn.Module):
+    """A learnt temperature and the centres of classes, which only the loss reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres, self.heat = nn.Parameter(v(8, 3, 4)), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, outputs, y):
+        return F.cross_entropy(outputs @ self.centres.T * self.heat.exp(), y, reduction="none")
+
+    def of_outputs(self, scale, outputs, y):
+        return scale * self(outputs, y)
+
+
+CLASSES = torch.arange(6) % 3
+FORMS = {
+    "module": lambda loss: loss,
+    "method": lambda loss: functools.partial(loss.of_outputs, 1.0),
+    "closure": lambda loss: lambda outputs, y: loss(outputs, y),
+}
+
+
+@pytest.mark.parametrize("settings", [*WAYS, {"noise": "weights"}, {"guide": "feedback"}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_trained_parameters_of_the_loss_get_their_gradient(form, settings):
+    model, loss = net(lambda m, x: m.l(x), l=linear()), Centres()
+    loss_fn = FORMS[form](loss)
+    with torch.enable_grad():
+        expected = torch.autograd.grad(loss_fn(model(X), CLASSES).mean(), list(loss.parameters()))
+    estimator = ulr.ULR(model, **{"sigma": 1e-3, "copies": 64, **settings})
+    for steps in (1, 2):  # it adds up
+        estimator.backward(X, CLASSES, loss_fn)
+        for p, g in zip(loss.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, steps * g, rtol=0.05, atol=0.01)
+
+
+def test_gradients_of_the_loss_end_as_those_of_the_model():
+    loss, model, calls = Centres().bfloat16(), linear(), []
+    loss.heat.register_hook(lambda gradient: calls.append(gradient) or 2 * gradient)
+
+    def loss_fn(outputs, y):
+        return loss(outputs.bfloat16(), y).float()
+
+    ulr.ULR(filled(model), sigma=1e-3, copies=8, max_rows=4).backward(X, CLASSES, loss_fn)
+    assert len(calls) == 1 and loss.heat.grad == 2 * calls[0] and loss.centres.grad.dtype == torch.bfloat16
+    before = loss.heat.grad.clone()
+    assert ulr.check(model, X, CLASSES, loss_fn, steps=2, sigma=0.1, copies=4).layers
+    assert torch.equal(loss.heat.grad, before)
+
+
+def test_parameters_of_a_loss_without_derivative_are_named():
+    loss, model = Centres(), filled(linear())
+    loss.forward = lambda outputs, y: (outputs.argmax(1) != y).float() * loss.heat.detach()
+    for each in (loss, loss.__call__, functools.partial(lambda outputs, y, given: given(outputs, y), given=loss)):
+        with pytest.warns(UserWarning, match="no derivative in centres, heat of 'loss_fn': they get no gradient"):
+            ulr.ULR(model, copies=4).backward(X, CLASSES, each)
+    loss.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ulr.ULR(model, copies=4).backward(X, CLASSES, loss)
+
+
+def test_a_tensor_of_the_loss_that_is_no_parameter_is_named():
+    scale = torch.ones((), requires_grad=True)
+    with pytest.warns(
+        UserWarning, match=r"tensor \[\] that requires a gradient and gets none: make it an nn.Parameter"
+    ):
+        ulr.ULR(filled(linear()), copies=4).backward(X, Y, lambda outputs, y: squares(outputs * scale, y))
+    assert scale.grad is None
+
+
+# --- options of embeddings --------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[0, 1, 2], [3, 0, 1], [2, 4, 0], [1, 1, 3], [4, 2, 0], [0, 3, 3]])
+
+
+def looked_up(kind, by_position=False, **options):
+    def forward(m, x):
+        if by_position:
+            return m.l(x.float()) + m.e(torch.tensor([[1, 1, 2]])).mean(1)
+        return m.e(x) if kind is nn.EmbeddingBag else m.e(x).mean(1)
+
+    return net(forward, e=kind(5, 4, **options), **({"l": linear(3, 4)} if by_position else {}))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_gradients_scaled_by_frequencies_are_refused(kind):
+    model = looked_up(kind, scale_grad_by_freq=True)
+    refused("scale_grad_by_freq", model, x=IDS)
+    refused("scale_grad_by_freq", model, x=IDS, noise="weights")
+    if kind is nn.Embedding:  # of constants
+        by_position = looked_up(kind, True, scale_grad_by_freq=True)
+        refused("'scale_grad_by_freq' must be False", by_position, x=IDS, noise="weights")
+    for step in (
+        lambda opt: opt.step(lambda: squares(model(IDS), Y).mean()),
+        lambda opt: opt.step_batch(IDS, Y, squares),
+    ):
+        with pytest.raises(ValueError, match="'scale_grad_by_freq' must be False"):
+            step(ulr.optim.MeZO(model))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_of_a_largest_norm(kind):
+    """The forward shortens rows that are too long, as torch's does; noise on weights is refused."""
+    model = looked_up(kind, max_norm=0.7)
+    assert_right(model, x=IDS, sigma=0.05)
+    assert model.e.weight.norm(dim=1).max() < 0.71
+    model = looked_up(kind, max_norm=0.7)
+    start = model.e.weight.detach().clone()
+    with pytest.raises(ValueError, match="'max_norm' must be None for a table with noise"):
+        ulr.optim.MeZO(model).step(lambda: squares(model(IDS), Y).mean())
+    with pytest.raises(ValueError, match="'max_norm' must be None for a table with noise"):
+        ulr.optim.MeZO(model).step_batch(IDS, Y, squares)
+    assert torch.equal(model.e.weight, start)
+    refused("'max_norm' must be None for a table with noise", model, x=IDS, noise="weights")
+
+
+# --- later batches ----------------------------------------------------------------------------------------------------
+
+
+class LaterMixing(nn.Module):
+    """Mixes samples once `epoch` is 1, by functions that it has called before or by others."""
+
+    def __init__(self, known=True):
+        super().__init__()
+        self.a, self.b, self.known, self.epoch = linear(5, 5), linear(), known, 0
+
+    def forward(self, x):
+        h = self.a(x)
+        if not self.known:
+            return self.b((h - h.mean(0, keepdim=True)) if self.epoch else h)
+        return self.b(h - h.mean(0 if self.epoch else 1, keepdim=True))
+
+
+def test_samples_that_mix_in_later_batches_are_seen():
+    """At once where the branch calls functions that no forward has called; else after at most twice as many steps."""
+    for known, steps in ((False, 1), (True, 9)):
+        model = filled(LaterMixing(known))
+        estimator = ulr.ULR(model, copies=16)
+        for _ in range(17):
+            estimator.backward(X, Y, squares)
+        model.epoch = 1
+        for _ in range(steps - 1):
+            estimator.backward(X, Y, squares)
+        before = [p.grad.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="change with the noise of other samples"):
+            estimator.backward(X, Y, squares)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_looks_cost_a_hundredth_of_all_steps_at_most():
+    """In copies of a sample: a look has four."""
+    for copies in (2, 16):
+        model, rows = filled(LaterMixing()), []
+        model.register_forward_pre_hook(lambda module, args, rows=rows: rows.append(len(args[0]) / len(X)))
+        estimator, by_step = ulr.ULR(model, copies=copies), []
+        for _ in range(300):
+            rows.clear()
+            estimator.backward(X, Y, squares)
+            by_step.append(sum(rows))
+        looks = [step for step, own in enumerate(by_step, 1) if own > by_step[1]][1:]
+        assert looks and all(by_step[step - 1] - by_step[1] == 4 for step in looks)
+        for number, step in enumerate(looks, 1):
+            assert 4 * number <= 0.01 * 2 * copies * step, (copies, step)  # two layers
+
+
+def test_samples_that_mix_before_the_first_layer_are_refused_where_they_are_split():
+    def errors(outputs, _):
+        return (outputs.argmax(1) != 0).float()
+
+    model = net(lambda m, x: m.l((x - x.mean(0)).sin()), l=linear())
+    assert_right(model)
+    refused("whatever samples share the forward", model, errors, max_rows=4)
+    for settings in ({"max_rows": 4}, {"allocation": "neyman"}, {"max_rows": 4, "noise": "weights"}):
+        refused("whatever samples share the forward", model, **settings)
+
+
+# --- errors that are torch's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"noise": "weights"}, {"guide": "feedback"}, {"memory": "recompute"}], ids=str
+)
+def test_a_buffer_of_the_largest_batch_limits_the_rows(settings):
+    model = net(lambda m, x: m.l(x) + m.places[: len(x)].mean(1, keepdim=True), l=linear())
+    model.register_buffer("places", torch.ones(20, 3))
+    refused("'max_rows' must be at most the rows.*a forward of 192: The size of tensor a", model, copies=32, **settings)
+    with pytest.raises(ValueError) as failure:
+        ulr.ULR(model, copies=32, **settings).backward(X, Y, squares)
+    assert isinstance(failure.value.__cause__, RuntimeError)
+    assert_right(model, **{"copies": 256, "max_rows": 20, "tolerance": 0.4, "sigma": 0.1, **settings})
+
+
+def test_an_error_of_a_batch_stays_as_it_is():
+    """Also where a forward of many copies raises it."""
+    estimator, y = ulr.ULR(filled(nn.Sequential(linear(), nn.ELU(), linear(4, 4))), copies=32), torch.arange(6) % 4
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    estimator.backward(X, y, loss_fn)
+    with pytest.raises(IndexError, match="Target . is out of bounds"):
+        estimator.backward(X, y + 6, loss_fn)
+
+
+def by_dual_numbers(m, x):
+    with torch.autograd.forward_ad.dual_level():
+        outputs = m.b(m.a(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))).tanh())
+        return torch.autograd.forward_ad.unpack_dual(outputs).tangent
+
+
+def by_jvp(m, x):
+    return torch.func.jvp(lambda x: m.b(m.a(x).tanh()), (x,), (torch.ones_like(x),))[1]
+
+
+@pytest.mark.parametrize("forward", [by_dual_numbers, by_jvp], ids=lambda f: f.__name__)
+def test_forward_mode_derivatives(forward):
+    model = net(forward, a=linear(bias=False), b=linear(4, 4, bias=False))
+    refused("'noise' must be 'weights'.*forward-mode derivatives", model)
+    assert_right(model, noise="weights", openly=model)
+    expected = squares(model(X), Y).mean()
+    loss = ulr.optim.MeZO(model, lr=0.0, eps=1e-3, probes=4).step(lambda: squares(model(X), Y).mean())
+    torch.testing.assert_close(loss, expected.detach(), rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": "weights"}, {"injection": "joint"}], ids=str)
+def test_hooks_on_tensors_of_samples_do_nothing(settings):
+    def forward(m, x):
+        h = m.a(x)
+        handle = h.register_hook(lambda gradient: 2 * gradient)
+        h.retain_grad()
+        handle.remove()
+        return m.b(h.tanh())
+
+    model = net(forward, a=linear(), b=linear(4, 4))
+    assert_right(model, **settings)
+    ulr.optim.MeZO(model).step(lambda: squares(model(X), Y).mean())
+
+
+def test_a_loss_that_differentiates_its_outputs_is_refused():
+    def penalised(outputs, y):
+        losses = squares(outputs, y)
+        return losses + torch.autograd.grad(losses.sum(), outputs, create_graph=True)[0].square().sum(1)
+
+    def backward(outputs, y):
+        squares(outputs, y).mean().backward()
+        return squares(outputs, y)
+
+    model = filled(linear())
+    for loss_fn in (penalised, backward):
+        refused(r"'loss_fn' must need no graph of the outputs.*requires_grad_\(\)", model, loss_fn)
+        with pytest.raises(ValueError) as failure:
+            ulr.ULR(model, copies=4).backward(X, Y, loss_fn)
+        assert isinstance(failure.value.__cause__, RuntimeError)
+        with pytest.raises(ValueError, match="'loss_fn' must need no graph"):
+            ulr.optim.MeZO(model).step_batch(X, Y, loss_fn)
+
+    @torch.enable_grad()
+    def openly(outputs, y):
+        own = outputs if outputs.requires_grad else outputs.detach().requires_grad_()
+        return penalised(own, y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(model, openly)

@@ -51,7 +51,7 @@ def saved(folder: Path) -> list[dict]:
 def done(tmp_path_factory) -> Path:
     """The jobs of two ranks that end well, in one launch: to start Python and torch takes longer than any of them."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(folder, "batches", "probes", "population", "unlike", "late", "replicas", "fsdp", "tensor")
+    launch(folder, "batches", "probes", "population", "unlike", "late", "replicas", "lengths", "fsdp", "tensor")
     return folder
 
 
@@ -129,17 +129,28 @@ def test_a_late_rank_is_noticed_and_catches_up_from_the_log(done, one_thread):
 
 @pytest.mark.parametrize("case", workers_run.ESTIMATORS)
 def test_replicas_of_a_model_estimate_as_one_process_with_the_whole_batch_does(case, done, one_thread):
-    whole = workers_run.estimator(workers_run.image_network(), case)
-    losses = [whole.backward(x, y, cross_entropy) for x, y in zip(workers_run.IMAGES, workers_run.LABELS, strict=True)]
-    truth = workers_run.gradients(whole)
+    whole, loss_fn = workers_run.estimator(workers_run.image_network(), case), workers_run.Heated()
+    losses = [whole.backward(x, y, loss_fn) for x, y in zip(workers_run.IMAGES, workers_run.LABELS, strict=True)]
+    truth = workers_run.gradients(whole, loss_fn)
     found = [rank[case] for rank in saved(done / "replicas")]
     for rank in found:
         torch.testing.assert_close(rank["gradients"][-1], truth, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(rank["guides"], workers_run.guides(whole), rtol=1e-3, atol=1e-6)
     for step, agree in enumerate((False, True, True)):  # the first is under no_sync()
         assert all(torch.equal(*pair) == agree for pair in zip(*(r["gradients"][step] for r in found), strict=True))
     sizes = [len(range(8)[part]) / 8 for part in workers_run.shares(case)]
     mean = sum(size * rank["losses"] for size, rank in zip(sizes, found, strict=True))
     torch.testing.assert_close(mean, torch.stack(losses), rtol=1e-5, atol=1e-6)
+
+
+def test_guides_of_ranks_with_other_lengths_stay_alike(done):
+    first, second = saved(done / "lengths")
+    torch.testing.assert_close(first["gradients"], second["gradients"], rtol=0, atol=0)
+    assert first["state"]["moments"].keys() == {2, 4, 6}
+    states = [{tuple(site.pop("site")): site for site in rank["state"]["sites"]} for rank in (first, second)]
+    assert list(states[0]) == list(states[1]) and len(states[0]) == 6  # three shapes of two layers
+    for name, learnt in states[0].items():
+        assert all(torch.equal(each, states[1][name][part]) for part, each in learnt.items()), name
 
 
 @pytest.mark.parametrize("job", ["fsdp", "tensor"])

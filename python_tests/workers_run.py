@@ -160,6 +160,8 @@ ESTIMATORS = {
     "learnt-sigma": {"injection": "joint", "learn_sigma": True, "max_rows": 32},
     "sobol": {"sampler": "sobol", "baseline": "clean", "antithetic": False, "dist": "laplace"},
     "unequal": {"learn_sigma": True},
+    "guided": {"preset": "best"},
+    "unequal-guided": {"guide": "feedback", "injection": "joint", "max_rows": 16},
 }
 
 
@@ -171,13 +173,29 @@ def estimator(model: nn.Module, case: str) -> ulr.ULR:
     return ulr.ULR(model, sigma=0.3, seed=5, **{"copies": 8, **ESTIMATORS[case]})
 
 
-def gradients(estimator: ulr.ULR) -> list[torch.Tensor]:
-    return [p.grad.clone() for p in (*estimator.model.parameters(), *estimator.parameters())]
+class Heated(nn.Module):
+    """Cross-entropy with a learnt temperature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(outputs * self.heat, targets)
+
+
+def gradients(estimator: ulr.ULR, loss_fn: Heated) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in (*estimator.model.parameters(), *estimator.parameters(), loss_fn.heat)]
+
+
+def guides(estimator: ulr.ULR) -> dict[str, torch.Tensor]:
+    """B of each layer's guide; none where there is no guide."""
+    return {} if estimator._guides is None else {name: b.clone() for (name, _), b in estimator._guides.weights()}
 
 
 def shares(case: str) -> list[slice]:
     """The parts of a batch that two ranks have."""
-    first = 3 if case == "unequal" else 4
+    first = 3 if "unequal" in case else 4
     return [slice(0, first), slice(first, 8)]
 
 
@@ -186,14 +204,25 @@ def replicas(folder: Path) -> None:
     results = {}
     for case in ESTIMATORS:
         model = nn.parallel.DistributedDataParallel(image_network())
-        ours, part = estimator(model, case), shares(case)[dist.get_rank()]
+        ours, part, loss_fn = estimator(model, case), shares(case)[dist.get_rank()], Heated()
         losses, by_step = [], []
         for step, (x, y) in enumerate(zip(IMAGES, LABELS, strict=True)):
             with model.no_sync() if step == 0 else contextlib.nullcontext():
-                losses.append(ours.backward(x[part], y[part], cross_entropy))
-            by_step.append(gradients(ours))
-        results[case] = {"gradients": by_step, "losses": torch.stack(losses)}
+                losses.append(ours.backward(x[part], y[part], loss_fn))
+            by_step.append(gradients(ours, loss_fn))
+        results[case] = {"gradients": by_step, "losses": torch.stack(losses), "guides": guides(ours)}
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+
+
+def lengths(folder: Path) -> None:
+    """Guides of ranks that pad their texts to lengths of their own, which change from step to step."""
+    model = nn.parallel.DistributedDataParallel(filled(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))))
+    ours, rank = ulr.ULR(model, copies=8, preset="best"), dist.get_rank()
+    for step in range(3):
+        x = ulr.noise((2, 1 + (step + rank) % 3, 6), 7 + step)
+        ours.backward(x, None, lambda outputs, _: outputs.square().mean((1, 2)))
+    found = [p.grad for p in ours.model.parameters()]
+    torch.save({"gradients": found, "state": ours.state_dict()["guides"]}, folder / f"rank{rank}.pt")
 
 
 class Trunk(nn.Module):
@@ -256,6 +285,7 @@ JOBS = {
     "dies": dies,
     "late": late,
     "replicas": replicas,
+    "lengths": lengths,
     "fsdp": lambda folder: sharded(folder, "fsdp"),
     "tensor": lambda folder: sharded(folder, "tensor"),
 }

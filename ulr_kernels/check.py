@@ -127,10 +127,13 @@ def check(
             "ulr.check: 'noise' must be the same for all layers, or injection 'layerwise', "
             f"got {estimator.settings.noise!r}"
         )
-    saved = [(p, p.grad) for p in estimator.model.parameters()]
+    saved: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in estimator.model.parameters()]
     try:
         plan = estimator.plan(x, y, loss_fn, affects)
         reference = AutogradReference(estimator.view, x, y, loss_fn)
+        saved += [(p, p.grad) for p in reference.loss_parameters]
+        for p in reference.loss_parameters:
+            p.grad = None  # what is saved must not be added to
         predicted = _predicted(estimator, plan, reference, affects)
         estimates = _estimates(estimator, reference.parameters, x, y, loss_fn, affects, steps)
         layers = tuple(_compare(name, estimates[name], reference, predicted) for name in estimates)

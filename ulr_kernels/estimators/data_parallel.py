@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,12 +33,26 @@ class DataParallelBatch:
         sizes = torch.stack(gathered).tolist()
         return batch.located(sum(sizes[: dist.get_rank(group)]), batch.samples * len(sizes) / sum(sizes))
 
-    def sum_(self, tensors: list[torch.Tensor]) -> None:
-        """Make each tensor its sum over the ranks."""
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=self._model.process_group)
+    def union(self, values: Iterable[Any]) -> set[Any]:
+        """The values, which can be hashed and pickled, of all ranks."""
+        group = self._model.process_group
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, list(values), group=group)
+        return {value for of_rank in gathered for value in of_rank}
 
-    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make each tensor its sum over the ranks."""
+        kinds: dict[tuple, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for of_kind in kinds.values():  # one exchange, not one for each tensor
+            flat = torch.cat([tensor.flatten() for tensor in of_kind])
+            dist.all_reduce(flat, group=self._model.process_group)
+            parts = flat.split([tensor.numel() for tensor in of_kind])
+            for tensor, part in zip(of_kind, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def average(self, parameters: Iterable[torch.Tensor]) -> None:
         """Make `.grad` the mean over the ranks, unless inside `no_sync()`.
 
         As in DistributedDataParallel this is all of `.grad`: the part that earlier calls averaged is the same on all
@@ -45,15 +60,7 @@ class DataParallelBatch:
         """
         if not self._model.require_backward_grad_sync:
             return
-        group = self._model.process_group
-        kinds: dict[tuple, list[torch.Tensor]] = {}
-        for parameter in parameters:
-            if parameter.requires_grad:
-                gradient = gradient_buffer(parameter)
-                kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
-        for gradients in kinds.values():  # one exchange, not one for each parameter
-            flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(dist.get_world_size(group))
-            dist.all_reduce(flat, group=group)
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+        gradients = [gradient_buffer(parameter) for parameter in parameters if parameter.requires_grad]
+        for gradient in gradients:
+            gradient.div_(dist.get_world_size(self._model.process_group))
+        self.sum_(gradients)

@@ -13,6 +13,7 @@ it in earlier steps is subtracted, too: a pair of copies would cancel it, single
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,18 +24,22 @@ from torch.utils import _pytree
 
 from ulr_kernels import noise_contract, ops
 from ulr_kernels.errors import fail
+from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat, tensors
 from ulr_kernels.nn.call import Call
 from ulr_kernels.nn.gates import Gates
 from ulr_kernels.nn.interceptor import LayerInterceptor
 
 Site = tuple[str, int]  # a layer and the number of its call
+Name = tuple[str, int, int, int]  # of what is learnt: layer, number of the call, units and features of a sample
 Features = Callable[[Any, Any], Tensor]  # of outputs and targets: [samples, features]
 
 FORGETTING = 0.98  # of a step's share in the sums of later ones
 RIDGE = 5e-3  # of the regression, times the trace of the features' second moments
 FIT_FORGETTING = 0.9
 MOST_FEATURES = 64  # more are projected on random signs
+PROJECTED_AT_ONCE = 2**16  # so many features, to bound the memory of their signs
+MOST_SHAPES = 8  # of a call's output that are remembered, as batches may have ever new lengths
 PROJECTION = noise_contract.site_id("ulr_kernels.guides.projection")
 
 
@@ -83,10 +88,12 @@ def error_features(outputs: Any, batch: Batch, loss_fn: LossFunction, features: 
         fp32 `[samples]` and `[samples, features]`.
     """
     targets, samples = repeat(batch.y, 1), batch.samples
-    leaves = [t for t in tensors(outputs) if t.is_floating_point() and t.dim() and t.shape[0] == samples]
+    of_samples = [t for t in tensors(outputs) if t.is_floating_point() and t.dim() and t.shape[0] % samples == 0]
+    leaves = {id(t): t.detach().requires_grad_() for t in of_samples}
     with torch.enable_grad():
-        own = {id(t): t.detach().requires_grad_() for t in leaves}
-        given = _pytree.tree_map(lambda leaf: own.get(id(leaf), leaf), outputs)
+        given = _pytree.tree_map(  # a clone, because the loss may write in place
+            lambda each: leaves[id(each)].clone() if id(each) in leaves else each, outputs
+        )
         losses = batch.losses(given, loss_fn, 1)[0]
         total = losses.sum()
     if features is not None:
@@ -95,19 +102,24 @@ def error_features(outputs: Any, batch: Batch, loss_fn: LossFunction, features: 
             got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             fail("guide", f"return [{samples}, features] of outputs and targets", got)
         return losses.detach(), found.detach().float()
-    if total.requires_grad and own:
-        derivatives = torch.autograd.grad(total, list(own.values()), allow_unused=True)
-        parts = [g.detach().flatten(1) for g in derivatives if g is not None]
-        return losses.detach(), torch.cat(parts, 1).float()
-    parts = [t.detach().flatten(1).float() for t in leaves]
+    if total.requires_grad and leaves:
+        derivatives = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        if parts := [g.detach().reshape(samples, -1) for g in derivatives if g is not None]:
+            return losses.detach(), torch.cat(parts, 1).float()
+    parts = [t.detach().reshape(samples, -1).float() for t in of_samples]
     for target in tensors(targets):
         if target.is_floating_point():
             parts.append(target.flatten(1).float())
         elif target.dim() == 1 and parts and parts[0].shape[1] > 1:  # classes
-            parts.append(F.one_hot(target.clamp(0, parts[0].shape[1] - 1), parts[0].shape[1]).float())
+            parts.append(F.one_hot(target.long().clamp(0, parts[0].shape[1] - 1), parts[0].shape[1]).float())
     if not parts:
         fail("guide", "be a function of outputs and targets where the loss has no derivative in the outputs", "none")
     return losses.detach(), torch.cat([*parts, parts[0].new_ones(samples, 1)], 1)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A block without autocast on a tensor's device, as the user may call `backward` with it."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class _Learnt:
@@ -127,6 +139,26 @@ class _Learnt:
         self.step_cross, self.step_power = torch.zeros_like(self.cross), torch.zeros_like(self.power)
         self.step_fit = torch.zeros_like(self.fit)
 
+    @property
+    def step(self) -> tuple[Tensor, ...]:
+        """The sums of a step."""
+        return self.step_cross, self.step_power, self.step_fit
+
+    def end_step(self, values: Tensor, vectors: Tensor, ridge: Tensor, samples: Tensor) -> None:
+        """Add the step's sums to those of earlier steps, and make the weight: the ridge regression.
+
+        Args:
+            values, vectors: the eigenvalues and vectors of the features' second moments.
+            ridge: `[]`, of the regression.
+            samples: fp64 `[]`, their decayed number.
+        """
+        self.cross.mul_(FORGETTING).add_(self.step_cross)
+        self.power.mul_(FORGETTING).add_(self.step_power)
+        self.fit.mul_(FIT_FORGETTING).add_(self.step_fit)
+        share = (self.power / samples).float().unsqueeze(1)
+        self.weight = ((self.cross @ vectors) / (share * values + ridge)) @ vectors.T
+        self.clear()
+
     def coefficient(self) -> Tensor:
         dot, square = self.fit
         return (dot / square).nan_to_num(0.0, 0.0, 0.0).clamp(0, 1)
@@ -135,6 +167,8 @@ class _Learnt:
 class Guides:
     """The guides of a model's layers.
 
+    Outputs of other shapes, and batches of another number of features, are learnt apart.
+
     Args:
         seed: of the estimator, for the projection of many features.
         features: the user's function, or None.
@@ -142,55 +176,61 @@ class Guides:
 
     def __init__(self, seed: int, features: Features | None) -> None:
         self._seed, self.features = seed, features
-        self._learnt: dict[tuple[str, int, int], _Learnt] = {}  # by layer, call and units
-        self._gram: Tensor | None = None  # fp64: the decayed sum of e (outer) e
-        self._count = torch.zeros((), dtype=torch.float64)  # of the samples in it
-        self._shifts: dict[
-            tuple[str, ...], Tensor
-        ] = {}  # by pass: decayed sums of losses less the clean one, and count
+        self._learnt: dict[Name, _Learnt] = {}  # the one that was used last comes last
+        self._moments: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of features: of samples, see `finish`
+        self._shifts: dict[tuple[str, ...], Tensor] = {}  # by pass: decayed sums of losses less clean ones, and count
         self._step_shifts: dict[tuple[str, ...], Tensor] = {}
         self._clean: CleanPass | None = None
+        self._used: set[Name] = set()  # in this step
 
     def begin(self, clean: CleanPass) -> None:
         """Begin a step: the features and gates of its samples."""
         features = clean.features
         if features.shape[1] > MOST_FEATURES:
-            key = noise_contract.fold_in(self._seed, PROJECTION)
-            shape = (features.shape[1], MOST_FEATURES)
-            signs = ops.noise(shape, key, dist="rademacher", device=features.device)
-            features = features @ signs * MOST_FEATURES**-0.5
-        if self._gram is not None and self._gram.shape[0] != features.shape[1]:
-            fail("guide", f"have {self._gram.shape[0]} features of a sample, as before", features.shape[1])
-        self._clean = clean._replace(features=features.nan_to_num(0.0, 0.0, 0.0))
+            with full_precision(features):
+                features = self._projected(features)
+        self._clean, self._used = clean._replace(features=features.nan_to_num(0.0, 0.0, 0.0)), set()
 
-    def _of(self, site: Site, units: int, device: torch.device) -> _Learnt:
+    def _projected(self, features: Tensor) -> Tensor:
+        key = noise_contract.fold_in(self._seed, PROJECTION)
+        total = features.new_zeros(len(features), MOST_FEATURES)
+        for start in range(0, features.shape[1], PROJECTED_AT_ONCE):
+            part = features[:, start : start + PROJECTED_AT_ONCE]
+            shape = (part.shape[1], MOST_FEATURES)
+            total += part @ ops.noise(shape, key, dist="rademacher", row_offset=start, device=features.device)
+        return total * MOST_FEATURES**-0.5
+
+    def _of(self, name: Name) -> _Learnt:
         assert self._clean is not None
-        name = (*site, units)
         if name not in self._learnt:
-            self._learnt[name] = _Learnt(units, self._clean.features.shape[1], device)
+            self._learnt[name] = _Learnt(*name[2:], self._clean.features.device)
         return self._learnt[name]
 
-    def _gated(self, site: Site, rows: slice | Tensor, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
-        """Features `[samples, features]` and gate `[samples, units]` of some samples."""
+    def _gated(self, site: Site, rows: slice | Tensor, shape: torch.Size) -> tuple[Name, Tensor, Tensor | None]:
+        """The name of what is learnt of a call; features `[samples, features]`, gate `[samples, units]` of some
+        samples."""
         assert self._clean is not None
-        gate = self._clean.gates.get(site)
-        if gate is not None and gate.shape[1:] != shape[1:]:
-            gate = None
-        at = rows if isinstance(rows, slice) else rows.to(self._clean.features.device)
-        return self._clean.features[at], None if gate is None else gate[at].flatten(1)
+        features, gate = self._clean.features, self._clean.gates.get(site)
+        samples = len(features)
+        at = rows if isinstance(rows, slice) else rows.to(features.device)
+        own = features[at]
+        units = shape.numel() // len(own)  # of the rows that a sample may have one after the other, too
+        gate = None if gate is None or gate.numel() != samples * units else gate.reshape(samples, units)[at]
+        return (*site, units, own.shape[1]), own, gate
 
     def guess(self, site: Site, rows: slice | Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """gate * (B e) of some samples in a call's output of this shape, and the coefficient `[]`."""
-        features, gate = self._gated(site, rows, shape)
-        learnt = self._of(site, shape[1:].numel(), features.device)
-        guess = features @ learnt.weight.T
+        name, features, gate = self._gated(site, rows, shape)
+        learnt = self._of(name)
+        with full_precision(features):
+            guess = features @ learnt.weight.T
         return (guess if gate is None else guess * gate).view(shape), learnt.coefficient()
 
     def learn(self, site: Site, rows: slice | Tensor, delta: Tensor) -> None:
         """Add the samples' estimates of their output's gradient, fp32 of the output's shape, to the step's sums."""
-        features, gate = self._gated(site, rows, delta.shape)
-        learnt = self._of(site, delta.shape[1:].numel(), features.device)
-        delta = delta.flatten(1)
+        name, features, gate = self._gated(site, rows, delta.shape)
+        self._used.add(name)
+        learnt, delta = self._of(name), delta.reshape(len(features), -1)
         if gate is None:
             learnt.step_power += len(delta)
         else:
@@ -200,7 +240,8 @@ class Guides:
 
     def fit(self, site: Site, shape: torch.Size, losses: Tensor, dots: Tensor) -> None:
         """Add the losses, and the guess's share in them, fp32 `[copies, samples]`, less their means over copies."""
-        learnt = self._of(site, shape[1:].numel(), dots.device)
+        assert self._clean is not None
+        learnt = self._of((*site, shape.numel() // dots.shape[1], self._clean.features.shape[1]))
         losses, dots = losses - losses.mean(0), dots - dots.mean(0)
         learnt.step_fit += torch.stack([(losses * dots).sum(), dots.square().sum()]).nan_to_num(0.0, 0.0, 0.0)
 
@@ -214,32 +255,49 @@ class Guides:
         step = torch.stack([change.sum(), change.new_full((), change.numel())]).nan_to_num(0.0, 0.0, 0.0)
         self._step_shifts[layers] = self._step_shifts.get(layers, torch.zeros_like(step)) + step
 
-    def finish(self, sum_over_ranks: Callable[[list[Tensor]], None] | None) -> None:
-        """End a step: make the weights that the next one uses."""
+    def finish(self, ranks: DataParallelBatch | None) -> None:
+        """End a step: make the weights that the next one uses.
+
+        The decayed sum of e (outer) e over samples, fp64, and the decayed number of samples go with each number of
+        features.
+        """
         assert self._clean is not None
         features = self._clean.features.double()
-        gram, count = features.T @ features, features.new_full((), float(len(features)))
-        parts = [gram, count]
-        for learnt in self._learnt.values():
-            parts += (learnt.step_cross, learnt.step_power, learnt.step_fit)
-        parts += self._step_shifts.values()
-        if sum_over_ranks is not None:
-            sum_over_ranks(parts)
-        self._gram = gram if self._gram is None else FORGETTING * self._gram + gram
-        self._count = FORGETTING * self._count.to(count.device) + count
-        values, vectors = torch.linalg.eigh(self._gram)
-        values, vectors = values.clamp_min(0).float(), vectors.float()
-        ridge = RIDGE * values.sum() + torch.finfo(torch.float32).tiny
-        for learnt in self._learnt.values():
-            learnt.cross.mul_(FORGETTING).add_(learnt.step_cross)
-            learnt.power.mul_(FORGETTING).add_(learnt.step_power)
-            learnt.fit.mul_(FIT_FORGETTING).add_(learnt.step_fit)
-            share = (learnt.power / self._count).float().unsqueeze(1)
-            learnt.weight = ((learnt.cross @ vectors) / (share * values + ridge)) @ vectors.T
-            learnt.clear()
+        moments = {features.shape[1]: (features.T @ features, features.new_full((), float(len(features))))}
+        used = sorted(self._used)
+        if ranks is not None:
+            used = sorted(ranks.union(used))  # lengths, and so shapes, may differ
+            for count in sorted({name[-1] for name in used}):
+                moments.setdefault(count, (features.new_zeros(count, count), features.new_zeros(())))
+            parts = [part for _, of_features in sorted(moments.items()) for part in of_features]
+            parts += (self._step_shifts[layers] for layers in sorted(self._step_shifts))
+            ranks.sum_([*parts, *(part for name in used for part in self._of(name).step)])
+        for count, (gram, samples) in moments.items():
+            if count in self._moments:
+                before = self._moments[count]
+                gram, samples = FORGETTING * before[0] + gram, FORGETTING * before[1] + samples
+            self._moments[count] = gram, samples
+            values, vectors = torch.linalg.eigh(gram)
+            values, vectors = values.clamp_min(0).float(), vectors.float()
+            ridge = RIDGE * values.sum() + torch.finfo(torch.float32).tiny
+            for name, learnt in self._learnt.items():
+                if name[-1] == count:
+                    with full_precision(gram):
+                        learnt.end_step(values, vectors, ridge, samples)
+        for name in used:
+            self._learnt[name] = self._learnt.pop(name)
+        self._forget_shapes()
         for layers, shift in self._step_shifts.items():
             self._shifts[layers] = FIT_FORGETTING * self._shifts.get(layers, torch.zeros_like(shift)) + shift
         self._step_shifts, self._clean = {}, None
+
+    def _forget_shapes(self) -> None:
+        """Keep those of each call's shapes that were used last."""
+        kept: collections.Counter[Site] = collections.Counter()
+        for name in list(self._learnt)[::-1]:
+            kept[name[:2]] += 1
+            if kept[name[:2]] > MOST_SHAPES:
+                del self._learnt[name]
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -250,22 +308,20 @@ class Guides:
             for name, learnt in self._learnt.items()
         ]
         shifts = {layers: shift.clone() for layers, shift in self._shifts.items()}
-        return {"gram": self._gram, "count": self._count, "sites": sites, "shifts": shifts}
+        return {"moments": dict(self._moments), "sites": sites, "shifts": shifts}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over a state."""
-        gram = state["gram"]
-        self._gram, self._count = None if gram is None else gram.to(device), state["count"].to(device)
+        self._moments = {count: (gram.to(device), n.to(device)) for count, (gram, n) in state["moments"].items()}
         self._shifts = {layers: shift.to(device).clone() for layers, shift in state["shifts"].items()}
         self._learnt = {}
         for each in state["sites"]:
-            layer, number, units = each["site"]
-            learnt = _Learnt(units, each["weight"].shape[1], device)
+            layer, number, units, features = each["site"]
+            learnt = self._learnt[layer, number, units, features] = _Learnt(units, features, device)
             for part in _Learnt.NAMES:
                 setattr(learnt, part, each[part].to(device).clone())
-            self._learnt[(layer, number, units)] = learnt
 
     def weights(self) -> Iterator[tuple[Site, Tensor]]:
         """B of each call's output, `[units, features]`."""
-        for (layer, number, _), learnt in self._learnt.items():
+        for (layer, number, *_), learnt in self._learnt.items():
             yield (layer, number), learnt.weight

@@ -79,6 +79,7 @@ class NoisedForward(LayerInterceptor):
     Attributes:
         order: the layers of the noised calls, in their order.
         calls: these calls, if they are kept.
+        functions: those of samples that the forward has called.
         sites: layer and number of each call that has noise of its own -> this noise.
     """
 
@@ -103,6 +104,7 @@ class NoisedForward(LayerInterceptor):
         self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []
         self.calls: list[KeptCall] = []
+        self.functions: set[Callable] = set()
         self.sites: dict[tuple[str, int], NoiseSite] = {}
 
     def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
@@ -211,6 +213,10 @@ class NoisedForward(LayerInterceptor):
             # In place: the model may write into this tensor.
             result.copy_(torch.where(noisy, result, call.forward(*call.inputs)))
         return result, 0 if from_branch else NOISED
+
+    def after_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
+        if marks:
+            self.functions.add(func)
 
     def cached_result(self, func: Callable, bits: int) -> tuple[Any, int] | None:
         if self._prefix is None or not bits & SAMPLE or not self._prefix.complete:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ulr_kernels import noise_contract
+from ulr_kernels.backends.capture import capturing
 from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.influence import Trial, TrialResult, refuse_influence, trials
 from ulr_kernels.estimators.noised import CannotExpandLate, ForwardSpec, Keys, NoisedForward
-from ulr_kernels.estimators.record import Record, alike, hidden, same_outputs
+from ulr_kernels.estimators.record import Record, alike, hidden, most_alike, other_outputs, same_outputs
 from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.settings import Settings
@@ -24,6 +28,25 @@ from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat, tensors
 
 CPU_ACTIVATION_BYTES = 4 * 2**20
 """Bytes of a tensor on a CPU: a few of this size stay in its caches; much smaller ones cost more than that saves."""
+
+
+@dataclasses.dataclass
+class History:
+    """The steps that batches of one kind have had, and what their forwards called."""
+
+    steps: int = 0
+    looked: int = 1  # the step that last looked whether samples mix
+    functions: set[Callable] = dataclasses.field(default_factory=set)  # of samples
+    at_new_shape: bool = True  # the next step is the first one of its shape, which runs forwards of its own
+
+    def is_due(self, copies: int) -> bool:
+        """Whether a step of so many copies of a sample has to look again whether samples mix.
+
+        Looks come after twice as many steps each. A look takes about four copies in forwards of two, and begins where
+        this is 1 % of all steps so far. It waits while shapes are new, but not for ever.
+        """
+        times = 16 if self.at_new_shape else 2
+        return self.steps >= times * self.looked and self.steps * copies >= 400
 
 
 class Plan(NamedTuple):
@@ -36,6 +59,7 @@ class Plan(NamedTuple):
     outline: Outline  # of a forward without noise
     form: tuple  # of the outline, as traced
     notes: tuple[str, ...]  # sentences on what the gradient leaves out
+    history: History  # shared by plans that differ in sizes alone
 
 
 def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: LossFunction, known: Plan | None) -> Plan:
@@ -61,18 +85,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
     if known is not None and is_known:
         outline = outline._replace(hidden=known.outline.hidden, shared_noise=known.outline.shared_noise)
 
-    def tried(passes: Sequence[Pass], trial: Trial, noisy: bool = True) -> TrialResult:
-        layers = tuple(layer for pass_ in passes for layer in pass_.layers)
-        together = Pass(layers, (), trial.copies, outline.shared_noise, outline.noise_rows)
-
-        def noisy_rows(layer: str, call: int) -> Tensor:
-            marks = trial.noisy_rows(layer, call, outline.noise_rows, view.device)
-            return marks if noisy else torch.zeros_like(marks)
-
-        record = Record(trial.copies * batch.samples)
-        spec = ForwardSpec(together, keys, batch, trial.copies, noisy_rows=noisy_rows, record=record)
-        return TrialResult(torch.nan_to_num(runner.run_losses(spec, loss_fn)[1]), record)
-
+    tried = _trying(runner, keys, batch, loss_fn, outline)
     passes = list(_passes(outline, weights, s))
     if known is not None and is_known:
         on_outputs = [pass_ for pass_ in passes if pass_.layers]
@@ -88,7 +101,9 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         if not same(losses, clean.losses[:2]):
             rule = "compute the same in every forward, as each pass runs its own"
             fail("model", rule, "other losses the second time")
-        if not weights and to_try[0].copies == 2:  # others compare forwards of different numbers of rows anyway
+        if _splits(passes, batch, outline, s, view.device):
+            _refuse_dependence_on_part(runner, keys, batch, loss_fn, clean)
+        elif not weights and to_try[0].copies == 2:  # others compare forwards of different numbers of rows anyway
             _refuse_row_counting(runner, keys, batch, loss_fn, clean)
         if on_outputs:
             noisy = refuse_influence(to_try, on_outputs, tried, clean)
@@ -100,8 +115,77 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         if weights and len(passes) > 1:  # a single pass finds it when it is settled
             every = passes[-1]._replace(weights=tuple(weights), one_copy_per_forward=True)
             _refuse_unused(every.weights, runner.run_pass(ForwardSpec(every, keys, batch, 1))[0])
-    clean_pass = Pass((), (), 1, {}, {}, settled=True, shared_inputs=True)
-    return Plan(passes, _bounded(clean_pass, outline, s, view.device), names, sites, outline, form, tuple(trace.notes))
+    clean_pass = _bounded(Pass((), (), 1, {}, {}, settled=True, shared_inputs=True), outline, s, view.device)
+    history = known.history if known is not None and is_known else History()
+    history.at_new_shape = True
+    return Plan(passes, clean_pass, names, sites, outline, form, tuple(trace.notes), history)
+
+
+def look_again(runner: PassRunner, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> None:
+    """Repeat the trial of the first batch on a later one, as a model may have other branches by now.
+
+    Not while a CUDA graph is captured, which must not synchronise.
+
+    Raises:
+        RuleError: samples mix.
+    """
+    if capturing(runner.view.device):
+        return
+    plan.history.looked = plan.history.steps
+    on_outputs = [pass_ for pass_ in plan.passes if pass_.layers]
+    if not on_outputs:
+        return  # all samples share noise on weights
+    tried = _trying(runner, keys, batch, loss_fn, plan.outline)
+    to_try = trials(batch, runner.settings.max_rows)
+    clean = tried(on_outputs, to_try[0], noisy=False)
+    if _splits(plan.passes, batch, plan.outline, runner.settings, runner.view.device):
+        _refuse_dependence_on_part(runner, keys, batch, loss_fn, clean)
+    refuse_influence(to_try, on_outputs, tried, clean)
+
+
+def _trying(
+    runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, outline: Outline
+) -> Callable[..., TrialResult]:
+    """`tried(passes, trial, noisy=True)`: a forward with the noise of a trial in the layers of some passes, or none."""
+
+    def tried(passes: Sequence[Pass], trial: Trial, noisy: bool = True) -> TrialResult:
+        layers = tuple(layer for pass_ in passes for layer in pass_.layers)
+        together = Pass(layers, (), trial.copies, outline.shared_noise, outline.noise_rows)
+
+        def noisy_rows(layer: str, call: int) -> Tensor:
+            marks = trial.noisy_rows(layer, call, outline.noise_rows, runner.view.device)
+            return marks if noisy else torch.zeros_like(marks)
+
+        record = Record(trial.copies * batch.samples)
+        spec = ForwardSpec(together, keys, batch, trial.copies, noisy_rows=noisy_rows, record=record)
+        return TrialResult(torch.nan_to_num(runner.run_losses(spec, loss_fn)[1]), record)
+
+    return tried
+
+
+def _splits(passes: Sequence[Pass], batch: Batch, outline: Outline, s: Settings, device: torch.device) -> bool:
+    """Whether a forward may have some of the samples alone. With few samples none is tried: a model may treat a single
+    row differently, as `squeeze` does."""
+    most = min(_bounded(pass_, outline, s, device).max_samples or batch.samples for pass_ in passes)
+    return batch.samples > 3 and (s.allocation != "even" or most < batch.samples)
+
+
+def _refuse_dependence_on_part(
+    runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, clean: TrialResult
+) -> None:
+    """Raise if half of the samples alone have other losses or outputs than among all."""
+    samples = batch.samples // 2
+    part, record = batch.part(slice(0, samples), 0), Record(samples)
+    spec = ForwardSpec(Pass((), (), 1, {}, {}), keys, part, 1, record=record)
+    found = torch.nan_to_num(runner.run_losses(spec, loss_fn)[1][0])
+    same_losses = most_alike(found.reshape(samples, -1), clean.losses[0, :samples].reshape(samples, -1))
+    if not same_losses or other_outputs(record, clean.record, samples):
+        fail(
+            "model",
+            "compute each sample from its own alone, whatever samples share the forward (max_rows, the caches of a CPU "
+            "or the allocation split them up)",
+            f"other values of {samples} samples in a forward of their own than in one of {batch.samples}",
+        )
 
 
 def _refuse_row_counting(
@@ -180,16 +264,38 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
         if tensor.requires_grad and not trace.marks(tensor) and trace.parameters_of(tensor) is None:
             trace.unseen(tensor)
     with _rows_are_samples("loss_fn", lambda: batch.losses(apply(view.model, repeat(batch.x, 1)), loss_fn, 1)):
-        losses, direct = runner.losses_and_direct_gradients(both, outputs, loss_fn, 1)
+        losses, direct, others = runner.losses_and_direct_gradients(both, outputs, loss_fn, 1)
     first, second = losses[0].unflatten(0, (2, -1))
     losses = torch.stack([first, second.roll(-1, 0)])
     if not same(losses[0], losses[1]):
         fail_rows("the loss")
     trace.check(set(direct))
+    for reference in others:
+        if (read := reference()) is not None:
+            trace.notes.append(
+                f"the loss reads a tensor {list(read.shape)} that requires a gradient and gets none: make it an "
+                "nn.Parameter"
+            )
+    if unused := [name for name, p in _trained_by_loss(loss_fn) if id(p) not in (*direct, *view.names)]:
+        trace.notes.append(
+            f"the loss has no derivative in {', '.join(unused)} of 'loss_fn': they get no gradient (a parameter of the "
+            "model gets one from noise, whatever the loss)"
+        )
     outline = trace.outline()
     if not outline.calls and not view.noised_layers:
         fail("model", "have a trained parameter", "none")
     return outline, losses, trace
+
+
+def _trained_by_loss(loss_fn: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters of a loss that is a module, or a method or partial function of modules."""
+    if isinstance(loss_fn, nn.Module):
+        yield from ((name, p) for name, p in loss_fn.named_parameters() if p.requires_grad)
+    elif isinstance(loss_fn, functools.partial):
+        for each in (loss_fn.func, *loss_fn.args, *loss_fn.keywords.values()):
+            yield from _trained_by_loss(each)
+    elif inspect.ismethod(loss_fn):
+        yield from _trained_by_loss(loss_fn.__self__)
 
 
 @contextlib.contextmanager
@@ -210,6 +316,7 @@ def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator
             "a fixed number of rows (a graph is one sample, [graphs, nodes, ...], its nodes' losses have `affects`; "
             "ulr.optim's step(closure) trains any model)",
             f"in a forward of two copies: {error}",
+            cause=error,
         )
 
 

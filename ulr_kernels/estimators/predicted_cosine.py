@@ -11,7 +11,7 @@ from torch import Tensor
 from ulr_kernels.estimators.ulr import ULR
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat
-from ulr_kernels.nn.call import Call
+from ulr_kernels.nn.call import Call, leaves_of
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.interceptor import LayerInterceptor
 from ulr_kernels.nn.module_state import ModuleState
@@ -59,6 +59,7 @@ class AutogradReference:
         calls: of each layer with noise on outputs, with the output's gradient; empty where autograd has none.
         gradients: of each layer, fp64, flat; only where there is one.
         losses: of the samples.
+        loss_parameters: the trained parameters of the loss that are not the model's.
     """
 
     def __init__(self, view: ModelView, x: Any, y: Any, loss_fn: LossFunction) -> None:
@@ -74,6 +75,7 @@ class AutogradReference:
             losses = loss_fn(outputs, repeat(y, 1))
             state.restore()
         self.losses = losses.detach().double()
+        self.loss_parameters = list({id(p): p for p in leaves_of(losses) if id(p) not in view.names}.values())
         for name, call, _ in recorder.calls:
             known = self.parameters.setdefault(name, [])
             known += [p for p in call.parameters if p.requires_grad and not any(p is other for other in known)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
+from ulr_kernels.errors import RuleError, fail
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.guides import CleanPass, GuideForward, Guides, error_features
 from ulr_kernels.estimators.noised import CannotExpandLate, FirstPass, ForwardSpec, Keys, NoisedForward
@@ -20,7 +22,7 @@ from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat
-from ulr_kernels.nn.call import Noise, NoiseSite, gradient_buffer
+from ulr_kernels.nn.call import Noise, NoiseSite, also_finished, gradient_buffer, leaves_of, without_hooks
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
@@ -33,6 +35,7 @@ class PassRunner:
         view: of the model.
         settings: of the estimator.
         log_sigma: layer -> its learnt ln sigma.
+        loss_parameters: by their ids, those that are not the model's and have got gradients in this step.
         state: of the model's modules; in a block of `forwards` alone.
     """
 
@@ -40,6 +43,7 @@ class PassRunner:
 
     def __init__(self, view: ModelView, settings: Settings, log_sigma: Mapping[str, nn.Parameter]) -> None:
         self.view, self.settings, self.log_sigma = view, settings, log_sigma
+        self.loss_parameters: dict[int, Tensor] = {}
         self._early: set[tuple[str, ...]] = set()  # the layers of passes that turned out not to expand late
 
     def sigma(self, layer: str) -> Tensor | float:
@@ -51,7 +55,7 @@ class PassRunner:
     @contextlib.contextmanager
     def forwards(self) -> Iterator[None]:
         """The block in which this runs forwards. After it the model's modules are as before."""
-        with eval_mode(self.view.model):
+        with eval_mode(self.view.model), without_hooks(self.view.parameters):
             self.state = ModuleState(self.view.model)
             try:
                 yield
@@ -136,22 +140,27 @@ class PassRunner:
 
     def losses_and_direct_gradients(
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]], list[weakref.ref[Tensor]]]:
         """The losses as `Batch.losses` gives them, and the gradients of their mean in the parameters that the loss
-        depends on past all layers: through `loss_fn`, or an output that is computed from parameters alone.
+        depends on past all layers: through `loss_fn`, which may have parameters of its own (a learnt temperature, the
+        centres of classes), or an output that is computed from parameters alone.
 
         Returns:
-            The losses, and id(parameter) -> (parameter, gradient).
+            The losses; id(parameter) -> (parameter, gradient); and weak references to other tensors that require a
+            gradient, which get none. A tensor that the loss has made itself is gone by then.
         """
         with torch.enable_grad():
             losses = batch.losses(outputs, loss_fn, copies)
             mean = losses.mean()
-        trained = [p for p in self.view.parameters if p.requires_grad]
-        if not losses.requires_grad or not trained:
-            return losses.detach(), {}
-        found = torch.autograd.grad(mean, trained, retain_graph=True, allow_unused=True)
+        leaves = {id(leaf): leaf for leaf in leaves_of(mean) if leaf.requires_grad}.values()
+        trained = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+        others = [weakref.ref(leaf) for leaf in leaves if not isinstance(leaf, nn.Parameter)]
+        if not trained:
+            return losses.detach(), {}, others
+        with without_hooks(trained):
+            found = torch.autograd.grad(mean, trained, retain_graph=True, allow_unused=True)
         pairs = zip(trained, found, strict=True)
-        return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}
+        return losses.detach(), {id(p): (p, gradient) for p, gradient in pairs if gradient is not None}, others
 
     def _weight_noise(self, pass_: Pass, keys: Keys) -> WeightNoise:
         s = self.settings
@@ -173,6 +182,7 @@ class PassRunner:
         keys: Keys,
         clean: Tensor | None,
         loss_fn: LossFunction,
+        on_functions: Callable[[set[Callable]], object],
         direct: bool = False,
         guides: Guides | None = None,
     ) -> Tensor:
@@ -183,6 +193,7 @@ class PassRunner:
             keys: of this step.
             clean: the losses of the whole batch without noise, for the baseline "clean".
             loss_fn: the user's.
+            on_functions: called with the functions of samples that the forwards have called, before any gradient.
             direct: add the gradient of the part of the loss that depends on parameters past all layers too.
             guides: of this step, if there are any.
 
@@ -192,10 +203,10 @@ class PassRunner:
         if part.pass_.layers in self._early:
             part = part._replace(pass_=part.pass_._replace(expand_late=False, reuses_prefix=False))
         try:
-            return self._run_part(part, keys, clean, loss_fn, direct, guides)
+            return self._run_part(part, keys, clean, loss_fn, on_functions, direct, guides)
         except CannotExpandLate:  # from a first forward: nothing has been added
             self._early.add(part.pass_.layers)
-            return self.run_part(part, keys, clean, loss_fn, direct, guides)
+            return self.run_part(part, keys, clean, loss_fn, on_functions, direct, guides)
 
     def _run_part(
         self,
@@ -203,6 +214,7 @@ class PassRunner:
         keys: Keys,
         clean: Tensor | None,
         loss_fn: LossFunction,
+        on_functions: Callable[[set[Callable]], object],
         direct: bool,
         guides: Guides | None,
     ) -> Tensor:
@@ -212,22 +224,29 @@ class PassRunner:
         prefix = CleanPrefixCache() if pass_.reuses_prefix and len(chunks) > 1 else None
         spec = ForwardSpec(pass_, keys, batch, pass_.copies, prefix=prefix)
         found, kept = [], None
+        functions: set[Callable] = set()
         past_layers: list[tuple[dict[int, tuple[Tensor, Tensor]], float]] = []
 
         def losses_of(outputs: Any, copies: int) -> Tensor:
             if not direct:
                 return batch.losses(outputs, loss_fn, copies)
-            losses, gradients = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
+            losses, gradients, _ = self.losses_and_direct_gradients(batch, outputs, loss_fn, copies)
             past_layers.append((gradients, copies / pass_.copies))
             return losses
 
         for draw, copies in chunks:
             keep = not recompute and kept is None  # all chunks read the same
-            forward, of_forwards = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep), losses_of)
+            with self._naming_rows(batch, copies, loss_fn):
+                forward, of_forwards = self.run_pass(spec._replace(copies=copies, draw=draw, keep=keep), losses_of)
             found.append(torch.cat(of_forwards))
+            functions |= forward.functions
             kept = forward if keep else kept
+        on_functions(functions)
         losses = in_order(found, s.antithetic)
         for gradients, share in past_layers:
+            own = {key: parameter for key, (parameter, _) in gradients.items() if key not in self.view.names}
+            self.loss_parameters.update(own)
+            also_finished(own.values())
             for parameter, gradient in gradients.values():
                 gradient_buffer(parameter).add_(gradient, alpha=share * batch.share)
         if clean is not None:
@@ -248,6 +267,28 @@ class PassRunner:
                 chunk = spec._replace(copies=copies, draw=draw, prefix=None)
                 self._recompute(chunk, of_draws, forward.order, of_copies)
         return losses
+
+    @contextlib.contextmanager
+    def _naming_rows(self, batch: Batch, copies: int, loss_fn: LossFunction) -> Iterator[None]:
+        """Name the rule where torch raises an error in a forward of many rows, and none in one of two copies."""
+        try:
+            yield
+        except (RuleError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError, ValueError) as error:
+            try:
+                self.run_losses(ForwardSpec(Pass((), (), 2, {}, {}), {}, batch, 2), loss_fn)
+            except Exception:
+                raise error from None
+            if copies <= 2:
+                raise
+            fail(
+                "max_rows",
+                "be at most the rows that the model and 'loss_fn' take in a forward, copies times samples (a buffer as "
+                "long as the largest batch has fewer)",
+                f"a forward of {copies * batch.samples}: {error}",
+                cause=error,
+            )
 
     def _guided(
         self,

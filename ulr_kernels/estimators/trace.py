@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -14,10 +14,10 @@ from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.residual_sums import ResidualSums
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.batch import Batch, tensors
-from ulr_kernels.nn.call import Call, DerivedParameter
+from ulr_kernels.nn.call import Call, DerivedParameter, leaves_of
 from ulr_kernels.nn.generic import SUMS, AutogradCall
 from ulr_kernels.nn.interceptor import LayerInterceptor
-from ulr_kernels.nn.perturbed import reads_only_metadata
+from ulr_kernels.nn.perturbed import in_forward_mode, reads_only_metadata
 
 DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
 
@@ -88,6 +88,8 @@ class ModelTrace(LayerInterceptor):
                 return call.clean(), 0
         if any(x.requires_grad for x in call.given):
             self._refuse_derivative("requires_grad_() on tensors of samples")
+        if in_forward_mode():
+            self._refuse_derivative("forward-mode derivatives")
         if torch._C._are_functorch_transforms_active():
             self.unsupported_uses.update((id(p), "a function inside torch.func or vmap") for p in call.parameters)
             return call.clean(), 0
@@ -257,19 +259,6 @@ class ModelTrace(LayerInterceptor):
         if path or isinstance(self._view.model, torch.jit.ScriptModule):
             return f"inside the torch.jit module {path!r}, which hides its functions: use the Python module"
         return "read by no function of the forward, unless in another thread or in torch.func, which hide it"
-
-
-def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaves of a tensor's graph."""
-    nodes, known = [tensor.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            yield leaf
-        nodes += [following for following, _ in node.next_functions]
 
 
 def two_copies(batch: Batch) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.estimators.guides import Features, Guides
 from ulr_kernels.estimators.mlp_step import run_mlp_step
 from ulr_kernels.estimators.noised import Keys
-from ulr_kernels.estimators.plan import Plan, make_plan, settle
+from ulr_kernels.estimators.plan import Plan, look_again, make_plan, settle
 from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.schedule import Pass, schedule
 from ulr_kernels.estimators.settings import Settings
@@ -68,6 +68,8 @@ class ULR:
         sampler: "iid"; "sobol": the copies of a sample are a scrambled Sobol sequence; "hadamard", with
             dist="rademacher": orthogonal signs (docs/noise.md). Their error is (d - M) / M of the gradient's square
             instead of (d + 1) / M, for M directions of d coordinates, none where M is a power of two of at least d.
+            That holds for a pass with one noise: with "joint" injection, and for a layer that is called more than once
+            (a recurrent one), "iid" has the smaller error.
         baseline: "mean": of the other copies or pairs of the sample; 0 if there are none, so that a single copy needs
             "clean", or its estimates vary with all of the loss; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). The noise depends on seed, step and layer name alone.
@@ -95,6 +97,8 @@ class ULR:
             the derivative of the loss in the clean outputs, or where it has none the outputs and the targets; or a
             function `guide(outputs, targets)` -> e, `[samples, features]`. It makes the error of an estimate several
             times smaller and never biases it. A step runs one forward without noise more. Noise on weights has none.
+            Ranks learn one guide from all their samples, also inside `no_sync()`. Shapes of an output, as lengths of
+            texts, have guides of their own, of which the last eight are kept.
         preset: None; "best": the settings that docs/networks.md found best, in the place of those that are left at
             their defaults: orthogonal signs in single copies, the clean loss as baseline, and the guide.
 
@@ -212,7 +216,8 @@ class ULR:
             y: targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry
                 for each sample; or None.
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
-                need not be differentiable. It gets all copies of the targets.
+                need not be differentiable. It gets all copies of the targets. Trained `nn.Parameter`s of its own, and
+                those of the model that it reads past all layers, get autograd's gradient of the mean noised loss.
             affects: for samples with many losses (a graph's nodes, a text's tokens, a series' steps): the losses of a
                 sample that the noise of each of its rows in a layer can change. A matrix `[rows, losses]` on the
                 model's device, dense or sparse, in which any number but 0 means yes; a dense `[samples, rows, losses]`
@@ -227,7 +232,8 @@ class ULR:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
             Reading it is what synchronises, not this call. But before the first gradient of a shape the model runs up
             to eight forwards, most of two copies, and synchronises; for another shape of the same kind of batch
-            (another length, fewer samples) two, and one more with `affects`.
+            (another length, fewer samples) two, and one more with `affects`. A few later steps look again whether
+            samples mix (docs/networks.md), in two forwards of two copies, and synchronise too.
 
         Raises:
             ValueError: a batch, a loss or a model breaks the rules. If this shows on the first batch of a shape, no
@@ -238,11 +244,13 @@ class ULR:
             batch = self._parallel.locate(batch, self.device)
         plan = self._plan(batch, loss_fn)
         keys = self._keys.of_sites(plan.names, plan.sites)
+        self._runner.loss_parameters.clear()
         with finished_gradients([*self.view.parameters, *self.parameters()]):
             losses = run_mlp_step(self._runner, keys, batch, loss_fn, self._guides)
             mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._parallel is not None:
-            self._parallel.average([*self.view.parameters, *self.parameters()])
+            of_loss = self._runner.loss_parameters.values()
+            self._parallel.average([*self.view.parameters, *self.parameters(), *of_loss])
         self._keys.advance()
         return mean
 
@@ -288,8 +296,21 @@ class ULR:
             return self._run_passes(plan, keys, batch, loss_fn)
 
     def _run_passes(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
-        s, runner = self.settings, self._runner
-        clean, guides = None, self._guides
+        s, runner, history = self.settings, self._runner, plan.history
+        history.steps += 1
+        if history.is_due(sum(pass_.copies for pass_ in plan.passes)):
+            look_again(runner, plan, keys, batch, loss_fn)
+        history.at_new_shape = False
+
+        def on_functions(called: set[Callable]) -> None:
+            """Look again before the gradients of forwards that take another branch."""
+            if not called <= history.functions:
+                history.functions |= called
+                if history.steps > 1:
+                    look_again(runner, plan, keys, batch, loss_fn)
+
+        clean = None
+        guides = self._guides if any(pass_.layers for pass_ in plan.passes) else None
         if guides is not None:
             guided = runner.guided_clean_pass(plan.clean, batch, loss_fn, guides)
             guides.begin(guided)
@@ -312,13 +333,13 @@ class ULR:
 
         once = plan.passes[order[0]][:2]  # the pass that also adds the gradient past all layers
         for part in schedule(passes, batch, s, spreads):
-            losses = runner.run_part(part, keys, clean, loss_fn, part.pass_[:2] == once, guides)
+            losses = runner.run_part(part, keys, clean, loss_fn, on_functions, part.pass_[:2] == once, guides)
             means.append(losses.mean() * (part.batch.samples / batch.samples))
             if s.allocation != "even" and not part.pass_.weights and (first is None or first is part.pass_):
                 first = part.pass_
                 shown.append(losses)
         if guides is not None:
-            guides.finish(self._parallel.sum_ if self._parallel is not None else None)
+            guides.finish(self._parallel)
         return torch.stack(means).sum() / len(plan.passes)
 
     # --- state -------------------------------------------------------------------------------------------------------

@@ -132,9 +132,18 @@ class Batch:
         """The loss of each row: fp32 `[copies, samples]`, or with `affects` `[copies, samples, losses]`.
 
         Raises:
-            RuleError: `loss_fn` returns something else than a tensor of that shape.
+            RuleError: `loss_fn` returns something else than a tensor of that shape, or differentiates its outputs.
         """
-        losses = loss_fn(outputs, repeat(self.y, copies))
+        try:
+            losses = loss_fn(outputs, repeat(self.y, copies))
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            rule = (
+                "need no graph of the outputs, which have none (a derivative in them: use "
+                "outputs.detach().requires_grad_() inside torch.enable_grad())"
+            )
+            fail("loss_fn", rule, f"torch.autograd.grad or backward(): {error}", self.owner, error)
         rows = copies * self.samples
         shape, rule = [rows], "one loss per row"
         if self.affects is not None:

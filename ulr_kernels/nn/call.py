@@ -301,7 +301,8 @@ class Call:
 class _Sums(threading.local):
     """The gradients of a block, by id(parameter): the parameter, and its sum so far or None."""
 
-    unfinished: Mapping[int, list] = {}
+    def __init__(self) -> None:
+        self.unfinished: dict[int, list] = {}
 
 
 _sums = _Sums()
@@ -316,13 +317,8 @@ def finished_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     sum, and those of `register_post_accumulate_grad_hook` run after it was added. If the block raises, nothing that
     such a parameter would get is added.
     """
-    outer = _sums.unfinished
-    of = (
-        p
-        for p in parameters
-        if p.requires_grad and (p.dtype in HALF_DTYPES or p._backward_hooks or _post_accumulate_hooks(p))
-    )
-    _sums.unfinished = {id(p): [p, None] for p in of}
+    outer, _sums.unfinished = _sums.unfinished, {}
+    also_finished(parameters)
     try:
         yield
         for parameter, total in _sums.unfinished.values():
@@ -330,6 +326,26 @@ def finished_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
                 _finish(parameter, total)
     finally:
         _sums.unfinished = outer
+
+
+def also_finished(parameters: Iterable[Tensor]) -> None:
+    """Make the gradients of more parameters part of a block of `finished_gradients`, in which this is called."""
+    for p in parameters:
+        if p.requires_grad and (p.dtype in HALF_DTYPES or p._backward_hooks or _post_accumulate_hooks(p)):
+            _sums.unfinished.setdefault(id(p), [p, None])
+
+
+@contextlib.contextmanager
+def without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A block in which `torch.autograd.grad` does not run hooks of parameters: they get the finished gradient alone."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 def _post_accumulate_hooks(parameter: Tensor) -> Mapping[int, Callable]:
@@ -393,3 +409,16 @@ def backward_to_parameters(tensor: Tensor, parameters: tuple[Tensor, ...], gradi
     for parameter, part in zip(trained, found, strict=True):
         if part is not None:
             gradient_buffer(parameter).add_(part)
+
+
+def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves of a tensor's graph."""
+    nodes, known = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        nodes += [following for following, _ in node.next_functions]

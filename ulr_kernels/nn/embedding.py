@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,6 +10,16 @@ from torch import Tensor
 
 from ulr_kernels.errors import RuleError
 from ulr_kernels.nn.call import Call, ParametersOf, gradient_buffers
+
+_BAG = inspect.signature(F.embedding_bag)
+
+
+def refuse_scaling(table: Tensor) -> None:
+    """Raise `RuleError`: a trained table has `scale_grad_by_freq`."""
+    raise RuleError(
+        "ulr.ULR: an embedding must have scale_grad_by_freq=False (a gradient so scaled is no gradient of the "
+        f"loss, and depends on who shares the batch), got True for a table {list(table.shape)}"
+    )
 
 
 class EmbeddingCall(Call):
@@ -44,10 +55,7 @@ def _embedding(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf)
     ) -> EmbeddingCall | None:
         derived = parameters_of(weight)
         if scale_grad_by_freq and derived is not None and derived.tensor.requires_grad:
-            raise RuleError(
-                "ulr.ULR: an embedding must have scale_grad_by_freq=False (a gradient so scaled is no gradient of the "
-                f"loss, and depends on who shares the batch), got True for a table {list(weight.shape)}"
-            )
+            refuse_scaling(weight)
         if max_norm is not None or derived is None:
             return None
         padding = None if padding_idx is None else padding_idx % weight.shape[0]
@@ -56,4 +64,12 @@ def _embedding(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf)
     return call(*args, **kwargs)
 
 
-READERS = {F.embedding: _embedding}
+def _embedding_bag(args: tuple, kwargs: dict[str, Any], parameters_of: ParametersOf) -> None:
+    given = _BAG.bind(*args, **kwargs).arguments
+    for table in (given["input"], given["weight"]):  # the order of older versions is the other one
+        derived = parameters_of(table)
+        if given.get("scale_grad_by_freq") and derived is not None and derived.tensor.requires_grad:
+            refuse_scaling(table)
+
+
+READERS = {F.embedding: _embedding, F.embedding_bag: _embedding_bag}

@@ -6,6 +6,7 @@ their own: the score takes the place of the output's gradient; torch's derivativ
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils.hooks import RemovableHandle
 
 from ulr_kernels.nn.call import Call, DerivedParameter, backward_to_parameters, gradient_buffers
 
@@ -28,8 +30,15 @@ ELEMENTWISE = SUMS | {torch.sub, torch.mul, torch.div, torch.where, torch.cat, t
 EXPAND_FUNCTIONS = {Tensor.expand, Tensor.expand_as, Tensor.repeat, Tensor.tile, torch.tile, torch.broadcast_to,
            Tensor.broadcast_to}  # fmt: skip
 
+BACKWARD_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+"""Functions of a tensor's own backward pass, which a forward without graph does not have: they do nothing there."""
 METADATA_FUNCTIONS = {Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.to}
 """Functions that take no more from an argument than its shape, its dtype or its device."""
+
+
+def ignored_hook(func: Callable) -> RemovableHandle | None:
+    """The result of one of `BACKWARD_HOOKS` for a tensor without graph: a handle of a hook that never runs."""
+    return RemovableHandle(collections.OrderedDict()) if func is Tensor.register_hook else None
 
 
 class AutogradCall(Call):

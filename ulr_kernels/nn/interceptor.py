@@ -14,7 +14,15 @@ from ulr_kernels.nn import COMPOSITES, READERS, RECURRENT_FUNCTIONS
 from ulr_kernels.nn.autograd_function import AutogradFunction, overridable_autograd_functions
 from ulr_kernels.nn.batch import apply, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter
-from ulr_kernels.nn.generic import ELEMENTWISE, EXPAND_FUNCTIONS, METADATA_FUNCTIONS, AutogradCall, RowsCall
+from ulr_kernels.nn.generic import (
+    BACKWARD_HOOKS,
+    ELEMENTWISE,
+    EXPAND_FUNCTIONS,
+    METADATA_FUNCTIONS,
+    AutogradCall,
+    RowsCall,
+    ignored_hook,
+)
 from ulr_kernels.nn.marks import NOISED, SAMPLE, Marked, flat
 from ulr_kernels.nn.module_state import ModuleState
 
@@ -104,6 +112,8 @@ class LayerInterceptor(Marked, TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in BACKWARD_HOOKS and not args[0].requires_grad:
+            return ignored_hook(func)
         derived, marks, bits = self._sort(args, kwargs)
         if any(each.stopped for each in derived) and torch.is_grad_enabled():
             # What was computed under no_grad is a constant outside of that, as for autograd.

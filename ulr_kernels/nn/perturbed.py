@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from ulr_kernels import ops
+from ulr_kernels.errors import RuleError
 from ulr_kernels.nn.equal_draws import draw_rows
-from ulr_kernels.nn.generic import EXPAND_FUNCTIONS
+from ulr_kernels.nn.generic import BACKWARD_HOOKS, EXPAND_FUNCTIONS, ignored_hook
 from ulr_kernels.nn.marks import SAMPLE, Marked, flat, storage
 from ulr_kernels.nn.names import parameter_names
 from ulr_kernels.nn.shards import is_sharded, like, shard
@@ -51,6 +53,11 @@ class _ResultsOfCopies(NamedTuple):
 
     first: weakref.ref  # to that of the first copy, which the model has
     others: list[Tensor]
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are computed now: `torch.autograd.forward_ad`, `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
 
 
 class PerturbedWeights(Marked, TorchFunctionMode):
@@ -108,6 +115,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in BACKWARD_HOOKS and not (args[0].requires_grad and torch.is_grad_enabled()):
+            return ignored_hook(func)
         if reads_only_metadata(func):
             return func(*args, **kwargs)
         if func in _LIKES:
@@ -204,8 +213,8 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         noised = self.noised.get(id(weight))
         if noised is None:
             return NotImplemented
-        self._check_padding(noised, padding_idx)
-        if max_norm is not None or not weight.numel():
+        self._check_table(noised, padding_idx, max_norm, scale_grad_by_freq)
+        if not weight.numel():
             return NotImplemented
         copies = self._draws.copies
         if self.reads((input,)):
@@ -231,20 +240,37 @@ class PerturbedWeights(Marked, TorchFunctionMode):
         given = _BAG.bind(*args, **kwargs).arguments
         for leaf in (given["input"], given["weight"]):  # the order of older versions is the other one
             if (noised := self.noised.get(id(leaf))) is not None:
-                self._check_padding(noised, given.get("padding_idx"))
+                options = (given.get(name) for name in ("padding_idx", "max_norm", "scale_grad_by_freq"))
+                self._check_table(noised, *options)
         return NotImplemented
 
-    def _check_padding(self, noised: NoisedParameter, row: int | None) -> None:
-        """Raise for a row of padding that only a call names: noise and updates leave out those that modules name."""
-        if row is not None and row % len(noised.parameter) != noised.still:
+    def _check_table(
+        self, noised: NoisedParameter, padding: int | None, max_norm: float | None, scaled: bool | None
+    ) -> None:
+        """Raise where noise on a table's weights gives another gradient than the options of a call ask for.
+
+        Noise and updates leave out those rows of padding that modules name, and none that only a call names.
+        """
+        if padding is not None and padding % len(noised.parameter) != noised.still:
             raise ValueError(
                 "ulr.optim: 'padding_idx' must be that of an nn.Embedding or nn.EmbeddingBag which holds the table, "
-                f"got {row} in a call with {noised.name}"
+                f"got {padding} in a call with {noised.name}"
+            )
+        if max_norm is not None:
+            raise RuleError(
+                "ulr: 'max_norm' must be None for a table with noise on its weights (it would shorten the noised rows, "
+                "and leave the rows themselves as long as they are; shorten them after a step), "
+                f"got {max_norm} in a call with {noised.name}"
+            )
+        if scaled:
+            raise RuleError(
+                "ulr: 'scale_grad_by_freq' must be False for a table with noise on its weights (a gradient so scaled "
+                f"is no gradient of the loss), got True in a call with {noised.name}"
             )
 
     def _fusible(self, input: Tensor, bias: Tensor | None) -> bool:
         """Whether a layer's input has samples, no noise but that of layers before it, and no derivative of its own."""
-        if id(input) in self.noised or (input.requires_grad and torch.is_grad_enabled()):
+        if id(input) in self.noised or (input.requires_grad and torch.is_grad_enabled()) or in_forward_mode():
             return False
         if self.copies == 1:
             return True
