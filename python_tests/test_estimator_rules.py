@@ -209,12 +209,18 @@ def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
         ({"noise": {"0": "both"}}, "'noise' must be 'outputs' or 'weights', or a mapping .*got 'both'"),
         ({"noise": {"0.bias": "weights"}}, r"'noise' must name layers of the model \(0, 2\), got 0.bias"),
         ({"noise": "weights", "learn_sigma": True}, "'learn_sigma' must be False where noise is 'weights'"),
-        ({"noise": {"0": "weights"}, "sampler": "sobol"}, "'sampler' must be 'iid' where noise is 'weights'"),
+        (
+            {"noise": {"0": "weights"}, "sampler": "sobol"},
+            "'sampler' must be 'iid' or 'hadamard' where noise is 'weights'",
+        ),
         ({"dist": "uniform"}, "'dist' must be 'normal' or 'laplace' or 'rademacher'"),
-        ({"sampler": "halton"}, "'sampler' must be 'iid' or 'sobol'"),
+        ({"sampler": "halton"}, "'sampler' must be 'iid' or 'sobol' or 'hadamard'"),
         ({"baseline": "median"}, "'baseline' must be 'mean' or 'clean' or 'none'"),
         ({"dist": "rademacher", "learn_sigma": True}, "'learn_sigma' must be False where dist is 'rademacher'"),
-        ({"dist": "rademacher", "sampler": "sobol"}, "'sampler' must be 'iid' where dist is 'rademacher'"),
+        (
+            {"dist": "rademacher", "sampler": "sobol"},
+            "'sampler' must be 'iid' or 'hadamard' where dist is 'rademacher'",
+        ),
         ({"sampler": "sobol", "antithetic": False}, "'baseline' must be 'clean' .or antithetic=True. where sampler is"),
         ({"sampler": "sobol", "learn_sigma": True}, "'baseline' must be 'clean' where sampler is 'sobol' and sigma is"),
         (

@@ -322,7 +322,7 @@ def test_layers_one_by_one_where_no_table_tells_of_them(why, monkeypatch) -> Non
     ones = [torch.ones(())] * 2
     losses, biases = [torch.ones(2, 6), torch.ones(2, 1)], [torch.empty(0)] * 2
     keys = [torch.tensor(1)] * 2
-    a = LinearGradients(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [])
+    a = LinearGradients(weights, biases, xs, losses, ones, keys, False, "normal", "iid", [1, rows], 0, [], [], [])
     module.foreach_noisy_linear_grad_(a)
     assert [layer.x.shape[0] for layer in calls] == [6, rows]
 

@@ -20,7 +20,7 @@ def launches() -> dict[str, Callable]:
             x = torch.empty((rows, inputs) if shared else (copies, rows, inputs), dtype=dtype)
             layer = (torch.empty(features, inputs), torch.empty(features), x, torch.empty(copies, rows), sigma, key)
             lists = ([tensor] * 2 for tensor in layer)
-            return next(iter(gradients_launches(LinearGradients(*lists, True, dist, "iid", [], 0, [], []))))
+            return next(iter(gradients_launches(LinearGradients(*lists, True, dist, "iid", [], 0, [], [], []))))
 
         return launch
 

@@ -282,6 +282,12 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
             "model gets one from noise, whatever the loss)"
         )
     outline = trace.outline()
+    if runner.settings.sampler == "hadamard":
+        if several := [layer for layer, calls in outline.calls.items() if calls > 1]:
+            trace.notes.append(
+                f"the noises of the calls of {', '.join(several)} are not orthogonal to one another: sampler='iid' has "
+                "the smaller error where a layer is called more than once"
+            )
     if not outline.calls and not view.noised_layers:
         fail("model", "have a trained parameter", "none")
     return outline, losses, trace

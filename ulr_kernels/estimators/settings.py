@@ -54,13 +54,17 @@ class Settings:
 
     @classmethod
     def of_preset(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
-        """The given settings; a preset replaces those that are the defaults."""
+        """The given settings; a preset replaces those that are the defaults.
+
+        Orthogonal signs are for one noise in a pass, so a joint pass has independent ones.
+        """
         if preset is None:
             return cls(**given)
         if preset not in PRESETS:
             fail("preset", f"be None or {' or '.join(map(repr, PRESETS))}", repr(preset))
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        replaced = {name: value for name, value in PRESETS[preset].items() if given[name] == defaults[name]}
+        own = PRESETS[preset] | ({"sampler": "iid"} if given["injection"] == "joint" else {})
+        replaced = {name: value for name, value in own.items() if given[name] == defaults[name]}
         return cls(**{**given, **replaced})
 
     def __post_init__(self) -> None:

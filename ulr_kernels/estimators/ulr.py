@@ -93,7 +93,7 @@ class ULR:
             copies (in each rank), and a backward waits once for the device. Noise on weights is left even, as all
             samples share it.
         guide: None; "feedback": each layer has a guess of its output's gradient, B e times the derivative of what
-            reads the output (docs/estimators.md). B is learnt on the way from the estimates themselves; e is
+            reads the output (docs/fewer-forwards.md). B is learnt on the way from the estimates themselves; e is
             the derivative of the loss in the clean outputs, or where it has none the outputs and the targets; or a
             function `guide(outputs, targets)` -> e, `[samples, features]`. It makes the error of an estimate several
             times smaller and never biases it. A step runs one forward without noise more. Noise on weights has none.
