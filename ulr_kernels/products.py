@@ -14,6 +14,7 @@ import functools
 import torch
 import torch.nn.functional
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,9 +45,11 @@ def dense(weight: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[R, N]` from `x [R, K]` and a dense `weight [N, K]` (see `dense`), all of one dtype.
 
-    torch.compile traces torch's own linear instead, which it can lower.
+    torch.compile traces torch's own linear instead, which it can lower; forward-mode derivatives and transforms of
+    torch.func, which oneDNN's would drop, have it too.
     """
-    if not torch.compiler.is_compiling() and x.numel() and weight.numel() and supports(x.dtype):
+    followed = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    if not (followed or torch.compiler.is_compiling()) and x.numel() and weight.numel() and supports(x.dtype):
         return _call(x, weight, bias if bias is None else bias.contiguous())
     return torch.nn.functional.linear(x, weight, bias)
 
