@@ -122,6 +122,9 @@ def check_loss_weight(check: Check, loss_weight: Tensor, rows: int, positions: i
     if loss_weight.dim() != 2 or loss_weight.shape[1] not in (samples, rows):
         others = f", or [copies, {rows}], one per row" if rows != samples else ""
         check.fail("loss_weight", f"be [copies, {samples}], one per sample of x{others}", list(loss_weight.shape))
+    if loss_weight.shape[1] != samples and loss_weight.device.type != "cpu":  # kernels of GPUs read one per sample
+        rule = f"be [copies, {samples}], one per sample of x, on a GPU (one per row where positions is 1)"
+        check.fail("loss_weight", rule, list(loss_weight.shape))
 
 
 def check_gradient(check: Check, a: LinearGradient) -> None:

@@ -49,7 +49,7 @@ def noise_score(
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         feature_dim: as in `noise_add`.
         antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noise_add`.
-        positions: rows per sample; must divide R. A weight for each row, `[C, R]`, is taken too.
+        positions: rows per sample; must divide R. On the CPU a weight for each row, `[C, R]`, is taken too.
 
     Returns:
         fp32 of `shape`, contiguous.

@@ -58,7 +58,7 @@ def scale_shift_grad_(
         key: of the noise site: an integer in [-2^63, 2^64) or an int64 scalar tensor.
         feature_dim, shared: as in `noise_add`.
         antithetic, dist, sampler, draw, row_offset, col_offset, width: as in `noise_add`.
-        positions: rows per sample; must divide R. A weight for each row, `[C, R]`, is taken too.
+        positions: rows per sample; must divide R. On the CPU a weight for each row, `[C, R]`, is taken too.
         grad_log_sigma: `[]` or `[N]`, fp32 or x's dtype, or None; an error for Rademacher noise, which has no density.
 
     Raises:
