@@ -172,7 +172,6 @@ void ChannelPass::load_slots(const Unit& unit, int64_t col, int64_t row, int64_t
 
 template <typename Y, typename Base>
 void ChannelPass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const {
-    const U sign = set(0x80000000u);
     OrthogonalDraws& noise = unit.orthogonal;
     const int64_t skipped = draw - spec_.draw;
     for (int64_t c = 0; c < unit.cols; ++c) {
@@ -192,11 +191,7 @@ void ChannelPass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) co
                                                            antithetic_ ? place(kMinusY, copy, Y{}) : nullptr;
                     const Base* const base = place(kBase, copy, Base{});
                     const Base* const minus_base = has(kMinusBase) ? place(kMinusBase, copy, Base{}) : base;
-                    return [=](int64_t i, int64_t n, F value) __attribute__((always_inline)) {
-                        const F clean = load_part(base + i, n), minus = minus_y ? load_part(minus_base + i, n) : clean;
-                        store_part(y + i, clean + value, n);
-                        if (minus_y) store_part(minus_y + i, minus + as_float(bits(value) ^ sign), n);
-                    };
+                    return adds_to(y, base, minus_y, minus_base);
                 });
             }
         });

@@ -150,7 +150,6 @@ int64_t Pass::rows_together(const Unit& unit) const {
 
 template <typename Y, typename Base>
 void Pass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const {
-    const U sign = set(0x80000000u);
     OrthogonalDraws& noise = unit.orthogonal;
     const bool own_base = t_[kBase].size[0] > 1;
     const int64_t skipped = draw - spec_.draw, together = rows_together(unit);
@@ -172,11 +171,7 @@ void Pass::forward_orthogonal(Unit& unit, int64_t draw, int64_t draws) const {
             Y *const y = place(kY, copy, Y{}), *const minus_y = antithetic_ ? place(kMinusY, copy, Y{}) : nullptr;
             const Base* const base = place(kBase, of, Base{});
             const Base* const minus_base = has(kMinusBase) ? place(kMinusBase, of, Base{}) : base;
-            return [=](int64_t c, int64_t n, F value) __attribute__((always_inline)) {
-                const F clean = load_part(base + c, n), minus = minus_y ? load_part(minus_base + c, n) : clean;
-                store_part(y + c, clean + value, n);
-                if (minus_y) store_part(minus_y + c, minus + as_float(bits(value) ^ sign), n);
-            };
+            return adds_to(y, base, minus_y, minus_base);
         });
     }
 }

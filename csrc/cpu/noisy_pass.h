@@ -83,6 +83,16 @@ class NoisyPass {
           antithetic_(spec.antithetic),
           summed_(has(kLossWeight) && !has(kMinusScores) && t_[kScores].size[0] == 1) {}
 
+    // Writes n lanes from place i on of a draw: y = base + value, and of its second copy, if any, the value negated.
+    template <typename Y, typename Base>
+    static auto adds_to(Y* y, const Base* base, Y* minus_y, const Base* minus_base) {
+        return [=](int64_t i, int64_t n, F value) __attribute__((always_inline)) {
+            const F clean = load_part(base + i, n), minus = minus_y ? load_part(minus_base + i, n) : clean;
+            store_part(y + i, clean + value, n);
+            if (minus_y) store_part(minus_y + i, minus + as_float(bits(value) ^ set(0x80000000u)), n);
+        };
+    }
+
     int64_t rows_of_weight() const { return rows_ / t_[kLossWeight].size[2]; }
     bool has(NoisyArgument a) const { return t_[a].data != nullptr; }
 

@@ -218,7 +218,7 @@ class SignWord {
         return orthogonal ? shared_ ^ walsh_word(draw, slot_) : shared_;
     }
 
-    // The word of one draw, of which nothing is kept.
+    // The word of one draw; nothing of it is kept.
     __device__ __forceinline__ uint32_t once(uint32_t draw) const {
         return noise_.sign_word(row_, index_, draw, noise_.orthogonal());
     }

@@ -98,9 +98,10 @@ class ULR:
             function `guide(outputs, targets)` -> e, `[samples, features]`. It makes the error of an estimate several
             times smaller and never biases it. A step runs one forward without noise more. Noise on weights has none.
             Ranks learn one guide from all their samples, also inside `no_sync()`. Shapes of an output, as lengths of
-            texts, have guides of their own, of which the last eight are kept.
-        preset: None; "best": the settings that docs/networks.md found best, in the place of those that are left at
-            their defaults: orthogonal signs in single copies, the clean loss as baseline, and the guide.
+            texts, have guides of their own; the last eight are kept.
+        preset: None; "best": the settings of docs/fewer-forwards.md in the place of those that are left at their
+            defaults: orthogonal signs (independent ones jointly) in single copies, the clean loss as baseline, and the
+            guide.
 
     Attributes:
         model: without wrappers.

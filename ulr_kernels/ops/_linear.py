@@ -216,7 +216,7 @@ def forward_reference(y: Tensor, a: Linear | LinearGradient) -> None:
         y[copy].copy_(clean + a.sigma * eps)
 
 
-def by_row(loss_weight: Tensor, rows: int) -> Tensor:
+def weights_of_rows(loss_weight: Tensor, rows: int) -> Tensor:
     """`[copies, rows]`: the weight of each row's sample, or its own."""
     return loss_weight.repeat_interleave(rows // max(1, loss_weight.shape[1]), dim=1)
 
@@ -234,7 +234,7 @@ def gradient_reference(a: Gradient, product: Callable[[Tensor, Tensor], Tensor] 
     by_weight = None if a.grad_weight is None else loss_weight.new_zeros(a.grad_weight.shape)
     by_bias = loss_weight.new_zeros(sizes.features)
     by_log_sigma = loss_weight.new_zeros(sizes.features)
-    weights = by_row(loss_weight, sizes.rows)
+    weights = weights_of_rows(loss_weight, sizes.rows)
     reduced = loss_weight.new_zeros(sizes.rows, sizes.features)
     for copy, eps in copies_of_noise(a.noise, sizes):
         score = noise_contract.score(eps, a.noise.dist)

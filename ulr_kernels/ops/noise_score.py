@@ -87,7 +87,7 @@ def check(a: NoiseScore) -> Output:
 
 def reference(out: Tensor, a: NoiseScore) -> None:
     rows, cols, axis = axes_of(Check("noise_score"), "shape", a.shape, a.feature_dim)
-    weights = _linear.by_row(a.loss_weight, rows)
+    weights = _linear.weights_of_rows(a.loss_weight, rows)
     total = out.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, True)):
         total += weights[copy, :, None] * noise_contract.score(eps, a.noise.dist)

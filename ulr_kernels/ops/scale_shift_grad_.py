@@ -110,7 +110,7 @@ def check(a: ScaleShiftGradient) -> None:
 
 def reference(a: ScaleShiftGradient) -> None:
     rows, cols, axis = axes_of(Check("scale_shift_grad_"), "x", one_copy(a.x, a.shared), a.feature_dim)
-    weights = _linear.by_row(a.loss_weight, rows)
+    weights = _linear.weights_of_rows(a.loss_weight, rows)
     by_weight, by_bias, by_log_sigma = (a.loss_weight.new_zeros(cols) for _ in range(3))
     reduced = a.loss_weight.new_zeros(rows, cols)
     for copy, eps in _linear.copies_of_noise(a.noise, Sizes(a.loss_weight.shape[0], rows, 0, cols, a.shared)):
