@@ -1,4 +1,7 @@
-"""Guides (ulr.ULR(guide=...)): never biased, never harmful, worth what |delta - g|^2 says; state, chunks, memory."""
+"""Guides (ulr.ULR(guide=...)): never biased, never harmful, worth what |delta - g|^2 says; state, chunks, memory.
+
+Supports (support="active"): where they are, and what they gain.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from z_test import assert_unbiased, estimates
 
 import ulr_kernels as ulr
 from ulr_kernels import ops
-from ulr_kernels.estimators.guides import MOST_SHAPES, GuideForward
+from ulr_kernels.estimators.clean_pass import CleanForward
+from ulr_kernels.estimators.guides import MOST_PARTS, Parts
+from ulr_kernels.nn.gates import Gate
 from ulr_kernels.nn.module_state import ModuleState
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
@@ -114,11 +119,11 @@ def test_a_learnt_guide_gains_what_it_explains(how: dict) -> None:
     without, with_guide = (squared_errors(model, x, y, each, 60)[0] for each in (plain, guided))
     batch, runner = guided._batch(x, y, None), guided._runner
     with runner.forwards():
-        clean = runner.guided_clean_pass(guided.plan(x, y, cross_entropy).clean, batch, cross_entropy, learnt)
+        clean = runner.clean_pass(guided.plan(x, y, cross_entropy).clean, batch, cross_entropy, learnt)
     learnt.begin(clean)
     v = model[0](x).detach().requires_grad_()
     cross_entropy(model[1:](v), y).sum().backward()
-    guess, coefficient = learnt.guess(("0", 0), slice(0, 64), v.shape)
+    guess, coefficient = learnt.guess(("0", 0), slice(0, 64), v.shape, -1)
     explained = v.grad.square().sum() / (v.grad - coefficient * guess).square().sum()
     assert explained > 1.5
     assert without / with_guide == pytest.approx(float(explained), rel=0.15)
@@ -183,6 +188,14 @@ def test_a_loss_without_derivative_has_outputs_and_targets_as_features() -> None
     assert all(weight.any() for _, weight in estimator._guides.weights())
 
 
+def gates_of(model: nn.Module, x: Tensor, margin: float | None = None) -> dict[tuple[str, int], Gate]:
+    forward = CleanForward(ulr.ULR(model).view, x, None if margin is None else lambda layer: margin)
+    outputs = forward.run(model, x, ModuleState(model))
+    gates = forward.gates()
+    del outputs
+    return gates
+
+
 class Block(nn.Module):
     """A residual block with batch normalisation and a pool."""
 
@@ -200,11 +213,7 @@ def test_gates_are_the_derivatives_of_what_reads_an_output() -> None:
     model = Block().eval()
     model.norm.weight.data.uniform_(0.5, 2)
     x = torch.randn(3, 2, 4, 4)
-    forward = GuideForward(
-        {id(p): name.rpartition(".")[0] for name, p in model.named_parameters()}, model.parameters(), x
-    )
-    forward.run(model, x, ModuleState(model))
-    gates = forward.gates()
+    gates = {site: gate.derivative for site, gate in gates_of(model, x).items()}
     v = model.conv(x).detach().requires_grad_()
     F.max_pool2d(F.relu(model.norm(v) + x), 2).sum().backward()
     torch.testing.assert_close(gates["conv", 0], v.grad)
@@ -321,10 +330,14 @@ CASES = {  # model, loss, inputs, settings
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("support", ["all", "active"])
 @pytest.mark.parametrize("case", CASES)
-def test_guides_in_any_model(case: str) -> None:
+def test_guides_and_supports_in_any_model(case: str, support: str) -> None:
     """The slope of the estimate, <estimate, gradient> / |gradient|^2, is 1 once guides have learnt something."""
     make, loss_fn, x, settings = CASES[case]
+    if "learn_sigma" in settings and support != "all":
+        return
+    settings = {**settings, "support": support}
     model, batches = make().train(), x if isinstance(x, list) else [x]
     estimator = ulr.ULR(model, **{"sigma": 0.01, "copies": 256, "guide": "feedback", **SIGNS, **settings})
     for step in range(4 * len(batches)):
@@ -352,12 +365,197 @@ def test_autocast_around_a_step_leaves_guides_exact() -> None:
     assert all(weight.dtype == torch.float32 and weight.any() for _, weight in estimator._guides.weights())
 
 
-def test_shapes_used_long_ago_are_forgotten() -> None:
+def test_positions_share_weights_by_parts() -> None:
+    """Ever new lengths do not take ever more memory."""
     model = Net(lambda m, x: m.a(x).mean(1), a=line())
     estimator = ulr.ULR(model, copies=4, preset="best")
-    for length in (*range(1, MOST_SHAPES + 2), 2):
+    for length in range(1, 9):
         estimator.backward(small_models.v(length, 2, length, 5), None, lambda outputs, _: outputs.sum(1))
-    assert [name[2] for name in estimator._guides._learnt] == [6 * n for n in (*range(3, MOST_SHAPES + 2), 2)]
+    assert [name[2] for name in estimator._guides._learnt] == [6 * n for n in range(1, MOST_PARTS + 1)]
+
+
+@pytest.mark.parametrize("grid,feature_dim", [((6, 5, 7, 2), 1), ((6, 9, 3), -1), ((12, 4), -1), ((3, 5), -1)])
+def test_parts(grid: tuple[int, ...], feature_dim: int) -> None:
+    """Means of parts, spread again: each position has the mean of those whose index times 4 over the size is the same,
+    rounded down."""
+    x = small_models.v(1, *grid)
+    parts = Parts(grid, feature_dim, 3, x.device)
+    expected = x.unflatten(0, (3, -1))
+    features = feature_dim % len(grid) + 1
+    for axis in {*range(1, len(grid) + 1)} - {features}:
+        index = torch.arange(expected.shape[axis])
+        part = index * MOST_PARTS // expected.shape[axis] if expected.shape[axis] > MOST_PARTS else index
+        means = [expected.index_select(axis, index[part == own]).mean(axis, keepdim=True) for own in part]
+        expected = torch.cat(means, axis)
+    assert parts.means(x).shape == (3, parts.units)
+    torch.testing.assert_close(parts.spread(parts.means(x)), expected)
+
+
+# --- supports ---------------------------------------------------------------------------------------------------------
+
+
+def kept_in(m, h):
+    m.kept = h
+    return F.relu(h).square()
+
+
+def two_readers(m, h):
+    return F.relu(h).sum(1, keepdim=True) + h.sin()
+
+
+def sized(m, h):
+    return torch.relu(h).view(h.shape[0], h.size(1)).square()
+
+
+def in_place(m, h):
+    return h.relu_().square()
+
+
+def written(m, h):
+    h[:, 0] = 0.0
+    return F.relu(h).square()
+
+
+def pooled(m, h):
+    return F.max_pool1d(F.relu(h).unsqueeze(1), 3).square()
+
+
+def two_paths(m, h):
+    return torch.cat([F.relu(h), F.relu(-h)[:, :3]], 1).square()
+
+
+def returned(m, h):
+    return F.relu(h), h
+
+
+def sine(m, h):
+    return h.sin()
+
+
+def spikes(m, h):
+    return (h > 0).float()
+
+
+def clipped(m, h):
+    return F.hardtanh(h).square()
+
+
+def shifted(m, h):
+    return F.relu(torch.tanh(h) + 0.1).square()
+
+
+def many(m, h):
+    for _ in range(6):
+        h = F.relu(h)
+    return h
+
+
+SUPPORTS = {  # what reads the output h -> its support, of h
+    kept_in: None,
+    two_readers: None,
+    sized: lambda h, margin: h > -margin,
+    in_place: lambda h, margin: h > -margin,
+    written: None,
+    pooled: lambda h, margin: h > -margin,  # a view ends what is followed
+    two_paths: None,
+    returned: None,
+    sine: None,
+    spikes: None,
+    clipped: lambda h, margin: (h > -1 - margin) & (h < 1 + margin),
+    shifted: lambda h, margin: torch.tanh(h + margin) > -0.1,
+    many: lambda h, margin: h > -margin,
+}
+
+
+@pytest.mark.parametrize("read", SUPPORTS, ids=lambda read: read.__name__)
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_a_support_is_where_all_readers_let_something_through(read, margin: float) -> None:
+    model = Net(lambda m, x: read(m, m.a(x)), a=line())
+    h, expected = model.a(X).detach(), SUPPORTS[read]
+    support = gates_of(model, X, margin)["a", 0].support
+    if expected is None:
+        assert support is None
+    else:
+        assert torch.equal(support, expected(h, margin)) and not support.all()
+    assert not torch.equal(h > 0, h > -0.3)  # some elements are within the margin
+
+
+def test_outside_of_the_support_the_estimate_is_0() -> None:
+    """Of one sample a bias has the gradient of the output: with the same noise, all of it or its active part."""
+    found = []
+    for support in ("all", "active"):
+        model = Net(plain, a=line(5, 12), c=line(12, 3))
+        estimator = ulr.ULR(model, 0.1, 16, antithetic=False, support=support)
+        estimator.backward(X[:1], None, lambda outputs, _: outputs.square().sum(1))
+        found.append(model.a.bias.grad)
+    active = model.a(X[0]) > -0.2
+    torch.testing.assert_close(found[1], found[0] * active)
+    assert 0 < active.sum() < 12
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.c = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.max_pool2d(F.relu(self.b(F.relu(self.a(x)))), 4).flatten(1))
+
+
+def images() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Images(), torch.randn(10, 2, 8, 8), torch.arange(10) % 3
+
+
+def test_the_winners_of_a_pool_are_its_support() -> None:
+    model, x, _ = images()
+    h = model.b(F.relu(model.a(x))).detach()
+    winners = F.max_unpool2d(*F.max_pool2d(h + 9, 4, return_indices=True), 4) > 0
+    for margin in (0.0, 0.3):
+        assert torch.equal(gates_of(model, x, margin)["b", 0].support, winners & (h > -margin))
+
+
+def test_a_support_gains_what_it_leaves_out() -> None:
+    """The error of a layer falls by the share of its outputs that are in the support: at most a sixteenth before the
+    pool, about a half before the other ReLU."""
+    model, x, y = images()
+    found = [
+        squared_errors(model, x, y, ulr.ULR(model, 0.01, 16, antithetic=False, baseline="clean", support=support), 60)
+        for support in ("all", "active")
+    ]
+    shares = [float(gate.support.float().mean()) for gate in list(gates_of(model, x, 0.02).values())[:2]]
+    gains = (found[1] / found[0])[:4:2].tolist()
+    assert gains == pytest.approx(shares, rel=0.35) and shares[1] < 1 / 15.9
+
+
+@pytest.mark.parametrize("guide", [None, "feedback"])
+@pytest.mark.parametrize("split", [{"max_rows": 40}, {"memory": "recompute"}], ids=str)
+def test_supports_in_chunks_and_recomputed(split: dict, guide: str | None) -> None:
+    found = []
+    for how in ({}, split):
+        model, x, y = images()
+        estimator = ulr.ULR(model, 0.1, 8, guide=guide, support="active", **how, **SIGNS)
+        for _ in range(3):
+            model.zero_grad()
+            estimator.backward(x, y, cross_entropy)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
+
+
+def test_the_step_of_an_mlp_has_the_supports_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own op, and layer by layer."""
+    found = []
+    for by_op in (True, False):
+        if not by_op:
+            monkeypatch.setattr("ulr_kernels.estimators.ulr.run_mlp_step", lambda *_: None)
+        model, x, y = digits()
+        estimator = ulr.ULR(model, 0.1, 8, preset="best")
+        for _ in range(3):
+            model.zero_grad()
+            estimator.backward(x, y, cross_entropy)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=pytest.mark.pair("cpp/cpu"))])
@@ -384,6 +582,15 @@ def test_noise_dot(backend: str, how: dict) -> None:
         (
             lambda m, x, y: ulr.ULR(m, guide="feedback").backward(x, y, cross_entropy, torch.ones(1, 1)),
             "'affects' must be None where there is a guide",
+        ),
+        (lambda m, x, y: ulr.ULR(m, support="relu"), "ulr.ULR: 'support' must be 'all' or 'active', got 'relu'"),
+        (
+            lambda m, x, y: ulr.ULR(m, support="active", learn_sigma=True),
+            "'support' must be 'all' where sigma is learnt",
+        ),
+        (
+            lambda m, x, y: ulr.ULR(m, support="active").backward(x, y, cross_entropy, torch.ones(1, 1)),
+            "'affects' must be None where support is 'active'",
         ),
         (
             lambda m, x, y: ops.noise_dot(x, 1.0, 3, positions=5),

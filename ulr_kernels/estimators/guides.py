@@ -5,17 +5,19 @@ With L_c - sigma <eps_c, g> in the place of the loss and g added to the estimate
 (a control variate: arXiv 1511.05176), and its squared error falls by |delta|^2 / |delta - g|^2, delta the gradient.
 
 Here g = a * gate * (B e). e are features of a sample's error at the model's outputs, gate is the derivative of the
-elementwise functions that read the layer's output, and B, a row for each unit of the output, is the regression of
-earlier estimates on gate * e. The coefficient a, 0 to 1, is the regression of earlier losses on sigma <eps_c, gate *
-(B e)>, so that a bad guide does no harm. Where the baseline is the loss without noise, the mean that noise has added to
-it in earlier steps is subtracted, too: a pair of copies would cancel it, single copies do not.
+elementwise functions that read the layer's output, and B is the regression of earlier estimates on gate * e. It has a
+row for each feature of the output and each part of its positions: each axis is cut into at most four parts, because
+rows of single positions learn too slowly from estimates that are mostly noise. The coefficient a, 0 to 1, is the
+regression of earlier losses on sigma <eps_c, gate * (B e)>, so that a bad guide does no harm. Where the baseline is the
+loss without noise, the mean that noise has added to it in earlier steps is subtracted, too: a pair of copies would
+cancel it, single copies do not.
 """
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +26,10 @@ from torch.utils import _pytree
 
 from ulr_kernels import noise_contract, ops
 from ulr_kernels.errors import fail
+from ulr_kernels.estimators.clean_pass import CleanPass, Rows, Site
 from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat, tensors
-from ulr_kernels.nn.call import Call
-from ulr_kernels.nn.gates import Gates
-from ulr_kernels.nn.interceptor import LayerInterceptor
 
-Site = tuple[str, int]  # a layer and the number of its call
 Name = tuple[str, int, int, int]  # of what is learnt: layer, number of the call, units and features of a sample
 Features = Callable[[Any, Any], Tensor]  # of outputs and targets: [samples, features]
 
@@ -39,46 +38,13 @@ RIDGE = 5e-3  # of the regression, times the trace of the features' second momen
 FIT_FORGETTING = 0.9
 MOST_FEATURES = 64  # more are projected on random signs
 PROJECTED_AT_ONCE = 2**16  # so many features, to bound the memory of their signs
-MOST_SHAPES = 8  # of a call's output that are remembered, as batches may have ever new lengths
+MOST_PARTS = 4  # of an axis of positions that have weights of their own
 PROJECTION = noise_contract.site_id("ulr_kernels.guides.projection")
 
 
-class CleanPass(NamedTuple):
-    """The result of a forward without noise."""
-
-    losses: Tensor  # fp32 `[samples]`
-    features: Tensor  # fp32 `[samples, features]`
-    gates: Mapping[Site, Tensor | None]  # of each noised call's output; None: 1
-
-
-class GuideForward(LayerInterceptor):
-    """A forward without noise that finds the gates of the layers' outputs."""
-
-    def __init__(self, layers: Mapping[int, str], parameters: Any, inputs: Any) -> None:
-        super().__init__(layers, parameters, inputs)
-        self._numbers: dict[str, int] = {}
-        self._gates = Gates()
-
-    def on_layer_call(self, call: Call) -> tuple[Tensor, int]:
-        with torch.no_grad():
-            output = call.clean()
-        self._gates.follow_call(call, output)
-        layer = self.trained_layer(call)
-        if layer is not None:
-            number = self._numbers.get(layer, 0)
-            self._numbers[layer] = number + 1
-            self._gates.begin((layer, number), output)
-        return output, 0
-
-    def after_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:
-        self._gates.follow(func, args, kwargs, result)
-
-    def gates(self) -> dict[Site, Tensor | None]:
-        """The gate of each call, of the shape of its output."""
-        return self._gates.found()
-
-
-def error_features(outputs: Any, batch: Batch, loss_fn: LossFunction, features: Features | None) -> tuple:
+def error_features(
+    outputs: Any, batch: Batch, loss_fn: LossFunction, features: Features | None
+) -> tuple[Tensor, Tensor]:
     """The losses without noise, and the features of the samples' errors.
 
     They are what `features` returns, or else the derivatives of the losses in the outputs, or where the loss has none,
@@ -115,6 +81,43 @@ def error_features(outputs: Any, batch: Batch, loss_fn: LossFunction, features: 
     if not parts:
         fail("guide", "be a function of outputs and targets where the loss has no derivative in the outputs", "none")
     return losses.detach(), torch.cat([*parts, parts[0].new_ones(samples, 1)], 1)
+
+
+class Parts:
+    """The parts of an output's positions that share weights, and its features: its units.
+
+    Args:
+        grid: the output's shape, `[samples or their rows, ...]`.
+        feature_dim: its axis of features.
+        samples: how many it has.
+    """
+
+    def __init__(self, grid: Sequence[int], feature_dim: int, samples: int, device: torch.device) -> None:
+        self.shape = (samples, grid[0] // samples, *grid[1:])
+        features = (feature_dim if feature_dim >= 0 else len(grid) + feature_dim) + 1
+        self._of_axes: dict[int, Tensor] = {}  # by axis: fp32 `[size, parts]`, 1 where a position is in a part
+        sizes = list(self.shape)
+        for axis, size in enumerate(self.shape):
+            if axis not in (0, features) and size > 1:
+                sizes[axis] = min(size, MOST_PARTS)
+                part = torch.arange(size, device=device) * sizes[axis] // size
+                self._of_axes[axis] = F.one_hot(part, sizes[axis]).float()
+        self._parts = sizes
+        self.units = math.prod(sizes[1:])
+
+    def means(self, x: Tensor) -> Tensor:
+        """The means over each part, `[samples, units]`, of values for each position."""
+        x = x.reshape(self.shape)
+        for axis, parts in self._of_axes.items():
+            x = (x.movedim(axis, -1) @ (parts / parts.sum(0))).movedim(-1, axis)
+        return x.reshape(self.shape[0], self.units)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The value of each position, `[samples, rows, ...]`, of values `[samples, units]`."""
+        x = x.reshape(self._parts)
+        for axis, parts in self._of_axes.items():
+            x = (x.movedim(axis, -1) @ parts.T).movedim(-1, axis)
+        return x
 
 
 def full_precision(like: Tensor) -> torch.autocast:
@@ -167,7 +170,7 @@ class _Learnt:
 class Guides:
     """The guides of a model's layers.
 
-    Outputs of other shapes, and batches of another number of features, are learnt apart.
+    Calls with other parts, and batches of another number of features, are learnt apart.
 
     Args:
         seed: of the estimator, for the projection of many features.
@@ -176,16 +179,19 @@ class Guides:
 
     def __init__(self, seed: int, features: Features | None) -> None:
         self._seed, self.features = seed, features
-        self._learnt: dict[Name, _Learnt] = {}  # the one that was used last comes last
+        self._learnt: dict[Name, _Learnt] = {}
         self._moments: dict[int, tuple[Tensor, Tensor]] = {}  # by the number of features: of samples, see `finish`
         self._shifts: dict[tuple[str, ...], Tensor] = {}  # by pass: decayed sums of losses less clean ones, and count
         self._step_shifts: dict[tuple[str, ...], Tensor] = {}
         self._clean: CleanPass | None = None
         self._used: set[Name] = set()  # in this step
+        # Of each call, as it was last guessed: the name, the parts, the samples' features and gate.
+        self._calls: dict[Site, tuple[Name, Parts, Tensor, Tensor | None]] = {}
 
     def begin(self, clean: CleanPass) -> None:
         """Begin a step: the features and gates of its samples."""
         features = clean.features
+        assert features is not None
         if features.shape[1] > MOST_FEATURES:
             with full_precision(features):
                 features = self._projected(features)
@@ -203,45 +209,44 @@ class Guides:
     def _of(self, name: Name) -> _Learnt:
         assert self._clean is not None
         if name not in self._learnt:
-            self._learnt[name] = _Learnt(*name[2:], self._clean.features.device)
+            self._learnt[name] = _Learnt(*name[2:], self._clean.losses.device)
         return self._learnt[name]
 
-    def _gated(self, site: Site, rows: slice | Tensor, shape: torch.Size) -> tuple[Name, Tensor, Tensor | None]:
-        """The name of what is learnt of a call; features `[samples, features]`, gate `[samples, units]` of some
-        samples."""
-        assert self._clean is not None
-        features, gate = self._clean.features, self._clean.gates.get(site)
-        samples = len(features)
-        at = rows if isinstance(rows, slice) else rows.to(features.device)
-        own = features[at]
-        units = shape.numel() // len(own)  # of the rows that a sample may have one after the other, too
-        gate = None if gate is None or gate.numel() != samples * units else gate.reshape(samples, units)[at]
-        return (*site, units, own.shape[1]), own, gate
+    def guess(self, site: Site, rows: Rows, grid: Sequence[int], feature_dim: int) -> tuple[Tensor, Tensor]:
+        """gate * (B e) of some samples in a call's output of this shape, and the coefficient `[]`.
 
-    def guess(self, site: Site, rows: slice | Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """gate * (B e) of some samples in a call's output of this shape, and the coefficient `[]`."""
-        name, features, gate = self._gated(site, rows, shape)
+        What follows for this call, until the next guess, is of the same samples.
+        """
+        assert self._clean is not None
+        features = self._clean.features
+        assert features is not None
+        of_rows = features[rows if isinstance(rows, slice) else rows.to(features.device)]
+        parts = Parts(grid, feature_dim, len(of_rows), features.device)
+        gate = self._clean.gate(site, rows).derivative
+        gate = gate.view(parts.shape) if gate is not None and gate.numel() == math.prod(parts.shape) else None
+        name = (*site, parts.units, features.shape[1])
+        self._calls[site] = name, parts, of_rows, gate
         learnt = self._of(name)
         with full_precision(features):
-            guess = features @ learnt.weight.T
-        return (guess if gate is None else guess * gate).view(shape), learnt.coefficient()
+            guess = parts.spread(of_rows @ learnt.weight.T)
+        return (guess if gate is None else guess * gate).reshape(tuple(grid)), learnt.coefficient()
 
-    def learn(self, site: Site, rows: slice | Tensor, delta: Tensor) -> None:
+    def learn(self, site: Site, delta: Tensor) -> None:
         """Add the samples' estimates of their output's gradient, fp32 of the output's shape, to the step's sums."""
-        name, features, gate = self._gated(site, rows, delta.shape)
+        name, parts, features, gate = self._calls[site]
         self._used.add(name)
-        learnt, delta = self._of(name), delta.reshape(len(features), -1)
-        if gate is None:
-            learnt.step_power += len(delta)
-        else:
-            delta = delta * gate
-            learnt.step_power += gate.square().sum(0)
-        learnt.step_cross.addmm_(delta.T, features)
+        learnt, delta = self._of(name), delta.reshape(parts.shape)
+        with full_precision(features):
+            if gate is None:
+                learnt.step_power += len(features)
+            else:
+                delta = delta * gate
+                learnt.step_power += parts.means(gate.square()).sum(0)
+            learnt.step_cross.addmm_(parts.means(delta).T, features)
 
-    def fit(self, site: Site, shape: torch.Size, losses: Tensor, dots: Tensor) -> None:
+    def fit(self, site: Site, losses: Tensor, dots: Tensor) -> None:
         """Add the losses, and the guess's share in them, fp32 `[copies, samples]`, less their means over copies."""
-        assert self._clean is not None
-        learnt = self._of((*site, shape.numel() // dots.shape[1], self._clean.features.shape[1]))
+        learnt = self._of(self._calls[site][0])
         losses, dots = losses - losses.mean(0), dots - dots.mean(0)
         learnt.step_fit += torch.stack([(losses * dots).sum(), dots.square().sum()]).nan_to_num(0.0, 0.0, 0.0)
 
@@ -261,7 +266,7 @@ class Guides:
         The decayed sum of e (outer) e over samples, fp64, and the decayed number of samples go with each number of
         features.
         """
-        assert self._clean is not None
+        assert self._clean is not None and self._clean.features is not None
         features = self._clean.features.double()
         moments = {features.shape[1]: (features.T @ features, features.new_full((), float(len(features))))}
         used = sorted(self._used)
@@ -284,20 +289,10 @@ class Guides:
                 if name[-1] == count:
                     with full_precision(gram):
                         learnt.end_step(values, vectors, ridge, samples)
-        for name in used:
-            self._learnt[name] = self._learnt.pop(name)
-        self._forget_shapes()
+        self._learnt = dict(sorted(self._learnt.items()))  # ranks meet shapes in orders of their own
         for layers, shift in self._step_shifts.items():
             self._shifts[layers] = FIT_FORGETTING * self._shifts.get(layers, torch.zeros_like(shift)) + shift
-        self._step_shifts, self._clean = {}, None
-
-    def _forget_shapes(self) -> None:
-        """Keep those of each call's shapes that were used last."""
-        kept: collections.Counter[Site] = collections.Counter()
-        for name in list(self._learnt)[::-1]:
-            kept[name[:2]] += 1
-            if kept[name[:2]] > MOST_SHAPES:
-                del self._learnt[name]
+        self._step_shifts, self._clean, self._calls = {}, None, {}
 
     # --- state -------------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ulr_kernels import dispatch
-from ulr_kernels.estimators.guides import CleanPass, Guides, error_features
+from ulr_kernels.estimators.clean_pass import CleanPass, Site
+from ulr_kernels.estimators.guides import Guides, error_features
 from ulr_kernels.estimators.noised import Keys
-from ulr_kernels.estimators.runner import PassRunner
+from ulr_kernels.estimators.runner import MARGIN, PassRunner
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import gradient_buffer
+from ulr_kernels.nn.gates import Gate
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -51,11 +53,13 @@ def run_mlp_step(
     sigma: float | Tensor = sigmas[0]
     if len(set(sigmas)) > 1:  # filled on the device: nothing is copied from the host
         sigma = torch.stack([torch.full((), each, dtype=torch.float32, device=batch.x.device) for each in sigmas])
-    if guides is not None and (s.injection == "joint" or batch.x.device.type != "cpu"):
+    active = s.support == "active"
+    if (guides is not None and (s.injection == "joint" or batch.x.device.type != "cpu")) or (active and not guides):
         return None
     weights = [layer.weight for layer in mlp.layers]
     biases = [layer.bias for layer in mlp.layers if layer.bias is not None]
-    guided = _Guided(guides, mlp, names, batch, loss_fn, copies_of_all) if guides is not None else None
+    margins = [MARGIN * each for each in sigmas] if active else None
+    guided = _Guided(guides, mlp, names, batch, loss_fn, copies_of_all, margins) if guides is not None else None
     losses = noisy_mlp_step(
         [gradient_buffer(weight) for weight in weights],
         [gradient_buffer(bias) for bias in biases],
@@ -85,22 +89,34 @@ class _Guided:
     """The guides of a step: what the op gets, and what they learn of its results."""
 
     def __init__(
-        self, guides: Guides, mlp: _Mlp, names: list[str], batch: Batch, loss_fn: LossFunction, copies: int
+        self,
+        guides: Guides,
+        mlp: _Mlp,
+        names: list[str],
+        batch: Batch,
+        loss_fn: LossFunction,
+        copies: int,
+        margins: list[float] | None,
     ) -> None:
-        self._guides, self._all = guides, slice(0, batch.samples)
+        """`margins`: of the supports of the layers; None: they have none."""
+        self._guides = guides
         self._sites = [(name, 0) for name in names]
         value = batch.x.flatten(1)
-        gates: list[Tensor | None] = []
-        for layer in mlp.layers:
+        gates: dict[Site, Gate] = {}
+        supports: list[Tensor] = []
+        for number, (site, layer) in enumerate(zip(self._sites, mlp.layers, strict=True)):
             v = layer(value)
             value, gate = _DERIVATIVES[mlp.activation](v)
-            gates.append(gate)
+            last = site == self._sites[-1]  # nothing reads it
+            gates[site] = Gate(None if last else gate, None)
+            if margins is not None:
+                active = mlp.activation == "relu" and not last
+                supports.append(v > -margins[number] if active else torch.ones_like(v, dtype=torch.bool))
         self._clean, features = error_features(v, batch, loss_fn, guides.features)
-        gates[-1] = None  # nothing reads the last layer
-        guides.begin(CleanPass(self._clean, features, dict(zip(self._sites, gates, strict=True))))
+        guides.begin(CleanPass(self._clean, features, gates))
         self._features = [layer.out_features for layer in mlp.layers]
-        shapes = (torch.Size((batch.samples, count)) for count in self._features)
-        found = [guides.guess(site, self._all, shape) for site, shape in zip(self._sites, shapes, strict=True)]
+        grids, all_rows = ((batch.samples, count) for count in self._features), slice(0, batch.samples)
+        found = [guides.guess(site, all_rows, grid, -1) for site, grid in zip(self._sites, grids, strict=True)]
         guesses, coefficients = torch.cat([guess for guess, _ in found], 1), [each for _, each in found]
         shifts = [guides.shift((name,), guesses.device) for name in names]
         self._deltas = torch.empty_like(guesses)
@@ -110,6 +126,7 @@ class _Guided:
             "coefficients": torch.stack([torch.stack(each) for each in zip(coefficients, shifts, strict=True)]),
             "deltas": self._deltas,
             "dots": self._dots,
+            "support": torch.cat(supports, 1) if supports else None,
         }
 
     def learn(self, losses: Tensor, settings: Settings) -> None:
@@ -118,8 +135,8 @@ class _Guided:
         for site, of_pass, dots, delta in zip(self._sites, losses, self._dots, deltas, strict=True):
             if settings.baseline == "clean":
                 self._guides.learn_shift(site[:1], of_pass - self._clean)
-            self._guides.fit(site, delta.shape, of_pass, dots)
-            self._guides.learn(site, self._all, delta)
+            self._guides.fit(site, of_pass, dots)
+            self._guides.learn(site, delta)
         self._guides.finish(None)
 
 

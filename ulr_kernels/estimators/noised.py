@@ -33,7 +33,9 @@ class FirstPass(NamedTuple):
     weights: RowWeights  # of the rows of noise in the gradient
     log_sigma: Mapping[str, Tensor]  # layer -> its learnt ln sigma
     order: Sequence[str]  # the layers of the noised calls; the output of the last one is not needed again
-    guides: Mapping[tuple[str, int], Tensor]  # layer and number of a call -> the gradient of its output to add
+    # Of a layer and the number of its call: the gradient of its output to add, and the whole gradient of its output.
+    guides: Mapping[tuple[str, int], Tensor]
+    deltas: Mapping[tuple[str, int], Tensor]
 
 
 class KeptCall(NamedTuple):
@@ -234,9 +236,10 @@ class NoisedForward(LayerInterceptor):
         if self._first_pass is None:
             return None
         self.check_order(self._first_pass.order[: len(self.order)])
-        source = self._shared_noise.get(layer, layer)
-        guide = self._first_pass.guides.get((source, number))
-        return KnownLosses(self._first_pass.weights.of(layer, number), self._first_pass.log_sigma.get(layer), guide)
+        first, site = self._first_pass, (self._shared_noise.get(layer, layer), number)
+        log_sigma = first.log_sigma.get(layer)
+        delta = first.deltas.get(site) if log_sigma is None else None
+        return KnownLosses(first.weights.of(layer, number), log_sigma, first.guides.get(site), delta)
 
     def check_order(self, expected: Sequence[str]) -> None:
         """Raise if the noised layers are others than in the first pass, before anything is added for them."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.errors import RuleError, fail
+from ulr_kernels.estimators.clean_pass import CleanForward, CleanPass, Site
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
-from ulr_kernels.estimators.guides import CleanPass, GuideForward, Guides, error_features
+from ulr_kernels.estimators.guides import Guides, error_features
 from ulr_kernels.estimators.noised import CannotExpandLate, FirstPass, ForwardSpec, Keys, NoisedForward
 from ulr_kernels.estimators.record import Record
 from ulr_kernels.estimators.schedule import Part, Pass, chunks_of, in_order, of_chunk, parts_of
@@ -26,6 +27,8 @@ from ulr_kernels.nn.call import Noise, NoiseSite, also_finished, gradient_buffer
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
+
+MARGIN = 2.0  # of a support, in units of sigma
 
 
 class PassRunner:
@@ -119,24 +122,21 @@ class PassRunner:
         parts = [batch.part(rows, rows.start) for rows in parts_of(batch.samples, pass_.max_samples)]
         return torch.cat([self.run_losses(ForwardSpec(pass_, {}, part, 1), loss_fn)[1][0] for part in parts])
 
-    def guided_clean_pass(self, pass_: Pass, batch: Batch, loss_fn: LossFunction, guides: Guides) -> CleanPass:
-        """A forward without noise: losses, features of the samples' errors, and gates; `pass_` bounds the memory."""
+    def clean_pass(self, pass_: Pass, batch: Batch, loss_fn: LossFunction, guides: Guides | None) -> CleanPass:
+        """A forward without noise: losses, gates, and with guides features; `pass_` bounds the memory."""
+        margin = (lambda layer: MARGIN * float(self.sigma(layer))) if self.settings.support == "active" else None
         found = []
         for rows in parts_of(batch.samples, pass_.max_samples):
             part = batch.part(rows, rows.start)
             inputs = repeat(part.x, 1)
-            forward = GuideForward(self.view.layers, self.view.followed, inputs)
+            forward = CleanForward(self.view, inputs, margin)
             outputs = forward.run(self.view.model, inputs, self.state)
-            losses, features = error_features(outputs, part, loss_fn, guides.features)
-            found.append(CleanPass(losses, features, forward.gates()))
-        if len(found) == 1:
-            return found[0]
-        losses, features, gates = zip(*found, strict=True)
-        joined = {
-            site: None if any(each.get(site) is None for each in gates) else torch.cat([each[site] for each in gates])
-            for site in gates[0]
-        }
-        return CleanPass(torch.cat(losses), torch.cat(features), joined)
+            gates = forward.gates()
+            if guides is None:
+                found.append(CleanPass(batch.losses(outputs, loss_fn, 1)[0], None, gates))
+            else:
+                found.append(CleanPass(*error_features(outputs, part, loss_fn, guides.features), gates))
+        return CleanPass.joined(found)
 
     def losses_and_direct_gradients(
         self, batch: Batch, outputs: Any, loss_fn: LossFunction, copies: int
@@ -180,7 +180,7 @@ class PassRunner:
         self,
         part: Part,
         keys: Keys,
-        clean: Tensor | None,
+        clean: CleanPass | None,
         loss_fn: LossFunction,
         on_functions: Callable[[set[Callable]], object],
         direct: bool = False,
@@ -191,7 +191,7 @@ class PassRunner:
         Args:
             part: samples and their pass.
             keys: of this step.
-            clean: the losses of the whole batch without noise, for the baseline "clean".
+            clean: of the whole batch, for the baseline "clean", guides and supports.
             loss_fn: the user's.
             on_functions: called with the functions of samples that the forwards have called, before any gradient.
             direct: add the gradient of the part of the loss that depends on parameters past all layers too.
@@ -212,7 +212,7 @@ class PassRunner:
         self,
         part: Part,
         keys: Keys,
-        clean: Tensor | None,
+        clean: CleanPass | None,
         loss_fn: LossFunction,
         on_functions: Callable[[set[Callable]], object],
         direct: bool,
@@ -249,9 +249,7 @@ class PassRunner:
             also_finished(own.values())
             for parameter, gradient in gradients.values():
                 gradient_buffer(parameter).add_(gradient, alpha=share * batch.share)
-        if clean is not None:
-            clean = clean[part.rows if isinstance(part.rows, slice) else part.rows.to(clean.device)]
-        weights, added, deltas = self._guided(part, forward.sites, losses, clean, guides)
+        weights, added, deltas = self._estimates(part, forward.sites, losses, clean, guides)
         row_weights = self._row_weights(pass_, batch, weights)
         if pass_.weights:
             self._weight_noise(pass_, keys).add_gradients(row_weights.of_samples)
@@ -259,13 +257,14 @@ class PassRunner:
             self._add_gradients(kept, pass_, row_weights, added, deltas)
         elif len(forward.order) == 1:  # its inputs have no noise: one forward serves all copies
             spec = spec._replace(pass_=pass_._replace(expand_late=True), prefix=None)
-            self._recompute(spec, weights, forward.order, added)
+            self._recompute(spec, weights, forward.order, added, deltas)
         else:
             for draw, copies in chunks:
                 of_draws = of_chunk(weights, draw, copies, s.antithetic)
-                of_copies = {site: gradient * (copies / pass_.copies) for site, gradient in added.items()}
+                share = copies / pass_.copies
+                of_copies = ({site: each * share for site, each in gradients.items()} for gradients in (added, deltas))
                 chunk = spec._replace(copies=copies, draw=draw, prefix=None)
-                self._recompute(chunk, of_draws, forward.order, of_copies)
+                self._recompute(chunk, of_draws, forward.order, *of_copies)
         return losses
 
     @contextlib.contextmanager
@@ -290,40 +289,56 @@ class PassRunner:
                 cause=error,
             )
 
-    def _guided(
+    def _estimates(
         self,
         part: Part,
-        sites: Mapping[tuple[str, int], NoiseSite],
+        sites: Mapping[Site, NoiseSite],
         losses: Tensor,
-        clean: Tensor | None,
+        clean: CleanPass | None,
         guides: Guides | None,
-    ) -> tuple[Tensor, dict[tuple[str, int], Tensor], dict[tuple[str, int], Tensor]]:
-        """Use the guides, and let them learn.
+    ) -> tuple[Tensor, dict[Site, Tensor], dict[Site, Tensor]]:
+        """Use the guides and supports, and let the guides learn.
 
         Returns:
             The weights of the losses less what guides explain of them; the gradients of outputs that guides add; and
-            with these the estimates of those gradients, summed over copies.
+            for outputs with guide or support the estimates of their gradients, with what guides add, summed over
+            copies.
         """
         s, batch, copies = self.settings, part.batch, part.pass_.copies
+        of_part = part.rows if isinstance(part.rows, slice) else part.rows.to(losses.device)
+        baseline = clean.losses[of_part] if clean is not None and s.baseline == "clean" else None
         explained: Tensor | float = 0.0
-        added: dict[tuple[str, int], Tensor] = {}
+        added: dict[Site, Tensor] = {}
         if guides is not None and sites:
             explained = torch.zeros_like(losses)
-            if clean is not None:
+            if baseline is not None:
                 explained += guides.shift(part.pass_.layers, losses.device)
-                guides.learn_shift(part.pass_.layers, losses - clean)
+                guides.learn_shift(part.pass_.layers, losses - baseline)
             for name, site in sites.items():
-                guess, coefficient = guides.guess(name, part.rows, site.shape)
+                guess, coefficient = guides.guess(name, part.rows, site.grid, site.feature_dim)
                 dots = site.dot(guess, copies)
-                guides.fit(name, site.shape, losses, dots)
+                guides.fit(name, losses, dots)
                 explained.add_(coefficient * dots)
-                added[name] = guess * (coefficient * (batch.share / batch.samples))
-        weights = loss_weights(losses - explained, clean, s.baseline, s.antithetic) * batch.share
-        deltas = {name: sites[name].score(weights) + gradient for name, gradient in added.items()}
-        for name, delta in deltas.items():
-            assert guides is not None
-            guides.learn(name, part.rows, delta * (batch.samples / batch.share))
+                added[name] = guess.view(site.shape) * (coefficient * (batch.share / batch.samples))
+        weights = loss_weights(losses - explained, baseline, s.baseline, s.antithetic) * batch.share
+        deltas: dict[Site, Tensor] = {}
+        for name, site in sites.items():
+            support = self._support(clean, name, site, part.rows)
+            if name not in added and support is None:
+                continue
+            delta = deltas[name] = site.score(weights)
+            if guides is not None:
+                delta += added[name]
+                guides.learn(name, delta * (batch.samples / batch.share))
+            if support is not None:
+                delta *= support.view(site.shape)
         return weights, added, deltas
+
+    def _support(self, clean: CleanPass | None, name: Site, site: NoiseSite, rows: slice | Tensor) -> Tensor | None:
+        """Where a call's output has a gradient to estimate; None: everywhere, or not known, as in each copy another."""
+        if clean is None or self.settings.support != "active" or not site.shared:
+            return None
+        return clean.gate(name, rows).support
 
     @staticmethod
     def _row_weights(pass_: Pass, batch: Batch, loss_weight: Tensor) -> RowWeights:
@@ -338,12 +353,12 @@ class PassRunner:
         forward: NoisedForward,
         pass_: Pass,
         weights: RowWeights,
-        added: Mapping[tuple[str, int], Tensor],
-        deltas: Mapping[tuple[str, int], Tensor],
+        added: Mapping[Site, Tensor],
+        deltas: Mapping[Site, Tensor],
     ) -> None:
         """Add the gradients of kept calls, of many in one launch where their layer type can do so.
 
-        `added`, `deltas`: by `_guided`.
+        `added`, `deltas`: by `_estimates`.
         """
         for kept in forward.calls:
             kept.call.check_unchanged()
@@ -364,9 +379,15 @@ class PassRunner:
             add_together(calls, 0)
 
     def _recompute(
-        self, spec: ForwardSpec, weights: Tensor, order: list[str], guides: Mapping[tuple[str, int], Tensor]
+        self,
+        spec: ForwardSpec,
+        weights: Tensor,
+        order: list[str],
+        added: Mapping[Site, Tensor],
+        deltas: Mapping[Site, Tensor],
     ) -> None:
         """Run a forward once more, with known losses; each layer adds its gradients as it runs."""
-        first = FirstPass(self._row_weights(spec.pass_, spec.batch, weights), self._learnt(spec.pass_), order, guides)
+        row_weights = self._row_weights(spec.pass_, spec.batch, weights)
+        first = FirstPass(row_weights, self._learnt(spec.pass_), order, added, deltas)
         forward, _ = self.run_pass(spec._replace(first_pass=first))
         forward.check_order(order)

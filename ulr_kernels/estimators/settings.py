@@ -18,6 +18,7 @@ from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 MEMORIES = ("keep", "recompute")
 NOISES = ("outputs", "weights")
 GUIDES = (None, "feedback", "function")
+SUPPORTS = ("all", "active")
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "dist": "rademacher",
@@ -25,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "antithetic": False,
         "baseline": "clean",
         "guide": "feedback",
+        "support": "active",
     }
 }
 """By name: settings that replace the defaults."""
@@ -51,6 +53,7 @@ class Settings:
     memory: str = "keep"
     allocation: str = "even"
     guide: str | None = None
+    support: str = "all"
 
     @classmethod
     def of_preset(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
@@ -75,6 +78,7 @@ class Settings:
             ("baseline", BASELINES),
             ("memory", MEMORIES),
             ("allocation", ALLOCATIONS),
+            ("support", SUPPORTS),
         ):
             if getattr(self, argument) not in allowed:
                 fail(argument, f"be {' or '.join(map(repr, allowed))}", repr(getattr(self, argument)))
@@ -116,6 +120,8 @@ class Settings:
                 fail("allocation", "be 'even' where baseline is 'none' (the loss itself is then noise)", got)
         if self.guide not in GUIDES:
             fail("guide", "be None, 'feedback' or a function of outputs and targets", repr(self.guide))
+        if self.support == "active" and self.learn_sigma:
+            fail("support", "be 'all' where sigma is learnt, from the noise of all elements", "'active'")
         self._check_dependent_copies()
         if "weights" in _values(self.noise):
             if self.learn_sigma:

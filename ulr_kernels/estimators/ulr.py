@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ulr_kernels.errors import fail
 from ulr_kernels.estimators.allocation import spread
+from ulr_kernels.estimators.clean_pass import CleanPass
 from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.estimators.guides import Features, Guides
 from ulr_kernels.estimators.mlp_step import run_mlp_step
@@ -98,10 +99,15 @@ class ULR:
             function `guide(outputs, targets)` -> e, `[samples, features]`. It makes the error of an estimate several
             times smaller and never biases it. A step runs one forward without noise more. Noise on weights has none.
             Ranks learn one guide from all their samples, also inside `no_sync()`. Shapes of an output, as lengths of
-            texts, have guides of their own; the last eight are kept.
+            texts, share a guide: it has a weight for each of at most four parts along each axis beside the features.
+        support: "all"; "active": the estimate of the gradient of a layer's output is 0 where the functions that read
+            the output let nothing through without noise, nor would with 2 sigma more or less of it: at a ReLU that is
+            off, at all elements of a max-pool's window but the winner. That is where the gradient of the loss without
+            noise is 0, so the estimate has the error of fewer coordinates, and lacks what noise alone would bring there
+            (docs/fewer-forwards.md). For layers whose inputs are the same in all copies; without learnt sigma.
         preset: None; "best": the settings of docs/fewer-forwards.md in the place of those that are left at their
-            defaults: orthogonal signs (independent ones jointly) in single copies, the clean loss as baseline, and the
-            guide.
+            defaults: orthogonal signs (independent ones jointly) in single copies, the clean loss as baseline, the
+            guide, and the active support.
 
     Attributes:
         model: without wrappers.
@@ -131,6 +137,7 @@ class ULR:
         memory: str = "keep",
         allocation: str = "even",
         guide: str | Features | None = None,
+        support: str = "all",
         preset: str | None = None,
     ) -> None:
         given = dict(
@@ -147,6 +154,7 @@ class ULR:
             memory=memory,
             allocation=allocation,
             guide="function" if callable(guide) else guide,
+            support=support,
         )
         self.settings = Settings.of_preset(preset, given)
         self._features = guide if callable(guide) else None
@@ -269,6 +277,8 @@ class ULR:
             fail("affects", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
         if self._guides is not None:
             fail("affects", "be None where there is a guide, which explains the loss of a whole sample", "one")
+        if self.settings.support != "all":
+            fail("affects", "be None where support is 'active', which is that of a whole sample's loss", "one")
         return Batch(x, y, affects=read_affects(affects, batch.samples, self.device))
 
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
@@ -311,15 +321,15 @@ class ULR:
                     look_again(runner, plan, keys, batch, loss_fn)
 
         clean = None
-        guides = self._guides if any(pass_.layers for pass_ in plan.passes) else None
+        on_outputs = any(pass_.layers for pass_ in plan.passes)
+        guides = self._guides if on_outputs else None
+        if guides is not None or (s.support == "active" and on_outputs):
+            clean = runner.clean_pass(plan.clean, batch, loss_fn, guides)
+        elif s.baseline == "clean":
+            clean = CleanPass(runner.clean_losses(plan.clean, batch, loss_fn), None, {})
         if guides is not None:
-            guided = runner.guided_clean_pass(plan.clean, batch, loss_fn, guides)
-            guides.begin(guided)
-            clean = guided.losses
-        if s.baseline != "clean":
-            clean = None
-        elif clean is None:
-            clean = runner.clean_losses(plan.clean, batch, loss_fn)
+            assert clean is not None
+            guides.begin(clean)
         order = range(len(plan.passes))[:: 1 if s.allocation == "even" else -1]
         passes = (settle(runner, plan, which, keys, batch, loss_fn) for which in order)
         means: list[Tensor] = []

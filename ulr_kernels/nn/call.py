@@ -41,11 +41,13 @@ class KnownLosses(NamedTuple):
     """The result of a first pass for a call: loss weights as in `add_gradient`, and the learnt ln sigma or None.
 
     guide: the gradient of the output to add, as in `add_output_gradient`; None where there is none.
+    delta: the whole gradient of the output, to use where all copies share the inputs; None: it is not known.
     """
 
     loss_weight: Tensor
     log_sigma: Tensor | None
     guide: Tensor | None = None
+    delta: Tensor | None = None
 
 
 class NoiseSite(NamedTuple):
@@ -56,6 +58,7 @@ class NoiseSite(NamedTuple):
     shape: torch.Size  # the shape of one copy of the output
     feature_dim: int
     spec: dict[str, Any]  # further arguments of the ops
+    shared: bool  # the inputs are the same in all copies
 
     def dot(self, x: Tensor, copies: int) -> Tensor:
         """sigma <eps_c, x> of each sample, fp32 `[copies, samples]`, for x of one copy's shape."""
@@ -152,17 +155,19 @@ class Call:
         """
         self.noise, self._samples, self._shared = noise, samples, shared
         self._operands = tuple(x[: x.shape[0] // x_copies] for x in self.inputs) if shared else self.inputs
+        delta = known.delta if known is not None and shared else None
+        at_once = known if delta is None else None
         if silent:
             y = self.clean()
             self._shape = torch.Size((y.shape[0] // x_copies, *y.shape[1:]))
-            if known is not None:
-                self.add_gradient(known.loss_weight, noise.draw, known.log_sigma)
+            if at_once is not None:
+                self.add_gradient(at_once.loss_weight, noise.draw, at_once.log_sigma)
         else:
-            y = self._noised() if known is None else self._noised_with_gradient(known)
+            y = self._noised() if at_once is None else self._noised_with_gradient(at_once)
             self._shape = y.shape[1:]
             y = y.flatten(0, 1)
-        if known is not None and known.guide is not None:
-            self.add_output_gradient(known.guide)
+        if known is not None and (own := delta if delta is not None else known.guide) is not None:
+            self.add_output_gradient(own)
         return y
 
     def _noised(self) -> Tensor:
@@ -266,7 +271,8 @@ class Call:
 
     def site(self) -> NoiseSite:
         """The noise of this call, once it has been added."""
-        return NoiseSite(self.noise, self._grid, self._shape, self.feature_dim, self._spec(self._positions))
+        spec = self._spec(self._positions)
+        return NoiseSite(self.noise, self._grid, self._shape, self.feature_dim, spec, self._shared)
 
     def _scores(self, loss_weight: Tensor, draw: int, log_sigma: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
         """Yield loss_weight * score / sigma, fp32, which takes the place of the output's gradient, and its inputs.

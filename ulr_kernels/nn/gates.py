@@ -1,8 +1,9 @@
-"""Gates: the derivative of the elementwise functions that read a layer's output."""
+"""Gates and supports of layers' outputs, from the elementwise functions that read them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels.nn.call import Call
-from ulr_kernels.nn.generic import SUMS
+from ulr_kernels.nn.generic import METADATA_FUNCTIONS, SUMS
+from ulr_kernels.nn.marks import flat
 from ulr_kernels.nn.norm import NormCall
 
 GATED = SUMS | {
@@ -22,64 +24,130 @@ GATED = SUMS | {
 }  # fmt: skip
 """Elementwise functions, and those that pass on some elements: their derivative in each element is one number."""
 
+SIZES = METADATA_FUNCTIONS | {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.stride, Tensor.__len__}
+"""Functions that read no value; nor do getters of what is no tensor."""
+
 MOST_FUNCTIONS = 4  # that one output is followed through: a residual stream is added to without end
 
 
 class _Path(NamedTuple):
-    """A layer's output, and the last of the functions that have read it so far, with autograd's graph between them."""
+    """A layer's output, and the last of the functions that have read it so far, with autograd's graph between them.
+
+    Where the support is asked for, outputs and values are those for the output, and for more and less of it.
+    """
 
     name: Hashable
-    output: Tensor
-    value: Tensor
-    holder: Tensor  # the model's own tensor; held, so that its id stays its own
+    outputs: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    tensor: weakref.ref[Tensor]  # the model's own
+    version: int  # of the tensor, which functions may write into
     length: int = 0  # the number of functions
+
+    def derivatives(self) -> list[Tensor] | None:
+        """Those of the functions, each of the output's shape; None: there is no function, so 1."""
+        if not self.length:
+            return None
+        pairs = zip(self.values, self.outputs, strict=True)
+        return [torch.autograd.grad(v, o, torch.ones_like(v), retain_graph=True)[0] for v, o in pairs]
+
+
+class Gate(NamedTuple):
+    """What functions let through of a layer's output."""
+
+    derivative: (
+        Tensor | None
+    )  # of the functions, of the output's shape; None: no function of the table has read it, so 1
+    support: (
+        Tensor | None
+    )  # bool, of its shape: the elements that they let through, or nearly do; None: all, or unknown
 
 
 class Gates:
-    """Follows the outputs of layers through the functions that read them, in a forward without noise."""
+    """Follows the outputs of layers through the functions that read them, in a forward without noise.
 
-    def __init__(self) -> None:
+    Args:
+        with_support: find the supports too.
+    """
+
+    def __init__(self, with_support: bool) -> None:
+        self._with_support = with_support
         self._paths: dict[int, list[_Path]] = {}  # by the id of the model's tensor
-        self._ended: list[_Path] = []
+        self._lasts: dict[Hashable, _Path] = {}  # of those through the first of the functions that read a tensor
+        self._read: list[_Path] = []  # by a function that is not in the table
 
-    def begin(self, name: Hashable, output: Tensor) -> None:
-        """Follow a layer's output from here on."""
-        leaf = output.detach().clone().requires_grad_(output.is_floating_point())
-        if leaf.requires_grad:
-            self._at(output).append(_Path(name, leaf, leaf, output))
+    def begin(self, name: Hashable, output: Tensor, margin: float) -> None:
+        """Follow a layer's output from here on; `margin`: how near an element is to what the next function lets
+        through."""
+        if not output.is_floating_point():
+            return
+        margins = (0.0, margin, -margin) if self._with_support else (0.0,)
+        leaves = tuple((output.detach() + more).requires_grad_() for more in margins)
+        self._lasts[name] = self._add(_Path(name, leaves, leaves, weakref.ref(output), output._version), output)
 
     def follow(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Runs after a function that is no layer."""
+        if func in SIZES or (getattr(func, "__name__", "") == "__get__" and not isinstance(result, Tensor)):
+            return
         if func in GATED and isinstance(result, Tensor) and result.is_floating_point():
-            self._go_on(lambda *own: func(*own, **kwargs), args, result, 2 if func in SUMS else 1)
+            places = 2 if func in SUMS else 1
+            self._go_on(lambda *own: func(*own, **kwargs), args, result, places)
+            self._end([*args[places:], *kwargs.values()])
+        else:
+            self._end([*args, *kwargs.values()])
 
     def follow_call(self, call: Call, result: Tensor) -> None:
         """Runs after a layer: batch normalisation by running statistics is elementwise, too."""
         if isinstance(call, NormCall) and call.elementwise:
             self._go_on(call.forward, call.inputs, result, 1)
+        else:
+            self._end(call.given)
+
+    def _add(self, path: _Path, tensor: Tensor) -> _Path:
+        self._paths.setdefault(id(tensor), []).append(path)
+        return path
+
+    def _at(self, value: Any) -> list[_Path]:
+        """The paths that end at a tensor, or ended there before a function wrote into it."""
+        paths = [path for path in self._paths.get(id(value), ()) if path.tensor() is value]
+        return [path for path in paths if path.version == max(each.version for each in paths)]
+
+    def _end(self, given: Iterable[Any]) -> None:
+        if self._with_support:
+            self._read += (path for tensor in flat(given) for path in self._at(tensor))
 
     def _go_on(self, func: Callable, args: tuple, result: Tensor, places: int) -> None:
         """`places`: the arguments, from the first on, that the derivative is taken in."""
         for place, arg in enumerate(args[:places]):
-            for path in self._paths.pop(id(arg), []):
+            for path in self._at(arg):
+                if path.length == MOST_FUNCTIONS:
+                    self._end([arg])
+                    continue
                 # A copy, because the function may write in place.
-                own = [path.value.clone() if i == place else other for i, other in enumerate(args)]
-                own = [t.detach() if isinstance(t, Tensor) and i != place else t for i, t in enumerate(own)]
+                others = [other.detach() if isinstance(other, Tensor) else other for other in args]
                 with torch.enable_grad():
-                    further = path._replace(value=func(*own), holder=result, length=path.length + 1)
-                (self._ended if further.length == MOST_FUNCTIONS else self._at(result)).append(further)
+                    values = tuple(
+                        func(*(value.clone() if i == place else other for i, other in enumerate(others)))
+                        for value in path.values
+                    )
+                further = path._replace(
+                    values=values, tensor=weakref.ref(result), version=result._version, length=path.length + 1
+                )
+                if self._lasts[path.name] is path:
+                    self._lasts[path.name] = further
+                self._add(further, result)
 
-    def _at(self, tensor: Tensor) -> list[_Path]:
-        return self._paths.setdefault(id(tensor), [])
-
-    def found(self) -> dict[Any, Tensor | None]:
-        """The gate of each output, of its shape; None: no function of the table has read it, so 1."""
-        gates: dict[Any, Tensor | None] = {}
-        for paths in (*self._paths.values(), self._ended):
-            for path in paths:
-                gate = None
-                if path.value is not path.output:
-                    ones = torch.ones_like(path.value)
-                    gate = torch.autograd.grad(path.value, path.output, ones)[0]
-                gates[path.name] = gate
-        return gates
+    def found(self) -> dict[Any, Gate]:
+        """The gate of each output. The forward has returned and its outputs are still held, as a tensor that is alive
+        may be read by whatever keeps it."""
+        held = [tensor for paths in self._paths.values() for path in paths if (tensor := path.tensor()) is not None]
+        read = [*self._read, *(path for tensor in {id(t): t for t in held}.values() for path in self._at(tensor))]
+        supports: dict[Any, Tensor | None] = {}
+        for path in read if self._with_support else ():
+            own = path.derivatives()
+            before = supports.get(path.name, False)
+            if own is None or before is None:
+                supports[path.name] = None
+            else:
+                supports[path.name] = torch.stack([derivative != 0 for derivative in own]).any(0) | before
+        lasts = {name: path.derivatives() for name, path in self._lasts.items()}
+        return {name: Gate(own[0] if own else None, supports.get(name)) for name, own in lasts.items()}

@@ -56,6 +56,7 @@ def noisy_mlp_step(
     coefficients: Tensor | None = None,
     deltas: Tensor | None = None,
     dots: Tensor | None = None,
+    support: Tensor | None = None,
 ) -> Tensor:
     """Add the ULR gradient (arXiv 2305.08960, Theorem 1) of an MLP's mean noised loss to its buffers: a whole step.
 
@@ -93,6 +94,7 @@ def noisy_mlp_step(
         coefficients: with guides, fp32 `[L, 2]`: k and b.
         deltas: with guides, a buffer like them, which gets the estimates of the gradients that they guess.
         dots: with guides, a buffer, fp32 `[L, C, R]`, which gets sigma_l <eps_lc, g_l>.
+        support: with guides, None, or bool `[R, N_1 + ... + N_L]`: where not, the gradient of an output is taken for 0.
 
     Returns:
         The losses, fp32 `[P, C, R]`, of P passes: L where injection is layer-wise, else 1.
@@ -106,7 +108,7 @@ def noisy_mlp_step(
         scale = scale.expand(len(weights))
     lists = (list(grad_weights), list(grad_biases), x, target, list(weights), list(biases))
     how = (copies, antithetic, injection, activation, loss, label_smoothing, baseline, dist, draw, row_offset, sampler)
-    guided = (guides, coefficients, deltas, dots)
+    guided = (guides, coefficients, deltas, dots, support)
     return torch.ops.ulr.noisy_mlp_step.default(*lists, scale, keys, *how, *guided)
 
 
@@ -136,6 +138,7 @@ class MlpStep(NamedTuple):
     coefficients: Tensor | None
     deltas: Tensor | None
     dots: Tensor | None
+    support: Tensor | None
 
     @property
     def joint(self) -> bool:
@@ -145,13 +148,14 @@ class MlpStep(NamedTuple):
         """The noise of a layer, or of all layers by their keys, for the samples from `row` on."""
         return NoiseSpec(key, self.antithetic, self.dist, self.sampler, 1, self.draw, self.row_offset + row)
 
-    def guide(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A layer's parts of guides, coefficients, deltas and dots."""
+    def guide(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """A layer's parts of guides, coefficients, deltas, dots and support."""
         assert self.guides is not None and self.deltas is not None
         assert self.coefficients is not None and self.dots is not None
         features = [weight.shape[0] for weight in self.weights]
         guides, deltas = (t.split(features, 1)[layer] for t in (self.guides, self.deltas))
-        return guides, self.coefficients[layer], deltas, self.dots[layer]
+        support = None if self.support is None else self.support.split(features, 1)[layer]
+        return guides, self.coefficients[layer], deltas, self.dots[layer], support
 
     def gradient(self, layer: int, a: Tensor, loss_weight: Tensor, row: int = 0) -> LinearGradient:
         """A layer's gradient for the samples from `row` on; `a` is the layer's input."""
@@ -197,6 +201,8 @@ def check(a: MlpStep) -> Output:
 def _check_guides(rules: Check, a: MlpStep) -> None:
     given = (a.guides, a.coefficients, a.deltas, a.dots)
     if all(each is None for each in given):
+        if a.support is not None:
+            rules.fail("support", "be None where there are no guides", list(a.support.shape))
         return
     rows, layers, features = a.x.shape[0], len(a.weights), sum(weight.shape[0] for weight in a.weights)
     shapes = ((rows, features), (layers, 2), (rows, features), (layers, a.copies, rows))
@@ -205,6 +211,9 @@ def _check_guides(rules: Check, a: MlpStep) -> None:
             rules.fail(argument, "be given where guides, coefficients, deltas or dots are", None)
         rules.dtype(argument, each, (torch.float32,))
         rules.shape(argument, each, shape, "of layers, copies, samples and features")
+    if a.support is not None:
+        rules.dtype("support", a.support, (torch.bool,))
+        rules.shape("support", a.support, (rows, features), "of samples and features")
     if a.joint or a.x.device.type != "cpu":
         got = f"one with injection {a.injection!r} on {a.x.device}"
         rules.fail("guides", "be None where injection is 'joint' or x on a GPU", got)
@@ -267,7 +276,7 @@ def reference(losses: Tensor, a: MlpStep) -> None:
 
 def _guided_gradient(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | None) -> None:
     """Add a layer's gradients with its guide; `x` is the layer's input."""
-    guide, (coefficient, shift), deltas, dots = a.guide(layer)
+    guide, (coefficient, shift), deltas, dots, support = a.guide(layer)
     sizes = Sizes(a.copies, len(x), 0, guide.shape[1], True)
     copies = [eps for _, eps in _linear.copies_of_noise(a.noise(a.keys[layer]), sizes)]
     for copy, eps in enumerate(copies):
@@ -276,10 +285,12 @@ def _guided_gradient(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: T
     delta = coefficient * guide / len(x)
     for of_copy, eps in zip(weight, copies, strict=True):
         delta += of_copy[:, None] * noise_contract.score(eps, a.dist) / a.sigma[layer]
+    deltas.copy_(delta * len(x))
+    if support is not None:
+        delta = delta * support
     a.grad_weights[layer].add_(delta.T @ x.float())
     if a.biases:
         a.grad_biases[layer].add_(delta.sum(0))
-    deltas.copy_(delta * len(x))
 
 
 def cost(a: MlpStep) -> Cost:
@@ -300,6 +311,6 @@ SCHEMA = (
     "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
     "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
     "str dist='normal', int draw=0, int row_offset=0, str sampler='iid', Tensor? guides=None, "
-    "Tensor? coefficients=None, Tensor(c!)? deltas=None, Tensor(d!)? dots=None) -> Tensor"
+    "Tensor? coefficients=None, Tensor(c!)? deltas=None, Tensor(d!)? dots=None, Tensor? support=None) -> Tensor"
 )
 register(Op(noisy_mlp_step, SCHEMA, MlpStep, check, reference, cost, autocast=(2, 4, 5)))

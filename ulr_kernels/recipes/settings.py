@@ -7,7 +7,7 @@ import dataclasses
 
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.estimators.allocation import ALLOCATIONS
-from ulr_kernels.estimators.settings import MEMORIES
+from ulr_kernels.estimators.settings import MEMORIES, SUPPORTS
 from ulr_kernels.jobs import rules
 from ulr_kernels.jobs.schedule import SCHEDULES
 from ulr_kernels.jobs.settings import check, setting
@@ -75,8 +75,9 @@ class Settings:
         "as many copies of each image, or more of those whose loss moves further", "even", choices=ALLOCATIONS
     )
     guide: str = setting("a learnt guess of each output's gradient", "none", choices=("none", "feedback"))
+    support: str = setting("estimate all of an output's gradient, or where it is not 0", "all", choices=SUPPORTS)
     preset: str = setting(
-        "best: orthogonal signs, a clean forward and the guide, in the place of defaults",
+        "best: orthogonal signs, a clean forward, guide and support, in the place of defaults",
         "none",
         choices=("none", "best"),
     )
@@ -91,4 +92,4 @@ class Settings:
         """The keyword arguments of `ulr.ULR`, less its seed."""
         names = ("sigma", "copies", "antithetic", "injection", "dist", "sampler", "baseline", "memory", "allocation")
         none = {name: None if getattr(self, name) == "none" else getattr(self, name) for name in ("guide", "preset")}
-        return {name: getattr(self, name) for name in names} | none | {"max_rows": self.max_rows or None}
+        return {name: getattr(self, name) for name in (*names, "support")} | none | {"max_rows": self.max_rows or None}

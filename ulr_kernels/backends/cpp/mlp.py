@@ -116,7 +116,7 @@ def noisy_mlp_step(losses: Tensor, a: MlpStep) -> None:
 
 def _guided(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | None) -> None:
     """Add a layer's gradients with its guide; `x` is the layer's input."""
-    guide, (coefficient, shift), delta, dots = a.guide(layer)
+    guide, (coefficient, shift), delta, dots, support = a.guide(layer)
     noise, sigma = a.noise(a.keys[layer]), a.sigma[layer]
     elementwise.noise_dot(dots, NoiseDot(guide, sigma, a.copies, -1, noise))
     weight = loss_weights(losses - shift - coefficient * dots, clean, a.baseline, a.antithetic)
@@ -124,6 +124,8 @@ def _guided(a: MlpStep, layer: int, x: Tensor, losses: Tensor, clean: Tensor | N
     elementwise.noise_score(scores, NoiseScore(weight, sigma, list(guide.shape), -1, noise))
     scores += guide * (coefficient / len(x))
     delta.copy_(scores).mul_(len(x))
+    if support is not None:
+        scores *= support
     products.add_outer_(a.grad_weights[layer], scores, x.float().contiguous())
     if a.biases:
         a.grad_biases[layer].add_(scores.sum(0))
