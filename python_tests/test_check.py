@@ -51,10 +51,12 @@ def test_cosines_follow_the_law(settings):
         assert layer.agreement == pytest.approx(layer.predicted_cosine**2, abs=0.05)
 
 
+@pytest.mark.parametrize("antithetic", [True, False])
 @pytest.mark.parametrize("dist, kappa, c", [("normal", 1, 1), ("rademacher", 1, -1), ("laplace", 2, -0.5)])
-def test_law_of_one_sample(dist, kappa, c):
-    """(1 + kappa (d + c) / M)^(-1/2) with d outputs and M = copies / 2 directions."""
-    report = ulr.check(mlp(), X[:1], Y[:1], cross_entropy, copies=20, dist=dist, steps=2)
+def test_law_of_one_sample(dist, kappa, c, antithetic):
+    """(1 + kappa (d + c) / M)^(-1/2) with d outputs and M directions: copies, or pairs."""
+    how = {"copies": 20} if antithetic else {"copies": 10, "baseline": "clean"}
+    report = ulr.check(mlp(), X[:1], Y[:1], cross_entropy, dist=dist, antithetic=antithetic, steps=2, **how)
     for layer, d in (("0", 16), ("2", 8), ("4", 5)):
         assert numbers(report, "predicted_cosine")[layer] == pytest.approx((1 + kappa * (d + c) / 10) ** -0.5, rel=1e-5)
 
@@ -173,7 +175,7 @@ def test_layer_without_a_gradient():
 
 
 def test_too_few_copies():
-    report = ulr.check(mlp(), X, Y, cross_entropy, injection="joint", copies=2, steps=4)
+    report = ulr.check(mlp(), X, Y, cross_entropy, injection="joint", copies=2, antithetic=True, steps=4)
     assert report.ok and report.verdict == "For '0', '2', '4' more copies or steps are needed to tell."
 
 

@@ -33,7 +33,7 @@ BAD = {
     "unknown method": (["--data", "digits", "--method", "sgd"], "invalid choice: 'sgd'"),
     "unknown option": (["--data", "digits", "--epoch", "3"], "unrecognized arguments"),
     "zero copies": (["--data", "digits", "--copies", "0"], "'copies' must be an integer above 0"),
-    "odd copies": (["--data", "digits", "--copies", "7"], "'copies' must be even where antithetic"),
+    "odd copies": (["--data", "digits", "--antithetic", "--copies", "7"], "'copies' must be even where antithetic"),
     "copies of no layer": (["--data", "digits", "--copies", "9=8"], "'copies' must name layers of the model"),
     "copies of some layers": (["--data", "digits", "--copies", "1=8"], "'copies' must have an entry for every trained"),
     "copies malformed": (["--data", "digits", "--copies", "1=8,x"], "must be a number or LAYER=N"),

@@ -143,7 +143,7 @@ def test_other_models_run_layer_by_layer(change: Callable, steps: list) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sampler": "sobol"},
+        {"sampler": "sobol", "antithetic": True},
         {"learn_sigma": True},
         {"copies": {"1": 8, "3": 8, "5": 4}},
         {"noise": "weights"},

@@ -197,12 +197,12 @@ def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
         ({"sigma": {"0": 1.0}}, "'sigma' must have an entry for every trained layer, also for '2'"),
         ({"copies": 0}, "'copies' must be an integer above 0.*got 0"),
         ({"copies": 2.0}, "'copies' must be an integer"),
-        ({"copies": 5}, "'copies' must be even where antithetic is True, got 5"),
+        ({"copies": 5, "antithetic": True}, "'copies' must be even where antithetic is True, got 5"),
         ({"copies": {"0": 4, "1": 2}}, "'copies' must name layers"),
         ({"copies": {"0": 4, "2": 4}, "injection": "joint"}, "'copies' must be one number where injection is 'joint'"),
         ({"antithetic": 1}, "'antithetic' must be True or False"),
         ({"max_rows": 0}, "'max_rows' must be None or an integer above 0, got 0"),
-        ({"max_rows": 1}, "'max_rows' must have room for a pair of copies of a sample .*, got 1"),
+        ({"max_rows": 1, "antithetic": True}, "'max_rows' must have room for a pair of copies of a sample .*, got 1"),
         ({"memory": "disk"}, "'memory' must be 'keep' or 'recompute', got 'disk'"),
         ({"injection": "both"}, "'injection' must be 'layerwise' or 'joint', got 'both'"),
         ({"noise": "inputs"}, "'noise' must be 'outputs' or 'weights', or a mapping .*got 'inputs'"),
@@ -210,7 +210,7 @@ def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
         ({"noise": {"0.bias": "weights"}}, r"'noise' must name layers of the model \(0, 2\), got 0.bias"),
         ({"noise": "weights", "learn_sigma": True}, "'learn_sigma' must be False where noise is 'weights'"),
         (
-            {"noise": {"0": "weights"}, "sampler": "sobol"},
+            {"noise": {"0": "weights"}, "sampler": "sobol", "antithetic": True},
             "'sampler' must be 'iid' or 'hadamard' where noise is 'weights'",
         ),
         ({"dist": "uniform"}, "'dist' must be 'normal' or 'laplace' or 'rademacher'"),
@@ -222,9 +222,12 @@ def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
             "'sampler' must be 'iid' or 'hadamard' where dist is 'rademacher'",
         ),
         ({"sampler": "sobol", "antithetic": False}, "'baseline' must be 'clean' .or antithetic=True. where sampler is"),
-        ({"sampler": "sobol", "learn_sigma": True}, "'baseline' must be 'clean' where sampler is 'sobol' and sigma is"),
         (
-            {"sampler": "sobol", "injection": "joint"},
+            {"sampler": "sobol", "learn_sigma": True, "antithetic": True},
+            "'baseline' must be 'clean' where sampler is 'sobol' and sigma is",
+        ),
+        (
+            {"sampler": "sobol", "injection": "joint", "antithetic": True},
             "'baseline' must be 'clean' where sampler is 'sobol' and injection",
         ),
         ({"seed": 2**64}, r"must be an integer in \[-2\^63, 2\^64\)"),
@@ -244,7 +247,7 @@ def test_parameters_are_no_model(make):
 
 def test_sobol_refuses_a_mean_for_a_layer_called_twice():
     with pytest.raises(ValueError, match="a layer is called twice"):
-        gradients(filled(Twice()), sampler="sobol")
+        gradients(filled(Twice()), sampler="sobol", antithetic=True)
 
 
 X, Y = batch()
@@ -309,7 +312,7 @@ def test_parametrised_weights(learn_sigma):
     _, found = gradients(model, learn_sigma=learn_sigma)
     assert set(found) == {"0.bias"}
     model.requires_grad_(True)
-    _, found = gradients(model, learn_sigma=learn_sigma)
+    _, found = gradients(model, learn_sigma=learn_sigma, antithetic=True)
     name = "0.parametrizations.weight.original1"  # the first in the call; the layer's name, and so its key's
     weight = model[0].weight
     x, y = batch()
@@ -418,7 +421,7 @@ def test_a_state_of_other_shapes_changes_nothing():
         ("seed", "3", r"'seed' must be an integer in \[-2\^63, 2\^64\), got '3'"),
         ("seed", None, "'seed' must be an integer .*, got None"),
         ("settings", [], "'state' must hold a dict as 'settings', got list"),
-        ("settings", {"copies": 3}, "'copies' must be even where antithetic is True, got 3"),
+        ("settings", {"copies": 3, "antithetic": True}, "'copies' must be even where antithetic is True, got 3"),
         ("settings", {"speed": 3}, "'state' must hold an estimator's settings, got .*'speed'"),
         ("log_sigma", None, "'state' must hold a dict as 'log_sigma', got NoneType"),
         ("log_sigma", {"0": [0.0] * 6}, r"'state' must hold ln sigma of the shapes .*, got \{'0': 'list'\}"),

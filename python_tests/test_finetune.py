@@ -470,7 +470,10 @@ BAD = {
     "unknown model": (["--data", "{set}", "--model", "gpt9"], "model 'gpt9' is neither minilm nor smollm2 nor"),
     "unknown method": (["--data", "{set}", "--method", "adam"], "invalid choice: 'adam'"),
     "unknown tuning": (["--data", "{set}", "--tune", "half"], "invalid choice: 'half'"),
-    "odd population": (["--data", "{set}", "--method", "eggroll", "--probes", "3"], "probes must be even with eggroll"),
+    "one member": (
+        ["--data", "{set}", "--method", "eggroll", "--probes", "1"],
+        "probes must be at least 2 with eggroll",
+    ),
     "one probe": (["--data", "{set}", "--method", "fzoo", "--probes", "1"], "probes must be at least 2 with fzoo"),
     "negative lr": (["--data", "{set}", "--lr", "-1"], "lr must be positive, got -1.0"),
     "nan sigma": (["--data", "{set}", "--sigma", "nan"], "sigma must be positive, got nan"),

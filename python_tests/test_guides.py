@@ -189,7 +189,7 @@ def test_a_loss_without_derivative_has_outputs_and_targets_as_features() -> None
 
 
 def gates_of(model: nn.Module, x: Tensor, margin: float | None = None) -> dict[tuple[str, int], Gate]:
-    forward = CleanForward(ulr.ULR(model).view, x, None if margin is None else lambda layer: margin)
+    forward = CleanForward(ulr.ULR(model).view, x, lambda layer: (margin or 0.2) / 2, margin is not None)
     outputs = forward.run(model, x, ModuleState(model))
     gates = forward.gates()
     del outputs
@@ -219,6 +219,15 @@ def test_gates_are_the_derivatives_of_what_reads_an_output() -> None:
     torch.testing.assert_close(gates["conv", 0], v.grad)
     o = model.after(F.max_pool2d(F.relu(model.norm(model.conv(x)) + x), 2).flatten(1))
     torch.testing.assert_close(gates["after", 0], 1 - torch.tanh(o).square())
+
+
+def test_the_gate_of_a_step_is_the_derivative_of_its_mean_over_the_noise() -> None:
+    """So a guide of a spiking layer knows which neurons are near their threshold."""
+    model = Net(lambda m, x: (0.5 * m.a(x) - 0.2 > 0.1).float(), a=line())
+    h = model.a(X).detach()
+    gate = gates_of(model, X, 0.6)["a", 0].derivative
+    density = torch.exp(-(((0.5 * h - 0.3) / 0.3) ** 2) / 2) / (0.3 * (2 * torch.pi) ** 0.5)
+    torch.testing.assert_close(gate, 0.5 * density)
 
 
 # --- any model, any setting -------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def true_weights(losses: Tensor, clean: Tensor, baseline: str, antithetic: bool)
 def compare(sample: Sample) -> list[Tensor]:
     """Run a sample on the back end in use: losses and buffers must be within rounding of the definition."""
     grads, grad_biases, x, target, weights, biases, sigma, keys = sample.args
-    how = {"copies": 32, "antithetic": True, "injection": "layerwise", "activation": "relu", "loss": "cross_entropy"}
+    how = {"copies": 32, "antithetic": False, "injection": "layerwise", "activation": "relu", "loss": "cross_entropy"}
     how |= {"label_smoothing": 0.0, "baseline": "mean", "dist": "normal", "sampler": "iid", "draw": 0, "row_offset": 0}
     how |= sample.kwargs
     results, bias_results = [clone(g) for g in grads], [clone(g) for g in grad_biases]

@@ -180,7 +180,7 @@ def test_errors_name_the_argument():
         (lambda: MeZO(model, seed=0.5), "'seed' must be an integer"),
         (lambda: MeZO(model, betas=(0.9, 0.9), momentum=0.5), "'momentum' must be 0 where betas are given, got 0.5"),
         (lambda: MeZO(model, params=[nn.Parameter(torch.ones(2))]), "'params' must be parameters of the model"),
-        (lambda: EGGROLL(model, population=5), "ulr.optim.EGGROLL: 'population' must be even"),
+        (lambda: EGGROLL(model, population=5, antithetic=True), "ulr.optim.EGGROLL: 'population' must be even"),
         (lambda: ES(model, shaping="none at all"), "'shaping' must be 'none' or 'zscore' or 'rank' or 'group'"),
         (lambda: EGGROLL(model, rank=0), "'rank' must be an integer above 0, or None, got 0"),
         (lambda: EGGROLL(model, rank=True), "'rank' must be an integer above 0, or None, got True"),

@@ -117,8 +117,9 @@ def weights_of(folder: Path) -> bytes:
         {"method": "bp", "optimizer": "sgd", "schedule": "constant"},
         {"optimizer": "adamw", "weight_decay": 0.1, "injection": "joint", "dist": "laplace", "memory": "recompute"},
         {"copies": {"1": 4, "3": 2, "5": 6}, "baseline": "clean", "max_rows": 40},
+        {"preset": "best"},
     ],
-    ids=["ulr", "bp-sgd", "adamw-joint", "per-layer"],
+    ids=["ulr", "bp-sgd", "adamw-joint", "per-layer", "best"],
 )
 def test_a_resumed_run_is_bitwise_the_same(tmp_path: Path, images: Path, options: dict, monkeypatch):
     settings = Settings(data=str(images), epochs=3, **{**SMALL, **options})

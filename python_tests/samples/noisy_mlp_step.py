@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,8 +34,13 @@ def example(
 
 
 def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    if dtype not in DTYPES:
-        return
+    """In pairs, but for those that say otherwise."""
+    if dtype in DTYPES:
+        for sample in _samples(device, dtype):
+            yield dataclasses.replace(sample, kwargs={"antithetic": True, **sample.kwargs})
+
+
+def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
     def v(seed: int, *shape: int) -> Tensor:
         return values(seed, *shape, device=device, dtype=dtype)

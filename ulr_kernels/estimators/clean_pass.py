@@ -58,14 +58,15 @@ class CleanForward(LayerInterceptor):
     Args:
         view: of the model.
         inputs: the model's input.
-        margin: of a layer's support; None: supports are not asked for.
+        sigma: the largest scale of a layer's noise.
+        with_support: find the supports too.
     """
 
-    def __init__(self, view: ModelView, inputs: Any, margin: Callable[[str], float] | None) -> None:
+    def __init__(self, view: ModelView, inputs: Any, sigma: Callable[[str], float], with_support: bool) -> None:
         super().__init__(view.layers, view.followed, inputs)
         self._numbers: dict[str, int] = {}
-        self._margin = margin
-        self._gates = Gates(with_support=margin is not None)
+        self._sigma = sigma
+        self._gates = Gates(with_support)
 
     def on_layer_call(self, call: Call) -> tuple[Tensor, int]:
         with torch.no_grad():
@@ -75,7 +76,7 @@ class CleanForward(LayerInterceptor):
         if layer is not None:
             number = self._numbers.get(layer, 0)
             self._numbers[layer] = number + 1
-            self._gates.begin((layer, number), output, self._margin(layer) if self._margin is not None else 0.0)
+            self._gates.begin((layer, number), output, self._sigma(layer))
         return output, 0
 
     def after_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], marks: list, result: Any) -> None:

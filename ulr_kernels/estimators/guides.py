@@ -302,13 +302,13 @@ class Guides:
             {"site": list(name), **{part: getattr(learnt, part).clone() for part in _Learnt.NAMES}}
             for name, learnt in self._learnt.items()
         ]
-        shifts = {layers: shift.clone() for layers, shift in self._shifts.items()}
+        shifts = [{"layers": list(layers), "sums": shift.clone()} for layers, shift in self._shifts.items()]
         return {"moments": dict(self._moments), "sites": sites, "shifts": shifts}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Take over a state."""
         self._moments = {count: (gram.to(device), n.to(device)) for count, (gram, n) in state["moments"].items()}
-        self._shifts = {layers: shift.to(device).clone() for layers, shift in state["shifts"].items()}
+        self._shifts = {tuple(each["layers"]): each["sums"].to(device).clone() for each in state["shifts"]}
         self._learnt = {}
         for each in state["sites"]:
             layer, number, units, features = each["site"]

@@ -14,11 +14,11 @@ from ulr_kernels import dispatch
 from ulr_kernels.estimators.clean_pass import CleanPass, Site
 from ulr_kernels.estimators.guides import Guides, error_features
 from ulr_kernels.estimators.noised import Keys
-from ulr_kernels.estimators.runner import MARGIN, PassRunner
+from ulr_kernels.estimators.runner import PassRunner
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import gradient_buffer
-from ulr_kernels.nn.gates import Gate
+from ulr_kernels.nn.gates import MARGIN, Gate
 from ulr_kernels.ops.noisy_mlp_step import DTYPES, MOST_LAYERS, noisy_mlp_step
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}

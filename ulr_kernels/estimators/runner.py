@@ -28,8 +28,6 @@ from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import NoisedParameter, PerturbedWeights
 
-MARGIN = 2.0  # of a support, in units of sigma
-
 
 class PassRunner:
     """Runs forwards of a model with noise.
@@ -124,12 +122,16 @@ class PassRunner:
 
     def clean_pass(self, pass_: Pass, batch: Batch, loss_fn: LossFunction, guides: Guides | None) -> CleanPass:
         """A forward without noise: losses, gates, and with guides features; `pass_` bounds the memory."""
-        margin = (lambda layer: MARGIN * float(self.sigma(layer))) if self.settings.support == "active" else None
+
+        def sigma(layer: str) -> float:
+            scale = self.sigma(layer)
+            return float(scale.max()) if isinstance(scale, Tensor) else scale
+
         found = []
         for rows in parts_of(batch.samples, pass_.max_samples):
             part = batch.part(rows, rows.start)
             inputs = repeat(part.x, 1)
-            forward = CleanForward(self.view, inputs, margin)
+            forward = CleanForward(self.view, inputs, sigma, self.settings.support == "active")
             outputs = forward.run(self.view.model, inputs, self.state)
             gates = forward.gates()
             if guides is None:

@@ -42,7 +42,7 @@ class Settings:
 
     sigma: float | Mapping[str, float] = 0.1
     copies: int | Mapping[str, int] = 32
-    antithetic: bool = True
+    antithetic: bool = False
     injection: str = "layerwise"
     noise: str | Mapping[str, str] = "outputs"
     dist: str = "normal"

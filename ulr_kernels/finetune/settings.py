@@ -104,7 +104,5 @@ class Settings:
             if getattr(self, name) in (0, "auto"):
                 object.__setattr__(self, name, value)
         check(self)
-        if self.method == "eggroll" and self.probes % 2:
-            raise JobError(f"probes must be even with eggroll, whose members come in pairs, got {self.probes}")
-        if self.method == "fzoo" and self.probes == 1:
-            raise JobError("probes must be at least 2 with fzoo, which divides by their deviation, got 1")
+        if self.method in ("eggroll", "fzoo") and self.probes == 1:
+            raise JobError(f"probes must be at least 2 with {self.method}, which divides by their deviation, got 1")

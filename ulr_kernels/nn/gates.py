@@ -11,22 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulr_kernels.nn.call import Call
-from ulr_kernels.nn.generic import METADATA_FUNCTIONS, SUMS
+from ulr_kernels.nn.generic import METADATA_FUNCTIONS
 from ulr_kernels.nn.marks import flat
 from ulr_kernels.nn.norm import NormCall
 
-GATED = SUMS | {
+ARITHMETIC = {
+    torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__,
+    torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__, Tensor.__rsub__,
+    torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__,
+    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__,
+}  # fmt: skip
+STEPS = {torch.ge, torch.gt, Tensor.ge, Tensor.gt, Tensor.__ge__, Tensor.__gt__}
+GATED = ARITHMETIC | STEPS | {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish,
     F.softplus, F.hardtanh, F.hardswish, F.hardsigmoid, F.tanh, F.sigmoid, F.logsigmoid, F.softsign, F.tanhshrink,
     torch.relu, torch.relu_, torch.tanh, torch.tanh_, torch.sigmoid, torch.sigmoid_, Tensor.relu, Tensor.relu_,
     Tensor.tanh, Tensor.tanh_, Tensor.sigmoid, Tensor.sigmoid_, Tensor.clamp, torch.clamp, Tensor.clamp_min,
     F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.batch_norm, F.dropout,
 }  # fmt: skip
-"""Elementwise functions, and those that pass on some elements: their derivative in each element is one number."""
+"""Elementwise functions, and those that pass on some elements: their derivative in each element is one number. A step's
+derivative is that of its mean over the noise."""
 
 SIZES = METADATA_FUNCTIONS | {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.stride, Tensor.__len__}
 """Functions that read no value; nor do getters of what is no tensor."""
 
+MARGIN = 2.0  # of a support, in units of sigma
 MOST_FUNCTIONS = 4  # that one output is followed through: a residual stream is added to without end
 
 
@@ -37,6 +46,7 @@ class _Path(NamedTuple):
     """
 
     name: Hashable
+    sigma: float
     outputs: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     tensor: weakref.ref[Tensor]  # the model's own
@@ -75,22 +85,22 @@ class Gates:
         self._lasts: dict[Hashable, _Path] = {}  # of those through the first of the functions that read a tensor
         self._read: list[_Path] = []  # by a function that is not in the table
 
-    def begin(self, name: Hashable, output: Tensor, margin: float) -> None:
-        """Follow a layer's output from here on; `margin`: how near an element is to what the next function lets
-        through."""
+    def begin(self, name: Hashable, output: Tensor, sigma: float) -> None:
+        """Follow a layer's output, whose noise has the scale `sigma`, from here on."""
         if not output.is_floating_point():
             return
+        margin = MARGIN * sigma
         margins = (0.0, margin, -margin) if self._with_support else (0.0,)
         leaves = tuple((output.detach() + more).requires_grad_() for more in margins)
-        self._lasts[name] = self._add(_Path(name, leaves, leaves, weakref.ref(output), output._version), output)
+        self._lasts[name] = self._add(_Path(name, sigma, leaves, leaves, weakref.ref(output), output._version), output)
 
     def follow(self, func: Callable, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Runs after a function that is no layer."""
         if func in SIZES or (getattr(func, "__name__", "") == "__get__" and not isinstance(result, Tensor)):
             return
-        if func in GATED and isinstance(result, Tensor) and result.is_floating_point():
-            places = 2 if func in SUMS else 1
-            self._go_on(lambda *own: func(*own, **kwargs), args, result, places)
+        if func in GATED and isinstance(result, Tensor):
+            places = 2 if func in ARITHMETIC | STEPS else 1
+            self._go_on(lambda *own: func(*own, **kwargs), args, result, places, func in STEPS)
             self._end([*args[places:], *kwargs.values()])
         else:
             self._end([*args, *kwargs.values()])
@@ -115,20 +125,21 @@ class Gates:
         if self._with_support:
             self._read += (path for tensor in flat(given) for path in self._at(tensor))
 
-    def _go_on(self, func: Callable, args: tuple, result: Tensor, places: int) -> None:
+    def _go_on(self, func: Callable, args: tuple, result: Tensor, places: int, step: bool = False) -> None:
         """`places`: the arguments, from the first on, that the derivative is taken in."""
         for place, arg in enumerate(args[:places]):
             for path in self._at(arg):
                 if path.length == MOST_FUNCTIONS:
-                    self._end([arg])
+                    self._read.append(path)
                     continue
                 # A copy, because the function may write in place.
                 others = [other.detach() if isinstance(other, Tensor) else other for other in args]
                 with torch.enable_grad():
-                    values = tuple(
-                        func(*(value.clone() if i == place else other for i, other in enumerate(others)))
-                        for value in path.values
-                    )
+                    own = [[v.clone() if i == place else other for i, other in enumerate(others)] for v in path.values]
+                    if step:
+                        values = tuple(torch.special.ndtr((each[0] - each[1]) / path.sigma) for each in own)
+                    else:
+                        values = tuple(func(*each) for each in own)
                 further = path._replace(
                     values=values, tensor=weakref.ref(result), version=result._version, length=path.length + 1
                 )

@@ -42,7 +42,7 @@ def noisy_mlp_step(
     keys: Tensor,
     *,
     copies: int = 32,
-    antithetic: bool = True,
+    antithetic: bool = False,
     injection: str = "layerwise",
     activation: str = "relu",
     loss: str = "cross_entropy",
@@ -308,7 +308,7 @@ def cost(a: MlpStep) -> Cost:
 
 SCHEMA = (
     "(Tensor(a!)[] grad_weights, Tensor(b!)[] grad_biases, Tensor x, Tensor target, Tensor[] weights, "
-    "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=True, str injection='layerwise', "
+    "Tensor[] biases, Tensor sigma, Tensor keys, int copies=32, bool antithetic=False, str injection='layerwise', "
     "str activation='relu', str loss='cross_entropy', float label_smoothing=0.0, str baseline='mean', "
     "str dist='normal', int draw=0, int row_offset=0, str sampler='iid', Tensor? guides=None, "
     "Tensor? coefficients=None, Tensor(c!)? deltas=None, Tensor(d!)? dots=None, Tensor? support=None) -> Tensor"

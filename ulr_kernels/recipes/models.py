@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,71 @@ def vgg8(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, *hidden)
 
 
+class ResNet18(nn.Module):
+    """ResNet-18 for small images (He et al., arXiv 1512.03385) without normalisation: a 3 x 3 stem of 64 channels, four
+    stages of two blocks, a mean over positions, a linear layer. Sums of two branches are divided by the square root of
+    2, which keeps their size."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(shape[0], 64, 3, padding=1)
+        widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+        self.blocks = nn.Sequential(*map(_Block, widths, widths[1:]))
+        self.fc = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(F.relu(self.stem(x))).mean((2, 3)))
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut; where the width grows, the shortcut is a convolution, and positions halve."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        stride = 1 if channels == width else 2
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == width else nn.Conv2d(channels, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu((self.conv2(F.relu(self.conv1(x))) + self.shortcut(x)) * 0.5**0.5)
+
+
+class _Spike(torch.autograd.Function):
+    """1 above 0, else 0. Backpropagation gets the derivative of an arc tangent in its place (Fang et al., arXiv
+    2007.05785)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] / (1 + (math.pi * x).square())
+
+
+class Spiking(nn.Module):
+    """128 leaky integrate-and-fire neurons that see the image for 6 time steps; a leaky read-out that does not fire is
+    averaged over time."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(math.prod(shape), 128), nn.Linear(128, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        potential = read = total = torch.zeros((), device=x.device)
+        for _ in range(6):
+            potential = 0.7 * potential + self.hidden(x)
+            spikes = _Spike.apply(potential - 1)
+            potential = potential - spikes
+            read = 0.7 * read + self.out(spikes)
+            total = total + read
+        return total / 6
+
+
 def _pooled(shape: tuple[int, int, int], *windows: int) -> int:
     """Pixels that are left of an image."""
     height, width = shape[1:]
@@ -88,6 +154,8 @@ MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "resnet5": ResNet5,
     "resnet5-plain": lambda shape, classes: ResNet5(shape, classes, junction=False),
     "vgg8": vgg8,
+    "resnet18": ResNet18,
+    "spiking": Spiking,
 }
 # These begin with weights that a package brings, and train their last blocks alone.
 PRETRAINED: dict[str, Callable[[tuple[int, int, int], int, int], EfficientNetLite0]] = {

@@ -60,7 +60,7 @@ class Settings:
     copies: int | dict[str, int] = setting(
         "noisy copies of each image: a number, or LAYER=N,... by layer", 64, type=_copies
     )
-    antithetic: bool = setting("copies in pairs of opposite noise", True)
+    antithetic: bool = setting("copies in pairs of opposite noise", False)
     injection: str = setting("noise in one layer at a time, or in all at once", "layerwise", choices=INJECTIONS)
     dist: str = setting("distribution of the noise", "normal", choices=DISTRIBUTIONS)
     sampler: str = setting("independent or quasi-random noise", "iid", choices=SAMPLERS)
