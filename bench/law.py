@@ -5,7 +5,8 @@
 
 The error is |estimate - gradient|^2 / |gradient|^2 of a layer's parameters, the mean over steps and seeds, on one batch
 at weights that backpropagation has trained for some steps. Guides learn on other batches at these weights. Plain
-Monte Carlo has the law (d + 1) / M for M directions of d coordinates.
+Monte Carlo has the law (d + 1) / M for M directions of d coordinates. A spiking network has no gradient: the mean of
+very many pairs takes its place.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from ulr_kernels.estimators.settings import PRESETS
 from ulr_kernels.recipes import data, models
 
 SIGNS = {"dist": "rademacher", "sampler": "hadamard"}
+WITHOUT_GRADIENT = {"spiking": 16384}
+"""By model: the copies of the estimate that takes the gradient's place."""
+MOST_PANELS = 8  # layers in a picture, evenly chosen
+
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "pairs": {"antithetic": True},
     "single copies": {"antithetic": False},
@@ -54,10 +59,14 @@ class Problem:
             optimizer.zero_grad()
             self.loss_fn(self.model(x), y).mean().backward()
             optimizer.step()
-        parameters = dict(self.model.named_parameters())
         own = self.x[: self.batch], self.y[: self.batch]
-        found = torch.autograd.grad(self.loss_fn(self.model(own[0]), own[1]).mean(), list(parameters.values()))
-        self.gradients = by_layer(dict(zip(parameters, found, strict=True)))
+        self.model.zero_grad()
+        if args.model in WITHOUT_GRADIENT:
+            copies = WITHOUT_GRADIENT[args.model]
+            ulr.ULR(self.model, args.sigma, copies, antithetic=True, seed=10**6 + seed).backward(*own, self.loss_fn)
+        else:
+            self.loss_fn(self.model(own[0]), own[1]).mean().backward()
+        self.gradients = gradients_of(self.model)
 
     def other(self) -> tuple[Tensor, Tensor]:
         """A batch without the images of the first one."""
@@ -73,18 +82,19 @@ class Problem:
         for _ in range(args.steps):
             self.model.zero_grad()
             estimator.backward(self.x[: self.batch], self.y[: self.batch], self.loss_fn)
-            found = by_layer({name: p.grad for name, p in self.model.named_parameters() if p.grad is not None})
+            found = gradients_of(self.model)
             for layer, gradient in self.gradients.items():
                 error = (found[layer] - gradient).square().sum() / gradient.square().sum()
                 totals[layer] += float(error) / args.steps
         return totals
 
 
-def by_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of each module as one vector."""
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """`.grad` of each module as one vector."""
     layers: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
-        layers.setdefault(name.rpartition(".")[0], []).append(tensor.detach().flatten())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            layers.setdefault(name.rpartition(".")[0], []).append(parameter.grad.flatten().clone())
     return {layer: torch.cat(parts) for layer, parts in layers.items()}
 
 
@@ -113,6 +123,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     layers, trained = list(rows[0]["errors"]), sorted({row["trained"] for row in rows})
+    layers = layers[:: -(-len(layers) // MOST_PANELS)]
     size = (3 * len(layers), 3 * len(trained))
     figure, panels = pyplot.subplots(len(trained), len(layers), figsize=size, squeeze=False, sharex=True)
     for down, steps in enumerate(trained):
