@@ -31,14 +31,18 @@ OLDEST_CAPABILITY = 8  # mma.sync of bf16 operands
 OLDEST_NVCC = 12
 WARNINGS = "-Wall -Wextra"  # .ci/run adds -Werror, by CXXFLAGS; a stranger's newer compiler must not end an install
 CXX_FLAGS = f"-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden {WARNINGS}"
-# The same sources are compiled once for each instruction set; the library picks one when it is loaded.
+# The same sources are compiled once for each instruction set of a processor; the library picks one when it is loaded.
 INSTRUCTION_SETS = {
-    "portable": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
-    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    " -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized",
+    "any": {"portable": ""},
+    "x86_64": {
+        "avx2": "-mavx2 -mfma -mf16c",
+        # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
+        "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+        " -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized",
+    },
+    "aarch64": {"neon": ""},  # every processor of this kind has it
 }
+OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}  # of processors, on some systems
 CPU_ONCE = ("dispatch", "parallel", "philox")  # the other sources: once for each instruction set
 
 
@@ -184,17 +188,14 @@ class NinjaFile:
         path.write_text("\n".join(self.lines) + "\n")
 
 
-def cpu_objects(ninja: NinjaFile) -> list[str]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    objects = []
-    sources = {path.stem: from_build(path) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
-    for name in CPU_ONCE:
-        objects.append(ninja.build(f"cpu/{name}.o", "cxx", [sources.pop(name)]))
-    for isa, flags in INSTRUCTION_SETS.items():
-        if x86 or isa == "portable":
-            for name, source in sources.items():
-                flags_of_isa = f"{flags} -DULR_ISA={isa} -DULR_ISA_{isa.upper()}"
-                objects.append(ninja.build(f"cpu/{name}.{isa}.o", "cxx", [source], flags=flags_of_isa))
+def cpu_objects(machine: str) -> list[tuple[str, Path, str]]:
+    """The CPU library of a processor, named as `platform.machine` does: objects, their sources and compiler flags."""
+    machine = OTHER_NAMES.get(machine.lower(), machine.lower())
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    objects = [(source.stem, source, "") for source in sources if source.stem in CPU_ONCE]
+    for isa, flags in (INSTRUCTION_SETS["any"] | INSTRUCTION_SETS.get(machine, {})).items():
+        flags_of_isa = f"{flags} -DULR_ISA={isa} -DULR_ISA_{isa.upper()}"
+        objects += [(f"{source.stem}.{isa}", source, flags_of_isa) for source in sources if source.stem not in CPU_ONCE]
     return objects
 
 
@@ -223,7 +224,11 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
     made = [shim]
     version = ninja.build("version.o", "cxx", [from_build(ROOT / "csrc" / "version.cpp")])
     if cpp:
-        made.append(ninja.build("libulr_cpu.so", "link", [*cpu_objects(ninja), version]))
+        objects = [
+            ninja.build(f"cpu/{name}.o", "cxx", [from_build(source)], flags=flags)
+            for name, source, flags in cpu_objects(platform.machine())
+        ]
+        made.append(ninja.build("libulr_cpu.so", "link", [*objects, version]))
     if nvcc:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         flags = " ".join((ROOT / "csrc" / "cuda" / "nvcc_flags.txt").read_text().split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -13,6 +12,7 @@ import types
 import zipfile
 
 import pytest
+import setup_script
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
@@ -89,11 +89,7 @@ def test_a_required_part_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> 
 
 @pytest.fixture
 def setup(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("ulr_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ulr_setup", module)  # dataclasses look there
-    spec.loader.exec_module(module)
+    module = setup_script.load()
     monkeypatch.setattr(module, "BUILD", tmp_path / "native")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     return module

@@ -47,7 +47,7 @@ def _omp_parallel() -> ctypes.c_void_p | None:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    """The instruction set in use: "avx512", "avx2", "neon" or "portable"."""
     return _opened().ulr_cpu_isa().decode()
 
 
