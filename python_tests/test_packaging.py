@@ -101,6 +101,33 @@ def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str,
     assert "nvcc -ccbin g++-13 -std=c++17" in (setup.BUILD / "build.ninja").read_text()
 
 
+@pytest.mark.parametrize(
+    ("system", "machine", "library", "instruction_sets"),
+    [
+        ("linux", "x86_64", "libulr_cpu.so", {"portable", "avx2", "avx512"}),
+        ("linux", "aarch64", "libulr_cpu.so", {"portable", "neon"}),
+        ("linux", "riscv64", "libulr_cpu.so", {"portable"}),
+        ("darwin", "arm64", "libulr_cpu.dylib", {"portable", "neon"}),
+        ("darwin", "x86_64", "libulr_cpu.dylib", {"portable", "avx2", "avx512"}),
+    ],
+)
+def test_commands_on_each_system(system, machine, library, instruction_sets, setup, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "SYSTEM", system)
+    monkeypatch.setattr(setup, "MACHINE", machine)
+    shim, made = setup.write_ninja("clang++", ["/python"], None, (), cpp=True)
+    text = (setup.BUILD / "build.ninja").read_text()
+    assert shim.startswith("_C.") and made == library
+    assert set(re.findall(r"-DULR_ISA=(\w+)", text)) == instruction_sets
+    assert ("-mavx2" in text) == ("avx2" in instruction_sets)
+    statements = dict(re.findall(r"^build (\S+): link (.*(?:\n  .*)*)", text, re.MULTILINE))
+    assert set(statements) == {shim, library}
+    assert ("dynamic_lookup" in statements[shim]) == (system == "darwin") and "dynamic_lookup" not in statements[
+        library
+    ]
+    for isa in instruction_sets:
+        assert f"cpu/noisy_linear.{isa}.o" in statements[library]
+
+
 def tool(folder: pathlib.Path, name: str, prints: str) -> str:
     path = folder / name
     path.write_text(f"#!/bin/sh\nprintf '{prints}'\n")
