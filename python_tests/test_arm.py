@@ -69,6 +69,20 @@ def test_its_instruction_sets(library) -> None:
     assert library.isas == ["neon", "portable"]
 
 
+def test_mistakes_are_seen(device, library, monkeypatch) -> None:
+    """Planted ones: results that differ from those of this machine, and a write past the end of a tensor."""
+    with monkeypatch.context() as planted:
+        planted.setattr(library, "launcher_here", lambda part, name: lambda *args, **how: None)
+        with pytest.raises(AssertionError, match=r"noise: tensors \[0\] differ from those of portable C\+\+"):
+            ulr.noise((3, 5), 1)
+    span = emulation.span
+    with monkeypatch.context() as planted:
+        planted.setattr(emulation, "span", lambda view: (span(view)[0], span(view)[1] - 4))
+        with pytest.raises(AssertionError, match="noise has written beside its tensors"):
+            ulr.noise((3, 5), 1)
+    ulr.noise((3, 5), 1)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_launcher(dtype, device, library) -> None:
