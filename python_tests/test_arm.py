@@ -29,6 +29,7 @@ from test_ops import clone, poison  # noqa: F401 -- poison applies itself
 
 import ulr_kernels as ulr
 from ulr_kernels.backends import _native, cpp
+from ulr_kernels.ops._losses import ACTIVATIONS
 from ulr_kernels.ops._op import FLOATS, OPS
 
 pytestmark = pytest.mark.pair("cpp/arm")
@@ -126,3 +127,12 @@ def test_every_value_and_ties_between_them(dtype, device) -> None:
         y = ulr.ops.noise_add(x.to(dtype)[None], half, 7, dist="rademacher", draw=draw)[0, 0]
         eps = ulr.noise(len(x), 7, dist="rademacher", draw=draw)
         torch.testing.assert_close(y, (x + half * eps).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_at_their_limits(activation, device) -> None:
+    """After the first layer, and of zero after the second, whose weight is zero."""
+    x = torch.tensor([0.0, 1e-30, 20.0, -20.0, 1e4, -1e4])[:, None]
+    one, keys = torch.ones(1, 1), torch.tensor([1, 2, 3])
+    call = ([one] * 3, [], x, torch.zeros_like(x), [one, torch.zeros(1, 1), one], [], 1e-30, keys)
+    run("noisy_mlp_step", Sample("limits", call, {"copies": 2, "activation": activation, "loss": "squared"}))
