@@ -65,4 +65,4 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build ulr_kernels/*.so ulr_kernels/_build_info.py
+	rm -rf $(VENV) build ulr_kernels/*.so ulr_kernels/*.dylib ulr_kernels/_build_info.py

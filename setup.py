@@ -26,19 +26,26 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
+SYSTEM, MACHINE = sys.platform, platform.machine()
 ALL_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 OLDEST_CAPABILITY = 8  # mma.sync of bf16 operands
 OLDEST_NVCC = 12
 WARNINGS = "-Wall -Wextra"  # .ci/run adds -Werror, by CXXFLAGS; a stranger's newer compiler must not end an install
 CXX_FLAGS = f"-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden {WARNINGS}"
-# The same sources are compiled once for each instruction set; the library picks one when it is loaded.
+# The same sources are compiled once for each instruction set of a processor; the library picks one when it is loaded.
 INSTRUCTION_SETS = {
-    "portable": "",
-    "avx2": "-mavx2 -mfma -mf16c",
-    # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
-    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    " -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized",
+    "any": {"portable": ""},
+    "x86_64": {
+        "avx2": "-mavx2 -mfma -mf16c",
+        # GCC 12 takes the undefined operands inside its own AVX-512 intrinsics for uninitialised variables.
+        "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+        " -Wno-unknown-warning-option -Wno-maybe-uninitialized -Wno-uninitialized",
+    },
+    "aarch64": {"neon": ""},  # every processor of this kind has it
 }
+OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}  # of processors, on some systems
+# The shim's Python symbols are the interpreter's; on macOS the linker must be told to leave them open.
+SHIM_LINK_FLAGS = {"darwin": "-Wl,-undefined,dynamic_lookup"}
 CPU_ONCE = ("dispatch", "parallel", "philox")  # the other sources: once for each instruction set
 
 
@@ -184,17 +191,14 @@ class NinjaFile:
         path.write_text("\n".join(self.lines) + "\n")
 
 
-def cpu_objects(ninja: NinjaFile) -> list[str]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    objects = []
-    sources = {path.stem: from_build(path) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))}
-    for name in CPU_ONCE:
-        objects.append(ninja.build(f"cpu/{name}.o", "cxx", [sources.pop(name)]))
-    for isa, flags in INSTRUCTION_SETS.items():
-        if x86 or isa == "portable":
-            for name, source in sources.items():
-                flags_of_isa = f"{flags} -DULR_ISA={isa} -DULR_ISA_{isa.upper()}"
-                objects.append(ninja.build(f"cpu/{name}.{isa}.o", "cxx", [source], flags=flags_of_isa))
+def cpu_objects(machine: str) -> list[tuple[str, Path, str]]:
+    """The CPU library of a processor, named as `platform.machine` does: objects, their sources and compiler flags."""
+    machine = OTHER_NAMES.get(machine.lower(), machine.lower())
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    objects = [(source.stem, source, "") for source in sources if source.stem in CPU_ONCE]
+    for isa, flags in (INSTRUCTION_SETS["any"] | INSTRUCTION_SETS.get(machine, {})).items():
+        flags_of_isa = f"{flags} -DULR_ISA={isa} -DULR_ISA_{isa.upper()}"
+        objects += [(f"{source.stem}.{isa}", source, flags_of_isa) for source in sources if source.stem not in CPU_ONCE]
     return objects
 
 
@@ -214,16 +218,20 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
     own = "-I" + from_build(ROOT / "csrc" / "include")
     extra = os.environ.get("CXXFLAGS", "")
     ninja.rule("cxx", f"{compiler} {CXX_FLAGS} {extra} {own} $flags -MMD -MF $out.d -c $in -o $out", dependencies=True)
-    ninja.rule("link", f"{compiler} -shared -pthread $in -o $out")
+    ninja.rule("link", f"{compiler} -shared -pthread $flags $in -o $out")
     shim = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
     headers = " ".join(f"-isystem {quoted(path)}" for path in includes)
-    ninja.build(
-        shim, "link", [ninja.build("bindings.o", "cxx", [from_build(ROOT / "csrc" / "bindings.cpp")], flags=headers)]
-    )
+    bindings = ninja.build("bindings.o", "cxx", [from_build(ROOT / "csrc" / "bindings.cpp")], flags=headers)
+    ninja.build(shim, "link", [bindings], flags=SHIM_LINK_FLAGS.get(SYSTEM, ""))
     made = [shim]
     version = ninja.build("version.o", "cxx", [from_build(ROOT / "csrc" / "version.cpp")])
     if cpp:
-        made.append(ninja.build("libulr_cpu.so", "link", [*cpu_objects(ninja), version]))
+        objects = [
+            ninja.build(f"cpu/{name}.o", "cxx", [from_build(source)], flags=flags)
+            for name, source, flags in cpu_objects(MACHINE)
+        ]
+        library = "libulr_cpu.dylib" if SYSTEM == "darwin" else "libulr_cpu.so"
+        made.append(ninja.build(library, "link", [*objects, version]))
     if nvcc:
         sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
         flags = " ".join((ROOT / "csrc" / "cuda" / "nvcc_flags.txt").read_text().split())
@@ -282,12 +290,16 @@ def build_native(target: Path) -> Tools:
     if requested is not None and (missing := parts & set(tools.absent)):
         raise SystemExit("ULR_BUILD: " + "; ".join(f"{part}: {tools.absent[part]}" for part in sorted(missing)))
     target.mkdir(parents=True, exist_ok=True)
-    for old in (*target.glob("_C.*.so"), *target.glob("libulr_*.so")):
+    for old in native_files(target):
         if old.name not in made:
             old.unlink()  # of an earlier build: _build_info.py would deny it
     for name in made:
         replace(BUILD / name, target / name)
     return tools
+
+
+def native_files(package: Path) -> list[Path]:
+    return [*package.glob("_C.*.so"), *package.glob("libulr_*.so"), *package.glob("libulr_*.dylib")]
 
 
 def replace(source: Path, target: Path) -> None:
@@ -317,14 +329,14 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         target = Path(self.build_lib) / "ulr_kernels"
-        return [str(path) for path in (*target.glob("*.so"), target / "_build_info.py")]
+        return [str(path) for path in (*native_files(target), target / "_build_info.py")]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
 if __name__ == "__main__":
-    if sys.platform != "linux":
-        os.environ.setdefault("ULR_BUILD", "none")  # the libraries have been built and tried on Linux only
+    if SYSTEM not in ("linux", "darwin"):
+        os.environ.setdefault("ULR_BUILD", "none")  # of no other system are the compiler's options known
     # The one extension makes setuptools run the step and mark the wheel as built for this platform.
     setup(ext_modules=[Extension("ulr_kernels._C", sources=[])], cmdclass={"build_ext": BuildNative})

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from arm_emulation import emulation
 
 import ulr_kernels as ulr
 from ulr_kernels import dispatch
 
 # Pairs that this process runs by choosing a back end, and pairs that tests run in a process or a library of their own.
 HERE = ("torch/cpu", "cpp/cpu", "torch/cuda", "cuda/cuda", "triton/cuda")
-APART = ("cuda/emulated", "triton/interpreted")
+APART = ("cuda/emulated", "triton/interpreted", "cpp/arm")
 OWN_DEVICE = {"torch": "cpu", "cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
@@ -26,6 +27,9 @@ def why_absent(pair: str) -> str | None:
         return None if shutil.which("g++") else "no g++ to compile the emulation"
     if pair == "triton/interpreted":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if pair == "cpp/arm":
+        missing = [tool for tool in emulation.TOOLS if shutil.which(tool) is None]
+        return f"{' and '.join(missing)} cannot be found" if missing else why_absent("cpp/cpu")
     if device == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     provider = dispatch.find(backend, "noise", device)

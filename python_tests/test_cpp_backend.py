@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -88,6 +89,17 @@ def test_torchs_openmp_is_found() -> None:
     if "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("this torch has no OpenMP")
     assert cpp._omp_parallel() is not None
+
+
+def test_on_macos_openmp_is_found_through_torchs_dylib(tmp_path, monkeypatch) -> None:
+    found = cpp._omp_parallel()
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libtorch_cpu.dylib").symlink_to(pathlib.Path(torch.__file__).parent / "lib/libtorch_cpu.so")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    assert cpp._omp_parallel() is None  # no libtorch_cpu.so
+    monkeypatch.setattr(_native, "SHARED", ".dylib")
+    here = cpp._omp_parallel()
+    assert (here and here.value) == (found and found.value)
 
 
 def test_an_instruction_set_that_is_not_here_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -13,6 +12,7 @@ import types
 import zipfile
 
 import pytest
+import setup_script
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
@@ -89,11 +89,7 @@ def test_a_required_part_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> 
 
 @pytest.fixture
 def setup(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("ulr_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "ulr_setup", module)  # dataclasses look there
-    spec.loader.exec_module(module)
+    module = setup_script.load()
     monkeypatch.setattr(module, "BUILD", tmp_path / "native")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     return module
@@ -103,6 +99,33 @@ def setup(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> types.Modu
 def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str, setup) -> None:
     setup.write_ninja(compiler, [], "nvcc", ("9.0a",), cpp=False)
     assert "nvcc -ccbin g++-13 -std=c++17" in (setup.BUILD / "build.ninja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "library", "instruction_sets"),
+    [
+        ("linux", "x86_64", "libulr_cpu.so", {"portable", "avx2", "avx512"}),
+        ("linux", "aarch64", "libulr_cpu.so", {"portable", "neon"}),
+        ("linux", "riscv64", "libulr_cpu.so", {"portable"}),
+        ("darwin", "arm64", "libulr_cpu.dylib", {"portable", "neon"}),
+        ("darwin", "x86_64", "libulr_cpu.dylib", {"portable", "avx2", "avx512"}),
+    ],
+)
+def test_commands_on_each_system(system, machine, library, instruction_sets, setup, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "SYSTEM", system)
+    monkeypatch.setattr(setup, "MACHINE", machine)
+    shim, made = setup.write_ninja("clang++", ["/python"], None, (), cpp=True)
+    text = (setup.BUILD / "build.ninja").read_text()
+    assert shim.startswith("_C.") and made == library
+    assert set(re.findall(r"-DULR_ISA=(\w+)", text)) == instruction_sets
+    assert ("-mavx2" in text) == ("avx2" in instruction_sets)
+    statements = dict(re.findall(r"^build (\S+): link (.*(?:\n  .*)*)", text, re.MULTILINE))
+    assert set(statements) == {shim, library}
+    assert ("dynamic_lookup" in statements[shim]) == (system == "darwin") and "dynamic_lookup" not in statements[
+        library
+    ]
+    for isa in instruction_sets:
+        assert f"cpu/noisy_linear.{isa}.o" in statements[library]
 
 
 def tool(folder: pathlib.Path, name: str, prints: str) -> str:

@@ -17,6 +17,8 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 #define ULR_CPU_ISAS(X) X(avx512, has_avx512()) X(avx2, has_avx2()) X(portable, true)
+#elif defined(__aarch64__)
+#define ULR_CPU_ISAS(X) X(neon, true) X(portable, true)
 #else
 #define ULR_CPU_ISAS(X) X(portable, true)
 #endif

@@ -1,5 +1,5 @@
-// The lanes of one instruction set, picked when this source is compiled: AVX-512, AVX2 with FMA, or portable C++.
-// Each of the three headers defines, in its own inline namespace, the same names:
+// The lanes of one instruction set, picked when this source is compiled: AVX-512, AVX2 with FMA, NEON, or
+// portable C++. Each of the four headers defines, in its own inline namespace, the same names:
 //     kLanes; U, F: vectors of uint32 and of float; M: a mask of lanes
 //     integers   set, load, store, operators + - & | ^, shift_left<n>, shift_right<n>, and_or (a & b | c), and_xor (a ^
 //     b & c),
@@ -42,6 +42,8 @@ alignas(64) constexpr uint32_t kLaplaceTable[32][ULR_TABLE_DEGREE + 1] = {ULR_LA
 #include "simd_avx512.h"
 #elif defined(ULR_ISA_AVX2)
 #include "simd_avx2.h"
+#elif defined(ULR_ISA_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif

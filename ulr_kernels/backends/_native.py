@@ -7,6 +7,7 @@ import functools
 import importlib
 import pathlib
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -17,7 +18,8 @@ from torch import Tensor
 from ulr_kernels import noise_contract
 from ulr_kernels.ops._op import OPS, NoiseSpec
 
-FILES = {"cpp": "libulr_cpu.so", "cuda": "libulr_cuda.so"}
+SHARED = ".dylib" if sys.platform == "darwin" else ".so"  # how the name of a library ends
+FILES = {"cpp": f"libulr_cpu{SHARED}", "cuda": f"libulr_cuda{SHARED}"}
 PREFIXES = {"cpp": "ulr_cpu_", "cuda": "ulr_cuda_"}
 ERRORS = {1: "an argument that the kernel does not take", 2: "out of memory", 3: "the launch failed"}
 

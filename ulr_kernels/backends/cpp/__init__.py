@@ -38,8 +38,11 @@ def _available_isas(library: ctypes.CDLL) -> list[str]:
 
 
 def _omp_parallel() -> ctypes.c_void_p | None:
-    """GOMP_parallel of torch's OpenMP runtime, or None if it has none."""
-    path = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    """GOMP_parallel of torch's OpenMP runtime, or None if it has none.
+
+    torch's library finds the symbol in the runtime that it has loaded: GNU's, or on macOS LLVM's, which has it too.
+    """
+    path = pathlib.Path(torch.__file__).parent / "lib" / f"libtorch_cpu{_native.SHARED}"
     try:
         return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p)
     except (OSError, AttributeError):
@@ -47,7 +50,7 @@ def _omp_parallel() -> ctypes.c_void_p | None:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    """The instruction set in use: "avx512", "avx2", "neon" or "portable"."""
     return _opened().ulr_cpu_isa().decode()
 
 
