@@ -18,7 +18,7 @@ import ulr_kernels as ulr
 from ulr_kernels import ops
 from ulr_kernels.estimators.clean_pass import CleanForward
 from ulr_kernels.estimators.guides import MOST_PARTS, Parts
-from ulr_kernels.nn.gates import Gate
+from ulr_kernels.nn.gates import MARGIN, Gate
 from ulr_kernels.nn.module_state import ModuleState
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
@@ -189,7 +189,8 @@ def test_a_loss_without_derivative_has_outputs_and_targets_as_features() -> None
 
 
 def gates_of(model: nn.Module, x: Tensor, margin: float | None = None) -> dict[tuple[str, int], Gate]:
-    forward = CleanForward(ulr.ULR(model).view, x, lambda layer: (margin or 0.2) / 2, margin is not None)
+    sigma = 0.1 if margin is None else margin / MARGIN
+    forward = CleanForward(ulr.ULR(model).view, x, lambda layer: sigma, margin is not None)
     outputs = forward.run(model, x, ModuleState(model))
     gates = forward.gates()
     del outputs
@@ -477,7 +478,7 @@ SUPPORTS = {  # what reads the output h -> its support, of h
 
 
 @pytest.mark.parametrize("read", SUPPORTS, ids=lambda read: read.__name__)
-@pytest.mark.parametrize("margin", [0.0, 0.3])
+@pytest.mark.parametrize("margin", [1e-5, 0.3])
 def test_a_support_is_where_all_readers_let_something_through(read, margin: float) -> None:
     model = Net(lambda m, x: read(m, m.a(x)), a=line())
     h, expected = model.a(X).detach(), SUPPORTS[read]
@@ -521,7 +522,7 @@ def test_the_winners_of_a_pool_are_its_support() -> None:
     model, x, _ = images()
     h = model.b(F.relu(model.a(x))).detach()
     winners = F.max_unpool2d(*F.max_pool2d(h + 9, 4, return_indices=True), 4) > 0
-    for margin in (0.0, 0.3):
+    for margin in (1e-5, 0.3):
         assert torch.equal(gates_of(model, x, margin)["b", 0].support, winners & (h > -margin))
 
 

@@ -104,7 +104,8 @@ def test_es_weighs_the_noise_of_members_by_ranks(antithetic, maximize):
     assert (-moved(model, start) / lr - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_eggroll_moves_along_its_low_rank_noise():
+@pytest.mark.parametrize("antithetic", [True, False])
+def test_eggroll_moves_along_its_low_rank_noise(antithetic):
     model, tokens, targets = reader()
     sigma, population, rank, lr = 0.05, 6, 2, 1e-3
     step_key = ulr.fold_in(0, 0)
@@ -122,12 +123,12 @@ def test_eggroll_moves_along_its_low_rank_noise():
 
     losses, noises = [], []
     for member in range(population):
-        z, sign = noise(member % 3), 1 if member < 3 else -1
+        z, sign = (noise(member % 3), 1 if member < 3 else -1) if antithetic else (noise(member), 1)
         noises.append(sign * flat(z))
         losses.append(F.cross_entropy(shifted(model, z, sign * sigma, tokens), targets).double())
     scores = (torch.stack(losses) - sum(losses) / population) / torch.stack(losses).std(correction=0)
     expected = sum(s * z for s, z in zip(scores, noises, strict=True)) / (population * sigma)
-    optimizer = EGGROLL(model, lr, sigma, population, rank)
+    optimizer = EGGROLL(model, lr, sigma, population, rank, antithetic=antithetic)
     start = copies(model)
     optimizer.step_batch(tokens, targets, cross_entropy)
     assert (-moved(model, start) / lr - expected).norm() < 2e-3 * expected.norm()

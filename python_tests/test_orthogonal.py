@@ -106,7 +106,7 @@ LAYERS = {
 
 def gradients(model: nn.Module, x, y, **how) -> list[torch.Tensor]:
     model.zero_grad()
-    ulr.ULR(model, sigma=0.1, **SIGNS, **how).backward(x, y, squared)
+    ulr.ULR(model, **{"sigma": 0.1, "antithetic": True, **SIGNS, **how}).backward(x, y, squared)
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -150,7 +150,7 @@ def test_losses_that_each_row_affects_get_the_same_noise() -> None:
     found = []
     for loss_fn, affects in ((whole, None), (by_row, torch.ones(6, 6))):
         model.zero_grad()
-        ulr.ULR(model, copies=8, **SIGNS).backward(x, y, loss_fn, affects)
+        ulr.ULR(model, copies=8, antithetic=True, **SIGNS).backward(x, y, loss_fn, affects)
         found.append([p.grad.clone() for p in model.parameters()])
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 

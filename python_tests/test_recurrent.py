@@ -210,7 +210,7 @@ def test_steps_are_shown_only_for_noise_inside(monkeypatch):
 def test_what_noise_on_the_steps_cannot_do_is_named():
     model = filled(Reader("LSTM"))
     with pytest.raises(ValueError, match="'baseline' must be 'clean' where sampler is 'sobol' and a layer is called"):
-        gradients(model, batch=BATCH, sampler="sobol")
+        gradients(model, batch=BATCH, sampler="sobol", antithetic=True)
     gradients(model, batch=BATCH, sampler="sobol", baseline="clean")
     model.packed = True
     with pytest.raises(ValueError, match=r"noise=.name: 'weights'.*cells.weight_ih_l0 \(used by lstm\)"):

@@ -100,7 +100,7 @@ class Job:
             )
         self.header = Header(
             rule=self.optimizer.rule,
-            draws=settings.probes // 2 if settings.method == "eggroll" else settings.probes,
+            draws=settings.probes,
             weights=weights_digest(named_parameters(self.model)),
             settings={
                 "run": settings.for_log(),

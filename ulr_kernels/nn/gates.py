@@ -129,8 +129,9 @@ class Gates:
         """`places`: the arguments, from the first on, that the derivative is taken in."""
         for place, arg in enumerate(args[:places]):
             for path in self._at(arg):
+                if path.length == MOST_FUNCTIONS or step:
+                    self._read.append(path)  # a step lets noise through everywhere, if seldom
                 if path.length == MOST_FUNCTIONS:
-                    self._read.append(path)
                     continue
                 # A copy, because the function may write in place.
                 others = [other.detach() if isinstance(other, Tensor) else other for other in args]
