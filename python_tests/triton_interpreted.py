@@ -5,15 +5,14 @@ Not collected by itself: `test_triton.py` runs it in a process of its own, with 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
+import fast_interpreter  # noqa: F401 -- for the time that it saves
 import pytest
 import test_linear_grads
 import test_ops
 import test_perturbed
 import torch
-import triton.language as tl
 from test_contract import (  # noqa: F401 -- collected here, with this module's device
     test_fold_in_on_host_and_device,
     test_frozen_vectors,
@@ -42,28 +41,11 @@ from test_parameters import (  # noqa: F401
     test_memory_format_does_not_enter,
     test_the_order_of_roundings_is_the_written_one,
 )
-from triton.runtime import interpreter
 
 from ulr_kernels import use_backend
 from ulr_kernels.backends.triton import tiles
 from ulr_kernels.ops import noisy_linear, noisy_linear_grad_
 from ulr_kernels.ops._op import FLOATS
-
-_patch_builtin = interpreter._patch_builtin
-
-
-def _patch_builtin_once(package, builder, scope) -> None:
-    """The interpreter looks for functions to patch at every call of a jit function, also where a caller has patched
-    them: a fifth of these tests' time."""
-    absolute = getattr(package, "abs", None)  # triton.language, its math and its tensors have it
-    if absolute is None or tl.core.is_builtin(absolute):
-        _patch_builtin(package, builder, scope)
-
-
-interpreter._patch_builtin = _patch_builtin_once
-# Its table is made anew at every call.
-_np_dtype = functools.cache(interpreter._get_np_dtype)
-interpreter._get_np_dtype = lambda of: _np_dtype(tl.uint64 if of.scalar.is_ptr() else of.scalar)
 
 # Samples of the ops on lists that together take every way through their kernel.
 LISTS = {

@@ -3,7 +3,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <deque>
@@ -13,6 +15,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -20,6 +23,65 @@ namespace emulate {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
+
+// Where a fiber goes on. `swapcontext` asks the kernel for the signal mask at each change, and the address sanitizer
+// clears its notes on the whole stack there: together most of the time of a run.
+#if defined(__x86_64__)
+
+struct Context {
+    void** stack = nullptr;  // the registers that a call keeps lie here, then the address to go on at
+};
+
+extern "C" void ulr_emulate_change(void*** from, void** to);
+asm(R"(
+    .pushsection .text
+    .type ulr_emulate_change, @function
+ulr_emulate_change:
+    push %rbp
+    push %rbx
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbx
+    pop %rbp
+    ret
+    .size ulr_emulate_change, . - ulr_emulate_change
+    .popsection
+)");
+
+void begin(Context& context, char* stack, void (*function)()) {
+    void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + kStackBytes) / 16 * 16);
+    *--top = nullptr;  // as if called: the function's stack is 8 bytes from a multiple of 16, and nobody called it
+    *--top = reinterpret_cast<void*>(function);
+    for (int i = 0; i < 6; ++i) *--top = nullptr;
+    context.stack = top;
+}
+
+void change(Context& from, Context& to) { ulr_emulate_change(&from.stack, to.stack); }
+
+#else
+
+using Context = ucontext_t;
+
+void begin(Context& context, char* stack, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+}
+
+void change(Context& from, Context& to) { swapcontext(&from, &to); }
+
+#endif
+
 constexpr int kWarp = 32, kPoison = 0xff;  // all ones is a NaN in fp32, bf16 and fp16
 
 struct Copy {
@@ -31,7 +93,7 @@ struct Copy {
 enum class State { kReady, kAtBarrier, kAtGridBarrier, kInWarp, kDone };
 
 struct Fiber {
-    ucontext_t context;
+    Context context;
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     State state = State::kDone;
     Index index;
@@ -57,7 +119,7 @@ struct Block {
 
 std::vector<std::unique_ptr<Block>> resident;  // one, or all of a grid whose blocks wait for each other
 Block* block = nullptr;                        // the one that runs
-ucontext_t scheduler;
+Context scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 Geometry shape;
@@ -75,10 +137,10 @@ void enter(Fiber* fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, fiber->stack.get(), kStackBytes);
-    swapcontext(&scheduler, &fiber->context);
+    change(scheduler, fiber->context);
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #else
-    swapcontext(&scheduler, &fiber->context);
+    change(scheduler, fiber->context);
 #endif
 }
 
@@ -87,10 +149,10 @@ void leave(Fiber* fiber) {
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(fiber->state == State::kDone ? nullptr : &fake_stack, scheduler_stack,
                                    scheduler_stack_bytes);
-    swapcontext(&fiber->context, &scheduler);
+    change(fiber->context, scheduler);
     __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 #else
-    swapcontext(&fiber->context, &scheduler);
+    change(fiber->context, scheduler);
 #endif
 }
 
@@ -109,11 +171,10 @@ void wake(Fiber* fiber) {
 }
 
 void prepare(Fiber& fiber) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStackBytes);  // functions that a fiber did not return from
+#endif
+    begin(fiber.context, fiber.stack.get(), fiber_main);
     fiber.open.clear();
     fiber.groups.clear();
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,8 +34,10 @@ def samples_of(op: str, device: str, dtype: torch.dtype) -> Iterator[Sample]:
 
 def values(seed: int, *shape: int, device: str, dtype: torch.dtype) -> Tensor:
     """Reproducible inputs that do not touch torch's generators: noise of the library's own."""
+    return _noise(seed, math.prod(shape)).view(shape).to(device=device, dtype=dtype, copy=True)
+
+
+@functools.lru_cache(4096)  # each look for a sample makes all samples of its op
+def _noise(seed: int, size: int) -> Tensor:
     key = torch.tensor(noise_contract.fold_in(0x5A4D, seed))
-    size = 1
-    for extent in shape:
-        size *= extent
-    return noise_contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0].view(shape).to(device=device, dtype=dtype)
+    return noise_contract.noise_grid(1, size, torch.tensor([0]), key)[0, 0]
