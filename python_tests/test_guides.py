@@ -526,6 +526,18 @@ def test_the_winners_of_a_pool_are_its_support() -> None:
         assert torch.equal(gates_of(model, x, margin)["b", 0].support, winners & (h > -margin))
 
 
+def test_derivatives_that_cancel_are_in_the_support() -> None:
+    """Of an element that is broadcast, and of one that wins two windows of a pool."""
+    signs = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    model = Net(lambda m, x: m.a(x) * signs, a=line(5, 1))
+    assert gates_of(model, X, 0.2)["a", 0].support is None
+    model = Net(lambda m, x: F.max_pool1d(m.a(x.unsqueeze(1)), 2, 1) * signs, a=nn.Conv1d(1, 2, 3, padding=1))
+    winners = F.max_pool1d(model.a(X.unsqueeze(1)), 2, 1, return_indices=True)[1]
+    expected = F.one_hot(winners, 5).sum(2)
+    assert expected.max() == 2
+    assert torch.equal(gates_of(model, X, 0.2)["a", 0].support, expected > 0)
+
+
 def test_a_support_gains_what_it_leaves_out() -> None:
     """The error of a layer falls by the share of its outputs that are in the support: at most a sixteenth before the
     pool, about a half before the other ReLU."""

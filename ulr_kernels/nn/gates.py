@@ -53,23 +53,35 @@ class _Path(NamedTuple):
     version: int  # of the tensor, which functions may write into
     length: int = 0  # the number of functions
 
-    def derivatives(self) -> list[Tensor] | None:
-        """Those of the functions, each of the output's shape; None: there is no function, so 1."""
+    def derivative(self) -> Tensor | None:
+        """That of the functions, of the output's shape; None: there is no function, so 1."""
         if not self.length:
             return None
-        pairs = zip(self.values, self.outputs, strict=True)
-        return [torch.autograd.grad(v, o, torch.ones_like(v), retain_graph=True)[0] for v, o in pairs]
+        value = self.values[0]
+        return torch.autograd.grad(value, self.outputs[0], torch.ones_like(value), retain_graph=True)[0]
+
+    def support(self) -> Tensor | None:
+        """Where they have a derivative, bool; None: there is no function, so everywhere."""
+        if not self.length:
+            return None
+        found = torch.zeros_like(self.outputs[0], dtype=torch.bool)
+        for value, output in zip(self.values, self.outputs, strict=True):
+            # Weights that differ: an element that wins two windows of a pool is not to cancel.
+            weights = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
+            found |= torch.autograd.grad(value, output, weights, retain_graph=True)[0] != 0
+        return found
 
 
 class Gate(NamedTuple):
-    """What functions let through of a layer's output."""
+    """What functions let through of a layer's output.
 
-    derivative: (
-        Tensor | None
-    )  # of the functions, of the output's shape; None: no function of the table has read it, so 1
-    support: (
-        Tensor | None
-    )  # bool, of its shape: the elements that they let through, or nearly do; None: all, or unknown
+    Attributes:
+        derivative: of the functions, of the output's shape; None: no function of the table has read it, so 1.
+        support: bool, of its shape: the elements that they let through, or nearly do; None: all, or not known.
+    """
+
+    derivative: Tensor | None
+    support: Tensor | None
 
 
 class Gates:
@@ -100,6 +112,8 @@ class Gates:
             return
         if func in GATED and isinstance(result, Tensor):
             places = 2 if func in ARITHMETIC | STEPS else 1
+            if places == 2:  # an element that is broadcast has several derivatives
+                self._end([arg for arg in args[:2] if isinstance(arg, Tensor) and arg.shape != result.shape])
             self._go_on(lambda *own: func(*own, **kwargs), args, result, places, func in STEPS)
             self._end([*args[places:], *kwargs.values()])
         else:
@@ -155,11 +169,6 @@ class Gates:
         read = [*self._read, *(path for tensor in {id(t): t for t in held}.values() for path in self._at(tensor))]
         supports: dict[Any, Tensor | None] = {}
         for path in read if self._with_support else ():
-            own = path.derivatives()
-            before = supports.get(path.name, False)
-            if own is None or before is None:
-                supports[path.name] = None
-            else:
-                supports[path.name] = torch.stack([derivative != 0 for derivative in own]).any(0) | before
-        lasts = {name: path.derivatives() for name, path in self._lasts.items()}
-        return {name: Gate(own[0] if own else None, supports.get(name)) for name, own in lasts.items()}
+            own, before = path.support(), supports.get(path.name, False)
+            supports[path.name] = None if own is None or before is None else own | before
+        return {name: Gate(path.derivative(), supports.get(name)) for name, path in self._lasts.items()}
