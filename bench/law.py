@@ -124,8 +124,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     layers, trained = list(rows[0]["errors"]), sorted({row["trained"] for row in rows})
     layers = layers[:: -(-len(layers) // MOST_PANELS)]
-    size = (3 * len(layers), 3 * len(trained))
-    figure, panels = pyplot.subplots(len(trained), len(layers), figsize=size, squeeze=False, sharex=True)
+    size = (3 * len(layers) + 1.5, 3 * len(trained))
+    figure, panels = pyplot.subplots(
+        len(trained), len(layers), figsize=size, squeeze=False, sharex=True, layout="constrained"
+    )
     for down, steps in enumerate(trained):
         for across, layer in enumerate(layers):
             panel = panels[down][across]
@@ -137,8 +139,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             panel.set_title(f"{layer}, {steps} steps")
             panel.set_xlabel("copies")
     panels[0][0].set_ylabel("squared error / squared gradient")
-    panels[0][0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)
 
 
