@@ -195,6 +195,10 @@ def measure_loops() -> dict[str, float]:
         for name, copies in (("", 1), ("-pairs", 2)):
             body = orthogonal_loop("noisy_linear", f"noisy_linear-{dtype}-signs", 4 * copies * stores)
             result[f"orthogonal-{dtype}{name}"] = len(body) / (32 * copies)
+    for name, values in (("quantile", 8), ("signs", 32)):
+        conversions = values if name == "quantile" else 0
+        body = noise_loop("noise_dot", f"noise_dot-fp32-{name}", conversions=conversions, loads=0, stores=0)
+        result[f"noise_dot-{name}"] = len(body) / values
     for name, conversions in (("quantile", 8), ("signs", 0)):  # a probe's noise
         result[f"combine_-{name}"] = (
             len(noise_loop("combine_", f"combine-{name}", conversions=conversions, loads=1)) / 8

@@ -24,6 +24,7 @@ from test_contract import (  # noqa: F401 -- collected here, with this module's 
     test_signs_by_integers,
 )
 from test_noise_add import (
+    COMPARE,
     FAMILY,
     everything,
     run_samples,
@@ -83,6 +84,17 @@ def test_any_tensor(op, device) -> None:
     run_samples(op, "cpu", torch.float32)
     for dtype in (torch.bfloat16, torch.float16) if op != "noise_score" else ():
         run_samples(op, "cpu", dtype)
+
+
+@pytest.mark.parametrize("warps", [1, 24])
+def test_noise_dot_by_warps_with_much_to_do(warps, device, monkeypatch) -> None:
+    """Several turns of a warp, draws of several warps, ranges of several turns."""
+    monkeypatch.setattr(cuda.elementwise, "WARPS", warps)
+    run_samples("noise_dot", device, torch.float32)
+    long = {"copies": 70, "positions": 4, "col_offset": 5, "width": 1600}
+    for options in ({}, {"dist": "rademacher"}, {"dist": "rademacher", "sampler": "hadamard"}):
+        x = values(1, 8, 1500 if options else 400, device=device, dtype=torch.float32)
+        COMPARE["noise_dot"](Sample("long", (x, 0.3, 11), long | options))
 
 
 def test_sums_over_rows_repeat_bitwise_in_any_order_of_threads(device, library) -> None:

@@ -1,4 +1,4 @@
-"""noise_add, noise_score and scale_shift_grad_ against their definitions in fp64, on every back end of this machine."""
+"""noise_add, noise_dot, noise_score and scale_shift_grad_ against their definitions in fp64, on all back ends here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ulr_kernels import noise_contract
 from ulr_kernels.backends import cpp
 from ulr_kernels.ops._op import FLOATS, OPS
 
-FAMILY = ("noise_add", "noise_score", "scale_shift_grad_")
+FAMILY = ("noise_add", "noise_dot", "noise_score", "scale_shift_grad_")
 
 
 def columns_last(tensor: Tensor, feature_dim: int) -> Tensor:
@@ -69,6 +69,19 @@ def compare_score(sample: Sample) -> list[Tensor]:
     return [out]
 
 
+def compare_noise_dot(sample: Sample) -> list[Tensor]:
+    x, sigma, key = sample.args
+    options = {"feature_dim": -1, "copies": 1, "antithetic": False, "draw": 0, "positions": 1} | sample.kwargs
+    feature_dim, copies, antithetic, draw = (options.pop(name) for name in list(options)[:4])
+    out = ulr.ops.noise_dot(*sample.args, **sample.kwargs)
+    inputs, positions = columns_last(x, feature_dim).double(), options["positions"]
+    eps = truth.signed_noise(copies, *inputs.shape, key, antithetic, draw, **options)
+    terms = torch.as_tensor(sigma).cpu().double() * eps * inputs
+    value, magnitude = (t.sum(-1).unflatten(1, (-1, positions)).sum(-1) for t in (terms, terms.abs()))
+    assert_close(out, value, magnitude, positions * inputs.shape[1])
+    return [out]
+
+
 def compare_dot(sample: Sample) -> list[Tensor]:
     grad_weight, grad_bias, x, loss_weight, sigma, key = sample.args
     options = {"feature_dim": -1, "shared": True, "grad_log_sigma": None} | sample.kwargs
@@ -88,7 +101,12 @@ def compare_dot(sample: Sample) -> list[Tensor]:
     return [b for b in buffers if b is not None]
 
 
-COMPARE = {"noise_add": compare_add, "noise_score": compare_score, "scale_shift_grad_": compare_dot}
+COMPARE = {
+    "noise_add": compare_add,
+    "noise_dot": compare_noise_dot,
+    "noise_score": compare_score,
+    "scale_shift_grad_": compare_dot,
+}
 
 
 # In the half types, which are read and written in other ways and computed in the same.
@@ -220,7 +238,7 @@ def test_every_op_of_the_family_is_tested() -> None:
 
 
 def everything(dtype: torch.dtype, dist: str, shape: tuple[int, ...], feature_dim: int) -> list[Tensor]:
-    """The outputs of all three ops."""
+    """The outputs of all four ops, and of `noise_dot` for a sample of many rows too."""
     x, options = ulr.noise(shape, 3).to(dtype), {"feature_dim": feature_dim, "dist": dist, "antithetic": True}
     rows = x.numel() // x.shape[feature_dim]
     loss, buffers = ulr.noise((6, rows), 4), [torch.zeros(x.shape[feature_dim]), torch.zeros(())]
@@ -228,6 +246,7 @@ def everything(dtype: torch.dtype, dist: str, shape: tuple[int, ...], feature_di
     ulr.ops.scale_shift_grad_(*buffers, x, loss, 0.3, 6, grad_log_sigma=log_sigma, **options)
     results = [ulr.ops.noise_add(x, 0.3, 6, copies=6, **options), *buffers]
     results.append(ulr.ops.noise_score(shape, loss, 0.3, 6, **options))
+    results += [ulr.ops.noise_dot(x, 0.3, 6, copies=6, positions=p, **options) for p in (1, rows // shape[0])]
     return results if log_sigma is None else [*results, log_sigma]
 
 

@@ -93,6 +93,7 @@ def calls(copies: int, how: dict[str, Any], at: dict[str, int]) -> None:
         for rank in ranks:
             ops.perturbed_conv2d(x, *image, copies=copies, rank=rank, **how, **at)
     ops.noise_add(one(2), 0.5, 7, copies=copies, **how, **at)
+    ops.noise_dot(one(2), 0.5, 7, copies=copies, **how, **at)
     ops.noise_score((1, 1), loss, 0.5, 7, **how, **at)
     for rank in ranks:
         first = torch.zeros(1, dtype=torch.int64)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from bench.rows.conv import conv_gradient_row, conv_recompute_row, conv_row
-from bench.rows.elementwise import add_row, dot_row
+from bench.rows.elementwise import add_row, dot_row, noise_dot_row
 from bench.rows.grouped import grouped_row
 from bench.rows.linear import gradient_row, linear_row, recompute_row
 from bench.rows.mezo import installed, mezo_row
@@ -118,7 +118,7 @@ def gpu_rows(names: tuple[str, ...], small: bool = False, device: str = "cuda") 
                 perturbed_embedding_row, rows, (8 * wide, wide // 4), dist, dtype, device, names
             )
     tokens, image = (rows // 8, 16, wide // 4), (rows // 8, wide // 64, 16, 16)
-    for name, row in (("add", add_row), ("dot", dot_row)):
+    for name, row in (("add", add_row), ("noise-dot", noise_dot_row), ("dot", dot_row)):
         makers[f"{name}-tokens"] = functools.partial(row, tokens, -1, copies, bf16, device, names)
         makers[f"{name}-image"] = functools.partial(row, image, 1, copies, bf16, device, names)
     makers["gradients-grouped"] = lambda: grouped_row(8, wide // 16, 128, copies, bf16, device, names)

@@ -41,6 +41,36 @@ def add_row(
     )
 
 
+def noise_dot_row(
+    shape: tuple[int, ...], feature_dim: int, copies: int, dtype: torch.dtype, device: str = "cpu", names=(None,)
+) -> Row:
+    """sigma <eps_c, x> of each sample, for antithetic copies; rivals make the first half's noise in memory."""
+    source = rivals.generator(device)
+    positions = torch.Size(shape[1:]).numel() // shape[feature_dim]
+    how = {"feature_dim": feature_dim, "copies": copies, "antithetic": True, "positions": positions}
+
+    def dots(noise: Tensor, x: Tensor) -> Tensor:
+        half = SIGMA * torch.einsum("cbi,bi->cb", noise.flatten(2), x.flatten(1)).float()
+        return torch.cat([half, -half])
+
+    def eager(x: Tensor, key: Tensor) -> Tensor:
+        return dots(torch.empty(copies // 2, *shape, dtype=dtype, device=device).normal_(generator=source), x)
+
+    fused = compiled(lambda x: dots(torch.randn(copies // 2, *shape, dtype=dtype, device=device), x))
+    return Row(
+        name=f"noise_dot {kind_of(dtype)} {'x'.join(map(str, shape))}, {copies} copies",
+        inputs=lambda i: (normal(i, *shape, device=device).to(dtype), key_of(i, device)),
+        contestants={
+            **ours(lambda x, key: ulr.ops.noise_dot(x, SIGMA, key, **how), names),
+            "eager": Contestant(eager),
+            "torch.compile": Contestant(lambda x, key: fused(x)),
+        },
+        cost=OPS["noise_dot"].floor(shaped(*shape, dtype=dtype), None, None, copies, feature_dim, True),
+        kind=kind_of(dtype),
+        memory=True,
+    )
+
+
 def dot_row(
     shape: tuple[int, ...], feature_dim: int, copies: int, dtype: torch.dtype, device: str = "cpu", names=(None,)
 ) -> Row:

@@ -25,9 +25,12 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("sobol", (x(5, 6, 20), 0.3, 11), {"sampler": "sobol", "positions": 2, "copies": 3})
     yield Sample("hadamard", (x(5, 3, 13, 5, 4), scale, 11), {"positions": 20, "copies": 16, **channels, **signs})
     yield Sample("hadamard-blocks", (x(5, 6, 140), 0.3, 11), {"draw": 2**16 - 3, "copies": 6, "positions": 3, **signs})
+    crossing = {"draw": 2**16 - 3, "copies": 600, "antithetic": True}
+    yield Sample("hadamard-many-copies", (x(5, 2, 20), 0.3, 11), {**crossing, **signs})
     yield Sample("offsets", (x(5, 6, 20), 0.3, 11), {"draw": 9, "row_offset": 1000, "col_offset": 129})
     yield Sample("strided", (x(5, 20, 12).T[::2], 0.3, 11), {"copies": 2})
     yield Sample("no-rows", (x(5, 0, 20), 0.3, 11))
+    yield Sample("no-features", (x(5, 6, 0), 0.3, 11), {"copies": 2})
 
     yield Sample("sigma-negative", (x(5, 6, 20), -0.1, 1), error="'sigma' must be finite and at least 0, got -0.1")
     yield Sample("sigma-shape", (x(5, 6, 20), scale, 1), error=r"'sigma' must be a scalar or \[20\]")

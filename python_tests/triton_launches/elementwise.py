@@ -1,4 +1,4 @@
-"""Launches of the kernels of noise_add, noise_score and scale_shift_grad_."""
+"""Launches of the kernels of noise_add, noise_dot, noise_score and scale_shift_grad_."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from ulr_kernels.ops._op import NoiseSpec
 from ulr_kernels.ops.noise_add import NoiseAdd
+from ulr_kernels.ops.noise_dot import NoiseDot
 from ulr_kernels.ops.noise_score import NoiseScore
 from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 
@@ -15,6 +16,7 @@ from ulr_kernels.ops.scale_shift_grad_ import ScaleShiftGradient
 def launches() -> dict[str, Callable]:
     """A launch of each kernel in each form that compiles to other code, by name."""
     from ulr_kernels.backends.triton.noise_add import noise_add_launch
+    from ulr_kernels.backends.triton.noise_dot import noise_dot_launch
     from ulr_kernels.backends.triton.noise_score import noise_score_launch
     from ulr_kernels.backends.triton.scale_shift_grad_ import scale_shift_grad_launch
 
@@ -45,6 +47,15 @@ def launches() -> dict[str, Callable]:
 
         return launch
 
+    def noise_dot(form: str, dtype: str, dist: str, sampler: str = "iid"):
+        def launch():
+            x, axis, positions = where(form, dtype)
+            out = torch.empty(copies, 8)
+            noise = NoiseSpec(key, True, dist, sampler, positions)
+            return noise_dot_launch(out, NoiseDot(x, sigma, copies, axis, noise))
+
+        return launch
+
     def dot(form: str, dtype: str, dist: str, shared: bool = True, log_sigma: bool = False):
         def launch():
             x, axis, positions = where(form, dtype, shared)
@@ -66,6 +77,11 @@ def launches() -> dict[str, Callable]:
         "score-tokens-normal": score("tokens", "normal"),
         "score-image-normal": score("image", "normal"),
         "score-image-rademacher": score("image", "rademacher"),
+        "noise-dot-tokens-bf16-normal": noise_dot("tokens", "bf16", "normal"),
+        "noise-dot-image-fp32-normal": noise_dot("image", "fp32", "normal"),
+        "noise-dot-image-bf16-sobol": noise_dot("image", "bf16", "normal", sampler="sobol"),
+        "noise-dot-image-fp32-rademacher": noise_dot("image", "fp32", "rademacher"),
+        "noise-dot-tokens-bf16-hadamard": noise_dot("tokens", "bf16", "rademacher", sampler="hadamard"),
         "dot-tokens-bf16-normal": dot("tokens", "bf16", "normal"),
         "dot-tokens-fp32-rademacher": dot("tokens", "fp32", "rademacher"),
         "dot-image-fp32-normal": dot("image", "fp32", "normal"),

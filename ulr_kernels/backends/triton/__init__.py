@@ -18,6 +18,7 @@ _MODULES = {
     "fold_in": "noise",
     "noise": "noise",
     "noise_add": "noise_add",
+    "noise_dot": "noise_dot",
     "noise_score": "noise_score",
     "scale_shift_grad_": "scale_shift_grad_",
     "noisy_conv2d": "noisy_conv2d",
@@ -37,7 +38,6 @@ _MODULES = {
 
 # The reasons why this back end lacks an op.
 _WITHOUT = {
-    "noise_dot": "torch runs it on a GPU, copy by copy",
     "noisy_mlp_step": "a step in one launch is CUDA C++ alone: the kernel takes a table of layers as an argument, "
     "which Triton cannot pass; ulr.ULR runs the same step op by op",
 }
