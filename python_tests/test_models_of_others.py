@@ -114,7 +114,7 @@ def test_tokens_of_a_causal_model_affect_later_losses():
         losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return losses.view(len(ids), -1)
 
-    settings = {"sigma": 1e-2, "copies": 64, "steps": 24}
+    settings = {"sigma": 1e-2, "copies": 64, "steps": 24, "seed": 1}
     near = ulr.check(lively(model), x, y, next_tokens, affects=affects, **settings)
     far = ulr.check(model, x, y, lambda outputs, ids: next_tokens(outputs, ids).mean(1), **settings)
     assert near.ok and far.ok, (near, far)
