@@ -35,7 +35,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "orthogonal pairs": {"antithetic": True, **SIGNS},
     "orthogonal": {"antithetic": False, "baseline": "clean", **SIGNS},
     "guide": {"antithetic": False, "guide": "feedback"},
-    "support": {"antithetic": False, "baseline": "clean", "support": "active"},
+    "support": {"antithetic": False, "support": "active"},
     "best": PRESETS["best"],
 }
 
