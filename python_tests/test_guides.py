@@ -6,6 +6,7 @@ Supports (support="active"): where they are, and what they gain.
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import small_models
@@ -516,6 +517,12 @@ class Images(nn.Module):
 def images() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     return Images(), torch.randn(10, 2, 8, 8), torch.arange(10) % 3
+
+
+def test_a_check_predicts_no_cosine_of_a_part_of_the_outputs() -> None:
+    model, x, y = images()
+    report = ulr.check(model, x, y, cross_entropy, sigma=0.02, copies=32, support="active")
+    assert report.ok and all(math.isnan(layer.predicted_cosine) for layer in report.layers)
 
 
 def test_the_winners_of_a_pool_are_its_support() -> None:

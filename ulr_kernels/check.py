@@ -33,7 +33,7 @@ class LayerCheck:
         cosine: mean cosine of an estimate and the gradient.
         cosine_error: the standard error of that mean.
         predicted_cosine: the cosine that the numbers of copies and noise coordinates predict for small sigma; NaN with
-            `affects`, a guide, and where the allocation is not even.
+            `affects`, a guide or a support, and where the allocation is not even.
         agreement: mean cosine of the estimates of two steps, the cosine's square if unbiased; needs no gradient.
         agreement_error: the standard error of that mean.
 
@@ -158,7 +158,8 @@ def check(
 
 def _predicted(estimator: ULR, plan: Plan, reference: AutogradReference, affects: Affects) -> dict[str, float]:
     """The predicted cosine of each layer that autograd has a gradient of; none if rows or samples count differently."""
-    if affects is not None or estimator.settings.allocation != "even" or estimator.settings.guide:
+    s = estimator.settings
+    if affects is not None or s.allocation != "even" or s.guide or s.support != "all":
         return {}
     shared = plan.outline.shared_noise
     return {name: predicted_cosine(estimator, shared, name, reference) for name in reference.gradients}

@@ -58,11 +58,13 @@ class CleanForward(LayerInterceptor):
     Args:
         view: of the model.
         inputs: the model's input.
-        sigma: the largest scale of a layer's noise.
+        sigma: the largest scale of a layer's noise, a number or `[]`.
         with_support: find the supports too.
     """
 
-    def __init__(self, view: ModelView, inputs: Any, sigma: Callable[[str], float], with_support: bool) -> None:
+    def __init__(
+        self, view: ModelView, inputs: Any, sigma: Callable[[str], float | Tensor], with_support: bool
+    ) -> None:
         super().__init__(view.layers, view.followed, inputs)
         self._numbers: dict[str, int] = {}
         self._sigma = sigma

@@ -123,9 +123,9 @@ class PassRunner:
     def clean_pass(self, pass_: Pass, batch: Batch, loss_fn: LossFunction, guides: Guides | None) -> CleanPass:
         """A forward without noise: losses, gates, and with guides features; `pass_` bounds the memory."""
 
-        def sigma(layer: str) -> float:
+        def sigma(layer: str) -> float | Tensor:
             scale = self.sigma(layer)
-            return float(scale.max()) if isinstance(scale, Tensor) else scale
+            return scale.max() if isinstance(scale, Tensor) else scale
 
         found = []
         for rows in parts_of(batch.samples, pass_.max_samples):

@@ -46,7 +46,7 @@ class _Path(NamedTuple):
     """
 
     name: Hashable
-    sigma: float
+    sigma: float | Tensor
     outputs: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     tensor: weakref.ref[Tensor]  # the model's own
@@ -97,7 +97,7 @@ class Gates:
         self._lasts: dict[Hashable, _Path] = {}  # of those through the first of the functions that read a tensor
         self._read: list[_Path] = []  # by a function that is not in the table
 
-    def begin(self, name: Hashable, output: Tensor, sigma: float) -> None:
+    def begin(self, name: Hashable, output: Tensor, sigma: float | Tensor) -> None:
         """Follow a layer's output, whose noise has the scale `sigma`, from here on."""
         if not output.is_floating_point():
             return
