@@ -18,6 +18,11 @@ Rows = slice | Tensor  # the places of samples in the whole batch
 OPEN = Gate(None, None)
 
 
+def of_rows(tensor: Tensor, rows: Rows) -> Tensor:
+    """The rows of some samples, wherever their places are held."""
+    return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+
+
 class CleanPass(NamedTuple):
     """The result of a forward without noise."""
 
@@ -44,12 +49,10 @@ class CleanPass(NamedTuple):
         """The gate of a call's output for some samples, `[samples, elements of one]`."""
         samples = len(self.losses)
 
-        def of_rows(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor.numel() % samples:
-                return None
-            return tensor.reshape(samples, -1)[rows if isinstance(rows, slice) else rows.to(tensor.device)]
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None or tensor.numel() % samples else of_rows(tensor.reshape(samples, -1), rows)
 
-        return Gate(*map(of_rows, self.gates.get(site, OPEN)))
+        return Gate(*map(part, self.gates.get(site, OPEN)))
 
 
 class CleanForward(LayerInterceptor):

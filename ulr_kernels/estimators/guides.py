@@ -26,7 +26,7 @@ from torch.utils import _pytree
 
 from ulr_kernels import noise_contract, ops
 from ulr_kernels.errors import fail
-from ulr_kernels.estimators.clean_pass import CleanPass, Rows, Site
+from ulr_kernels.estimators.clean_pass import CleanPass, Rows, Site, of_rows
 from ulr_kernels.estimators.data_parallel import DataParallelBatch
 from ulr_kernels.nn.batch import Batch, LossFunction, repeat, tensors
 
@@ -220,15 +220,15 @@ class Guides:
         assert self._clean is not None
         features = self._clean.features
         assert features is not None
-        of_rows = features[rows if isinstance(rows, slice) else rows.to(features.device)]
-        parts = Parts(grid, feature_dim, len(of_rows), features.device)
+        own = of_rows(features, rows)
+        parts = Parts(grid, feature_dim, len(own), features.device)
         gate = self._clean.gate(site, rows).derivative
         gate = gate.view(parts.shape) if gate is not None and gate.numel() == math.prod(parts.shape) else None
         name = (*site, parts.units, features.shape[1])
-        self._calls[site] = name, parts, of_rows, gate
+        self._calls[site] = name, parts, own, gate
         learnt = self._of(name)
         with full_precision(features):
-            guess = parts.spread(of_rows @ learnt.weight.T)
+            guess = parts.spread(own @ learnt.weight.T)
         return (guess if gate is None else guess * gate).reshape(tuple(grid)), learnt.coefficient()
 
     def learn(self, site: Site, delta: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 
 from ulr_kernels import ops
 from ulr_kernels.errors import RuleError
+from ulr_kernels.estimators.clean_pass import Site
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.record import OUTPUTS, Record
 from ulr_kernels.estimators.schedule import Pass
@@ -34,8 +35,8 @@ class FirstPass(NamedTuple):
     log_sigma: Mapping[str, Tensor]  # layer -> its learnt ln sigma
     order: Sequence[str]  # the layers of the noised calls; the output of the last one is not needed again
     # Of a layer and the number of its call: the gradient of its output to add, and the whole gradient of its output.
-    guides: Mapping[tuple[str, int], Tensor]
-    deltas: Mapping[tuple[str, int], Tensor]
+    guides: Mapping[Site, Tensor]
+    deltas: Mapping[Site, Tensor]
 
 
 class KeptCall(NamedTuple):
@@ -107,7 +108,7 @@ class NoisedForward(LayerInterceptor):
         self.order: list[str] = []
         self.calls: list[KeptCall] = []
         self.functions: set[Callable] = set()
-        self.sites: dict[tuple[str, int], NoiseSite] = {}
+        self.sites: dict[Site, NoiseSite] = {}
 
     def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
         def of_samples(leaf: Any) -> Any:  # a model that differentiates inside its forward leaves a graph on these

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ulr_kernels.baselines import loss_weights
 from ulr_kernels.errors import RuleError, fail
-from ulr_kernels.estimators.clean_pass import CleanForward, CleanPass, Site
+from ulr_kernels.estimators.clean_pass import CleanForward, CleanPass, Rows, Site, of_rows
 from ulr_kernels.estimators.clean_prefix import CleanPrefixCache
 from ulr_kernels.estimators.guides import Guides, error_features
 from ulr_kernels.estimators.noised import CannotExpandLate, FirstPass, ForwardSpec, Keys, NoisedForward
@@ -307,8 +307,7 @@ class PassRunner:
             copies.
         """
         s, batch, copies = self.settings, part.batch, part.pass_.copies
-        of_part = part.rows if isinstance(part.rows, slice) else part.rows.to(losses.device)
-        baseline = clean.losses[of_part] if clean is not None and s.baseline == "clean" else None
+        baseline = of_rows(clean.losses, part.rows) if clean is not None and s.baseline == "clean" else None
         explained: Tensor | float = 0.0
         added: dict[Site, Tensor] = {}
         if guides is not None and sites:
@@ -336,7 +335,7 @@ class PassRunner:
                 delta *= support.view(site.shape)
         return weights, added, deltas
 
-    def _support(self, clean: CleanPass | None, name: Site, site: NoiseSite, rows: slice | Tensor) -> Tensor | None:
+    def _support(self, clean: CleanPass | None, name: Site, site: NoiseSite, rows: Rows) -> Tensor | None:
         """Where a call's output has a gradient to estimate; None: everywhere, or not known, as in each copy another."""
         if clean is None or self.settings.support != "active" or not site.shared:
             return None
