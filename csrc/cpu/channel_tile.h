@@ -15,7 +15,7 @@ constexpr int64_t kMostRows = kTileFloats / 4;  // of a tile: a call of Philox m
 // finite, may be read there.
 class ChannelTile {
   public:
-    explicit ChannelTile(const ulr_noise_spec& spec) : spec_(spec), key_(*spec.key), octaves_(octaves_of(spec.dist)) {}
+    explicit ChannelTile(const ulr_noise_spec& spec) : spec_(spec), keys_(*spec.key), octaves_(octaves_of(spec.dist)) {}
 
     // The largest number of columns of a tile, and the number of rows, a multiple of 16, that then fit. Tiles start at
     // multiples of their width from the noise's first column on.
@@ -68,10 +68,11 @@ class ChannelTile {
         if (fills_vectors(at.rows)) {
             for (int64_t i = 0; i < draws * blocks_;
                  ++i)  // values beyond a block's end are overwritten by the next block
-                philox_words<ByWord>(key_, ColumnCounters(key_, block + i % blocks_, at.row, draw + i / blocks_),
+                philox_words<ByWord>(keys_,
+                                     ColumnCounters(keys_.schedule, block + i % blocks_, at.row, draw + i / blocks_),
                                      at.rows, words_ + i * at.rows, plane_);
         } else {
-            philox_words<ByWord>(key_, Counters<ByWord>(block, at.row, draw, layout_.calls(blocks_, at.rows)), calls_,
+            philox_words<ByWord>(keys_, Counters<ByWord>(block, at.row, draw, layout_.calls(blocks_, at.rows)), calls_,
                                  words_, plane_);
         }
     }
@@ -150,7 +151,7 @@ class ChannelTile {
     }
 
     const ulr_noise_spec& spec_;
-    KeySchedule key_;
+    RoundKeys keys_;
     const Octaves& octaves_;
     Layout<ByWord> layout_;
     int64_t rows_ = 0, cols_ = 0, lead_ = 0, blocks_ = 0, calls_ = 0, plane_ = 0, pitch_ = 0;

@@ -3,6 +3,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "pass.h"
 #include "tile.h"
 
 namespace ulr {
@@ -24,12 +25,14 @@ int noise(const ulr_noise_spec* spec, const ulr_tensor* tensors, const ulr_launc
             const int64_t row = i / across * height, col = i % across * width;
             const Extent at{spec->draw, spec->row_offset + row,       spec->col_offset + col,
                             1,          std::min(height, rows - row), std::min(width, cols - col)};
-            tile.make(at);
-            for (int64_t r = 0; r < at.rows; ++r) {
-                const float* from = tile.row(0, r);
-                float* to = values + (row + r) * out.stride[1] + col;
-                for (int64_t c = 0; c < at.cols; c += kLanes) store_part(to + c, load(from + c), at.cols - c);
-            }
+            tile.use(at, [&](auto noise) __attribute__((always_inline)) {
+                for (int64_t r = 0; r < at.rows; ++r) {
+                    const auto eps = noise(0, r);
+                    float* to = values + (row + r) * out.stride[1] + col;
+                    by_lanes(at.cols, [&](int64_t c, int64_t n)
+                                          __attribute__((always_inline)) { store_part(to + c, eps(c), n); });
+                }
+            });
         }
     });
     return ULR_OK;

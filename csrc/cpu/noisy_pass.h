@@ -19,9 +19,10 @@ struct NoisyUnit {
 };
 
 // A Derived has a Unit, made of the noise's specification, with a `tile`; and
-//     open(unit, is_new)                         once a unit's rows and columns are set; is_new: its columns have
-//     changed prefetch, gradient(unit, draw, draws)      for draws before, and after, their noise is in the tile
-//     forward<Y, Base>(unit, draw, draws, noise) likewise, with the tile's noise()
+//     open(unit, is_new)                         once a unit's rows and columns are set; is_new: its columns changed
+//     prefetch(unit, draw, draws)                before the noise of some draws is made
+//     gradient(unit, draw, draws)                adds their scores, whose noise is in the tile
+//     forward<Y, Base>(unit, draw, draws, noise) writes their outputs; noise as in Tile
 //     finish_gradient(unit, bias_sums, log_sigma_sums)
 // and for orthogonal draws, with the signs that they share in the tile:
 //     forward_orthogonal<Y, Base>(unit, draw, draws)

@@ -7,6 +7,7 @@ namespace ulr {
 inline namespace ULR_ISA {
 
 constexpr int kLanes = 8;
+constexpr int kStreams = 3;
 
 struct U {
     __m256i v;
@@ -89,29 +90,39 @@ inline void interleave(const W (&w)[4], uint32_t* to) {
     store(to + 24, U{_mm256_unpackhi_epi64(odd01, odd23)});
 }
 
-// A coefficient's 32 octaves side by side in memory. Four permutes, each over eight of them, and a choice by the upper
-// two bits of the octave look up eight lanes: twice as fast as a gather.
+// A coefficient's 32 octaves side by side in memory. Words have octaves 23 to 30 in 255 of 256 cases: one permute looks
+// up those eight. A vector with another octave takes four permutes, each over eight octaves, and chooses by the upper
+// two bits of the octave: twice as fast as a gather.
 class Octaves {
   public:
     explicit Octaves(const uint32_t (*table)[ULR_TABLE_DEGREE + 1]) {
-        for (int power = 0; power <= ULR_TABLE_DEGREE; ++power)
+        for (int power = 0; power <= ULR_TABLE_DEGREE; ++power) {
             // Indexed by the exponent's low five bits: octave + 127, modulo 32.
             for (int octave = 0; octave < 32; ++octave)
                 column_[power][(octave + 127) % 32] = float_of(table[octave][power]);
+            for (int i = 0; i < 8; ++i) common_[power][i] = float_of(table[kCommon + i][power]);
+        }
     }
-    F coefficient(U exponent, int power) const {
+    __attribute__((always_inline)) F polynomial(U exponent, F t) const {
+        const __m256i common = (exponent - set(127u + kCommon)).v;
+        if (__builtin_expect(_mm256_testz_si256(common, set(~7u).v), 1))
+            return horner(t, [&](int power) { return eight(common_[power], common); });
         const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(exponent.v, 28));
         const __m256 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(exponent.v, 27));
-        const auto eight = [&](int part) {
-            return _mm256_permutevar8x32_ps(_mm256_load_ps(column_[power] + 8 * part), exponent.v);
-        };
-        const __m256 low = _mm256_blendv_ps(eight(0), eight(1), bit3);
-        const __m256 high = _mm256_blendv_ps(eight(2), eight(3), bit3);
-        return {_mm256_blendv_ps(low, high, bit4)};
+        return horner(t, [&](int power) {
+            const auto part = [&](int i) { return eight(column_[power] + 8 * i, exponent.v).v; };
+            const __m256 low = _mm256_blendv_ps(part(0), part(1), bit3),
+                         high = _mm256_blendv_ps(part(2), part(3), bit3);
+            return F{_mm256_blendv_ps(low, high, bit4)};
+        });
     }
 
   private:
-    alignas(32) float column_[ULR_TABLE_DEGREE + 1][32];
+    static constexpr uint32_t kCommon = 23;
+
+    static F eight(const float* values, __m256i at) { return {_mm256_permutevar8x32_ps(_mm256_load_ps(values), at)}; }
+
+    alignas(32) float column_[ULR_TABLE_DEGREE + 1][32], common_[ULR_TABLE_DEGREE + 1][8];
 };
 
 inline F signs(uint32_t bit) {

@@ -7,6 +7,7 @@ namespace ulr {
 inline namespace ULR_ISA {
 
 constexpr int kLanes = 16;
+constexpr int kStreams = 3;
 
 struct U {
     __m512i v;
@@ -101,8 +102,8 @@ class Octaves {
             high_[power] = _mm512_load_ps(column + 16);
         }
     }
-    F coefficient(U exponent, int power) const {
-        return {_mm512_permutex2var_ps(low_[power], exponent.v, high_[power])};
+    F polynomial(U exponent, F t) const {
+        return horner(t, [&](int power) { return F{_mm512_permutex2var_ps(low_[power], exponent.v, high_[power])}; });
     }
 
   private:

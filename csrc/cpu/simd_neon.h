@@ -7,6 +7,7 @@ namespace ulr {
 inline namespace ULR_ISA {
 
 constexpr int kLanes = 4;
+constexpr int kStreams = 3;
 
 struct U {
     uint32x4_t v;
@@ -90,6 +91,11 @@ inline void interleave(const W (&w)[4], uint32_t* to) {
 class Octaves {
   public:
     explicit Octaves(const uint32_t (*table)[ULR_TABLE_DEGREE + 1]) : table_(table) {}
+    F polynomial(U exponent, F t) const {
+        return horner(t, [&](int power) { return coefficient(exponent, power); });
+    }
+
+  private:
     F coefficient(U exponent, int power) const {
         static_assert(ULR_TABLE_DEGREE % 2 == 1, "an octave holds pairs of coefficients");
         const auto pair = [&](uint32_t lane) { return vld1_u32(table_[lane - 127] + power / 2 * 2); };
@@ -99,7 +105,6 @@ class Octaves {
         return as_float(U{power % 2 ? vuzp2q_u32(first, second) : vuzp1q_u32(first, second)});
     }
 
-  private:
     const uint32_t (*table_)[ULR_TABLE_DEGREE + 1];
 };
 

@@ -5,6 +5,7 @@ namespace ulr {
 inline namespace ULR_ISA {
 
 constexpr int kLanes = 4;
+constexpr int kStreams = 3;
 
 template <typename T>
 struct Lanes {
@@ -141,8 +142,10 @@ inline void interleave(const W (&w)[4], uint32_t* to) {
 class Octaves {
   public:
     explicit Octaves(const uint32_t (*table)[ULR_TABLE_DEGREE + 1]) : table_(table) {}
-    F coefficient(U exponent, int power) const {
-        return each<float>([&](int i) { return float_of(table_[exponent.v[i] - 127][power]); });
+    F polynomial(U exponent, F t) const {
+        return horner(t, [&](int power) {
+            return each<float>([&](int i) { return float_of(table_[exponent.v[i] - 127][power]); });
+        });
     }
 
   private:

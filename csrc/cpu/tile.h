@@ -9,7 +9,6 @@
 namespace ulr {
 inline namespace ULR_ISA {
 
-constexpr int kStreams = 3;             // vectors of calls in flight: hides the products' latency, fits in 32 registers
 constexpr int64_t kTileFloats = 2112;   // room for a tile, padding between its rows included: 16 x (128 + 4) values
 constexpr int64_t kTileColumns = 1024;  // the widest tile
 constexpr int64_t kSignColumns = 128;   // columns of a call of Philox, by distribution
@@ -184,6 +183,18 @@ class ColumnCounters {
     U row_, xor_row_, xor_second_, xor0_, xor2_;
 };
 
+// A key's schedule, with a vector for each round as well: an operand in memory, which takes no register.
+struct RoundKeys {
+    explicit RoundKeys(int64_t key) : schedule(key) {
+        for (int round = 0; round < 10; ++round) {
+            k0[round] = set(schedule.k0[round]);
+            k1[round] = set(schedule.k1[round]);
+        }
+    }
+    KeySchedule schedule;
+    U k0[10], k1[10];
+};
+
 // Whether calls that share their row, or their block, are best made on their own: they fill several vectors, and the
 // last one wastes few lanes.
 inline bool fills_vectors(int64_t calls) {
@@ -194,18 +205,18 @@ inline bool fills_vectors(int64_t calls) {
 // The words of the next `streams` x kLanes calls in sequence, the first of them number `call`. It and its caller
 // are always inlined: as functions they would pass the places through memory, and noise would take half as long again.
 template <typename Order, int streams, typename Sequence>
-__attribute__((always_inline)) inline void philox_step(const KeySchedule& key, Sequence& counters, uint32_t* words,
+__attribute__((always_inline)) inline void philox_step(const RoundKeys& keys, Sequence& counters, uint32_t* words,
                                                        int64_t call, int64_t plane) {
     const U m0 = set(kPhiloxM0), m1 = set(kPhiloxM1);
     W c[streams][4];
     for (int s = 0; s < streams; ++s) counters.next(c[s]);
+#pragma GCC unroll 10
     for (int round = Sequence::kRound; round < 10; ++round) {
-        const U k0 = set(key.k0[round]), k1 = set(key.k1[round]);
         for (int s = 0; s < streams; ++s) {
             const W p0 = multiply(c[s][0], m0), p1 = multiply(c[s][2], m1);
-            c[s][0] = high_xor(p1, c[s][1], k0);
+            c[s][0] = high_xor(p1, c[s][1], keys.k0[round]);
             c[s][1] = p1;
-            c[s][2] = high_xor(p0, c[s][3], k1);
+            c[s][2] = high_xor(p0, c[s][3], keys.k1[round]);
             c[s][3] = p0;
         }
     }
@@ -215,17 +226,17 @@ __attribute__((always_inline)) inline void philox_step(const KeySchedule& key, S
 // The words of `count` calls in sequence, to `words`, which has room for kLanes calls more (`plane`: from one plane of
 // words to the next, where there are any).
 template <typename Order, typename Sequence>
-__attribute__((always_inline)) inline void philox_words(const KeySchedule& key, Sequence counters, int64_t count,
+__attribute__((always_inline)) inline void philox_words(const RoundKeys& keys, Sequence counters, int64_t count,
                                                         uint32_t* words, int64_t plane = 0) {
+    static_assert(kStreams == 2 || kStreams == 3, "the last vectors go two by two");
     int64_t done = 0;
+    const auto vectors = [&] { return (count - done + kLanes - 1) / kLanes; };
     // Four remaining vectors go two by two: one alone would wait for its products.
-    for (; count - done > (kStreams + 1) * kLanes; done += kStreams * kLanes)
-        philox_step<Order, kStreams>(key, counters, words, done, plane);
-    for (; count - done > kStreams * kLanes; done += 2 * kLanes)
-        philox_step<Order, 2>(key, counters, words, done, plane);
-    if (count - done > 2 * kLanes) return philox_step<Order, kStreams>(key, counters, words, done, plane);
-    if (count - done > kLanes) return philox_step<Order, 2>(key, counters, words, done, plane);
-    if (count - done > 0) philox_step<Order, 1>(key, counters, words, done, plane);
+    if constexpr (kStreams == 3)
+        for (; vectors() == 3 || vectors() > 4; done += kStreams * kLanes)
+            philox_step<Order, kStreams>(keys, counters, words, done, plane);
+    for (; vectors() > 1; done += 2 * kLanes) philox_step<Order, 2>(keys, counters, words, done, plane);
+    if (vectors() > 0) philox_step<Order, 1>(keys, counters, words, done, plane);
 }
 
 // The places of a tile's calls, kept from one tile to the next: neighbours share their layout.
@@ -257,10 +268,7 @@ class Quantile {
         const U magnitude = bits(to_float(and_or(word, low31, one)));
         const U exponent = shift_right<23>(magnitude);
         const F t = as_float(and_or(magnitude, mantissa, unit));
-        F result = octaves_.coefficient(exponent, ULR_TABLE_DEGREE);
-        for (int power = ULR_TABLE_DEGREE - 1; power >= 0; --power)
-            result = fma(result, t, octaves_.coefficient(exponent, power));
-        return as_float(and_xor(bits(result), word, set(0x80000000u)));
+        return as_float(and_xor(bits(octaves_.polynomial(exponent, t)), word, set(0x80000000u)));
     }
 
   private:
@@ -281,7 +289,7 @@ inline auto vectors(const float* values) {
 // Makes tiles of one noise. Element (d, r, c) of the last tile is at row(d, r)[c].
 class Tile {
   public:
-    explicit Tile(const ulr_noise_spec& spec) : spec_(spec), key_(*spec.key), octaves_(octaves_of(spec.dist)) {}
+    explicit Tile(const ulr_noise_spec& spec) : spec_(spec), keys_(*spec.key), octaves_(octaves_of(spec.dist)) {}
 
     const float* row(int64_t draw, int64_t row) const { return values_ + (draw * rows_ + row) * pitch_ + lead_; }
 
@@ -309,9 +317,23 @@ class Tile {
     // that its arithmetic overlaps with loads and stores.
     template <typename Body>
     __attribute__((always_inline)) void use(const Extent& at, Body body) {
-        if (spec_.dist == ULR_RADEMACHER || spec_.sobol) {
+        if (spec_.hadamard || spec_.sobol) {
             make(at);
             return body(noise());
+        }
+        if (spec_.dist == ULR_RADEMACHER) {
+            rows_ = at.rows;
+            lead_ = at.col % kSignColumns;
+            pitch_ = 4 * make_words(at, at.draw, at.draws, kSignColumns);
+            return body([this](int64_t draw, int64_t r) {
+                // A byte has the signs of eight columns. A vector's first sign can be any of them.
+                const auto* bytes = reinterpret_cast<const char*>(words_ + (draw * rows_ + r) * pitch_);
+                return [bytes, lead = lead_](int64_t c) {
+                    uint32_t bits;
+                    memcpy(&bits, bytes + (lead + c) / 8, sizeof bits);
+                    return signs(bits >> (lead + c) % 8);
+                };
+            });
         }
         make_words(at);
         body([this, quantile = Quantile(octaves_)](int64_t draw, int64_t r) {
@@ -334,10 +356,11 @@ class Tile {
         const int64_t blocks = (at.col + at.cols - 1) / columns_of_call - block + 1;
         if (fills_vectors(blocks)) {
             for (int64_t i = 0; i < draws * at.rows; ++i)  // values beyond a row's end are overwritten by the next row
-                philox_words<ByCall>(key_, RowCounters(key_, block, at.row + i % at.rows, draw + i / at.rows), blocks,
-                                     words_ + 4 * i * blocks);
+                philox_words<ByCall>(keys_,
+                                     RowCounters(keys_.schedule, block, at.row + i % at.rows, draw + i / at.rows),
+                                     blocks, words_ + 4 * i * blocks);
         } else {
-            philox_words<ByCall>(key_, Counters<ByCall>(block, at.row, draw, layout_.calls(at.rows, blocks)),
+            philox_words<ByCall>(keys_, Counters<ByCall>(block, at.row, draw, layout_.calls(at.rows, blocks)),
                                  draws * at.rows * blocks, words_);
         }
         return blocks;
@@ -395,7 +418,7 @@ class Tile {
     }
 
     const ulr_noise_spec& spec_;
-    KeySchedule key_;
+    RoundKeys keys_;
     const Octaves& octaves_;
     Layout<ByCall> layout_;
     int64_t rows_ = 0, pitch_ = 0, lead_ = 0;
