@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: bench/gpu.sh OUTDIR [STAGE...]
+# Everything that needs a GPU: bench/gpu.sh OUTDIR [first | second | STAGE...]
 #
-# Stages, by value: build tests rows memcheck racecheck tiles. Without a list all of them run, in this order. A stage
-# that fails or runs out of its time does not stop the next; what it had written stays. Nothing is downloaded: needs
-# python3 with torch for CUDA, triton, pytest, pybind11, setuptools and ninja, and nvcc.
-# `build`, `tests` and the others each end within ten minutes; where a machine is lent for a time, ask for few at once.
+# Stages: build    the kernels, for the GPU that is here alone
+#         samples  every kernel once, over the samples of every op, beside the torch back end
+#         table    the rows of README's table, with their floors
+#         rest     the other rows
+#         tests    the test suite's part for a GPU
+#         memcheck, racecheck (compute-sanitizer), tiles (a search for better ones)
+# For a machine that is lent for minutes: `first` is build, samples and table in 8 minutes at most, `second` is rest,
+# tests and memcheck in 4, on the same or another machine. Without a list all stages run, in the order above.
+# A stage that fails or runs out of its time does not stop the next; what it had written stays. Nothing is downloaded:
+# needs python3 with torch for CUDA, triton, pytest, pybind11, setuptools and ninja, and nvcc.
 # Each result file begins with the device, the driver, the versions and the commit. Where the sources come without
 # their repository, ULR_COMMIT names the commit.
-# Results: build.txt tests.txt gpu.json gpu.csv gpu.txt memcheck.txt racecheck.txt tiles.json
+# Results: build.txt samples.txt samples.json tests.txt memcheck.txt racecheck.txt tiles.json, and of rows
+# {table,rest}/gpu.{json,csv,txt}
 set -uo pipefail
 
 if [ $# -eq 0 ]; then
-    echo "usage: bench/gpu.sh OUTDIR [build|tests|rows|memcheck|racecheck|tiles ...]" >&2
+    echo "usage: bench/gpu.sh OUTDIR [first|second|build|samples|table|rest|tests|memcheck|racecheck|tiles ...]" >&2
     exit 2
 fi
 mkdir -p "$1"
@@ -19,12 +26,17 @@ out=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.." || exit 2
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(build tests rows memcheck racecheck tiles)
+end=$((SECONDS + 3600)) # of all stages
+case "$*" in
+'') stages=(build samples table rest tests memcheck racecheck tiles) ;;
+first) stages=(build samples table) end=$((SECONDS + 480)) ;;
+second) stages=(rest tests memcheck) end=$((SECONDS + 240)) ;;
+esac
 for name in "${stages[@]}"; do
     case $name in
-    build | tests | rows | memcheck | racecheck | tiles) ;;
+    build | samples | table | rest | tests | memcheck | racecheck | tiles) ;;
     *)
-        echo "bench/gpu.sh: unknown stage '$name': build tests rows memcheck racecheck tiles" >&2
+        echo "bench/gpu.sh: unknown stage '$name': build samples table rest tests memcheck racecheck tiles" >&2
         exit 2
         ;;
     esac
@@ -34,11 +46,17 @@ PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=()
 
-# stage NAME SECONDS FILE COMMAND...: runs a command under a time limit; its output goes to the screen, and after the
-# facts to FILE. Its exit code is the command's.
+# stage NAME SECONDS FILE COMMAND...: runs a command under a time limit, that of all stages included; its output goes to
+# the screen, and after the facts to FILE. Its exit code is the command's.
 stage() {
     local name=$1 seconds=$2 file=$3 start=$SECONDS code
     shift 3
+    seconds=$((end - SECONDS - 20 < seconds ? end - SECONDS - 20 : seconds)) # 20: until it is killed
+    if [ "$seconds" -lt 10 ]; then
+        echo "== $name: no time is left" | tee -a "$out/$file"
+        failed+=("$name")
+        return 1
+    fi
     echo "== $name (at most $seconds s)"
     {
         $PYTHON -m bench.gpu_bench facts 2>&1 | tail -1
@@ -59,9 +77,15 @@ build() {
         stage build 240 build.txt $PYTHON setup.py build_ext --inplace
 }
 
+processes=$(($(nproc) < 16 ? $(nproc) : 16)) # kernels compile on the host
+
+samples() {
+    stage samples 180 samples.txt $PYTHON -m bench.gpu_bench samples --check --workers "$processes" --out "$out"
+}
+
 tests() {
-    local workers=() pair # kernels compile on the host, so more processes help where pytest-xdist is there
-    $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 16 ? $(nproc) : 16))")
+    local workers=() pair
+    $PYTHON -c 'import xdist' 2>/dev/null && workers=(-n "$processes")
     : >"$out/tests.txt"
     for pair in cuda/cuda triton/cuda; do
         # A module of tests whose packages are absent is an error of its own; a test that hangs shows where it is.
@@ -73,19 +97,25 @@ tests() {
     rm -f "$out/tests.part"
 }
 
+table() { rows table 240; }
+rest() { rows rest 560; }
+
+# rows WHICH SECONDS
 rows() {
     # A row that ends its process (a lost device, a kernel that never ends) costs itself: a new one takes the rest.
-    local end=$((SECONDS + 560)) code=75 go_on=()
+    local which=$1 rows_end=$((SECONDS + $2)) code=75 go_on=()
+    mkdir -p "$out/$which"
     : >"$out/rows.log"
-    while [ "$code" -eq 75 ] && [ $((end - SECONDS)) -gt 30 ]; do
-        stage rows $((end - SECONDS)) rows.part $PYTHON -m bench.gpu_bench rows --out "$out" "${go_on[@]}"
+    while [ "$code" -eq 75 ] && [ $((rows_end - SECONDS)) -gt 30 ]; do
+        stage "$which" $((rows_end - SECONDS)) rows.part $PYTHON -m bench.gpu_bench rows --rows "$which" \
+            --out "$out/$which" "${go_on[@]}"
         code=$?
         cat "$out/rows.part" >>"$out/rows.log"
         go_on=(--go-on)
     done
     # The table repeats what the log shows; keep what the log alone knows.
-    grep -E "cannot run|must go on|failed rows|exit code|Error" "$out/rows.log" >>"$out/gpu.txt" || true
-    rm -f "$out/rows.log" "$out/rows.part" "$out/gpu.part"
+    grep -E "cannot run|must go on|failed rows|exit code|Error" "$out/rows.log" >>"$out/$which/gpu.txt" || true
+    rm -f "$out/rows.log" "$out/rows.part" "$out/$which/gpu.part"
 }
 
 memcheck() {

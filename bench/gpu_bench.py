@@ -1,9 +1,10 @@
 """The parts of `bench/gpu.sh`: `python -m bench.gpu_bench facts | rows | samples | tiles`.
 
     facts      one line of JSON: device, driver, versions, commit
-    rows       times the GPU's rows; OUT/gpu.{json,csv,txt} are written anew after each row; `--go-on` takes those
-               that are left when a row has ended its process
-    samples    runs every op's samples once, for compute-sanitizer to watch
+    rows       times the GPU's rows; OUT/gpu.{json,csv,txt} are written anew after each row; `--rows table` those of
+               README's table, `rest` the others; `--go-on` takes those that are left when a row has ended its process
+    samples    runs every op's samples once, for compute-sanitizer to watch; `--check`: beside the torch back end, in
+               many processes, because kernels compile on the host; OUT/samples.json has each op's largest error
     tiles      times candidate tiles of the Triton kernels; OUT/tiles.json is written anew after each
 
 `--device cpu --small` runs the same code without a GPU (Triton under TRITON_INTERPRET=1), to check the script.
@@ -12,11 +13,14 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
@@ -28,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ulr_kernels as ulr
 from bench import machine, report, rows
@@ -41,10 +47,11 @@ from ulr_kernels.ops._op import OPS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
 
-from samples import samples_of  # noqa: E402
+from samples import Sample, samples_of  # noqa: E402
 
 SWEEPS = 5
 ROW_SECONDS = 120  # far more than any row takes with all that it compiles
+_SPAWN = multiprocessing.get_context("spawn")  # a forked process has no CUDA
 LOST = 75  # exit code: rows are left, and another process can take them
 
 
@@ -185,6 +192,8 @@ def run_rows(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     steps = {"probes": probe} if "triton" in options.backends else {}
     makers = rows.gpu_rows(options.backends, small, device)
+    if options.rows != "all":
+        makers = {key: make for key, make in makers.items() if (key in rows.GPU_TABLE) == (options.rows == "table")}
     steps |= {key: functools.partial(measured, key, make) for key, make in makers.items()}
     for key, step in list(steps.items())[done["begun"] :]:
         done["begun"] += 1
@@ -206,23 +215,73 @@ def run_rows(options: argparse.Namespace) -> None:
         raise SystemExit(f"failed rows: {', '.join(done['failed'])}")
 
 
+# Largest error relative to the largest value of the reference's result: products of bf16 and fp16 are rounded once.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def call(op: str, sample: Sample, backend: str) -> list[Tensor]:
+    """The tensors that a call of a sample returns, and those that it was given, as it left them."""
+    args, kwargs = tree_map_only(Tensor, lambda t: t.clone(), (sample.args, sample.kwargs))
+    with ulr.use_backend(backend):
+        result = OPS[op].function(*args, **kwargs)
+    return [t.double().cpu() for t in tree_leaves((result, args, kwargs)) if isinstance(t, Tensor)]
+
+
+def error_of(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error of any tensor, relative to its largest finite value; infinite where a value is not a number."""
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if b.numel():
+            scale = b.nan_to_num(0.0, 0.0, 0.0).abs().amax().clamp_min(1e-30)
+            error = torch.where(a == b, 0.0, (a - b).abs() / scale).nan_to_num(math.inf)
+            worst = max(worst, error.amax().item())
+    return worst
+
+
+def run_op(backend: str, op: str, dtype: torch.dtype, device: str, check: bool) -> dict[str, Any]:
+    """All good samples of an op on a back end; with `check` the largest error beside the torch back end."""
+    entry: dict[str, Any] = {"backend": backend, "op": op, "dtype": str(dtype), "samples": 0, "failed": []}
+    start, worst = time.perf_counter(), 0.0
+    for sample in samples_of(op, device, dtype):
+        if sample.error is not None:
+            continue
+        try:
+            found = call(op, sample, backend)
+            error = error_of(found, call(op, sample, "torch")) if check else 0.0
+            if error > TOLERANCE[dtype]:
+                entry["failed"].append(f"{sample.id}: relative error {error:.1e}, more than {TOLERANCE[dtype]:.0e}")
+            worst = max(worst, error)
+            entry["samples"] += 1
+        except Exception as failure:
+            entry["failed"].append(f"{sample.id}: {(str(failure) or repr(failure)).splitlines()[0]}")
+    return entry | {"error": worst, "seconds": time.perf_counter() - start}
+
+
 def run_samples(options: argparse.Namespace) -> None:
     """Every good sample of every op, on each back end. What fails does not keep the others from running."""
-    failed: list[str] = []
-    for backend, op, dtype in itertools.product(options.backends, OPS.values(), (torch.float32, torch.bfloat16)):
-        count = 0
-        try:
-            with ulr.use_backend(backend):
-                for sample in samples_of(op.name, options.device, dtype):
-                    if sample.error is None:
-                        op.function(*sample.args, **sample.kwargs)
-                        count += 1
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-        except Exception:
-            failed.append(f"{backend} {op.name} {dtype}")
-            traceback.print_exc()
-        print(f"{backend} {op.name} {dtype}: {count} samples", flush=True)
+    dtypes = (torch.float32, torch.bfloat16)
+    todo = [
+        (backend, op, dtype, options.device, options.check)
+        for backend, op, dtype in itertools.product(options.backends, OPS, dtypes)
+    ]
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        if options.workers > 1:
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(options.workers, _SPAWN))
+            waiting = [pool.submit(run_op, *each) for each in todo]
+            finished: Iterator[dict] = (each.result() for each in concurrent.futures.as_completed(waiting))
+        else:
+            finished = (run_op(*each) for each in todo)
+        for entry in finished:
+            entries.append(entry)
+            error = f", error {entry['error']:.1e}" if options.check else ""
+            print("{backend} {op} {dtype}: {samples} samples{0}, {seconds:.1f} s".format(error, **entry), flush=True)
+            for line in entry["failed"]:
+                print(f"  FAILED {line}", flush=True)
+            content = {"ulr": machine.facts(options.device), "samples": entries}
+            (options.out / "samples.json").write_text(json.dumps(content, indent=1) + "\n")
+    failed = [f"{e['backend']} {e['op']} {e['dtype']}" for e in entries if e["failed"]]
     if failed:
         raise SystemExit(f"failed samples: {', '.join(failed)}")
 
@@ -335,6 +394,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--backends", default="cuda,triton", type=lambda text: tuple(text.split(",")))
     parser.add_argument("--small", action="store_true", help="tiny sizes: checks the script, measures nothing")
+    parser.add_argument("--rows", default="all", choices=("all", "table", "rest"))
+    parser.add_argument("--check", action="store_true", help="samples: compare with the torch back end")
+    parser.add_argument("--workers", default=1, type=int, help="samples: processes")
     parser.add_argument("--go-on", action="store_true", help="rows: those that are left, into the same OUT")
     parser.add_argument("--seconds", default=150.0, type=float, help="of the search for tiles")
     parser.add_argument("--out", default=Path("build/gpu"), type=Path)

@@ -337,6 +337,28 @@ def test_gpu_script_names_its_stages(tmp_path: Path) -> None:
     assert subprocess.run(["bash", "bench/gpu.sh"], cwd=ROOT, capture_output=True).returncode == 2
 
 
+def test_samples_are_compared_with_the_reference(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The part of the script that runs every kernel once; a wrong value and an infinite one are seen."""
+    monkeypatch.setattr(gpu_bench, "OPS", {"noise": gpu_bench.OPS["noise"]})
+    options = ["gpu_bench", "samples", "--device", "cpu", "--backends", "torch", "--check", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", options)
+    gpu_bench.main()
+    entries = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    assert len(entries) == 2 and all(e["samples"] > 10 and not e["failed"] and e["error"] == 0 for e in entries)
+
+    call = gpu_bench.call
+    for wrong in (1.1, torch.inf, torch.nan):
+        results = iter([wrong, 1.0] * 200)
+        monkeypatch.setattr(gpu_bench, "call", lambda *args, r=results: [t * next(r) for t in call(*args)[:1]])
+        with pytest.raises(SystemExit, match="failed samples: torch noise torch.float32"):
+            gpu_bench.main()
+    assert "relative error 1.0e-01, more than 1e-04" in capsys.readouterr().out
+
+
+def test_the_rows_of_the_table_are_rows_of_the_gpu() -> None:
+    assert set(rows.GPU_TABLE) < set(rows.gpu_rows(("torch",)))
+
+
 @pytest.mark.parametrize("how", ["it loses the device", "it never ends"])
 def test_a_row_that_ends_its_process_costs_itself_alone(how: str, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("triton")
@@ -384,13 +406,13 @@ def test_gpu_script_goes_on_after_a_row_that_ended_its_process(tmp_path: Path) -
     (tmp_path / "python").write_text(
         'echo "$*" >>"$0.log"\ncase "$*" in *facts) echo facts ;; *--go-on) echo rest ;; *) exit 75 ;; esac\n'
     )
-    command = ["bash", "bench/gpu.sh", str(tmp_path / "out"), "rows"]
+    command = ["bash", "bench/gpu.sh", str(tmp_path / "out"), "table"]
     environment = {**os.environ, "PYTHON": f"bash {tmp_path / 'python'}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "failed: rows" in done.stdout
+    assert done.returncode == 1 and "failed: table" in done.stdout
     called = (tmp_path / "python.log").read_text().splitlines()
     assert [line.endswith("--go-on") for line in called if "rows" in line] == [False, True]
-    assert "exit code 75" in (tmp_path / "out" / "gpu.txt").read_text()
+    assert "exit code 75" in (tmp_path / "out" / "table" / "gpu.txt").read_text()
 
 
 def test_every_row_of_the_gpu_runs_in_small() -> None:

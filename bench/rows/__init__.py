@@ -26,7 +26,20 @@ from bench.rows.step import step_row, vgg_row
 # Inputs and features of the layers of MiniLM and of SmolLM2.
 PERTURBED_SHAPES = ((384, 384), (384, 1536), (1536, 384), (576, 576), (576, 1536), (1536, 576))
 
-__all__ = ["Contestant", "Row", "cpu_rows", "gpu_rows"]
+__all__ = ["GPU_TABLE", "Contestant", "Row", "cpu_rows", "gpu_rows"]
+
+# The GPU's rows that README's table is made of: what a few minutes of a device are spent on first.
+GPU_TABLE = (
+    "normal",
+    "rademacher",
+    "linear-bf16-4096",
+    "linear-copies-bf16",
+    "gradient-bf16",
+    "step-small",
+    "perturbed-normal-bf16",
+    "conv-gradient-bf16",
+    "perturb-normal",
+)
 
 
 def cpu_rows() -> dict[str, Callable[[], Row]]:
