@@ -1,5 +1,6 @@
 # make demo: train with and without a backward pass, side by side.   make test: everything that can be proved here.
 # Both make .venv if there is none, install what they need, and build the kernels that this machine can run.
+# make docs: the documentation as a site, in build/site.
 # make test-avx2: the tests that depend on the CPU's instruction set, on an AVX-512 machine as on one that has AVX2 only.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ REQUIRE ?=
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py
 
-.PHONY: demo test test-avx2 lint format bench clean
+.PHONY: demo test test-avx2 lint format bench docs clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels demo
@@ -44,6 +45,19 @@ format: $(VENV)/.built
 
 bench: $(VENV)/.built $(VENV)/.rivals
 	$(BIN)/python -m ulr_kernels bench
+
+# The site's tools read the sources and never import them, so they have a place of their own, without torch.
+DOCS := $(VENV)/docs
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "to read the site: python3 -m http.server --directory build/site"
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	touch $@
 
 # torch by exact version: the one that the project is tested with. Of the last two packages only the files are used.
 $(VENV)/.installed: pyproject.toml
