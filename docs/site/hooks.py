@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from bench import figures  # noqa: E402
 
+log = logging.getLogger("mkdocs.hooks")  # a warning is an error with --strict
 OUTSIDE = {"README.md": "index.md", "bench/README.md": "benchmarks.md"}  # files outside docs/ that are pages
 SYMBOLS = reference.symbols()
 TITLES = {symbol.title: symbol for group in SYMBOLS.values() for symbol in group}
@@ -50,14 +52,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Link the public names that a page mentions, and the pages that a docstring mentions."""
+    title = Path(page.file.src_uri).stem  # of a page of the reference: the name that it describes
 
     def link(match: re.Match[str]) -> str:
-        title, mentioned = match["title"], match["page"]
-        uri = TITLES[title].page if title in TITLES else f"{mentioned}.md"
-        target = files.get_file_from_path(uri)
+        uri = f"{match['page']}.md" if match["page"] else _page_of(match["name"] or "", title.rpartition(".")[0])
+        target = files.get_file_from_path(uri) if uri else None
+        if match["page"] and target is None:
+            log.warning(f"{page.file.src_uri} mentions {match[0]}, which does not exist")
         if target is None or target is page.file:
             return match[0]
         return f'<a href="{get_relative_url(target.url, page.url)}">{match[0]}</a>'
 
-    skipped = r"<(?P<tag>a|h\d|pre)\b.*?</(?P=tag)>"  # links, headings and blocks of code stay
-    return re.sub(rf"{skipped}|<code>(?P<title>ulr\.[\w.]+)</code>|docs/(?P<page>[\w-]+)\.md", link, html, flags=re.S)
+    skipped = r"<(?P<tag>a|h\d|pre|b)\b.*?</(?P=tag)>"  # links, headings, blocks of code and names of arguments stay
+    return re.sub(rf"{skipped}|<code>(?P<name>[\w.]+)</code>|docs/(?P<page>[\w-]+)\.md", link, html, flags=re.S)
+
+
+def _page_of(name: str, package: str) -> str:
+    """The page of a public name; one that is no plain word may lack its package, as `perturb_` in `ulr.ops`."""
+    plain = name.islower() and "_" not in name
+    symbol = TITLES.get(name) or TITLES.get("" if plain else f"{package}.{name}")
+    return symbol.page if symbol else ""
