@@ -234,9 +234,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 thread and call no `backward()`. Without it the step uses what `accumulate` has collected.
 
         Returns:
-            The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
-            else the mean over the probes. Parameters that are frozen or that no forward has used stay as they are,
-            with their state; a warning names the latter once.
+            The loss, a scalar on its device, detached. It is that of the unperturbed weights where the method evaluates
+            these, else the mean over the probes. Parameters that are frozen or that no forward has used stay as they
+            are, with their state; a warning names the latter once.
 
         Raises:
             ValueError: a number, the closure or the model breaks a rule; nothing has been changed.
