@@ -36,7 +36,8 @@ def family(row: str) -> str:
 
 # --- bars of the rivals ----------------------------------------------------------------------------------------------
 
-RIVALS = """# Beside its rivals
+NO_SEARCH = "---\nsearch: { exclude: true }\n---\n"  # names of rows are in the tables of docs/measured.md already
+RIVALS = f"""{NO_SEARCH}# Beside its rivals
 
 Times of rivals over ours, from the committed results: a bar to the right of 1x is a rival that takes longer. The axis
 is logarithmic. A short line is the goal, set for Zen 5. [Measured](measured.md) has the same ratios as tables, those
@@ -98,10 +99,11 @@ def _rival(key: Key, lines: list[dict[str, Any] | None]) -> str:
 
 # --- times over the commits ------------------------------------------------------------------------------------------
 
-HISTORY = """# History of the measurements
+HISTORY = f"""{NO_SEARCH}# History of the measurements
 
 The time of each row, ours and its rivals', in every committed result. A point is one measurement; its title names the
-commit and the date. The axis of times is logarithmic, from the least to the greatest of a chart.
+commit and the date. Points are one step apart, whatever their dates. The axis of times is logarithmic, from the least
+to the greatest of a chart. Below it are the first and the last time.
 """
 
 
