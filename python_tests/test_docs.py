@@ -31,6 +31,20 @@ def test_readme(capsys):
     assert before < 1.5  # ln 10 at the start
 
 
+def test_first_steps(capsys, tmp_path, monkeypatch):
+    """It prints what the page shows; numbers may differ by the rounding of another machine's products."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)  # the page saves a picture
+    run("docs/first-steps.md")
+    shown = "".join(re.findall(r"```text\n(.*?)```", (ROOT / "docs/first-steps.md").read_text(), re.DOTALL))
+    printed, number = capsys.readouterr().out, r"\d+(?:\.\d+)?"
+    assert re.split(number, printed) == re.split(number, shown)
+    numbers = [[float(found) for found in re.findall(number, text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.04, abs=0.02)
+    assert (tmp_path / "first-steps.png").stat().st_size > 10_000
+
+
 def test_networks():
     names = run("docs/networks.md")
     model, optimizer = names["model"], names["optimizer"]

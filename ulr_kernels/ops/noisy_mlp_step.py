@@ -97,7 +97,7 @@ def noisy_mlp_step(
         support: with guides, None, or bool `[R, N_1 + ... + N_L]`: where not, the gradient of an output is taken for 0.
 
     Returns:
-        The losses, fp32 `[P, C, R]`, of P passes: L where injection is layer-wise, else 1.
+        The losses, fp32 `[P, C, R]`. P counts the passes, L where injection is layer-wise, else 1.
 
     Raises:
         ValueError: a shape, dtype, device, scale, name or index breaks the rules above, or a buffer overlaps another

@@ -35,16 +35,17 @@ Closure = Callable[[], Any]  # one forward: the batch's loss, a scalar tensor or
 class Common(TypedDict, total=False):
     """Arguments that all optimisers here take beside their own.
 
-    params: parameters of the model or groups of them, as torch's optimisers take them, each with its own lr,
-        weight_decay and noise scale; by default all that the model trains now (`requires_grad`).
-    weight_decay: decoupled, W <- W - lr * weight_decay * W; >= 0.
-    momentum: b = momentum * b + g replaces the estimate g; 0 for none.
-    betas: Adam's decays, which make Adam of g; None for none.
-    adam_eps: what Adam adds to the square root; 1e-8.
-    stochastic: weights in bf16 are rounded at random, without bias, so that steps below their last place count.
-    sampler: of the noise: "iid", or with dist="rademacher" and full rank "hadamard": orthogonal signs, which cost a
-        step one sign a weight however many probes it has (docs/noise.md).
-    workers: the ranks that share the probes and micro-batches; None for one process.
+    Attributes:
+        params: parameters of the model or groups of them, as torch's optimisers take them, each with its own lr,
+            weight_decay and noise scale; by default all that the model trains now (`requires_grad`).
+        weight_decay: decoupled, W <- W - lr * weight_decay * W; >= 0.
+        momentum: b = momentum * b + g replaces the estimate g; 0 for none.
+        betas: Adam's decays, which make Adam of g; None for none.
+        adam_eps: what Adam adds to the square root; 1e-8.
+        stochastic: weights in bf16 are rounded at random, without bias, so that steps below their last place count.
+        sampler: of the noise: "iid", or with dist="rademacher" and full rank "hadamard": orthogonal signs, which cost a
+            step one sign a weight however many probes it has (docs/noise.md).
+        workers: the ranks that share the probes and micro-batches; None for one process.
     """
 
     params: Iterable[Any] | None
@@ -233,9 +234,9 @@ class ForwardOptimizer(torch.optim.Optimizer):
                 thread and call no `backward()`. Without it the step uses what `accumulate` has collected.
 
         Returns:
-            The loss, a scalar on its device, detached: of the unperturbed weights where the method evaluates these,
-            else the mean over the probes. Parameters that are frozen or that no forward has used stay as they are,
-            with their state; a warning names the latter once.
+            The loss, a scalar on its device, detached. It is that of the unperturbed weights where the method evaluates
+            these, else the mean over the probes. Parameters that are frozen or that no forward has used stay as they
+            are, with their state; a warning names the latter once.
 
         Raises:
             ValueError: a number, the closure or the model breaks a rule; nothing has been changed.
