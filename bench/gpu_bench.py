@@ -242,6 +242,9 @@ def run_op(backend: str, op: str, dtype: torch.dtype, device: str, check: bool) 
     """All good samples of an op on a back end; with `check` the largest error beside the torch back end."""
     entry: dict[str, Any] = {"backend": backend, "op": op, "dtype": str(dtype), "samples": 0, "failed": []}
     start, worst = time.perf_counter(), 0.0
+    absent = dispatch.find(backend, op, device)
+    if isinstance(absent, str):
+        return entry | {"absent": absent, "error": 0.0, "seconds": 0.0}
     for sample in samples_of(op, device, dtype):
         if sample.error is not None:
             continue
@@ -277,11 +280,18 @@ def run_samples(options: argparse.Namespace) -> None:
             entries.append(entry)
             error = f", error {entry['error']:.1e}" if options.check else ""
             print("{backend} {op} {dtype}: {samples} samples{0}, {seconds:.1f} s".format(error, **entry), flush=True)
+            if "absent" in entry:
+                print(f"  absent: {entry['absent']}", flush=True)
             for line in entry["failed"]:
                 print(f"  FAILED {line}", flush=True)
             content = {"ulr": machine.facts(options.device), "samples": entries}
             (options.out / "samples.json").write_text(json.dumps(content, indent=1) + "\n")
     failed = [f"{e['backend']} {e['op']} {e['dtype']}" for e in entries if e["failed"]]
+    failed += [
+        f"{name} (absent)"
+        for name in options.backends
+        if not any(e["samples"] for e in entries if e["backend"] == name)
+    ]
     if failed:
         raise SystemExit(f"failed samples: {', '.join(failed)}")
 
