@@ -52,8 +52,9 @@ WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --whe
 AUDIT := PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist
 
 wheels: $(VENV)/.installed
-	rm -rf build/wheels build/lib.* build/bdist.*
-	ULR_BUILD=$(PARTS) $(WHEEL)
+	rm -rf build/wheels build/lib.* build/bdist.* build/native/libulr_cuda.so
+	$(if $(findstring cuda,$(PARTS)),$(BIN)/python csrc/tools/older_cudart.py build/cudart)
+	ULR_BUILD=$(PARTS) NVCC_APPEND_FLAGS="-L$(CURDIR)/build/cudart -Xlinker --no-as-needed $$NVCC_APPEND_FLAGS" $(WHEEL)
 	$(AUDIT) --plat manylinux_2_28_x86_64 --only-plat build/wheels/*_x86_64.whl
 	if command -v aarch64-linux-gnu-g++; then \
 		CXX=aarch64-linux-gnu-g++ ULR_BUILD=cpp $(WHEEL) && $(AUDIT) build/wheels/*_aarch64.whl; \

@@ -9,6 +9,9 @@ import types
 
 import pytest
 import setup_script
+import setuptools
+
+import ulr_kernels
 
 
 @pytest.fixture
@@ -92,4 +95,42 @@ def test_one_line_says_what_is_built_and_why_not_more(setup) -> None:
     tools = setup.Tools(compiler="g++ 12", nvcc="13.0", architectures=("8.6", "9.0a"))
     assert setup.plan_of(tools, {"cpp", "cuda"}).endswith(
         "cpp kernels (g++ 12) and cuda kernels (nvcc 13.0 for 8.6, 9.0a)"
+    )
+
+
+def test_a_cross_compiler_builds_for_its_own_processor(setup, tmp_path, monkeypatch) -> None:
+    """Without `_C`, for which there is no Python, and beside the objects for this machine."""
+    monkeypatch.setattr(setup, "MACHINE", "x86_64")
+    monkeypatch.setenv("CXX", f"{tool(tmp_path, 'c++', 'aarch64-linux-gnu')} -O2")
+    assert setup.machine_of_wheel() == "aarch64"
+    with pytest.raises(setup.Absent, match="there are no headers of a Python for aarch64"):
+        setup.find_shim_headers("aarch64")
+    assert setup.write_ninja("c++", None, None, (), cpp=True, machine="aarch64") == ["libulr_cpu.so"]
+    text = (setup.BUILD.with_name("native-aarch64") / "build.ninja").read_text()
+    assert set(re.findall(r"-DULR_ISA=(\w+)", text)) == {"portable", "neon"} and "bindings" not in text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "tag"), [("x86_64-linux-gnu", "linux_x86_64"), ("aarch64-linux-gnu", "linux_aarch64")]
+)
+def test_a_wheel_is_for_every_python_on_the_compilers_processor(compiler, tag, setup, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "MACHINE", "x86_64")
+    monkeypatch.setenv("CXX", tool(tmp_path, "c++", compiler))
+    step = setup.ForEveryPython(setuptools.Distribution({"ext_modules": [setuptools.Extension("m", [])]}))
+    step.plat_name = "linux_x86_64"
+    step.plat_name_supplied, step.root_is_pure = True, False
+    assert step.get_tag() == ("py3", "none", tag)
+
+
+def test_the_version_is_built_into_the_libraries(setup) -> None:
+    setup.write_ninja("c++", [], None, (), cpp=True, machine=setup.MACHINE)
+    assert f"-DULR_VERSION={setup.VERSION}\n" in (setup.BUILD / "build.ninja").read_text()
+    assert setup.VERSION == ulr_kernels.__version__
+
+
+def test_the_line_says_that_ctypes_takes_the_place_of_a_missing_shim(setup) -> None:
+    tools = setup.Tools(compiler="g++ 12", absent={"_C": "pybind11 was not found when the package was built"})
+    assert setup.plan_of(tools, {"cpp"}) == (
+        "ulr_kernels builds cpp kernels (g++ 12); no _C, so ctypes calls the libraries: pybind11 was not found when the"
+        " package was built"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pathlib
 import re
@@ -141,6 +142,25 @@ def test_auditwheel_accepts_the_wheel_for_manylinux(wheel: pathlib.Path, tmp_pat
     assert repaired.name.endswith(f"-py3-none-{platform}.whl")
     before, after = ({n for n in zipfile.ZipFile(path).namelist() if n[-1] != "/"} for path in (wheel, repaired))
     assert before == after  # no library of this machine was added
+
+
+def test_nvidias_runtime_in_a_wheel_needs_no_newer_glibc(tmp_path: pathlib.Path) -> None:
+    """The copy of older_cudart.py, linked by a small library that calls it."""
+    tools = ("nvcc", "c++", "objcopy", "objdump")
+    if missing := [tool for tool in tools if shutil.which(tool) is None]:
+        pytest.skip(f"{' and '.join(missing)} cannot be found")
+    here = {"folder": tmp_path, "environment": dict(os.environ)}
+    (tmp_path / "caller.cpp").write_text(
+        """extern "C" int cudaGetDeviceCount(int*);
+           extern "C" int devices() { int count = 0; cudaGetDeviceCount(&count); return count; }"""
+    )
+    run(sys.executable, ROOT / "csrc/tools/older_cudart.py", tmp_path / "cudart", **here)
+    options = ("-shared", "-fPIC", "-pthread", "-Wl,--no-as-needed", "-L", tmp_path / "cudart")
+    run("c++", *options, "caller.cpp", "-lcudart_static", "-o", "libcaller.so", **here)
+    versions = re.findall(r"GLIBC_([\d.]+)\)", run("objdump", "-T", "libcaller.so", **here))
+    assert versions and max(tuple(map(int, version.split("."))) for version in versions) <= (2, 28)
+    library = ctypes.CDLL(str(tmp_path / "libcaller.so"), mode=os.RTLD_NOW)  # every symbol is found
+    assert library.devices() >= 0
 
 
 def test_source_archive_has_all_that_a_build_reads(archive: pathlib.Path, sources: pathlib.Path) -> None:
