@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # Pairs of back end and device that must run (a skip becomes a failure), for example REQUIRE=cpp or REQUIRE=cuda,triton.
 REQUIRE ?=
 
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py ulr_kernels/_version.py
 
 .PHONY: demo test test-avx2 lint format bench wheels sdist clean
 

@@ -27,6 +27,7 @@ TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, dtype
 _TENSOR = struct.Struct("@Pi10q")  # ulr_tensor: address, dtype, five sizes, five strides
 _NOISE = struct.Struct("@PPii5qi0q")  # ulr_noise_spec: its fields in their order
 _LAUNCH = struct.Struct("@iiPiP")  # ulr_launch: threads, device, stream, number of tensors, address of the numbers
+_SEGMENT = struct.Struct("<8xQ16xQ16x")  # of an ELF file's table: where a segment is in the file, and its length there
 _ABSENT = _TENSOR.pack(0, 0, *(1,) * 5, *(0,) * 5)
 _launcher_at = functools.cache(ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p))
 
@@ -65,19 +66,13 @@ def _is_cut_short(path: pathlib.Path) -> bool:
             return False  # the loader reads as much of any other file, and refuses it
         if len(head) < 64:
             return True
-        (segments_at,) = struct.unpack_from("<Q", head, 32)
-        size, count = struct.unpack_from("<HH", head, 54)
+        (segments_at,), (count,) = struct.unpack_from("<Q", head, 32), struct.unpack_from("<H", head, 56)
         file.seek(segments_at)
-        segments = file.read(size * count)
-        if len(segments) < size * count:
+        segments = file.read(count * _SEGMENT.size)
+        if len(segments) < count * _SEGMENT.size:
             return True
-        ends = (offset + length for at in range(0, size * count, size) for offset, length in [_extent(segments, at)])
+        ends = [offset + length for offset, length in _SEGMENT.iter_unpack(segments)]
         return max(ends, default=0) > os.fstat(file.fileno()).st_size
-
-
-def _extent(segments: bytes, at: int) -> tuple[int, int]:
-    """The place of a segment in its file, and its length there."""
-    return struct.unpack_from("<Q", segments, at + 8)[0], struct.unpack_from("<Q", segments, at + 32)[0]
 
 
 def _import_shim() -> ModuleType | str:
@@ -91,7 +86,7 @@ def _import_shim() -> ModuleType | str:
         shim = importlib.import_module("ulr_kernels._C")
     except (ImportError, OSError) as error:
         return f"_C cannot be imported: {error}"
-    return shim if shim.ABI_VERSION == ABI_VERSION else "_C belongs to another version of ulr_kernels"
+    return shim if getattr(shim, "ABI_VERSION", None) == ABI_VERSION else "_C belongs to another version of ulr_kernels"
 
 
 def launch_by_ctypes(
