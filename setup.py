@@ -1,7 +1,8 @@
 """Builds the native parts with ninja: two C ABI libraries (CPU, CUDA) and `_C`, the shim that calls their launchers.
 
 The build is for this machine: CUDA kernels are compiled for the GPUs that are present, and `TORCH_CUDA_ARCH_LIST` names
-others ("9.0a", or "All" for a wheel that serves many machines).
+others ("9.0a", or "All" for a wheel that serves many machines). A cross compiler in `CXX` builds for its own processor,
+without `_C`. A wheel serves every Python: where `_C` was built for another one, ctypes calls the libraries.
 
 A missing tool or GPU leaves a part out and `ulr_kernels/_build_info.py` says why; an error in our own sources ends the
 build. `ULR_BUILD=cpp,cuda` (any subset, or `none`) builds just these parts, and then a missing tool is an error.
@@ -14,6 +15,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -22,11 +24,20 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / "native"
-SYSTEM, MACHINE = sys.platform, platform.machine()
+VERSION = runpy.run_path(str(ROOT / "ulr_kernels" / "_version.py"))["__version__"]
+OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}  # of processors, on some systems
+
+
+def processor(name: str) -> str:
+    return OTHER_NAMES.get(name.lower(), name.lower())
+
+
+SYSTEM, MACHINE = sys.platform, processor(platform.machine())
 ALL_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 OLDEST_CAPABILITY = 8  # mma.sync of bf16 operands
 OLDEST_NVCC = 12
@@ -44,9 +55,9 @@ INSTRUCTION_SETS = {
     },
     "aarch64": {"neon": ""},  # every processor of this kind has it
 }
-OTHER_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}  # of processors, on some systems
 # The shim's Python symbols are the interpreter's; on macOS the linker must be told to leave them open.
 SHIM_LINK_FLAGS = {"darwin": "-Wl,-undefined,dynamic_lookup"}
+SHIM_SOURCES = ("bindings", "older_runtime")
 CPU_ONCE = ("dispatch", "parallel", "philox")  # the other sources: once for each instruction set
 
 
@@ -79,11 +90,30 @@ def find_compiler() -> str:
     raise Absent("no C++ compiler was found when the package was built (CXX, c++, g++, clang++)")
 
 
-def find_python_headers() -> str:
-    include = sysconfig.get_paths()["include"]
-    if not Path(include, "Python.h").exists():
+def machine_of(compiler: str) -> str:
+    """The processor that a compiler builds for; a cross compiler's is another one than this machine's."""
+    return processor(first_line(*shlex.split(compiler), "-dumpmachine").split("-")[0])
+
+
+def machine_of_wheel() -> str:
+    try:
+        return machine_of(find_compiler())
+    except Absent:
+        return MACHINE
+
+
+def find_shim_headers(machine: str) -> list[str]:
+    """The folders of pybind11's and Python's headers, for `_C`."""
+    if machine != MACHINE:
+        raise Absent(f"there are no headers of a Python for {machine}")
+    python = sysconfig.get_paths()["include"]
+    if not Path(python, "Python.h").exists():
         raise Absent("Python's headers were not found when the package was built (Debian: python3-dev)")
-    return include
+    if importlib.util.find_spec("pybind11") is None:
+        raise Absent("pybind11 was not found when the package was built")
+    import pybind11
+
+    return [pybind11.get_include(), python]
 
 
 def find_ninja() -> str:
@@ -94,14 +124,6 @@ def find_ninja() -> str:
 
         return str(Path(ninja.BIN_DIR) / "ninja")
     raise Absent("ninja was not found when the package was built")
-
-
-def find_pybind11() -> str:
-    if importlib.util.find_spec("pybind11") is None:
-        raise Absent("pybind11 was not found when the package was built")
-    import pybind11
-
-    return pybind11.get_include()
 
 
 def find_nvcc() -> str:
@@ -194,7 +216,7 @@ class NinjaFile:
 
 def cpu_objects(machine: str) -> list[tuple[str, Path, str]]:
     """The CPU library of a processor, named as `platform.machine` does: objects, their sources and compiler flags."""
-    machine = OTHER_NAMES.get(machine.lower(), machine.lower())
+    machine = processor(machine)
     sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     objects = [(source.stem, source, "") for source in sources if source.stem in CPU_ONCE]
     for isa, flags in (INSTRUCTION_SETS["any"] | INSTRUCTION_SETS.get(machine, {})).items():
@@ -213,23 +235,44 @@ def quoted(path: str | Path) -> str:
     return shlex.quote(str(path)).replace("$", "$$")
 
 
-def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tuple[str, ...], cpp: bool) -> list[str]:
-    """Write build.ninja; the names of the libraries that it makes. `compiler` is a command, `nvcc` a path."""
+def build_folder(machine: str) -> Path:
+    return BUILD if machine == MACHINE else BUILD.with_name(f"{BUILD.name}-{machine}")
+
+
+def write_ninja(
+    compiler: str, includes: list[str] | None, nvcc: str | None, names: tuple[str, ...], cpp: bool, machine: str
+) -> list[str]:
+    """Write build.ninja; the names of the libraries that it makes.
+
+    Args:
+        compiler: a command.
+        includes: the folders of pybind11's and Python's headers, or None for no `_C`.
+        nvcc: a path, or None for no CUDA library.
+        names: the compute capabilities of the CUDA library.
+        cpp: whether to make the CPU library.
+        machine: the processor that the compiler builds for.
+    """
     ninja = NinjaFile()
     own = "-I" + from_build(ROOT / "csrc" / "include")
     extra = os.environ.get("CXXFLAGS", "")
     ninja.rule("cxx", f"{compiler} {CXX_FLAGS} {extra} {own} $flags -MMD -MF $out.d -c $in -o $out", dependencies=True)
     ninja.rule("link", f"{compiler} -shared -pthread $flags $in -o $out")
-    shim = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-    headers = " ".join(f"-isystem {quoted(path)}" for path in includes)
-    bindings = ninja.build("bindings.o", "cxx", [from_build(ROOT / "csrc" / "bindings.cpp")], flags=headers)
-    ninja.build(shim, "link", [bindings], flags=SHIM_LINK_FLAGS.get(SYSTEM, ""))
-    made = [shim]
-    version = ninja.build("version.o", "cxx", [from_build(ROOT / "csrc" / "version.cpp")])
+    made = []
+    if includes is not None:
+        shim = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+        headers = " ".join(f"-isystem {quoted(path)}" for path in includes)
+        objects = [
+            ninja.build(f"{name}.o", "cxx", [from_build(ROOT / "csrc" / f"{name}.cpp")], flags=headers)
+            for name in SHIM_SOURCES
+        ]
+        made.append(ninja.build(shim, "link", objects, flags=SHIM_LINK_FLAGS.get(SYSTEM, "")))
+    version = ninja.build(
+        "version.o", "cxx", [from_build(ROOT / "csrc" / "version.cpp")], flags=f"-DULR_VERSION={VERSION}"
+    )
     if cpp:
         objects = [
             ninja.build(f"cpu/{name}.o", "cxx", [from_build(source)], flags=flags)
-            for name, source, flags in cpu_objects(MACHINE)
+            for name, source, flags in cpu_objects(machine)
         ]
         library = "libulr_cpu.dylib" if SYSTEM == "darwin" else "libulr_cpu.so"
         made.append(ninja.build(library, "link", [*objects, version]))
@@ -247,8 +290,9 @@ def write_ninja(compiler: str, includes: list[str], nvcc: str | None, names: tup
         ninja.rule("nvlink", f"{nvcc} -shared -cudart static {generate_code(names)} $in -o $out")
         objects = [ninja.build(f"cuda/{path.stem}.o", "nvcc", [from_build(path)]) for path in sources]
         made.append(ninja.build("libulr_cuda.so", "nvlink", [*objects, version]))
-    BUILD.mkdir(parents=True, exist_ok=True)
-    ninja.write(BUILD / "build.ninja")
+    folder = build_folder(machine)
+    folder.mkdir(parents=True, exist_ok=True)
+    ninja.write(folder / "build.ninja")
     return made
 
 
@@ -256,7 +300,8 @@ def plan_of(tools: Tools, parts: set[str]) -> str:
     """The line that says what is built, and why the rest is not."""
     with_tools = {"cpp": tools.compiler, "cuda": f"nvcc {tools.nvcc} for {', '.join(tools.architectures)}"}
     built = [f"{part} kernels ({with_tools[part]})" for part in sorted(parts - set(tools.absent))]
-    left_out = [f"no {part} kernels: {reason}" for part, reason in sorted(tools.absent.items())]
+    names = {"_C": "_C, so ctypes calls the libraries", "cpp": "cpp kernels", "cuda": "cuda kernels"}
+    left_out = [f"no {names[part]}: {reason}" for part, reason in sorted(tools.absent.items())]
     return "ulr_kernels builds " + "; ".join([" and ".join(built) or "nothing", *left_out])
 
 
@@ -268,14 +313,19 @@ def build_native(target: Path) -> Tools:
         raise SystemExit(f"ULR_BUILD must name parts of cpp, cuda (or none), got {requested!r}")
     tools = Tools(absent={part: f"ULR_BUILD={requested} left it out" for part in {"cpp", "cuda"} - parts})
     made: list[str] = []
-    nvcc = None
+    includes = nvcc = None
     try:
-        compiler, ninja, includes = find_compiler(), find_ninja(), [find_pybind11(), find_python_headers()]
+        compiler, ninja = find_compiler(), find_ninja()
         tools.compiler = first_line(*shlex.split(compiler), "--version")
+        machine = machine_of(compiler)
     except Absent as reason:
         tools.absent.update(dict.fromkeys(parts, str(reason)))
         print(plan_of(tools, parts), flush=True)
     else:
+        try:
+            includes = find_shim_headers(machine)
+        except Absent as reason:
+            tools.absent["_C"] = str(reason)
         if "cuda" in parts:
             try:
                 nvcc = find_nvcc()
@@ -286,8 +336,8 @@ def build_native(target: Path) -> Tools:
                 tools.absent["cuda"] = str(reason)
         print(plan_of(tools, parts), flush=True)
         if parts - set(tools.absent):
-            made = write_ninja(compiler, includes, nvcc, tools.architectures, "cpp" in parts)
-            subprocess.run([ninja, "-C", str(BUILD)], check=True)
+            made = write_ninja(compiler, includes, nvcc, tools.architectures, "cpp" in parts, machine)
+            subprocess.run([ninja, "-C", str(build_folder(machine))], check=True)
     if requested is not None and (missing := parts & set(tools.absent)):
         raise SystemExit("ULR_BUILD: " + "; ".join(f"{part}: {tools.absent[part]}" for part in sorted(missing)))
     target.mkdir(parents=True, exist_ok=True)
@@ -295,7 +345,7 @@ def build_native(target: Path) -> Tools:
         if old.name not in made:
             old.unlink()  # of an earlier build: _build_info.py would deny it
     for name in made:
-        replace(BUILD / name, target / name)
+        replace(build_folder(machine) / name, target / name)
     return tools
 
 
@@ -336,8 +386,20 @@ class BuildNative(build_ext):
         return {}
 
 
+class ForEveryPython(bdist_wheel):
+    """A wheel of one platform and of every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform_tag = super().get_tag()[2]
+        return "py3", "none", platform_tag.replace(MACHINE, machine_of_wheel())
+
+
 if __name__ == "__main__":
     if SYSTEM not in ("linux", "darwin"):
         os.environ.setdefault("ULR_BUILD", "none")  # of no other system are the compiler's options known
     # The one extension makes setuptools run the step and mark the wheel as built for this platform.
-    setup(ext_modules=[Extension("ulr_kernels._C", sources=[])], cmdclass={"build_ext": BuildNative})
+    setup(
+        version=VERSION,
+        ext_modules=[Extension("ulr_kernels._C", sources=[])],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": ForEveryPython},
+    )

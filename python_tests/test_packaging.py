@@ -1,90 +1,17 @@
-"""The built wheel, away from its sources: with a compiler at build time, and without any."""
+"""The functions of setup.py: what it builds, and with which commands. test_wheel.py has what comes of it."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import re
-import shutil
-import subprocess
-import sys
 import types
-import zipfile
 
 import pytest
 import setup_script
+import setuptools
 
-ROOT = pathlib.Path(__file__).parents[1]
-PROGRAM = """
-import sys, torch, ulr_kernels as ulr
-assert not ulr.__file__.startswith({root!r}), ulr.__file__
-y = ulr.ops.noisy_linear(torch.ones(4, 3), torch.ones(2, 3), None, 0.5, 7, copies=2)
-assert y.shape == (2, 4, 2) and torch.isfinite(y).all()
-assert torch.equal(ulr.ops.noisy_linear(torch.zeros(4, 3), torch.zeros(2, 3), None, 1.0, 7)[0], ulr.noise((4, 2), 7))
-print(ulr.describe())
-"""
-
-
-def build_wheel(folder: pathlib.Path, **environment: str) -> pathlib.Path:
-    sources = folder / "sources"  # a copy: the wheel's build must not touch the tree that runs these tests
-    skip = shutil.ignore_patterns(
-        ".venv", "lib.*", "dist", ".git", "_build_info.py", "__pycache__", "*.egg-info", "runs", ".*_cache"
-    )
-    shutil.copytree(ROOT, sources, ignore=skip)
-    for built in (sources / "ulr_kernels").glob("*.so"):
-        built.unlink()  # what ninja made in build/native stays, and is not made again
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        sources,
-    ]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def run_installed(wheel: pathlib.Path, folder: pathlib.Path) -> str:
-    """Unpacked before everything else on the path, with no compiler to be found."""
-    site = folder / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    environment = {"PYTHONPATH": str(site), "PATH": "/nonexistent", "HOME": str(folder)}
-    program = PROGRAM.format(root=str(ROOT))
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-@pytest.mark.pair("cpp/cpu")
-def test_wheel_with_kernels_runs_without_a_compiler(tmp_path: pathlib.Path) -> None:
-    wheel = build_wheel(tmp_path, ULR_BUILD="cpp")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.endswith("libulr_cpu.so") for name in names)
-    assert not any(name.startswith(("python_tests", "bench", "csrc")) for name in names)
-    described = run_installed(wheel, tmp_path)
-    assert re.search(r"on cpu:\n  cpp +runs .*noisy_linear,", described)
-
-
-def test_wheel_built_without_a_compiler_runs_on_torch(tmp_path: pathlib.Path) -> None:
-    wheel = build_wheel(tmp_path, ULR_BUILD="", PATH=str(tmp_path), CXX="", CC="", CUDA_HOME=str(tmp_path))
-    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
-    described = run_installed(wheel, tmp_path)
-    assert re.search(r"on cpu:\n  torch +runs .*noisy_linear,.*\n  cpp +absent: no C\+\+ compiler", described)
-
-
-def test_a_required_part_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(AssertionError, match=r"(?s)ULR_BUILD.*cpp"):
-        build_wheel(tmp_path, ULR_BUILD="cpp", PATH=str(tmp_path), CXX="", CC="")
+import ulr_kernels
 
 
 @pytest.fixture
@@ -97,7 +24,7 @@ def setup(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> types.Modu
 
 @pytest.mark.parametrize("compiler", ["g++-13", "ccache g++-13", "ccache g++-13 -m64 -pthread"])
 def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str, setup) -> None:
-    setup.write_ninja(compiler, [], "nvcc", ("9.0a",), cpp=False)
+    setup.write_ninja(compiler, [], "nvcc", ("9.0a",), cpp=False, machine="x86_64")
     assert "nvcc -ccbin g++-13 -std=c++17" in (setup.BUILD / "build.ninja").read_text()
 
 
@@ -113,8 +40,8 @@ def test_nvcc_is_given_the_compiler_without_its_cache_and_options(compiler: str,
 )
 def test_commands_on_each_system(system, machine, library, instruction_sets, setup, monkeypatch) -> None:
     monkeypatch.setattr(setup, "SYSTEM", system)
-    monkeypatch.setattr(setup, "MACHINE", machine)
-    shim, made = setup.write_ninja("clang++", ["/python"], None, (), cpp=True)
+    monkeypatch.setattr(setup, "MACHINE", setup.processor(machine))
+    shim, made = setup.write_ninja("clang++", ["/python"], None, (), cpp=True, machine=setup.processor(machine))
     text = (setup.BUILD / "build.ninja").read_text()
     assert shim.startswith("_C.") and made == library
     assert set(re.findall(r"-DULR_ISA=(\w+)", text)) == instruction_sets
@@ -168,4 +95,42 @@ def test_one_line_says_what_is_built_and_why_not_more(setup) -> None:
     tools = setup.Tools(compiler="g++ 12", nvcc="13.0", architectures=("8.6", "9.0a"))
     assert setup.plan_of(tools, {"cpp", "cuda"}).endswith(
         "cpp kernels (g++ 12) and cuda kernels (nvcc 13.0 for 8.6, 9.0a)"
+    )
+
+
+def test_a_cross_compiler_builds_for_its_own_processor(setup, tmp_path, monkeypatch) -> None:
+    """Without `_C`, for which there is no Python, and beside the objects for this machine."""
+    monkeypatch.setattr(setup, "MACHINE", "x86_64")
+    monkeypatch.setenv("CXX", f"{tool(tmp_path, 'c++', 'aarch64-linux-gnu')} -O2")
+    assert setup.machine_of_wheel() == "aarch64"
+    with pytest.raises(setup.Absent, match="there are no headers of a Python for aarch64"):
+        setup.find_shim_headers("aarch64")
+    assert setup.write_ninja("c++", None, None, (), cpp=True, machine="aarch64") == ["libulr_cpu.so"]
+    text = (setup.BUILD.with_name("native-aarch64") / "build.ninja").read_text()
+    assert set(re.findall(r"-DULR_ISA=(\w+)", text)) == {"portable", "neon"} and "bindings" not in text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "tag"), [("x86_64-linux-gnu", "linux_x86_64"), ("aarch64-linux-gnu", "linux_aarch64")]
+)
+def test_a_wheel_is_for_every_python_on_the_compilers_processor(compiler, tag, setup, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "MACHINE", "x86_64")
+    monkeypatch.setenv("CXX", tool(tmp_path, "c++", compiler))
+    step = setup.ForEveryPython(setuptools.Distribution({"ext_modules": [setuptools.Extension("m", [])]}))
+    step.plat_name = "linux_x86_64"
+    step.plat_name_supplied, step.root_is_pure = True, False
+    assert step.get_tag() == ("py3", "none", tag)
+
+
+def test_the_version_is_built_into_the_libraries(setup) -> None:
+    setup.write_ninja("c++", [], None, (), cpp=True, machine=setup.MACHINE)
+    assert f"-DULR_VERSION={setup.VERSION}\n" in (setup.BUILD / "build.ninja").read_text()
+    assert setup.VERSION == ulr_kernels.__version__
+
+
+def test_the_line_says_that_ctypes_takes_the_place_of_a_missing_shim(setup) -> None:
+    tools = setup.Tools(compiler="g++ 12", absent={"_C": "pybind11 was not found when the package was built"})
+    assert setup.plan_of(tools, {"cpp"}) == (
+        "ulr_kernels builds cpp kernels (g++ 12); no _C, so ctypes calls the libraries: pybind11 was not found when the"
+        " package was built"
     )

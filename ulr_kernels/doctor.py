@@ -9,7 +9,8 @@ from importlib import metadata
 import torch
 
 from ulr_kernels import dispatch, noise_contract, noise_tables
-from ulr_kernels.backends import _native, cpp
+from ulr_kernels._version import __version__, old_torch
+from ulr_kernels.backends import _abi, _native, cpp
 
 NO_TOOL = "none when the package was built"
 
@@ -17,7 +18,7 @@ NO_TOOL = "none when the package was built"
 def describe() -> str:
     """A table of ops and back ends per device, the reasons for every absence, and the versions that matter."""
     contract = f"noise contract {noise_contract.CONTRACT_VERSION} ({noise_tables.SHA256[:12]})"
-    lines = [f"ulr_kernels {_version('ulr_kernels')}, {contract}", ""]
+    lines = [f"ulr_kernels {__version__}, {contract}", ""]
     lines += [f"{name:<10} {value}" for name, value in _machine().items()]
     for device in dispatch.ORDER:
         lines += ["", f"on {device}:", *_table(device)]
@@ -50,18 +51,20 @@ def _absent(op: str, device: str) -> dict[str, str]:
 def _machine() -> dict[str, str]:
     """The versions, the tools that built the kernels, and what the CPU offers."""
     built = _native._build_info
+    old = old_torch(torch.__version__)
     cuda = torch.version.cuda or "none in this build of torch"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         cuda += f", {torch.cuda.get_device_name()} (compute capability {major}.{minor})"
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads{f'; {old}' if old else ''}",
         "triton": _version("triton") if importlib.util.find_spec("triton") else "not installed",
         "CUDA": cuda,
         "compiler": (built and built.COMPILER) or NO_TOOL,
         "nvcc": f"{built.NVCC} (built for {', '.join(built.CUDA_ARCHITECTURES)})" if built and built.NVCC else NO_TOOL,
         "CPU": cpp.describe(),
+        "calls": f"of the libraries by {_abi.CALLS_BY}",
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from compile_cache import compile_once, with_includes
 
-from ulr_kernels.backends import _native, cuda
+from ulr_kernels.backends import _abi, cuda
 from ulr_kernels.backends.cuda import mlp
 
 HERE = pathlib.Path(__file__).parent
@@ -71,7 +71,7 @@ class Library:
 
         def run(*args) -> None:
             call = cuda.ARGUMENTS[op](*args)
-            code = _native._C.launch(address, call.noise, call.views(), call.numbers)
+            code = _abi.launch(address, call.noise, call.views(), call.numbers)
             if code:
                 raise RuntimeError(f"{op}: {self.library.ulr_cuda_error(code).decode()}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import pathlib
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ulr_kernels import noise_contract
+from ulr_kernels.backends import _abi
+from ulr_kernels.backends._abi import TensorView
 from ulr_kernels.ops._op import OPS, NoiseSpec
 
 SHARED = ".dylib" if sys.platform == "darwin" else ".so"  # how the name of a library ends
@@ -26,8 +27,6 @@ ERRORS = {1: "an argument that the kernel does not take", 2: "out of memory", 3:
 # The numbers of csrc/include/ulr/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3, torch.uint8: 4, torch.bool: 4}
 DISTRIBUTIONS = {"normal": 0, "laplace": 1, "rademacher": 2}
-
-TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 class Arguments(NamedTuple):
@@ -44,15 +43,14 @@ class Arguments(NamedTuple):
         return views(self.tensors)
 
 
-def _optional(module: str) -> ModuleType | None:
+def _import_build_info() -> ModuleType | None:
     try:
-        return importlib.import_module(f"ulr_kernels.{module}")
+        return importlib.import_module("ulr_kernels._build_info")
     except ImportError:
         return None
 
 
-_C = _optional("_C")
-_build_info = _optional("_build_info")
+_build_info = _import_build_info()
 
 
 @functools.cache
@@ -62,16 +60,7 @@ def library(part: str) -> ctypes.CDLL | str:
         return "the native libraries have not been built (pip install . builds them)"
     if part in _build_info.ABSENT:
         return _build_info.ABSENT[part]
-    if _C is None:
-        return "ulr_kernels._C cannot be imported: it was built for another Python"
-    path = pathlib.Path(__file__).parents[1] / FILES[part]
-    try:
-        opened = ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"{path.name} cannot be loaded: {error}"
-    if opened.ulr_abi_version() != _C.ABI_VERSION:
-        return f"{path.name} belongs to another build than ulr_kernels._C"
-    return opened
+    return _abi.open_library(_abi.PACKAGE / FILES[part])
 
 
 def error(part: str, code: int) -> str:
@@ -90,7 +79,7 @@ def launcher(part: str, name: str) -> Callable[..., None]:
     if isinstance(opened, str):
         raise RuntimeError(opened)
     address = ctypes.cast(getattr(opened, PREFIXES[part] + name), ctypes.c_void_p).value
-    launch_at = functools.partial(_C.launch, address)  # type: ignore[union-attr]
+    launch_at = functools.partial(_abi.launch, address or 0)
 
     def launch(
         noise: tuple | None,
