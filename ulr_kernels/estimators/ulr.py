@@ -26,8 +26,9 @@ from ulr_kernels.nn.affects import Affects, read_affects
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import finished_gradients
 from ulr_kernels.nn.names import features, unwrapping
+from ulr_kernels.nn.running_statistics import RunningStatistics
 
-MOST_PLANS = 64  # bounds the memory of a job whose batches have ever new shapes
+MOST_PLANS = 512  # bounds the memory of a job whose batches have ever new shapes
 
 
 class ULR:
@@ -42,8 +43,9 @@ class ULR:
     from its own inputs: in a trial on the first batch, noise on some samples must leave the losses of all others alone.
     Any torch function that brings a trained parameter and samples together is a layer, whose output gets the noise;
     tensors computed from parameters alone (a transpose, a normalised weight) are followed back to them. A layer with no
-    trained parameter gets no noise. Noised passes run in eval mode: dropout is off and BatchNorm uses its running
-    statistics.
+    trained parameter gets no noise. All forwards run in eval mode: dropout is off and BatchNorm uses its running
+    statistics. Where it is in train mode, a step then moves these towards the statistics of the batch without noise,
+    which takes one forward without noise.
 
     An `nn.Sequential` of `nn.Linear` and one of ReLU, Tanh and Sigmoid, with `functools.partial(F.cross_entropy,
     reduction="none")` or `nn.CrossEntropyLoss(reduction="none")` as loss and the same copies for all layers and
@@ -253,13 +255,18 @@ class ULR:
             batch = self._parallel.locate(batch, self.device)
         plan = self._plan(batch, loss_fn)
         keys = self._keys.of_sites(plan.names, plan.sites)
+        statistics = RunningStatistics(self.model)
         self._runner.loss_parameters.clear()
         with finished_gradients([*self.view.parameters, *self.parameters()]):
             losses = run_mlp_step(self._runner, keys, batch, loss_fn, self._guides)
-            mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
+            mean = self._run(plan, keys, batch, loss_fn, statistics) if losses is None else losses.mean()
         if self._parallel is not None:
             of_loss = self._runner.loss_parameters.values()
             self._parallel.average([*self.view.parameters, *self.parameters(), *of_loss])
+        if statistics:
+            if self._parallel is not None:
+                self._parallel.sum_(statistics.sums())
+            statistics.update()
         self._keys.advance()
         return mean
 
@@ -289,7 +296,7 @@ class ULR:
         if plan is None:
             for plans in (self._plans, self._kinds):
                 if len(plans) == MOST_PLANS:
-                    plans.clear()
+                    del plans[next(iter(plans))]  # the oldest
             with self._runner.forwards():
                 plan = make_plan(self._runner, self._keys, batch, loss_fn, self._kinds.get(kind))
             for note in dict.fromkeys(plan.notes):
@@ -301,12 +308,16 @@ class ULR:
                 self._kinds.setdefault(kind, plan)
         return plan
 
-    def _run(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
+    def _run(
+        self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction, statistics: RunningStatistics
+    ) -> Tensor:
         """Run all passes and add their gradients; returns the mean loss."""
         with self._runner.forwards():
-            return self._run_passes(plan, keys, batch, loss_fn)
+            return self._run_passes(plan, keys, batch, loss_fn, statistics)
 
-    def _run_passes(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
+    def _run_passes(
+        self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction, statistics: RunningStatistics
+    ) -> Tensor:
         s, runner, history = self.settings, self._runner, plan.history
         history.steps += 1
         if history.is_due(sum(pass_.copies for pass_ in plan.passes)):
@@ -323,10 +334,11 @@ class ULR:
         clean = None
         on_outputs = any(pass_.layers for pass_ in plan.passes)
         guides = self._guides if on_outputs else None
-        if guides is not None or (s.support == "active" and on_outputs):
-            clean = runner.clean_pass(plan.clean, batch, loss_fn, guides)
-        elif s.baseline == "clean":
-            clean = CleanPass(runner.clean_losses(plan.clean, batch, loss_fn), None, {})
+        with statistics.watching():
+            if guides is not None or (s.support == "active" and on_outputs):
+                clean = runner.clean_pass(plan.clean, batch, loss_fn, guides)
+            elif s.baseline == "clean" or statistics:
+                clean = CleanPass(runner.clean_losses(plan.clean, batch, loss_fn), None, {})
         if guides is not None:
             assert clean is not None
             guides.begin(clean)
