@@ -62,10 +62,10 @@ class Symbol:
 
 
 def public_names(package: str) -> list[str]:
-    """The `__all__` of a package."""
+    """The `__all__` of a package, without `__version__`, which explains itself."""
     for node in _tree(package).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
+            return [name for name in ast.literal_eval(node.value) if not name.startswith("__")]
     raise ValueError(f"{package} has no __all__")
 
 
