@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def _tree(module: str) -> ast.Module:
 
 def _imports(module: str) -> Iterator[tuple[str, str]]:
     """Each name that a module imports, and the module that it comes from."""
-    for node in _tree(module).body:
+    body = _tree(module).body
+    for node in itertools.chain(body, *(block.body for block in body if isinstance(block, ast.Try))):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             yield from ((alias.name, node.module) for alias in node.names)
 
