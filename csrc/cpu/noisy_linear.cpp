@@ -66,11 +66,13 @@ void Pass::open(Unit& unit, bool is_new) const {
 void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
     constexpr int64_t kLine = 64;
     const ulr_tensor& base = t_[kBase];
-    const int64_t size = base.dtype == ULR_F32 ? 4 : 2, shared = base.size[0] == 1 ? 1 : draws;
-    for (int64_t d = 0; d < shared; ++d) {
+    const bool shared = base.size[0] == 1;
+    if (shared && draw > 0) return;  // an earlier draw has read it
+    const int64_t size = base.dtype == ULR_F32 ? 4 : 2;
+    for (int64_t d = 0; d < (shared ? 1 : draws); ++d) {
         for (int64_t r = 0; r < unit.rows; ++r) {
             const int64_t first =
-                (shared == 1 ? 0 : draw + d) * base.stride[0] + (unit.row + r) * base.stride[1] + unit.col;
+                (shared ? 0 : draw + d) * base.stride[0] + (unit.row + r) * base.stride[1] + unit.col;
             const char* row = static_cast<const char*>(base.data) + first * size;
             for (int64_t byte = 0; byte < unit.cols * size; byte += kLine) __builtin_prefetch(row + byte, 1);
         }
