@@ -207,6 +207,20 @@ def test_steps_are_shown_only_for_noise_inside(monkeypatch):
     assert steps_shown() == 0
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_noise_on_the_weights_of_a_layer_is_one_pass(kind):
+    """Its noises are those of a pass for each parameter; their gradients differ, as all move the loss."""
+    model = filled(Reader(kind))
+    names = [name for name, _ in model.named_parameters() if name.startswith("cells")]
+    settings = {"copies": 4, "noise": dict.fromkeys(names, "weights")}
+    estimator = ulr.ULR(model, **settings)
+    passes = estimator.plan(*BATCH, cross_entropy).passes
+    assert [pass_.weights for pass_ in passes if pass_.weights] == [tuple(names)]
+    copies = dict.fromkeys(names, 8) | {names[0]: 4, "": 4}
+    passes = ulr.ULR(model, **settings | {"copies": copies}).plan(*BATCH, cross_entropy).passes
+    assert [pass_.weights for pass_ in passes if pass_.weights] == [(names[0],), tuple(names[1:])]
+
+
 def test_what_noise_on_the_steps_cannot_do_is_named():
     model = filled(Reader("LSTM"))
     with pytest.raises(ValueError, match="'baseline' must be 'clean' where sampler is 'sobol' and a layer is called"):

@@ -24,6 +24,7 @@ from ulr_kernels.estimators.schedule import Pass
 from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys
 from ulr_kernels.estimators.trace import ModelTrace, Outline, fail_rows, same, two_copies
+from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat, tensors
 
 CPU_ACTIVATION_BYTES = 4 * 2**20
@@ -86,7 +87,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
         outline = outline._replace(hidden=known.outline.hidden, shared_noise=known.outline.shared_noise)
 
     tried = _trying(runner, keys, batch, loss_fn, outline)
-    passes = list(_passes(outline, weights, s))
+    passes = list(_passes(outline, view, s))
     if known is not None and is_known:
         on_outputs = [pass_ for pass_ in passes if pass_.layers]
         if batch.affects is not None and on_outputs:  # each shape has a matrix of its own
@@ -111,7 +112,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
                 _refuse_hidden_samples(clean.record, other)
             if hidden(noisy, clean.record):
                 outline = outline._replace(hidden=True, shared_noise={})
-                passes = list(_passes(outline, weights, s))
+                passes = list(_passes(outline, view, s))
         if weights and len(passes) > 1:  # a single pass finds it when it is settled
             every = passes[-1]._replace(weights=tuple(weights), one_copy_per_forward=True)
             _refuse_unused(every.weights, runner.run_pass(ForwardSpec(every, keys, batch, 1))[0])
@@ -230,9 +231,8 @@ def _check_settings(runner: PassRunner, outline: Outline, weights: dict[str, str
         s.sigma_of(layer)
 
 
-def _passes(outline: Outline, weights: dict[str, str], settings: Settings) -> Iterator[Pass]:
-    """`weights`: name of a parameter with noise -> its layer. All other layers have noise on their outputs."""
-    layers, shared = tuple(outline.calls), outline.shared_noise
+def _passes(outline: Outline, view: ModelView, settings: Settings) -> Iterator[Pass]:
+    layers, shared, weights = tuple(outline.calls), outline.shared_noise, view.noised_layers
 
     def noised(layers: tuple[str, ...], weights: tuple[str, ...], copies: int) -> Pass:
         return Pass(layers, weights, copies, shared, outline.noise_rows, hidden=outline.hidden)
@@ -244,9 +244,11 @@ def _passes(outline: Outline, weights: dict[str, str], settings: Settings) -> It
         if source not in shared:
             group = (source, *(layer for layer in shared if shared[layer] == source))
             yield noised(group, (), settings.copies_of(source))
-    for layer in dict.fromkeys(weights.values()):
-        own = tuple(name for name in weights if weights[name] == layer)
-        yield noised((), own, settings.copies_of(layer))
+    together: dict[tuple[str, int], list[str]] = {}
+    for name, layer in weights.items():
+        together.setdefault((view.recurrent.get(layer, layer), settings.copies_of(layer)), []).append(name)
+    for (_, copies), own in together.items():
+        yield noised((), tuple(own), copies)
 
 
 # --- rules of the model ----------------------------------------------------------------------------------------------

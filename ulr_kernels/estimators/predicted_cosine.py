@@ -191,11 +191,18 @@ def _of_others(
 ) -> Tensor:
     """The variance of each loss by the noise of other layers in the same pass."""
     result = torch.zeros_like(losses)
-    if estimator.settings.injection != "joint":
-        return result
+    settings, modules = estimator.settings, estimator.view.recurrent
+
+    def same_pass(other: str) -> bool:
+        if settings.injection == "joint":
+            return True
+        same_module = name in modules and modules[name] == modules.get(other)
+        on_weights = settings.noise_of(name) == settings.noise_of(other) == "weights"
+        return same_module and on_weights and settings.copies_of(name) == settings.copies_of(other)
+
     for other in reference.parameters:
-        if other not in (name, shared_noise.get(name)) and other not in shared_noise:
-            of_weights = estimator.settings.noise_of(other) == "weights"
+        if other not in (name, shared_noise.get(name)) and other not in shared_noise and same_pass(other):
+            of_weights = settings.noise_of(other) == "weights"
             change = reference.gradients[other].square().sum() if of_weights else reference.loss_change(other)
             result += _mean_square(estimator.sigma(other)) * change
     return result

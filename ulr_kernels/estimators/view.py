@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ulr_kernels.errors import fail
-from ulr_kernels.nn.names import layer_names, padding_rows, parameter_names
+from ulr_kernels.nn.names import layer_names, padding_rows, parameter_names, recurrent_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,7 @@ class ModelView:
     names: Mapping[int, str]  # id(parameter) -> its own name
     noised: Mapping[str, nn.Parameter]  # name -> parameter, those that have noise themselves if they are trained
     followed: tuple[nn.Parameter, ...]  # the other parameters, by which calls of layers are recognised
+    recurrent: Mapping[str, str]  # layer -> its recurrent module, whose weights have their noise in one pass
     padding: Mapping[str, int]  # name of a table -> its row for padding, which has no noise and no gradient
 
     @classmethod
@@ -38,7 +39,8 @@ class ModelView:
                 fail("model", rule, f"{names[id(p)]} of {p.dtype}")
         noised = {names[id(p)]: p for p in parameters if has_noise(layers[id(p)])}
         followed = tuple(p for p in parameters if names[id(p)] not in noised)
-        return cls(model, parameters, layers, names, noised, followed, padding_rows(model))
+        recurrent = recurrent_modules(model)
+        return cls(model, parameters, layers, names, noised, followed, recurrent, padding_rows(model))
 
     @property
     def device(self) -> torch.device:

@@ -66,6 +66,13 @@ def layer_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
+def recurrent_modules(model: nn.Module) -> dict[str, str]:
+    """Layer -> the recurrent module that it belongs to, of layers that do: each of its parameters is one."""
+    layers, names = layer_names(model), parameter_names(model)
+    modules = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.RNNBase | nn.RNNCellBase))
+    return {layers[id(p)]: _strip(path) for path, m in modules for p in m.parameters() if id(p) in names}
+
+
 def features(model: nn.Module) -> dict[int, torch.Size]:
     """id(parameter) -> the shape of its layer's noise scale: `[features]` of the layer's output where each feature can
     have its own, else `[]`, also for a parameter that layers of different features share.
