@@ -211,15 +211,15 @@ def test_learnt_sigma_of_a_weight_that_is_also_used_transposed():
         ({"noise": "weights", "learn_sigma": True}, "'learn_sigma' must be False where noise is 'weights'"),
         (
             {"noise": {"0": "weights"}, "sampler": "sobol", "antithetic": True},
-            "'sampler' must be 'iid' or 'hadamard' where noise is 'weights'",
+            "'sampler' must be 'iid', 'hadamard' or 'auto' where noise is 'weights'",
         ),
         ({"dist": "uniform"}, "'dist' must be 'normal' or 'laplace' or 'rademacher'"),
-        ({"sampler": "halton"}, "'sampler' must be 'iid' or 'sobol' or 'hadamard'"),
+        ({"sampler": "halton"}, "'sampler' must be 'iid' or 'sobol' or 'hadamard' or 'auto'"),
         ({"baseline": "median"}, "'baseline' must be 'mean' or 'clean' or 'none'"),
         ({"dist": "rademacher", "learn_sigma": True}, "'learn_sigma' must be False where dist is 'rademacher'"),
         (
             {"dist": "rademacher", "sampler": "sobol"},
-            "'sampler' must be 'iid' or 'hadamard' where dist is 'rademacher'",
+            "'sampler' must be 'iid', 'hadamard' or 'auto' where dist is 'rademacher'",
         ),
         ({"sampler": "sobol", "antithetic": False}, "'baseline' must be 'clean' .or antithetic=True. where sampler is"),
         (

@@ -221,6 +221,19 @@ def test_noise_on_the_weights_of_a_layer_is_one_pass(kind):
     assert [pass_.weights for pass_ in passes if pass_.weights] == [(names[0],), tuple(names[1:])]
 
 
+def test_the_preset_has_orthogonal_signs_in_passes_with_one_noise():
+    def samplers(**settings):
+        passes = ulr.ULR(model, copies=4, preset="best", **settings).plan(*BATCH, cross_entropy).passes
+        return {"+".join(sorted({layer.split(".")[0] for layer in p.layers})): p.sampler for p in passes}
+
+    model = filled(Reader("GRU"))
+    alone = samplers()
+    assert alone.pop("cells") == "iid" and set(alone.values()) == {"hadamard"}
+    assert set(samplers(injection="joint").values()) == {"iid"}
+    with pytest.warns(UserWarning, match="sampler='auto' leaves independent signs to layers"):
+        assert set(samplers(dist="rademacher", sampler="hadamard").values()) == {"hadamard"}
+
+
 def test_what_noise_on_the_steps_cannot_do_is_named():
     model = filled(Reader("LSTM"))
     with pytest.raises(ValueError, match="'baseline' must be 'clean' where sampler is 'sobol' and a layer is called"):

@@ -215,7 +215,7 @@ def _correlations(estimator: ULR, sites: tuple[str, ...]) -> dict[str, float]:
 
     def stream(site: str, step: int, copy: int) -> Tensor:
         key = noise_contract.fold_in(noise_contract.fold_in(estimator.seed, step), noise_contract.site_id(site))
-        return ops.noise(STREAM_SHAPE, key, draw=copy, dist=settings.dist, sampler=settings.sampler).flatten()
+        return ops.noise(STREAM_SHAPE, key, draw=copy, dist=settings.dist, sampler=settings.sampler_of(1)).flatten()
 
     kinds = {
         "layers": [stream(site, 0, 0) for site in sites],

@@ -77,7 +77,7 @@ def run_mlp_step(
         baseline=s.baseline,
         dist=s.dist,
         row_offset=batch.first,
-        sampler=s.sampler,
+        sampler=s.sampler_of(len(names) if s.injection == "joint" else 1),
         **(guided.arguments if guided is not None else {}),
     )
     if guided is not None:

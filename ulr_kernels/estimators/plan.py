@@ -219,7 +219,7 @@ def _refuse_hidden_samples(clean: Record, other: Record) -> None:
 def _check_settings(runner: PassRunner, outline: Outline, weights: dict[str, str]) -> None:
     """Raise `RuleError` if a setting does not fit the layers of a model."""
     s = runner.settings
-    if s.sampler != "iid" and s.baseline == "mean" and max(outline.calls.values(), default=0) > 1:
+    if s.sampler not in ("iid", "auto") and s.baseline == "mean" and max(outline.calls.values(), default=0) > 1:
         rule = f"be 'clean' where sampler is {s.sampler!r} and a layer is called twice: a mean is biased"
         fail("baseline", rule, "'mean'")
     for layer, log_sigma in runner.log_sigma.items():
@@ -235,7 +235,9 @@ def _passes(outline: Outline, view: ModelView, settings: Settings) -> Iterator[P
     layers, shared, weights = tuple(outline.calls), outline.shared_noise, view.noised_layers
 
     def noised(layers: tuple[str, ...], weights: tuple[str, ...], copies: int) -> Pass:
-        return Pass(layers, weights, copies, shared, outline.noise_rows, hidden=outline.hidden)
+        noises = sum(outline.calls[layer] for layer in layers if layer not in shared) + len(weights)
+        sampler = settings.sampler_of(noises)
+        return Pass(layers, weights, copies, shared, outline.noise_rows, sampler=sampler, hidden=outline.hidden)
 
     if settings.injection == "joint":
         yield noised(layers, tuple(weights), settings.copies_of(""))
@@ -287,8 +289,8 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
     if runner.settings.sampler == "hadamard":
         if several := [layer for layer, calls in outline.calls.items() if calls > 1]:
             trace.notes.append(
-                f"the noises of the calls of {', '.join(several)} are not orthogonal to one another: sampler='iid' has "
-                "the smaller error where a layer is called more than once"
+                f"the noises of the calls of {', '.join(several)} are not orthogonal to one another: sampler='auto' "
+                "leaves independent signs to layers that are called more than once, which have the smaller error there"
             )
     if not outline.calls and not view.noised_layers:
         fail("model", "have a trained parameter", "none")

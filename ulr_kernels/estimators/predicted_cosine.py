@@ -180,7 +180,8 @@ def predicted_cosine(estimator: ULR, shared_noise: Mapping[str, str], name: str,
         )
         if not centred:
             variance += s * loss**2 * here.j / _mean_square(sigma)
-    if settings.sampler == "hadamard":  # only coordinates of one slot, modulo the directions, are not orthogonal
+    noises = sum(len(reference.calls.get(o, (1,))) for o in reference.parameters if _same_pass(estimator, name, o))
+    if settings.sampler_of(noises) == "hadamard":  # coordinates of one slot, modulo the directions, are not orthogonal
         units = reference.coordinates(name)
         variance *= max(0.0, units - directions) / max(1, units - 1)
     return (1 + variance / (directions * gradient)) ** -0.5
@@ -191,21 +192,23 @@ def _of_others(
 ) -> Tensor:
     """The variance of each loss by the noise of other layers in the same pass."""
     result = torch.zeros_like(losses)
-    settings, modules = estimator.settings, estimator.view.recurrent
-
-    def same_pass(other: str) -> bool:
-        if settings.injection == "joint":
-            return True
-        same_module = name in modules and modules[name] == modules.get(other)
-        on_weights = settings.noise_of(name) == settings.noise_of(other) == "weights"
-        return same_module and on_weights and settings.copies_of(name) == settings.copies_of(other)
-
     for other in reference.parameters:
-        if other not in (name, shared_noise.get(name)) and other not in shared_noise and same_pass(other):
-            of_weights = settings.noise_of(other) == "weights"
+        own = other in (name, shared_noise.get(name)) or other in shared_noise
+        if not own and _same_pass(estimator, name, other):
+            of_weights = estimator.settings.noise_of(other) == "weights"
             change = reference.gradients[other].square().sum() if of_weights else reference.loss_change(other)
             result += _mean_square(estimator.sigma(other)) * change
     return result
+
+
+def _same_pass(estimator: ULR, layer: str, other: str) -> bool:
+    """Whether one pass has the noise of both layers."""
+    settings, modules = estimator.settings, estimator.view.recurrent
+    if settings.injection == "joint" or layer == other:
+        return True
+    same_module = layer in modules and modules[layer] == modules.get(other)
+    on_weights = settings.noise_of(layer) == settings.noise_of(other) == "weights"
+    return same_module and on_weights and settings.copies_of(layer) == settings.copies_of(other)
 
 
 def _mean_square(sigma: float | Tensor) -> float:

@@ -83,7 +83,7 @@ class PassRunner:
         s, model = self.settings, self.view.model
         noises = {
             layer: Noise(
-                self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, s.sampler, spec.draw, batch.first
+                self.sigma(layer), keys[layer], copies, s.antithetic, s.dist, pass_.sampler, spec.draw, batch.first
             )
             for layer in pass_.layers
             if layer not in pass_.shared_noise
@@ -174,7 +174,7 @@ class PassRunner:
             key, still = keys[name].to(parameter.device), self.view.padding.get(name)
             return NoisedParameter(name, parameter, key, scale, None, still)
 
-        return WeightNoise([noised(name) for name in pass_.weights], s.antithetic, s.dist, s.sampler)
+        return WeightNoise([noised(name) for name in pass_.weights], s.antithetic, s.dist, pass_.sampler)
 
     # --- gradients ---------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class Pass(NamedTuple):
     copies: int  # of each sample
     shared_noise: Mapping[str, str]  # layer -> the layer whose noise it has (`residual_sums.py`)
     noise_rows: NoiseRows  # layer -> the rows of noise that a sample has in each of its calls
+    sampler: str = "iid"
     hidden: bool = False  # some functions are hidden: all that is computed after the first noise may depend on it
     # The attributes below are decided, which happens just before the pass first runs (`plan.settle`).
     settled: bool = False

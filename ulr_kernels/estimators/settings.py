@@ -19,10 +19,11 @@ MEMORIES = ("keep", "recompute")
 NOISES = ("outputs", "weights")
 GUIDES = (None, "feedback", "function")
 SUPPORTS = ("all", "active")
+SAMPLERS = (*noise_contract.SAMPLERS, "auto")
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
         "dist": "rademacher",
-        "sampler": "hadamard",
+        "sampler": "auto",
         "antithetic": False,
         "baseline": "clean",
         "guide": "feedback",
@@ -57,24 +58,20 @@ class Settings:
 
     @classmethod
     def of_preset(cls, preset: str | None, given: Mapping[str, Any]) -> Settings:
-        """The given settings; a preset replaces those that are the defaults.
-
-        Orthogonal signs are for one noise in a pass, so a joint pass has independent ones.
-        """
+        """The given settings; a preset replaces those that are the defaults."""
         if preset is None:
             return cls(**given)
         if preset not in PRESETS:
             fail("preset", f"be None or {' or '.join(map(repr, PRESETS))}", repr(preset))
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        own = PRESETS[preset] | ({"sampler": "iid"} if given["injection"] == "joint" else {})
-        replaced = {name: value for name, value in own.items() if given[name] == defaults[name]}
+        replaced = {name: value for name, value in PRESETS[preset].items() if given[name] == defaults[name]}
         return cls(**{**given, **replaced})
 
     def __post_init__(self) -> None:
         for argument, allowed in (
             ("injection", INJECTIONS),
             ("dist", noise_contract.DISTRIBUTIONS),
-            ("sampler", noise_contract.SAMPLERS),
+            ("sampler", SAMPLERS),
             ("baseline", BASELINES),
             ("memory", MEMORIES),
             ("allocation", ALLOCATIONS),
@@ -109,9 +106,9 @@ class Settings:
         if self.dist == "rademacher" and self.learn_sigma:
             fail("learn_sigma", "be False where dist is 'rademacher', which has no density", True)
         if self.dist == "rademacher" and self.sampler == "sobol":
-            fail("sampler", "be 'iid' or 'hadamard' where dist is 'rademacher'", repr(self.sampler))
-        if self.dist != "rademacher" and self.sampler == "hadamard":
-            fail("dist", "be 'rademacher' where sampler is 'hadamard'", repr(self.dist))
+            fail("sampler", "be 'iid', 'hadamard' or 'auto' where dist is 'rademacher'", repr(self.sampler))
+        if self.dist != "rademacher" and self.sampler in ("hadamard", "auto"):
+            fail("dist", f"be 'rademacher' where sampler is {self.sampler!r}", repr(self.dist))
         if self.allocation != "even":
             got = repr(self.allocation)
             if self.injection == "joint":
@@ -127,7 +124,7 @@ class Settings:
             if self.learn_sigma:
                 fail("learn_sigma", "be False where noise is 'weights'", True)
             if self.sampler == "sobol":
-                fail("sampler", "be 'iid' or 'hadamard' where noise is 'weights'", repr(self.sampler))
+                fail("sampler", "be 'iid', 'hadamard' or 'auto' where noise is 'weights'", repr(self.sampler))
 
     def _check_dependent_copies(self) -> None:
         """Raise where a mean over copies is biased because one copy depends on the others.
@@ -146,6 +143,12 @@ class Settings:
         if self.learn_sigma or self.injection == "joint":
             why = "sigma is learnt" if self.learn_sigma else "injection is 'joint'"
             fail("baseline", f"be 'clean' where {of} and {why}: a mean is biased", "'mean'")
+
+    def sampler_of(self, noises: int) -> str:
+        """The sampler of a pass with so many noises: a layer has one in each of its calls, a parameter has one."""
+        if self.sampler != "auto":
+            return self.sampler
+        return "hadamard" if noises == 1 else "iid"
 
     @property
     def copies_per_draw(self) -> int:

@@ -72,7 +72,8 @@ class ULR:
             dist="rademacher": orthogonal signs (docs/noise.md). Their error is (d - M) / M of the gradient's square
             instead of (d + 1) / M, for M directions of d coordinates, none where M is a power of two of at least d.
             That holds for a pass with one noise: with "joint" injection, and for a layer that is called more than once
-            (a recurrent one), "iid" has the smaller error.
+            (a recurrent one), "iid" has the smaller error. "auto", with dist="rademacher": "hadamard" in passes with
+            one noise, "iid" in others.
         baseline: "mean": of the other copies or pairs of the sample; 0 if there are none, so that a single copy needs
             "clean", or its estimates vary with all of the loss; "clean": the loss without noise; "none".
         seed: integer in [-2^63, 2^64). The noise depends on seed, step and layer name alone.
@@ -108,7 +109,7 @@ class ULR:
             noise is 0, so the estimate has the error of fewer coordinates, and lacks what noise alone would bring there
             (docs/fewer-forwards.md). For layers whose inputs are the same in all copies; without learnt sigma.
         preset: None; "best": the settings of docs/fewer-forwards.md in the place of those that are left at their
-            defaults: orthogonal signs (independent ones jointly) in single copies, the clean loss as baseline, the
+            defaults: orthogonal signs where a pass has one noise, in single copies, the clean loss as baseline, the
             guide, and the active support.
 
     Attributes:

@@ -7,11 +7,11 @@ import dataclasses
 
 from ulr_kernels.baselines import BASELINES
 from ulr_kernels.estimators.allocation import ALLOCATIONS
-from ulr_kernels.estimators.settings import MEMORIES, SUPPORTS
+from ulr_kernels.estimators.settings import MEMORIES, SAMPLERS, SUPPORTS
 from ulr_kernels.jobs import rules
 from ulr_kernels.jobs.schedule import SCHEDULES
 from ulr_kernels.jobs.settings import check, setting
-from ulr_kernels.noise_contract import DISTRIBUTIONS, SAMPLERS
+from ulr_kernels.noise_contract import DISTRIBUTIONS
 from ulr_kernels.ops.noisy_mlp_step import INJECTIONS
 from ulr_kernels.recipes.models import MODELS, PRETRAINED
 

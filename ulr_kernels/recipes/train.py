@@ -75,6 +75,7 @@ class Trainer:
     def _estimator(self) -> ULR:
         """The estimator; another one is tried on one image, so that it refuses a model before a run begins."""
         make = functools.partial(ULR, self.model, seed=self.settings.seed, **self.settings.estimator)
+        self.model.eval()  # running statistics stay
         try:
             make().backward(self.inputs(self.train.images[:1]), self.train.labels[:1], self.loss_per_row)
         except (TypeError, ValueError) as error:
