@@ -29,6 +29,8 @@ from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat, tensors
 
 CPU_ACTIVATION_BYTES = 4 * 2**20
 """Bytes of a tensor on a CPU: a few of this size stay in its caches; much smaller ones cost more than that saves."""
+CPU_CALL_BYTES = 2**19
+"""Bytes of the median result on a CPU, where a layer is called more than once: its calls are small, and many."""
 
 
 @dataclasses.dataclass
@@ -435,7 +437,7 @@ def _like(pass_: Pass, other: Pass, batch: Batch) -> Pass:
 
 
 def _bounded(pass_: Pass, outline: Outline, settings: Settings, device: torch.device) -> Pass:
-    """A pass whose memory is bounded: by `max_rows`, or on a CPU by about `CPU_ACTIVATION_BYTES` for a tensor."""
+    """A pass whose memory is bounded: by `max_rows`, or on a CPU by the sizes of its tensors."""
     together = min(settings.copies_per_draw, pass_.copies)  # copies of a part that must share a forward
     if settings.max_rows is not None:
         rows = samples = settings.max_rows
@@ -443,7 +445,10 @@ def _bounded(pass_: Pass, outline: Outline, settings: Settings, device: torch.de
         return pass_
     else:
         begin = min(outline.begins[layer] for layer in pass_.layers) if pass_.expand_late else 0
-        rows = max(2, together, CPU_ACTIVATION_BYTES // max([1, *outline.sizes[begin:]]))
+        sizes = sorted([1, *outline.sizes[begin:]])
+        rows = max(2, together, CPU_ACTIVATION_BYTES // sizes[-1])
+        if max(outline.calls.values(), default=1) > 1:
+            rows = max(rows, min(4 * rows, CPU_CALL_BYTES // max(1, sizes[len(sizes) // 2])))
         samples = max(1, CPU_ACTIVATION_BYTES // max([1, *outline.sizes]))
     if not pass_.shared_inputs and settings.memory == "keep":  # copies in several forwards would all be run once more
         rows = max(rows, pass_.copies) if settings.max_rows is None else rows
