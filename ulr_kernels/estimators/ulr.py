@@ -226,7 +226,7 @@ class ULR:
                 model whose forward names one `edge_index`.
             y: targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry
                 for each sample; or None.
-            loss_fn: must be given: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
+            loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
                 need not be differentiable. It gets all copies of the targets. Trained `nn.Parameter`s of its own, and
                 those of the model that it reads past all layers, get autograd's gradient of the mean noised loss.
             affects: for samples with many losses (a graph's nodes, a text's tokens, a series' steps): the losses of a
