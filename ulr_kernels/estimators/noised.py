@@ -21,7 +21,9 @@ from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import RowWeights
 from ulr_kernels.nn.batch import Batch, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter, KnownLosses, Noise, NoiseSite
-from ulr_kernels.nn.interceptor import NOISED, SAMPLE, LayerInterceptor, flat
+from ulr_kernels.nn.graphs import GraphInput
+from ulr_kernels.nn.interceptor import LayerInterceptor
+from ulr_kernels.nn.marks import NOISED, SAMPLE, STRUCTURE, flat
 from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import PerturbedWeights
 
@@ -103,6 +105,11 @@ class NoisedForward(LayerInterceptor):
         self._prefix = spec.prefix  # until the noise is reached
         self._noisy_rows, self._large_noise, self._record = spec.noisy_rows, spec.large_noise, spec.record
         self._hidden, self._begun = spec.pass_.hidden, False
+        self._graphs = inputs if self._expand_late and isinstance(inputs, GraphInput) else None
+        if self._graphs is not None:
+            for tensor, marks in self._graphs.structure:
+                self._mark(tensor, SAMPLE | marks)
+        self._expanded: dict[int, tuple[Tensor, Tensor]] = {}  # id(tensor of one copy) -> it, and that of all copies
         self._counts: dict[str, int] = {}  # the keys of a layer's calls differ by them
         self._numbers: collections.Counter[str] = collections.Counter()
         self.order: list[str] = []
@@ -130,6 +137,13 @@ class NoisedForward(LayerInterceptor):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = flat(args) + flat(kwargs.values())
+        if (
+            self._graphs is not None
+            and self._begun
+            and (func in SIZES or any(self._is_structure(tensor) for tensor in given))
+        ):
+            args, kwargs = self._expand_structure(func, args, kwargs, given)
+            given = flat(args) + flat(kwargs.values())
         if self.perturbed is None or not self.perturbed.reads(given):
             return super().__torch_function__(func, types, args, kwargs)
         if (result := self._call_composite(func, args, kwargs)) is not NotImplemented:
@@ -145,6 +159,41 @@ class NoisedForward(LayerInterceptor):
             more = self.marks(tensor) if self.perturbed.copies > 1 else 0  # rows that a parameter was expanded to
             self._mark(tensor, bits | more)
         return result
+
+    def _sort(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[list[DerivedParameter], list[tuple[Tensor, int]], int]:
+        derived, marks, bits = super()._sort(args, kwargs)
+        if bits & STRUCTURE and (derived or not all(of_tensor & STRUCTURE for _, of_tensor in marks)):
+            bits &= ~STRUCTURE  # of features too
+        return derived, marks, bits
+
+    def _is_structure(self, tensor: Tensor) -> bool:
+        """Whether a tensor of one copy tells how nodes belong together."""
+        bits = self.marks(tensor)
+        return bool(bits & STRUCTURE) and not bits & NOISED
+
+    def _expand_structure(
+        self, func: Callable, args: tuple, kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of a function that reads the edges or the size of one copy after the noise: of all copies.
+
+        Whether this is right shows in the model's outputs, which are compared before a pass expands late.
+        """
+        assert self._graphs is not None
+        copies, found = next(iter(self._noises.values())).copies, {}
+        for tensor in given:
+            bits = self.marks(tensor)
+            if not bits or bits & NOISED or not tensor.dim():
+                continue
+            if func in SIZES and not bits & STRUCTURE:  # its values are not read
+                found[id(tensor)] = tensor.new_empty(()).expand(copies * len(tensor), *tensor.shape[1:])
+                continue
+            if id(tensor) not in self._expanded:
+                self._expanded[id(tensor)] = tensor, self._graphs.expanded(tensor, bits, copies)
+            found[id(tensor)] = self._expanded[id(tensor)][1]
+        self._mark(list(found.values()), SAMPLE | NOISED)
+        return _pytree.tree_map(lambda leaf: found.get(id(leaf), leaf), (args, kwargs))
 
     def noises_outputs(self, given: list[Tensor]) -> bool:
         if self.perturbed is not None and any(id(t) in self.perturbed.noised for t in given):
@@ -271,6 +320,7 @@ class NoisedForward(LayerInterceptor):
 
 
 RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
+SIZES = {Tensor.size, Tensor.shape.__get__, Tensor.__len__, Tensor.numel}  # type: ignore[attr-defined]
 
 
 def _for_all_copies(args: tuple, copies: int, samples: int) -> tuple:

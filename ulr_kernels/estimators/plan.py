@@ -25,7 +25,7 @@ from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys
 from ulr_kernels.estimators.trace import ModelTrace, Outline, fail_rows, same, two_copies
 from ulr_kernels.estimators.view import ModelView
-from ulr_kernels.nn.batch import Batch, LossFunction, apply, repeat, tensors
+from ulr_kernels.nn.batch import Batch, LossFunction, apply, tensors
 
 CPU_ACTIVATION_BYTES = 4 * 2**20
 """Bytes of a tensor on a CPU: a few of this size stay in its caches; much smaller ones cost more than that saves."""
@@ -195,7 +195,7 @@ def _refuse_row_counting(
     runner: PassRunner, keys: Keys, batch: Batch, loss_fn: LossFunction, clean: TrialResult
 ) -> None:
     """Raise if a forward of another number of copies than two has other outputs or losses."""
-    copies = 1 if batch.samples > 1 else 3  # a model may treat a single row differently, as `squeeze` does
+    copies = 1 if batch.many else 3  # a model may treat a single row differently, as `squeeze` does
     record = Record(copies * batch.samples)
     pass_ = Pass((), (), copies, {}, {})
     losses = runner.run_losses(ForwardSpec(pass_, keys, batch, copies, record=record), loss_fn)[1]
@@ -262,14 +262,14 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
     """A forward of two copies without noise: its outline, losses and trace. Raises if the model or the loss breaks a
     rule."""
     view, both = runner.view, two_copies(batch)
-    inputs = repeat(both.x, 1)
+    inputs = both.inputs(1)
     trace = ModelTrace(view, inputs, batch.samples)
-    with _rows_are_samples("model", lambda: apply(view.model, repeat(batch.x, 1))):
+    with _rows_are_samples("model", lambda: apply(view.model, batch.inputs(1))):
         outputs = trace.run(view.model, inputs, runner.state)
     for tensor in tensors(outputs):
         if tensor.requires_grad and not trace.marks(tensor) and trace.parameters_of(tensor) is None:
             trace.unseen(tensor)
-    with _rows_are_samples("loss_fn", lambda: batch.losses(apply(view.model, repeat(batch.x, 1)), loss_fn, 1)):
+    with _rows_are_samples("loss_fn", lambda: batch.losses(apply(view.model, batch.inputs(1)), loss_fn, 1)):
         losses, direct, others = runner.losses_and_direct_gradients(both, outputs, loss_fn, 1)
     first, second = losses[0].unflatten(0, (2, -1))
     losses = torch.stack([first, second.roll(-1, 0)])
@@ -416,8 +416,16 @@ def _matches(runner: PassRunner, spec: ForwardSpec, loss_fn: LossFunction, expec
     """Whether a forward of two copies has the expected losses and record."""
     try:
         losses = runner.run_losses(spec, loss_fn)[1]
-    except (CannotExpandLate, RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # rows that do not fit
-        return False
+    except (
+        CannotExpandLate,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+    ):  # rows that do not fit
+        return False  # rows that do not fit
     assert spec.record is not None
     apart = expected.losses - expected.losses.roll(1, 0)
     return same(expected.losses, losses, apart) and alike(spec.record, expected.record, 2)
@@ -426,7 +434,7 @@ def _matches(runner: PassRunner, spec: ForwardSpec, loss_fn: LossFunction, expec
 def _like(pass_: Pass, other: Pass, batch: Batch) -> Pass:
     """A pass that runs as another shape's does. With one sample copies are made at the input: a model may treat a
     single row differently, as `squeeze` does."""
-    many = batch.samples > 1
+    many = batch.many
     return pass_._replace(
         settled=other.settled,
         expand_late=other.expand_late and many,

@@ -22,7 +22,7 @@ from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.estimators.weight_noise import WeightNoise
 from ulr_kernels.nn.affects import RowWeights
-from ulr_kernels.nn.batch import Batch, LossFunction, repeat
+from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import Noise, NoiseSite, also_finished, gradient_buffer, leaves_of, without_hooks
 from ulr_kernels.nn.eval_mode import eval_mode
 from ulr_kernels.nn.module_state import ModuleState
@@ -94,16 +94,16 @@ class PassRunner:
             return forward, use(forward.run(model, inputs, self.state), copies)
 
         if not pass_.weights:
-            forward, result = run(None, repeat(batch.x, 1 if pass_.expand_late else copies), copies)
+            forward, result = run(None, batch.inputs(1 if pass_.expand_late else copies), copies)
             return forward, [result]
         weights = self._weight_noise(pass_, keys)
         if not pass_.one_copy_per_forward:
             mode = weights.all_copies(model, copies, spec.draw, batch.samples)
-            forward, result = run(mode, repeat(batch.x, copies), copies)
+            forward, result = run(mode, batch.inputs(copies), copies)
             return forward, [result]
         records = [Record(batch.samples) for _ in range(copies)]
         done = [
-            run(mode, repeat(batch.x, 1), 1, spec._replace(record=record if spec.record else None))
+            run(mode, batch.inputs(1), 1, spec._replace(record=record if spec.record else None))
             for mode, record in zip(weights.by_copy(model, copies, spec.draw), records, strict=True)
         ]
         if spec.record is not None:
@@ -130,7 +130,7 @@ class PassRunner:
         found = []
         for rows in parts_of(batch.samples, pass_.max_samples):
             part = batch.part(rows, rows.start)
-            inputs = repeat(part.x, 1)
+            inputs = part.inputs(1)
             forward = CleanForward(self.view, inputs, sigma, self.settings.support == "active")
             outputs = forward.run(self.view.model, inputs, self.state)
             gates = forward.gates()

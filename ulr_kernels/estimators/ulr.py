@@ -25,6 +25,7 @@ from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.affects import Affects, read_affects
 from ulr_kernels.nn.batch import Batch, LossFunction
 from ulr_kernels.nn.call import finished_gradients
+from ulr_kernels.nn.graphs import GraphBatch, Graphs, read_graphs
 from ulr_kernels.nn.names import features, unwrapping
 from ulr_kernels.nn.running_statistics import RunningStatistics
 
@@ -219,12 +220,13 @@ class ULR:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def backward(self, x: Any, y: Any, loss_fn: LossFunction, affects: Affects = None) -> Tensor:
+    def backward(self, x: Any, y: Any = None, loss_fn: LossFunction | None = None, affects: Affects = None) -> Tensor:
         """Add the gradient of the batch's mean noised loss to `.grad` of the trained parameters, and go on by a step.
 
         Args:
             x: the model's input: a tensor, a tuple (positional arguments) or a mapping (keyword arguments) of tensors
-                with samples first.
+                with samples first; or graphs, which are one sample: an object with `edge_index`, or the arguments of a
+                model whose forward names one `edge_index`.
             y: targets: a tensor, or a tuple, list or mapping of such, with samples first; a list or array with an entry
                 for each sample; or None.
             loss_fn: `loss_fn(outputs, targets)` -> the loss of each row, `[rows]`, or with `affects` `[rows, losses]`;
@@ -251,6 +253,7 @@ class ULR:
             ValueError: a batch, a loss or a model breaks the rules. If this shows on the first batch of a shape, no
                 gradient has been written; a loss that fails later may leave the gradients of earlier passes.
         """
+        loss_fn = self._loss(loss_fn)
         batch = self._batch(x, y, affects)
         if self._parallel is not None:
             batch = self._parallel.locate(batch, self.device)
@@ -273,21 +276,40 @@ class ULR:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def plan(self, x: Any, y: Any, loss_fn: LossFunction, affects: Affects = None) -> Plan:
+    def plan(self, x: Any, y: Any = None, loss_fn: LossFunction | None = None, affects: Affects = None) -> Plan:
         """The plan for batches of this shape. Raises the errors that `backward` raises before its first gradient."""
-        return self._plan(self._batch(x, y, affects), loss_fn)
+        return self._plan(self._batch(x, y, affects), self._loss(loss_fn))
+
+    @staticmethod
+    def _loss(loss_fn: LossFunction | None) -> LossFunction:
+        if loss_fn is None:
+            fail("loss_fn", "be given", None)
+        return loss_fn
 
     def _batch(self, x: Any, y: Any, affects: Affects) -> Batch:
+        graphs = read_graphs(self.model, x)
+        if graphs is not None:
+            return self._graph_batch(graphs, y, affects)
         batch = Batch(x, y)
         if affects is None:
             return batch
-        if self.settings.sampler == "sobol":
-            fail("affects", "be None where sampler is 'sobol', whose copies are those of whole samples", "one")
-        if self._guides is not None:
-            fail("affects", "be None where there is a guide, which explains the loss of a whole sample", "one")
-        if self.settings.support != "all":
-            fail("affects", "be None where support is 'active', which is that of a whole sample's loss", "one")
+        self._check_affects()
         return Batch(x, y, affects=read_affects(affects, batch.samples, self.device))
+
+    def _graph_batch(self, graphs: Graphs, y: Any, affects: Affects) -> Batch:
+        self._check_affects("graphs")
+        if self._parallel is not None:
+            fail("x", "hold tensors with samples first in a DistributedDataParallel", "graphs")
+        return GraphBatch(graphs, y, read_affects(affects, 1, self.device))
+
+    def _check_affects(self, got: str = "one") -> None:
+        """Raise `RuleError` if a setting does not go with samples that have many losses."""
+        if self.settings.sampler == "sobol":
+            fail("affects", "be None where sampler is 'sobol', whose copies are those of whole samples", got)
+        if self._guides is not None:
+            fail("affects", "be None where there is a guide, which explains the loss of a whole sample", got)
+        if self.settings.support != "all":
+            fail("affects", "be None where support is 'active', which is that of a whole sample's loss", got)
 
     def _plan(self, batch: Batch, loss_fn: LossFunction) -> Plan:
         self.view.check_parameters()
@@ -305,7 +327,7 @@ class ULR:
                     warnings.warn(f"ulr.ULR: {note}", stacklevel=4)
                     self._said.add(note)
             self._plans[signature] = plan
-            if batch.samples > 1:  # with one sample a model may do without the samples' axis, as `squeeze` does
+            if batch.many:  # with one sample a model may do without the samples' axis, as `squeeze` does
                 self._kinds.setdefault(kind, plan)
         return plan
 

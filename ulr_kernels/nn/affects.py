@@ -40,7 +40,7 @@ class AffectedLosses:
         if unknown := unknown_names(self._matrices, set(rows)):
             fail("affects", f"name layers with noise on their outputs ({', '.join(rows)})", ", ".join(unknown))
         for layer, of_calls in rows.items():
-            matrix = self.matrix(layer)
+            matrix = self.matrix(layer, of_calls)
             if matrix is not None and matrix.shape[-2] != sum(of_calls):
                 fail(
                     "affects",
@@ -49,8 +49,13 @@ class AffectedLosses:
                     list(matrix.shape),
                 )
 
-    def matrix(self, layer: str) -> Tensor | None:
-        """The matrix of a layer; None if all its rows affect all losses."""
+    @property
+    def device(self) -> torch.device:
+        """That of the matrices."""
+        return next(iter(self._matrices.values())).device
+
+    def matrix(self, layer: str, rows: Sequence[int]) -> Tensor | None:
+        """The matrix of a layer with so many rows of noise in each of its calls; None if all rows affect all losses."""
         return value_of_layer(self._matrices, layer)
 
     @staticmethod
@@ -67,10 +72,15 @@ class AffectedLosses:
 
     def unaffecting_rows(self, layer: str, call: int, losses: Sequence[int], samples: int, rows: NoiseRows) -> Tensor:
         """The rows of a call that do not affect losses[c] of copy c: bool `[copies * samples * rows]`."""
-        device, matrix = next(iter(self._matrices.values())).device, self.matrix(layer)
+        matrix = self.matrix(layer, rows[layer])
         if matrix is None:
-            return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=device)
-        one = F.one_hot(torch.tensor(losses, device=device), self.losses).float().unsqueeze(1).expand(-1, samples, -1)
+            return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=self.device)
+        one = (
+            F.one_hot(torch.tensor(losses, device=self.device), self.losses)
+            .float()
+            .unsqueeze(1)
+            .expand(-1, samples, -1)
+        )
         return (_of_call(self.sums(matrix, one), rows[layer], call) == 0).flatten()
 
 
@@ -132,7 +142,7 @@ class RowWeights:
     def of(self, layer: str, call: int) -> Tensor:
         """The weights of a layer's call: fp32 `[copies, samples]`, or `[copies, samples * rows]` where rows differ."""
         layer = self._shared_noise.get(layer, layer)
-        matrix = None if self._affects is None else self._affects.matrix(layer)
+        matrix = None if self._affects is None else self._affects.matrix(layer, self._rows[layer])
         if matrix is None:
             return self.of_samples
         if id(matrix) not in self._sums:

@@ -29,6 +29,8 @@ class Batch:
         names: of `x` and `y` in errors.
 
     Attributes:
+        one_row_is_like_many: a forward of one sample tells what one of many does. A model of rows may do without the
+            samples' axis where there is one alone, as `squeeze` does.
         samples: their number.
         first: the place of the first sample in the whole batch; other ranks may have the rest.
         share: samples of this batch over those of the whole batch, times the number of ranks. The mean of this batch
@@ -38,6 +40,8 @@ class Batch:
         RuleError: a tensor is a scalar, is empty, is not dense, or has another number of samples than the first one; or
             a value with as many entries as samples cannot be told from a constant.
     """
+
+    one_row_is_like_many = False
 
     def __init__(
         self,
@@ -103,6 +107,15 @@ class Batch:
         """The signature without the sizes of tensors."""
         return _kind(self.signature)
 
+    @property
+    def many(self) -> bool:
+        """Whether forwards of one copy of this batch tell what those of several do."""
+        return self.samples > 1 or self.one_row_is_like_many
+
+    def inputs(self, copies: int) -> Any:
+        """The model's input for so many copies, copy-major."""
+        return repeat(self.x, copies)
+
     def located(self, first: int, share: float) -> Batch:
         """The same samples, at another place in the whole batch."""
         batch = copy.copy(self)
@@ -134,16 +147,7 @@ class Batch:
         Raises:
             RuleError: `loss_fn` returns something else than a tensor of that shape, or differentiates its outputs.
         """
-        try:
-            losses = loss_fn(outputs, repeat(self.y, copies))
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            rule = (
-                "need no graph of the outputs, which have none (a derivative in them: use "
-                "outputs.detach().requires_grad_() inside torch.enable_grad())"
-            )
-            fail("loss_fn", rule, f"torch.autograd.grad or backward(): {error}", self.owner, error)
+        losses = self._call(loss_fn, outputs, repeat(self.y, copies))
         rows = copies * self.samples
         shape, rule = [rows], "one loss per row"
         if self.affects is not None:
@@ -155,8 +159,35 @@ class Batch:
             self._fail("loss_fn", f"return {rule}, {shape} here ({hint})", got)
         return losses.to(torch.float32).unflatten(0, (copies, self.samples))
 
+    def _call(self, loss_fn: LossFunction, outputs: Any, targets: Any) -> Any:
+        """What `loss_fn` returns. Raises `RuleError` if it differentiates its outputs."""
+        try:
+            return loss_fn(outputs, targets)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            rule = (
+                "need no graph of the outputs, which have none (a derivative in them: use "
+                "outputs.detach().requires_grad_() inside torch.enable_grad())"
+            )
+            fail("loss_fn", rule, f"torch.autograd.grad or backward(): {error}", self.owner, error)
+
     def _fail(self, argument: str, rule: str, value: object) -> NoReturn:
         fail(argument, rule, value, self.owner)
+
+
+class ModelInput:
+    """A model's input that is no tree of tensors, such as a graph.
+
+    Attributes:
+        tensors: those that it holds.
+    """
+
+    tensors: list[Tensor]
+
+    def call(self, model: nn.Module) -> Any:
+        """The model's output."""
+        raise NotImplementedError
 
 
 class PerSampleValues:
@@ -233,6 +264,8 @@ def repeat(value: Any, copies: int) -> Any:
 
 def apply(model: nn.Module, x: Any) -> Any:
     """The model's output: a tuple is its positional arguments, a dict its keyword arguments."""
+    if isinstance(x, ModelInput):
+        return x.call(model)
     if isinstance(x, dict):
         return model(**x)
     if isinstance(x, tuple | list):

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from ulr_kernels.nn import COMPOSITES, READERS, RECURRENT_FUNCTIONS
 from ulr_kernels.nn.autograd_function import AutogradFunction, overridable_autograd_functions
-from ulr_kernels.nn.batch import apply, tensors
+from ulr_kernels.nn.batch import ModelInput, apply, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter
 from ulr_kernels.nn.generic import (
     BACKWARD_HOOKS,
@@ -50,7 +50,7 @@ class LayerInterceptor(Marked, TorchFunctionMode):
         self._layers = layers
         self._derived = {id(p): DerivedParameter(p, (p,)) for p in parameters}  # keeps alive what is computed from them
         self._marks = {}
-        self._mark(inputs, SAMPLE)
+        self._mark(inputs.tensors if isinstance(inputs, ModelInput) else inputs, SAMPLE)
 
     def run(self, model: nn.Module, inputs: Any, state: ModuleState) -> Any:
         """The model's output, with this mode and autograd's graphs on; `state`: of its modules, which they begin with.
@@ -128,11 +128,16 @@ class LayerInterceptor(Marked, TorchFunctionMode):
             return result
         if with_rows := self._with_sample_rows(func, derived, marks):
             return self._call_with_rows(func, types, args, kwargs, with_rows)
+        shaped = args[0] if func in METADATA_FUNCTIONS and self.parameters_of(args[0]) is None else None
+        if shaped is not None and not bits & NOISED:
+            bits = self.marks(shaped)  # the values of the others do not enter
         if (cached := self.cached_result(func, bits)) is not None:
             self._mark(*cached)
             return cached[0]
         if bits & NOISED:
             args, kwargs = self.expand_copies(func, args, kwargs, marks)
+            if shaped is not None and shaped is args[0]:
+                bits = self.marks(shaped)
         call = self._read(func, args, kwargs, derived) if derived else None
         if call is None:
             hides = torch._C._are_functorch_transforms_active()  # parameters, which a graph will show
