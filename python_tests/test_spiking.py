@@ -317,7 +317,7 @@ class TimeFirst(nn.Module):
 @pytest.mark.parametrize("flat", [True, False])
 def test_time_first_rows_are_refused_by_name(flat):
     with pytest.raises(
-        ValueError, match="'first'' must have the samples on its first axis.*loop over the steps.*got time first"
+        ValueError, match="'first'' must have the samples on its first axis.*loop over the steps.*got .* and time first"
     ):
         ulr.ULR(filled(TimeFirst(flat)), copies=4).backward(X, Y, rates)
 

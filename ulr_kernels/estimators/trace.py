@@ -156,12 +156,14 @@ class ModelTrace(LayerInterceptor):
 
     def _check_rows(self, x: Tensor, what: str) -> None:
         if self._has_time_first(x):
+            rows = 2 * self._samples
+            got = f"not a multiple of {rows} for" if x.shape[0] % rows else "different values in"
             fail(
                 what,
                 "have the samples on its first axis, each made from its own sample only, and time steps after them: "
                 "[samples * steps, ...]; or loop over the steps around the layers (spikingjelly: "
                 "functional.set_step_mode(model, 's') and `for t in range(T)`)",
-                f"time first, {list(x.shape)}",
+                f"{got} two copies of the batch, and time first, {list(x.shape)}",
             )
         if not x.dim() or x.shape[0] % (2 * self._samples):
             fail(
