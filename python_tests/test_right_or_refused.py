@@ -477,6 +477,13 @@ def test_a_state_is_put_back(resets, settings):
     assert model.v == 0.0
 
 
+def test_a_state_of_a_forward_of_the_users_own_is_refused():
+    model = filled(Integrator(False))
+    with torch.no_grad():
+        model(X)
+    refused("reset it first", model)  # it has too few rows for copies; test_spiking.py has those that begin anew
+
+
 def test_hooks_after_a_recomputed_layer_run():
     model, ends = net(lambda m, x: m.b(m.a(x).tanh()), a=linear(), b=linear(4, 4)), []
     model.register_forward_hook(lambda *_: ends.append(1))

@@ -25,7 +25,10 @@ from ulr_kernels.estimators.settings import Settings
 from ulr_kernels.estimators.step_keys import StepKeys
 from ulr_kernels.estimators.trace import ModelTrace, Outline, fail_rows, same, two_copies
 from ulr_kernels.estimators.view import ModelView
+from ulr_kernels.nn.autograd_function import overridable_autograd_functions
 from ulr_kernels.nn.batch import Batch, LossFunction, apply, tensors
+from ulr_kernels.nn.carried_state import CarriedState, Readers
+from ulr_kernels.nn.marks import SAMPLE
 
 CPU_ACTIVATION_BYTES = 4 * 2**20
 """Bytes of a tensor on a CPU: a few of this size stay in its caches; much smaller ones cost more than that saves."""
@@ -63,6 +66,7 @@ class Plan(NamedTuple):
     form: tuple  # of the outline, as traced
     notes: tuple[str, ...]  # sentences on what the gradient leaves out
     history: History  # shared by plans that differ in sizes alone
+    carried: CarriedState  # of the modules, likewise
 
 
 def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: LossFunction, known: Plan | None) -> Plan:
@@ -78,13 +82,16 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
     view, s = runner.view, runner.settings
     outline, losses, trace = _trace_clean_forward(runner, batch, loss_fn)
     form, weights = outline.form, view.noised_layers
+    is_known = known is not None and known.form == form
+    carried = known.carried if known is not None and is_known else _carried_state(runner, trace, batch)
+    runner.state.restore()
+    carried.refuse_leftovers()
     _check_settings(runner, outline, weights)
     if batch.affects is not None:
         batch.affects.check(outline.noise_rows)
     names = (*outline.calls, *weights)
     sites = torch.tensor([noise_contract.signed64(noise_contract.site_id(name)) for name in names], device=view.device)
     keys = step_keys.of_sites(names, sites)
-    is_known = known is not None and known.form == form
     if known is not None and is_known:
         outline = outline._replace(hidden=known.outline.hidden, shared_noise=known.outline.shared_noise)
 
@@ -121,7 +128,7 @@ def make_plan(runner: PassRunner, step_keys: StepKeys, batch: Batch, loss_fn: Lo
     clean_pass = _bounded(Pass((), (), 1, {}, {}, settled=True, shared_inputs=True), outline, s, view.device)
     history = known.history if known is not None and is_known else History()
     history.at_new_shape = True
-    return Plan(passes, clean_pass, names, sites, outline, form, tuple(trace.notes), history)
+    return Plan(passes, clean_pass, names, sites, outline, form, tuple(trace.notes), history, carried)
 
 
 def look_again(runner: PassRunner, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> None:
@@ -263,7 +270,7 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
     rule."""
     view, both = runner.view, two_copies(batch)
     inputs = both.inputs(1)
-    trace = ModelTrace(view, inputs, batch.samples)
+    trace = ModelTrace(view, inputs, batch.samples, runner.state)
     with _rows_are_samples("model", lambda: apply(view.model, batch.inputs(1))):
         outputs = trace.run(view.model, inputs, runner.state)
     for tensor in tensors(outputs):
@@ -299,6 +306,20 @@ def _trace_clean_forward(runner: PassRunner, batch: Batch, loss_fn: LossFunction
     return outline, losses, trace
 
 
+def _carried_state(runner: PassRunner, trace: ModelTrace, batch: Batch) -> CarriedState:
+    """The state that the model carries from one forward into the next: what the trace has left on modules, and a
+    second forward reads."""
+    left = [(place, tensors(place.value)) for place in runner.state.left()]
+    left = [(place, own) for place, own in left if any(trace.marks(tensor) & SAMPLE for tensor in own)]
+    if not left:
+        return CarriedState(runner.view.model)
+    readers = Readers()
+    with overridable_autograd_functions(), readers, contextlib.suppress(RuntimeError, ValueError, IndexError):
+        apply(runner.view.model, two_copies(batch).inputs(1))
+    places = [place for place, own in left if not readers.read.isdisjoint(map(id, own))]
+    return CarriedState(runner.view.model, places)
+
+
 def _trained_by_loss(loss_fn: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """The trained parameters of a loss that is a module, or a method or partial function of modules."""
     if isinstance(loss_fn, nn.Module):
@@ -324,9 +345,9 @@ def _rows_are_samples(argument: str, on_one_copy: Callable[[], Any]) -> Iterator
             raise error from None
         fail(
             argument,
-            "take any number of rows, copies times samples, without a state from earlier forwards or anything else of "
-            "a fixed number of rows (a graph is one sample, [graphs, nodes, ...], its nodes' losses have `affects`; "
-            "ulr.optim's step(closure) trains any model)",
+            "take any number of rows, copies times samples, without a state from earlier forwards (reset it first) or "
+            "anything else of a fixed number of rows (a graph is one sample, [graphs, nodes, ...], its nodes' losses "
+            "have `affects`; ulr.optim's step(closure) trains any model)",
             f"in a forward of two copies: {error}",
             cause=error,
         )

@@ -39,8 +39,15 @@ class Record:
         self.constants: list[tuple[str, Tensor]] = []
 
     def add(self, name: str, x: Tensor, clean: bool, copies: int = 1) -> None:
-        """Record a tensor with samples first; `copies`: how many of it there would be in all, if it holds one."""
+        """Record a tensor with samples first; `copies`: how many of it there would be in all, if it holds one.
+
+        An output `[steps, samples, ...]`, as spiking networks stack their time steps, has them second.
+        """
         samples = self._samples // copies
+        if name == OUTPUTS and x.dim() > 2 and x.shape[1] == samples:
+            if x.shape[0] == samples:
+                return  # either may count the samples
+            x = x.transpose(0, 1)
         if x.dim() and x.numel() and x.shape[0] % samples == 0:
             rows = _projected(x, samples).repeat(copies, 1)
             self.entries.append(Entry(name, rows, clean, x.numel() // samples))

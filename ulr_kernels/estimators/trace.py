@@ -15,8 +15,10 @@ from ulr_kernels.estimators.residual_sums import ResidualSums
 from ulr_kernels.estimators.view import ModelView
 from ulr_kernels.nn.batch import Batch, tensors
 from ulr_kernels.nn.call import Call, DerivedParameter, leaves_of
+from ulr_kernels.nn.carried_state import refuse_state
 from ulr_kernels.nn.generic import SUMS, AutogradCall
 from ulr_kernels.nn.interceptor import LayerInterceptor
+from ulr_kernels.nn.module_state import ModuleState
 from ulr_kernels.nn.perturbed import in_forward_mode, reads_only_metadata
 
 DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -55,9 +57,9 @@ class ModelTrace(LayerInterceptor):
         RuleError: (from the forward) rows are not samples, or a function normalises over the batch.
     """
 
-    def __init__(self, view: ModelView, inputs: Any, samples: int) -> None:
+    def __init__(self, view: ModelView, inputs: Any, samples: int, state: ModuleState) -> None:
         super().__init__(view.layers, view.parameters, inputs)
-        self._view = view
+        self._view, self._state = view, state
         self._noised = {id(p) for p in view.noised.values()}  # have noise themselves: no layers of the trace
         self._samples = samples
         self.record = Record(2 * samples)
@@ -153,6 +155,16 @@ class ModelTrace(LayerInterceptor):
         self._sizes.append(sum(t.numel() * t.element_size() for t in tensors(result)) // (2 * self._samples))
 
     def _check_rows(self, x: Tensor, what: str) -> None:
+        if self._has_time_first(x):
+            rows = 2 * self._samples
+            got = f"not a multiple of {rows} for" if x.shape[0] % rows else "different values in"
+            fail(
+                what,
+                "have the samples on its first axis, each made from its own sample only, and time steps after them: "
+                "[samples * steps, ...]; or loop over the steps around the layers (spikingjelly: "
+                "functional.set_step_mode(model, 's') and `for t in range(T)`)",
+                f"{got} two copies of the batch, and time first, {list(x.shape)}",
+            )
         if not x.dim() or x.shape[0] % (2 * self._samples):
             fail(
                 what,
@@ -162,6 +174,20 @@ class ModelTrace(LayerInterceptor):
         first, second = x.unflatten(0, (2, self._samples, -1))
         if not same(first, second.roll(-1, 0)):
             fail_rows(what)
+
+    def _has_time_first(self, x: Tensor) -> bool:
+        """Whether the rows of two copies are `[steps, copies * samples, ...]`, and cannot have samples first."""
+        rows = 2 * self._samples
+        if x.dim() > 1 and x.shape[0] % rows and x.shape[1] == rows:
+            return same(*self._copies_of_steps(x))
+        if not x.dim() or x.shape[0] % rows or x.shape[0] == rows:
+            return False
+        first, second = x.unflatten(0, (2, self._samples, -1))
+        return not same(first, second.roll(-1, 0)) and same(*self._copies_of_steps(x.unflatten(0, (-1, rows))))
+
+    def _copies_of_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.unflatten(1, (2, self._samples)).unbind(1)
+        return first, second.roll(-1, 1)
 
     def before_call(self, func: Callable, args: tuple, kwargs: dict[str, Any], bits: int) -> None:
         if func is F.batch_norm and bits and kwargs["training"]:  # in eval mode: there are no running statistics
@@ -200,13 +226,15 @@ class ModelTrace(LayerInterceptor):
             )
 
     def unseen(self, tensor: Tensor) -> None:
+        if self._state.holds(tensor):
+            refuse_state(f"one of {list(tensor.shape)} with autograd's graph from an earlier forward")
         trained = {id(p): p for p in self._view.parameters if p.requires_grad}
         if found := [trained[id(leaf)] for leaf in leaves_of(tensor) if id(leaf) in trained]:
             fail(
                 "model",
                 "use its trained parameters in torch functions of the thread that runs the forward (torch.jit, "
                 "torch.func with vmap, and other threads hide what they do: use a Python module, a loop, one thread; a "
-                "state from an earlier forward must be reset or detached)",
+                "tensor from an earlier forward must be detached)",
                 f"a result of {type(tensor.grad_fn).__name__} with {', '.join(self._view.names[id(p)] for p in found)}",
             )
 

@@ -245,7 +245,7 @@ class ULR:
         Returns:
             The mean noised loss (of this rank's samples, if there are ranks), a scalar on the losses' device, detached.
             Reading it is what synchronises, not this call. But before the first gradient of a shape the model runs up
-            to eight forwards, most of two copies, and synchronises; for another shape of the same kind of batch
+            to nine forwards, most of two copies, and synchronises; for another shape of the same kind of batch
             (another length, fewer samples) two, and one more with `affects`. A few later steps look again whether
             samples mix (docs/networks.md), in two forwards of two copies, and synchronise too.
 
@@ -329,6 +329,8 @@ class ULR:
             self._plans[signature] = plan
             if batch.many:  # with one sample a model may do without the samples' axis, as `squeeze` does
                 self._kinds.setdefault(kind, plan)
+        else:
+            plan.carried.refuse_leftovers()
         return plan
 
     def _run(

@@ -55,6 +55,7 @@ class Batch:
         self.owner, self.affects = owner, affects
         self.first, self.share = 0, 1.0
         self.samples = 0
+        first: Tensor | None = None
         for argument, value in zip(names, (x, y), strict=True):
             for leaf in tensors(value):
                 if leaf.is_nested or leaf.layout != torch.strided:
@@ -63,8 +64,11 @@ class Batch:
                 if leaf.dim() == 0:
                     self._fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
                 if self.samples and leaf.shape[0] != self.samples:
-                    self._fail(argument, f"have {self.samples} samples on the first axis", list(leaf.shape))
-                self.samples = leaf.shape[0]
+                    assert first is not None
+                    swapped = first.dim() > 1 and first.shape[1] == leaf.shape[0]
+                    hint = f" (if {names[0]} has time first, move that axis inside the model)" if swapped else ""
+                    self._fail(argument, f"have {self.samples} samples on the first axis{hint}", list(leaf.shape))
+                first, self.samples = leaf if first is None else first, leaf.shape[0]
                 if not self.samples:
                     self._fail(argument, "have at least one sample", list(leaf.shape))
         if not tensors(x):

@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ulr_kernels.nn.batch import tensors
 
 SMALL = 2**20  # bytes; tensors up to this size are cloned by every snapshot, larger ones while they may change
 
@@ -24,6 +26,20 @@ _LARGE: weakref.WeakKeyDictionary[nn.Module, dict[int, bool]] = weakref.WeakKeyD
 _OF_TORCH = frozenset(nn.Module().__dict__)  # the attributes that every module has
 _VALUES = frozenset({bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype, torch.Size})
 _NO_STATE = (nn.Module, nn.Parameter, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+class Place(NamedTuple):
+    """A place where a module keeps something: an attribute, a buffer, an entry of a dict or a list."""
+
+    holder: dict | list
+    key: Any
+
+    @property
+    def value(self) -> Any:
+        """The value that is there now; None if there is none."""
+        if isinstance(self.holder, dict):
+            return self.holder.get(self.key)
+        return self.holder[self.key] if self.key < len(self.holder) else None
 
 
 class ModuleState:
@@ -116,6 +132,24 @@ class ModuleState:
             self._copy_back()
         for tensor, version, value in self._large:
             self._restore_large(tensor, version, value)
+
+    def left(self) -> list[Place]:
+        """The places in which a forward has left other tensors than there were before it."""
+        pairs = chain(zip(self._mappings, self._saved, strict=True), self._containers)
+        found = []
+        for holder, saved in pairs:
+            if isinstance(holder, dict):
+                changed = [key for key, value in holder.items() if value is not saved.get(key)]
+            elif isinstance(holder, list):
+                changed = [i for i, value in enumerate(holder) if i >= len(saved) or value is not saved[i]]
+            else:
+                continue
+            found += [place for key in changed if tensors((place := Place(holder, key)).value)]
+        return found
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor belongs to the snapshot, and is no parameter."""
+        return id(tensor) in self._seen and not isinstance(tensor, nn.Parameter)
 
     def drop_caches(self) -> None:
         """Let modules with a `train` method of their own drop what they keep in eval mode."""
