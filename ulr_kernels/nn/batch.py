@@ -65,8 +65,8 @@ class Batch:
                     self._fail(argument, "hold tensors with samples on the first axis", "a scalar tensor")
                 if self.samples and leaf.shape[0] != self.samples:
                     assert first is not None
-                    swapped = first.dim() > 1 and first.shape[1] == leaf.shape[0]
-                    hint = f" (if {names[0]} has time first, move that axis inside the model)" if swapped else ""
+                    time_first = names[0] == "x" and first.dim() > 1 and first.shape[1] == leaf.shape[0]
+                    hint = " (if x has time first, move that axis inside the model)" if time_first else ""
                     self._fail(argument, f"have {self.samples} samples on the first axis{hint}", list(leaf.shape))
                 first, self.samples = leaf if first is None else first, leaf.shape[0]
                 if not self.samples:
