@@ -71,8 +71,7 @@ void Pass::prefetch(const Unit& unit, int64_t draw, int64_t draws) const {
     const int64_t size = base.dtype == ULR_F32 ? 4 : 2;
     for (int64_t d = 0; d < (shared ? 1 : draws); ++d) {
         for (int64_t r = 0; r < unit.rows; ++r) {
-            const int64_t first =
-                (shared ? 0 : draw + d) * base.stride[0] + (unit.row + r) * base.stride[1] + unit.col;
+            const int64_t first = (shared ? 0 : draw + d) * base.stride[0] + (unit.row + r) * base.stride[1] + unit.col;
             const char* row = static_cast<const char*>(base.data) + first * size;
             for (int64_t byte = 0; byte < unit.cols * size; byte += kLine) __builtin_prefetch(row + byte, 1);
         }
