@@ -268,7 +268,7 @@ def run_samples(options: argparse.Namespace) -> None:
         for backend, op, dtype in itertools.product(options.backends, OPS, dtypes)
     ]
     options.out.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
+    facts, entries = machine.facts(options.device), list[dict[str, Any]]()
     with contextlib.ExitStack() as stack:
         if options.workers > 1:
             pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(options.workers, _SPAWN))
@@ -284,7 +284,7 @@ def run_samples(options: argparse.Namespace) -> None:
                 print(f"  absent: {entry['absent']}", flush=True)
             for line in entry["failed"]:
                 print(f"  FAILED {line}", flush=True)
-            content = {"ulr": machine.facts(options.device), "samples": entries}
+            content = {"ulr": facts, "samples": entries}
             (options.out / "samples.json").write_text(json.dumps(content, indent=1) + "\n")
     failed = [f"{e['backend']} {e['op']} {e['dtype']}" for e in entries if e["failed"]]
     failed += [

@@ -18,7 +18,7 @@ SEEDS, COEFFICIENTS, SIGMA = [3, 2**63 + 5, -7], [0.5, -0.25, 0.125], 0.1
 
 
 class Block(nn.Module):
-    """Queries and values merged into one weight, a second layer of which ranks have columns, and a norm that all have.
+    """Queries and values, merged into one weight; a second layer, split by columns; a norm, whole on all ranks.
 
     `rank` of `ranks`: which part of it.
     """

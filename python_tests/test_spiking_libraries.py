@@ -8,31 +8,14 @@ import small_models
 import torch
 import torch.nn.functional as F
 from small_models import filled, v
+from test_spiking import STEPS, X, Y, assert_same, gradients
 from torch import nn
 
 import ulr_kernels as ulr
 
 modules_may_draw = small_models.modules_may_draw  # used by every test of this file
 
-X, Y, STEPS = 3 * v(1, 6, 5), torch.arange(6) % 4, 5
 IMAGES = 3 * v(2, 6, 1, 8, 8)
-
-
-def gradients(model, x=X, loss_fn=None, steps=2, after=lambda: None, **settings):
-    """The gradients of some steps; `after` runs after each."""
-    model.zero_grad()
-    estimator = ulr.ULR(model, **{"sigma": 0.4, "copies": 16, **settings})
-    for _ in range(steps):
-        estimator.backward(x, Y, loss_fn)
-        after()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert expected[name].any(), name
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def of_last(outputs, targets):
@@ -145,8 +128,8 @@ def test_snntorch_hidden_states(snn, resets, convolutional):
             model(x[:4])
         utils.reset(model.net)
 
-    found = gradients(model, x, of_last, after=after, steps=3)
-    assert_same(found, gradients(twin, x, of_last, steps=3))
+    found = gradients(model, x, loss_fn=of_last, after=after, steps=3)
+    assert_same(found, gradients(twin, x, loss_fn=of_last, steps=3))
     if resets == "before the forward":
         with torch.no_grad():
             model(x[:4])

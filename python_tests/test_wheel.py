@@ -32,7 +32,7 @@ print(ulr.describe())
 
 
 def run(*command: object, folder: pathlib.Path, environment: dict[str, str]) -> str:
-    """What a command prints."""
+    """The output of a command that succeeds."""
     command = tuple(map(str, command))
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -259,18 +259,13 @@ class ULR:
             batch = self._parallel.locate(batch, self.device)
         plan = self._plan(batch, loss_fn)
         keys = self._keys.of_sites(plan.names, plan.sites)
-        statistics = RunningStatistics(self.model)
         self._runner.loss_parameters.clear()
         with finished_gradients([*self.view.parameters, *self.parameters()]):
             losses = run_mlp_step(self._runner, keys, batch, loss_fn, self._guides)
-            mean = self._run(plan, keys, batch, loss_fn, statistics) if losses is None else losses.mean()
+            mean = self._run(plan, keys, batch, loss_fn) if losses is None else losses.mean()
         if self._parallel is not None:
             of_loss = self._runner.loss_parameters.values()
             self._parallel.average([*self.view.parameters, *self.parameters(), *of_loss])
-        if statistics:
-            if self._parallel is not None:
-                self._parallel.sum_(statistics.sums())
-            statistics.update()
         self._keys.advance()
         return mean
 
@@ -333,12 +328,16 @@ class ULR:
             plan.carried.refuse_leftovers()
         return plan
 
-    def _run(
-        self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction, statistics: RunningStatistics
-    ) -> Tensor:
-        """Run all passes and add their gradients; returns the mean loss."""
+    def _run(self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction) -> Tensor:
+        """Run all passes, add their gradients, and move running statistics; returns the mean loss."""
+        statistics = RunningStatistics(self.model)
         with self._runner.forwards():
-            return self._run_passes(plan, keys, batch, loss_fn, statistics)
+            mean = self._run_passes(plan, keys, batch, loss_fn, statistics)
+        if statistics:
+            if self._parallel is not None:
+                self._parallel.sum_(statistics.sums())
+            statistics.update()
+        return mean
 
     def _run_passes(
         self, plan: Plan, keys: Keys, batch: Batch, loss_fn: LossFunction, statistics: RunningStatistics

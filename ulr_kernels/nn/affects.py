@@ -72,15 +72,10 @@ class AffectedLosses:
 
     def unaffecting_rows(self, layer: str, call: int, losses: Sequence[int], samples: int, rows: NoiseRows) -> Tensor:
         """The rows of a call that do not affect losses[c] of copy c: bool `[copies * samples * rows]`."""
-        matrix = self.matrix(layer, rows[layer])
+        device, matrix = self.device, self.matrix(layer, rows[layer])
         if matrix is None:
-            return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=self.device)
-        one = (
-            F.one_hot(torch.tensor(losses, device=self.device), self.losses)
-            .float()
-            .unsqueeze(1)
-            .expand(-1, samples, -1)
-        )
+            return torch.zeros(len(losses) * samples * rows[layer][call], dtype=torch.bool, device=device)
+        one = F.one_hot(torch.tensor(losses, device=device), self.losses).float().unsqueeze(1).expand(-1, samples, -1)
         return (_of_call(self.sums(matrix, one), rows[layer], call) == 0).flatten()
 
 

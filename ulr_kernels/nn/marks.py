@@ -10,11 +10,7 @@ from torch import Tensor
 from ulr_kernels.nn.batch import tensors
 
 SAMPLE, NOISED = 1, 2  # marks of a tensor: it depends on the batch, on some layer's noise
-NODES, GRAPHS, EDGES = (
-    4,
-    8,
-    16,
-)  # how nodes belong together: by numbers of nodes, of graphs, by neither
+NODES, GRAPHS, EDGES = 4, 8, 16  # how nodes belong together: by numbers of nodes, of graphs, by neither
 STRUCTURE = NODES | GRAPHS | EDGES
 
 
